@@ -1,0 +1,17 @@
+"""LIFT, Low-rank Informed Sparse Fine-Tuning, distributed over GPUs and nodes."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from liftdist.principal import PrincipalWeights
+
+__all__ = ["PrincipalWeights"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "PrincipalWeights":  # not imported before it is asked for: ``liftdist --help`` starts without torch
+        from liftdist.principal import PrincipalWeights
+
+        return PrincipalWeights
+    raise AttributeError(name)

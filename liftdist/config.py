@@ -1,0 +1,326 @@
+"""Settings: dataclasses with their meaning and bounds, a YAML file, ``key=value`` overrides, validation.
+
+    defaults < YAML file < command line, merged by OmegaConf; whatever is wrong is one line that names where it stands.
+
+Imports no torch: a misspelt key is reported in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+EXIT_USER_ERROR = 2  # exit code for anything the user can put right
+
+
+class UserError(Exception):
+    """Something the user can put right. Shown as one line, without a traceback, with exit code 2."""
+
+
+def _setting(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[str] | None = None,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> Any:
+    metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class ModelConfig:
+    path: str = _setting(MISSING, "folder of a Hugging Face causal language model, or its name on the hub")
+    dtype: str = _setting("bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"))
+    attn_implementation: str = _setting("sdpa", "attention kernel, as transformers names it")
+    activation_checkpointing: bool = _setting(False, "recompute each decoder layer in backward instead of keeping it")
+    compile: bool = _setting(False, "`torch.compile` each decoder layer")
+    trust_remote_code: bool = _setting(False, "run model code that comes with the weights")
+
+
+@dataclass
+class DataConfig:
+    path: str = _setting(MISSING, "training data: a .jsonl, .json or .parquet file, or a data set name on the hub")
+    eval_path: str | None = _setting(None, "held-out data for the evaluation loss, given as `data.path` is")
+    subset: str | None = _setting(None, "configuration name of a hub data set")
+    split: str = _setting("train", "split of a hub data set to train on")
+    eval_split: str = _setting("test", "split of a hub data set to evaluate on")
+    format: str = _setting(
+        "auto",
+        "fields of a record: instruction/input/output, prompt/completion, messages, or conversations; "
+        "`auto` tells by the first record",
+        choices=("auto", "alpaca", "prompt_completion", "messages", "sharegpt"),
+    )
+    max_length: int = _setting(2048, "longest sequence, in tokens", at_least=2)
+    overlong: str = _setting(
+        "truncate", "what to do with longer samples; both are counted", choices=("truncate", "drop")
+    )
+    packing: bool = _setting(False, "fill sequences up to `max_length` with several samples that do not see each other")
+
+
+@dataclass
+class SelectionConfig:
+    density: float | None = _setting(None, "share of each matrix to train; or set `budget_rank`", above=0, at_most=1)
+    budget_rank: int | None = _setting(
+        None, "train as many weights of each matrix as a LoRA of this rank; or set `density`", at_least=1
+    )
+    filter_rank: int = _setting(64, "rank of the approximation whose largest entries are principal", at_least=1)
+    refresh_interval: int = _setting(400, "optimizer steps between two selections; 0 selects once", at_least=0)
+    method: str = _setting("fast", "how a matrix is factored; `exact` is a full SVD", choices=("fast", "exact"))
+    modules: list[str] = _setting(["*"], "patterns (`*`, `?`, `[]`) of the linear modules to train")
+
+
+@dataclass
+class OptimizerConfig:
+    lr: float = _setting(2e-4, "peak learning rate", above=0)
+    betas: list[float] = _setting([0.9, 0.95], "decay rates of Adam's two moments", at_least=0, below=1)
+    eps: float = _setting(1e-6, "Adam's epsilon", above=0)
+    weight_decay: float = _setting(0.0, "decoupled weight decay of the principal weights", at_least=0)
+    max_grad_norm: float | None = _setting(None, "clip the principal gradient to this global norm", above=0)
+    schedule: str = _setting(
+        "linear", "learning rate after the warm-up: falls to zero, or stays", choices=("linear", "cosine", "constant")
+    )
+    warmup_ratio: float = _setting(0.03, "share of the steps in which the rate rises from zero", at_least=0, at_most=1)
+    reference_numerics: bool = _setting(False, "add epsilon to the uncorrected denominator, as the LIFT authors do")
+
+
+@dataclass
+class TrainConfig:
+    epochs: int = _setting(1, "passes over the data", at_least=1)
+    steps: int | None = _setting(None, "optimizer steps; replaces `epochs`", at_least=1)
+    batch_size: int = _setting(16, "sequences of one optimizer step, over all ranks", at_least=1)
+    micro_batch_size: int = _setting(4, "sequences a rank computes at once", at_least=1)
+    seed: int = _setting(0, "seeds the order of the samples", at_least=0)
+    eval_interval: int = _setting(0, "steps between evaluations; 0: before and after only", at_least=0)
+    log_interval: int = _setting(1, "steps between two entries of the metrics", at_least=1)
+    deterministic: bool = _setting(False, "deterministic GPU kernels, slower; CPUs are deterministic anyway")
+    export: bool = _setting(True, "write the fine-tuned model as a Hugging Face folder at the end")
+
+
+@dataclass
+class MeshConfig:
+    dp_replicate: int = _setting(1, "replicas of the sharded model, usually one a node", at_least=1)
+    dp_shard: int = _setting(-1, "ranks that share one replica; -1: all that are left", at_least=-1)
+    timeout_minutes: float = _setting(10.0, "a collective that takes longer ends the job", above=0)
+
+
+@dataclass
+class Config:
+    run_dir: str = _setting(MISSING, "new folder for everything this run writes")
+    cache_dir: str = _setting("~/.cache/liftdist", "tokenised data, selections and digests, shared by runs")
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    selection: SelectionConfig = field(default_factory=SelectionConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
+    """Read and validate a config.
+
+    Returns:
+        The resolved config, and its YAML text with ``${oc.env:...}`` left as written, which is safe to keep.
+
+    Raises:
+        UserError: unreadable file, unknown key, wrong type, value out of bounds.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config {path}: {getattr(error, 'strerror', None) or error}") from None
+    _REFERENCED.update(name for part in (text, *overrides) for name in _REFERENCE.findall(part))
+    try:
+        lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(
+            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}"
+        ) from None
+    for key, line in lines.items():
+        _check_key(key, f"{path}:{line}")
+
+    config = OmegaConf.structured(Config)
+    origin = {key: f"{path}:{line}: {key}" for key, line in lines.items()}
+    try:
+        config.merge_with(OmegaConf.create(text) if lines else {})
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        raise UserError(f"{origin.get(key, f'{path}: {key}')}: {_first_line(error)}") from None
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r}: expected key=value")
+        _check_key(key, f"override {override!r}")
+        origin[key] = f"override {override!r}: {key}"
+        try:
+            config.merge_with_dotlist([override])
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise UserError(f"{origin[key]}: {_first_line(error)}") from None
+    try:
+        resolved = cast(Config, OmegaConf.to_object(config))
+    except OmegaConfBaseException as error:
+        key = getattr(error, "full_key", None) or ""
+        problem = "must be given" if "MISSING" in type(error).__name__.upper() else _first_line(error)
+        raise UserError(f"{origin.get(key, f'{path}: {key}')}: {problem}") from None
+    _validate(resolved, lambda key: origin.get(key, f"{path}: {key}"))
+    return resolved, redact(OmegaConf.to_yaml(config, resolve=False))
+
+
+def open_run_dir(config: Config) -> Path:
+    """Create the run directory. Raises ``UserError`` if it is in use or cannot be written."""
+    run_dir = Path(config.run_dir).expanduser()
+    try:
+        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+            raise UserError(f"run_dir {run_dir}: exists and is not an empty folder; give a new one (run_dir=...)")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        if not os.access(run_dir, os.W_OK):
+            raise PermissionError(13, "Permission denied")
+        (run_dir / ".write-test").touch()
+        (run_dir / ".write-test").unlink()
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
+    return run_dir
+
+
+def settings() -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every setting as ``(dotted key, dataclass field)``, in the order of the file."""
+    for top in dataclasses.fields(Config):
+        factory = top.default_factory
+        if dataclasses.is_dataclass(factory):
+            for leaf in dataclasses.fields(factory):
+                yield f"{top.name}.{leaf.name}", leaf
+        else:
+            yield top.name, top
+
+
+def settings_table() -> str:
+    """The table of settings in README.md."""
+    defaults = Config()
+    rows = ["| setting | default | meaning |", "|---|---|---|"]
+    for key, leaf in settings():
+        default = (
+            getattr(defaults, key)
+            if "." not in key
+            else getattr(getattr(defaults, key.split(".")[0]), key.split(".")[1])
+        )
+        if default == MISSING:
+            shown = "required"
+        elif default is None:
+            shown = "unset"
+        else:
+            shown = f"`{yaml.safe_dump(default, default_flow_style=True).splitlines()[0]}`"
+        choices = leaf.metadata["choices"]
+        meaning = leaf.metadata["help"] + (f" ({', '.join(f'`{c}`' for c in choices)})" if choices else "")
+        rows.append(f"| `{key}` | {shown} | {meaning} |")
+    return "\n".join(rows)
+
+
+def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """``text`` without secrets: the value of an environment variable that is named like one, or that the config
+    asked for by ``${oc.env:NAME}``, is replaced by ``<NAME>``."""
+    environment = os.environ if environment is None else environment
+    secrets = {n: v for n, v in environment.items() if len(v) >= 4 and (_SECRET_NAME.search(n) or n in _REFERENCED)}
+    secrets = {n: v for n, v in secrets.items() if not _HARMLESS_NAME.fullmatch(n)}
+    for name, value in sorted(secrets.items(), key=lambda item: -len(item[1])):
+        text = text.replace(value, f"<{name}>")
+    return text
+
+
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
+_HARMLESS_NAME = re.compile(r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|SLURM_\w+")
+_REFERENCE = re.compile(r"oc\.env:\s*(\w+)")
+_REFERENCED: set[str] = set()  # names of the variables that the config asked for
+
+
+def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            yield name, key.start_mark.line + 1
+            yield from _key_lines(value, f"{name}.")
+
+
+def _check_key(key: str, where: str) -> None:
+    known = [name for name, _ in settings()]
+    sections = {name.split(".")[0] for name in known if "." in name}
+    if key in known or key in sections:
+        return
+    near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.5)
+    if not near:  # the section may be what was left out or misspelt
+        near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
+    raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+
+
+def _first_line(error: Exception) -> str:
+    return redact(str(error).splitlines()[0])
+
+
+def _validate(config: Config, where: Any) -> None:
+    for key, leaf in settings():
+        value: Any = config
+        for part in key.split("."):
+            value = getattr(value, part)
+        for item in value if isinstance(value, list) else [value]:
+            problem = _problem(item, leaf.metadata)
+            if problem:
+                raise UserError(redact(f"{where(key)}: {problem}, got {item!r}"))
+    selection, mesh = config.selection, config.mesh
+    if (selection.density is None) == (selection.budget_rank is None):
+        given = "neither" if selection.density is None else "both"
+        raise UserError(
+            f"{where('selection.density' if given == 'both' else 'selection')}: "
+            f"set exactly one of selection.density and selection.budget_rank, got {given}"
+        )
+    if len(config.optimizer.betas) != 2:
+        raise UserError(f"{where('optimizer.betas')}: must be two numbers, got {config.optimizer.betas}")
+    if not selection.modules:
+        raise UserError(f"{where('selection.modules')}: must name at least one pattern")
+    if mesh.dp_shard == 0:
+        raise UserError(f"{where('mesh.dp_shard')}: must be -1 or at least 1, got 0")
+    if config.data.packing and "flash" in config.model.attn_implementation and config.train.micro_batch_size != 1:
+        raise UserError(
+            f"{where('train.micro_batch_size')}: must be 1 with data.packing and flash attention (raise data.max_length "
+            f"instead), got {config.train.micro_batch_size}"
+        )
+
+
+def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        if not value:
+            return "must not be empty"
+        if bounds["choices"] and value not in bounds["choices"]:
+            near = difflib.get_close_matches(value, bounds["choices"], n=1)
+            return f"must be one of {', '.join(bounds['choices'])}" + (f" (did you mean {near[0]}?)" if near else "")
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    checks = (
+        ("at_least", value.__ge__, "at least"),
+        ("at_most", value.__le__, "at most"),
+        ("above", value.__gt__, "above"),
+        ("below", value.__lt__, "below"),
+    )
+    for name, holds, words in checks:
+        if bounds[name] is not None and not holds(type(value)(bounds[name])):
+            return f"must be {words} {bounds[name]}"
+    return None

@@ -1,0 +1,234 @@
+"""One matrix on one device: which of its entries are principal. Knows nothing of ranks.
+
+    W_r  = sum over i <= r of s_i u_i v_i^T = (W V_r) V_r^T      best rank-r approximation of W [m, n]
+    S    = the k entries of largest |W_r|                        ties to the lowest flat index
+
+``method="exact"`` takes ``V_r`` from a full SVD, as the LIFT paper does (arXiv 2506.00772, section 3).
+``method="fast"`` takes it from the smaller Gram matrix ``G = W^T W``, in one of two ways, chosen by size:
+
+    Krylov   G projected on span{X, G X, ..., G^(d-1) X} with full reorthogonalisation; grown until it is good enough
+    Gram     ``eigh`` of G itself, in float32, then in float64
+
+Good enough is decided by what the factorisation knows about itself. A Ritz pair (theta_i, v_i) with residual
+rho_i = |G v_i - theta_i v_i| leans out of the wanted subspace by at most rho_i / (theta_i - theta_(r+1)), so
+
+    |W_r - W V V^T|_F^2  <~  sum over i <= r of (theta_i + theta_(r+1)) (rho_i / (theta_i - theta_(r+1)))^2
+
+and an entry changes sides when that error exceeds its distance to the threshold. Where the expected share of such
+entries is above ``MISS_TOLERANCE``, the next better factorisation is tried; the last one is the full SVD.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+METHODS = ("exact", "fast")
+
+#: Largest estimated share of the selected entries that a fast factorisation may get wrong.
+MISS_TOLERANCE = 2e-3
+
+KRYLOV_BLOCK = 32  # columns of one Krylov block: thin blocks reach a higher degree for the same products
+KRYLOV_FIRST_CHECK = 5  # the first look at the residuals, in multiples of the filter rank
+KRYLOV_CHECK = 3  # blocks between two looks
+KRYLOV_MAX_SHARE = 0.3  # a basis wider than this share of the smaller side costs more than ``eigh``
+SAMPLED_ROWS = 48  # rows in which the density of |W_r| around the threshold is measured
+FACTORING_THREADS = 1  # fixed: another number of threads rounds differently and moves a few entries
+
+
+class Factors(NamedTuple):
+    """``left @ right.T`` approximates ``W_r``; ``error`` estimates the Frobenius norm of the difference."""
+
+    left: Tensor  # [m, r] float32, W V_r
+    right: Tensor  # [n, r] float32, orthonormal columns V_r
+    error: float
+
+
+def select(weight: Tensor, num_selected: int, filter_rank: int, method: str = "fast", seed: int = 0) -> Tensor:
+    """Flat indices of the ``num_selected`` entries of largest ``|W_r|``.
+
+    Args:
+        weight: ``[m, n]``, any floating dtype, on any device.
+        num_selected: how many entries, 0 to ``m * n``.
+        filter_rank: ``r``; at ``r >= min(m, n)`` the matrix itself is scored.
+        method: ``"exact"`` or ``"fast"``.
+        seed: seeds the random start of the Krylov space.
+
+    Returns:
+        ``[num_selected]`` int64, sorted ascending, on the device of ``weight``. Equal weights on equal hardware give
+        equal indices, bit for bit.
+
+    Raises:
+        ValueError: the weight holds NaN or infinity, or an argument is out of range.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
+    if not 0 <= num_selected <= weight.numel():
+        raise ValueError(
+            f"num_selected must be 0 to {weight.numel()} for shape {tuple(weight.shape)}, got {num_selected}"
+        )
+    if filter_rank < 1:
+        raise ValueError(f"filter_rank must be at least 1, got {filter_rank}")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    with torch.no_grad(), _reproducible():
+        matrix = weight.float()
+        if not torch.isfinite(matrix.sum()):
+            raise ValueError("weight holds NaN or infinity")
+        if filter_rank >= min(matrix.shape):
+            return top_k(matrix.abs(), num_selected)
+        factors = _factor(matrix, num_selected, filter_rank, method, seed)
+        return top_k((factors.left @ factors.right.T).abs_(), num_selected)
+
+
+def top_k(scores: Tensor, k: int) -> Tensor:
+    """Sorted flat indices (int64) of the ``k`` largest of ``scores`` (float32, none negative), ties to the lowest index.
+
+    Bit patterns of non-negative floats order as the floats do: a histogram of their upper 17 bits finds the bin
+    that holds the threshold, and only that bin is sorted.
+    """
+    bits = scores.reshape(-1).view(torch.int32)
+    if k == 0:
+        return bits.new_empty(0, dtype=torch.int64)
+    upper = bits >> 15
+    at_least = torch.bincount(upper, minlength=1 << 16).flip(0).cumsum(0).flip(0)  # entries in this bin or above
+    threshold_bin = int((at_least >= k).sum()) - 1
+    selected = upper > threshold_bin
+    candidates = (upper == threshold_bin).nonzero().squeeze(1)
+    missing = k - int(selected.sum())
+    selected[candidates[bits[candidates].argsort(descending=True, stable=True)[:missing]]] = True
+    return selected.nonzero().squeeze(1)
+
+
+def cost(m: int, n: int, filter_rank: int, method: str) -> float:
+    """Relative time to factor an ``[m, n]`` matrix, for dealing matrices to ranks. Unit: about one flop."""
+    small, large = min(m, n), max(m, n)
+    if method == "exact":
+        return 6.0 * large * small**2 + 20.0 * small**3
+    if _max_krylov_blocks(small, filter_rank):
+        basis = 7 * filter_rank
+        return 4.0 * m * n * (basis + filter_rank) + 4.0 * small * basis**2
+    return 2.0 * large * small**2 + 10.0 * small**3
+
+
+def _factor(matrix: Tensor, num_selected: int, filter_rank: int, method: str, seed: int) -> Factors:
+    if method == "fast":
+        for factors in fast_factors(matrix, filter_rank, seed):
+            if estimated_miss(factors, num_selected) <= MISS_TOLERANCE:
+                return factors
+    return exact_factors(matrix, filter_rank)
+
+
+def exact_factors(matrix: Tensor, filter_rank: int) -> Factors:
+    """From a full SVD of ``matrix [m, n]``."""
+    _, values, vh = torch.linalg.svd(matrix, full_matrices=False)
+    right = vh[:filter_rank].T
+    return Factors(matrix @ right, right, _product_rounding(values[:filter_rank].square()))
+
+
+def fast_factors(matrix: Tensor, filter_rank: int, seed: int) -> Iterator[Factors]:
+    """Factorisations of ``matrix [m, n]``, each better and dearer than the one before."""
+    wide = matrix.shape[0] < matrix.shape[1]
+    tall = matrix.T if wide else matrix
+    for factors in itertools.chain(
+        krylov_factors(tall, filter_rank, seed),
+        (gram_factors(tall, filter_rank, dtype) for dtype in (torch.float32, torch.float64)),
+    ):
+        # of a wide matrix W^T ~ left right^T was factored, so W ~ right left^T
+        yield Factors(factors.right, factors.left, factors.error) if wide else factors
+
+
+def gram_factors(tall: Tensor, filter_rank: int, dtype: torch.dtype) -> Factors:
+    """From ``eigh`` of the Gram matrix ``[n, n]`` of ``tall [m, n]``, m >= n, computed in ``dtype``."""
+    matrix = tall.to(dtype)
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    right = vectors[:, -filter_rank:].flip(1).float()
+    return Factors(tall @ right, right, _error(values, torch.zeros_like(values[:filter_rank]), filter_rank))
+
+
+def krylov_factors(tall: Tensor, filter_rank: int, seed: int) -> Iterator[Factors]:
+    """From ever larger block Krylov spaces of the Gram matrix of ``tall [m, n]``; none where ``eigh`` is cheaper."""
+    n = tall.shape[1]
+    max_blocks = _max_krylov_blocks(n, filter_rank)
+    if not max_blocks:
+        return
+    generator = torch.Generator().manual_seed(seed)  # on the host: the same start on every device
+    start = torch.randn(n, KRYLOV_BLOCK, generator=generator).to(tall.device)
+    basis = tall.new_empty(n, max_blocks * KRYLOV_BLOCK)
+    image = tall.new_empty(tall.shape[0], max_blocks * KRYLOV_BLOCK)  # tall @ basis
+    block = torch.linalg.qr(start).Q
+    for index in range(max_blocks):
+        begin, end = index * KRYLOV_BLOCK, (index + 1) * KRYLOV_BLOCK
+        basis[:, begin:end] = block
+        image[:, begin:end] = tall @ block
+        following = tall.T @ image[:, begin:end]
+        for _ in range(2):  # twice is enough (Kahan, Parlett)
+            following -= basis[:, :end] @ (basis[:, :end].T @ following)
+        block, coupling = torch.linalg.qr(following)
+        if end >= KRYLOV_FIRST_CHECK * filter_rank and index % KRYLOV_CHECK == 0:
+            values, vectors = torch.linalg.eigh(image[:, :end].T @ image[:, :end])
+            vectors = vectors[:, -filter_rank:].flip(1)
+            # G Q = Q T + block coupling E^T, where E^T picks the rows of the newest block: residuals cost nothing
+            residuals = torch.linalg.vector_norm(coupling @ vectors[begin:], dim=0)
+            yield Factors(image[:, :end] @ vectors, basis[:, :end] @ vectors, _error(values, residuals, filter_rank))
+
+
+def _max_krylov_blocks(small: int, filter_rank: int) -> int:
+    blocks = int(small * KRYLOV_MAX_SHARE) // KRYLOV_BLOCK
+    return blocks if blocks * KRYLOV_BLOCK >= 8 * filter_rank else 0
+
+
+def _error(values: Tensor, residuals: Tensor, filter_rank: int) -> float:
+    """Estimated Frobenius error of ``W_r`` from all Ritz values (ascending) and the residuals of the r largest."""
+    rounding_unit = torch.finfo(values.dtype).eps
+    values = values.flip(0).double().clamp_min(0.0)
+    kept, following = values[:filter_rank], values[filter_rank]
+    residuals = residuals.double() + rounding_unit * values[0]
+    sine = (residuals / (kept - following).clamp_min(1e-300)).clamp_max(1.0)
+    return float(((kept + following) * sine**2).sum().sqrt()) + _product_rounding(kept)
+
+
+def _product_rounding(squared_singular_values: Tensor) -> float:
+    """Frobenius error of forming ``left @ right.T`` in float32."""
+    return 2 * torch.finfo(torch.float32).eps * float(squared_singular_values.double().sum().sqrt())
+
+
+def estimated_miss(factors: Factors, num_selected: int) -> float:
+    """Share of the selection that may differ from the exact one, on the high side.
+
+    The error is spread over all entries, twice its mean in size; the density of ``|W_r|`` around the threshold,
+    sampled from some rows, says how many entries change sides. Single entries follow chance: three standard deviations
+    of a Poisson count, and one entry, are added.
+    """
+    left, right, error = factors
+    size = left.shape[0] * right.shape[0]
+    if num_selected in (0, size):
+        return 0.0
+    rows = left[:: max(1, left.shape[0] // SAMPLED_ROWS)]
+    sample = (rows @ right.T).abs_().reshape(-1)
+    kth = max(1, min(sample.numel(), round(num_selected / size * sample.numel())))
+    threshold = float(sample.kthvalue(sample.numel() - kth + 1).values)
+    if threshold == 0.0:
+        return 1.0
+    window = 0.1 * threshold
+    density = float(((sample - threshold).abs() < window).double().mean()) / (2 * window)  # share per unit of |W_r|
+    expected = size * density * 2 * error / size**0.5
+    return min(1.0, (expected + 3 * expected**0.5 + 1) / num_selected)
+
+
+@contextlib.contextmanager
+def _reproducible() -> Iterator[None]:
+    """One thread and full float32 products, restored afterwards."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    torch.set_num_threads(FACTORING_THREADS)
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)

@@ -1,0 +1,158 @@
+"""Processes, the device mesh, and the few collectives by which ranks agree.
+
+    world = dp_replicate x dp_shard       rank = replica * dp_shard + shard
+
+A replica is a full copy of the model, cut by rows over its ``dp_shard`` ranks. Decisions that every rank must take
+alike (stop, give up, go on) are collective here: a rank that acted alone would leave the others waiting.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+
+from liftdist.config import MeshConfig, UserError
+
+Group = dist.ProcessGroup | None  # None: this process alone
+
+
+class PeerError(RuntimeError):
+    """Another rank failed, and reports why; this one only stops with it."""
+
+
+@dataclass(frozen=True)
+class Mesh:
+    device: torch.device
+    device_mesh: DeviceMesh  # dims ("dp_replicate", "dp_shard")
+
+    @property
+    def rank(self) -> int:
+        return dist.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        return self.device_mesh["dp_shard"]
+
+    @property
+    def replicate_group(self) -> Group:
+        return self.device_mesh.get_group("dp_replicate") if self.device_mesh.size(0) > 1 else None
+
+
+def default_ranks() -> int:
+    """Ranks to start on this machine: one for each GPU, or one."""
+    return max(1, torch.cuda.device_count())
+
+
+def layout(config: MeshConfig, world_size: int) -> tuple[int, int]:
+    """``(dp_replicate, dp_shard)`` whose product is ``world_size``.
+
+    Raises:
+        UserError: no such layout.
+    """
+    replicate = config.dp_replicate
+    shard = world_size // replicate if config.dp_shard == -1 else config.dp_shard
+    if replicate * shard != world_size:
+        raise UserError(
+            f"mesh: dp_replicate {replicate} x dp_shard {config.dp_shard} does not make up the {world_size} ranks started"
+        )
+    return replicate, shard
+
+
+@contextmanager
+def start(config: MeshConfig) -> Iterator[Mesh]:
+    """Join the ranks that torchrun started (or be the only one) and lay them out; leave at the end."""
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", 0))
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"rank {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    layout(config, int(os.environ.get("WORLD_SIZE", 1)))
+    timeout = timedelta(minutes=config.timeout_minutes)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    try:
+        shape = layout(config, dist.get_world_size())
+        yield Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")))
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(value: Any) -> list[Any]:
+    """``value`` of every rank, by rank, on every rank."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(flag: bool) -> bool:
+    """Whether any rank says so."""
+    return any(gather(flag))
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """An error inside, on any rank, is raised on every rank at the end of the block, the lowest rank's first.
+
+    The block must not hold collectives that a failed rank would miss.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    if error is not None and not dist.is_initialized():
+        raise error
+    summaries = gather(
+        None if error is None else (isinstance(error, UserError), f"{type(error).__name__}: {error}", str(error))
+    )
+    for rank, summary in enumerate(summaries):
+        if summary is None:
+            continue
+        if error is not None:
+            raise error
+        is_user_error, long, short = summary
+        raise UserError(short) if is_user_error else PeerError(f"rank {rank} failed: {long}")
+
+
+def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:
+    """Sum over ``group``, in place."""
+    if group is not None:
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself; no copy, no autograd."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
+    """``[shards + 1]`` where each shard's rows begin, dealt as ``torch.chunk`` does: the last shards may hold none."""
+    chunk = -(-rows // shards)
+    return tuple(min(rows, chunk * shard) for shard in range(shards + 1))

@@ -1,0 +1,134 @@
+"""What a run tells: TensorBoard and ``metrics.jsonl`` in the run directory, a progress bar or plain lines on the console."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from liftdist.config import redact
+
+GIB = 2**30
+
+
+class Recorder:
+    """Writes scalars and texts to TensorBoard and ``metrics.jsonl``. Only the main rank writes."""
+
+    def __init__(self, run_dir: Path, enabled: bool) -> None:
+        self._writer = SummaryWriter(str(run_dir / "tensorboard")) if enabled else None
+        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is None or self._file is None:
+            return
+        for tag, value in values.items():
+            self._writer.add_scalar(tag, value, step)
+        self._writer.flush()
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
+        self._file.flush()
+
+    def text(self, tag: str, text: str) -> None:
+        if self._writer is not None:
+            self._writer.add_text(tag, "\n".join(f"    {line}" for line in redact(text).splitlines()))
+
+    def close(self) -> None:
+        if self._writer is not None and self._file is not None:
+            self._writer.close()
+            self._file.close()
+
+
+class Console:
+    """Messages and progress on stderr: bars on a terminal, plain lines elsewhere. Only the main rank speaks."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bars = enabled and sys.stderr.isatty()
+
+    def say(self, message: str) -> None:
+        if self._enabled:
+            tqdm.write(redact(message), file=sys.stderr)
+            sys.stderr.flush()
+
+    @contextmanager
+    def progress(self, title: str, unit: str, total: int | None = None) -> Iterator[Progress]:
+        bar = tqdm(total=total, desc=title, unit=unit, disable=not self._bars, leave=False, dynamic_ncols=True)
+        progress = Progress(title, bar, self if not self._bars else None)
+        try:
+            yield progress
+        finally:
+            bar.close()
+
+
+class Progress:
+    """One advancing count. Without a terminal it speaks at most every ten seconds, and with each note."""
+
+    def __init__(self, title: str, bar: tqdm, console: Console | None) -> None:
+        self._title, self._bar, self._console = title, bar, console
+        self._spoke = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if self._console is not None and time.monotonic() - self._spoke > 10:
+            self._console.say(f"{self._title}: {done} of {total}")
+            self._spoke = time.monotonic()
+
+    def step(self, done: int, total: int, note: str) -> None:
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if self._console is not None:
+            self._console.say(f"{self._title} {done}/{total}  {note}")
+
+
+class Stopwatch:
+    """Seconds spent in named phases. On a GPU the phases are timed by events and nothing waits until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._spans: list[tuple[str, Any, Any]] = []
+
+    def _now(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._spans.append((phase, begin, self._now()))
+
+    def read(self) -> dict[str, float]:
+        """Seconds by phase since the last read."""
+        if self._cuda:
+            torch.cuda.synchronize()
+        totals: dict[str, float] = {}
+        for phase, begin, end in self._spans:
+            seconds = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            totals[phase] = totals.get(phase, 0.0) + seconds
+        self._spans.clear()
+        return totals
+
+
+def memory(device: torch.device) -> dict[str, float]:
+    """Memory of this rank, GiB: of its device (allocated, reserved and peak) and of the host (resident and peak)."""
+    figures = {}
+    if device.type == "cuda":
+        figures["device_allocated"] = torch.cuda.memory_allocated(device) / GIB
+        figures["device_reserved"] = torch.cuda.memory_reserved(device) / GIB
+        figures["device_peak"] = torch.cuda.max_memory_allocated(device) / GIB
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    for name, key in (("host_resident", "VmRSS"), ("host_peak", "VmHWM")):
+        figures[name] = int(status[key].split()[0]) * 1024 / GIB
+    return figures

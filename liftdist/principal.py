@@ -1,0 +1,322 @@
+"""The principal weights of a model as one flat vector that any element-wise optimizer can step.
+
+For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorted flat indices S_j into them:
+
+    values     = concat over j of W_j.flat[S_j]            float32, the optimizer's only parameter      16 B with grad
+    values.grad= concat over j of dL/dW_j.flat[S_j]        float32, never rounded after the reduction   and two moments
+    indices    = concat over j of S_j                      int32, local to each matrix                   4 B
+
+Backward: as soon as the gradient of a layer is reduced, a hook adds its principal entries to ``values.grad`` and drops
+the dense gradient. Step: any optimizer on ``values``, then ``scatter`` rounds the values into the model's weights.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, Shard
+
+from liftdist import lowrank, selection
+from liftdist.mesh import Group, all_reduce_sum, local_tensor
+from liftdist.selection import Criterion, Matrix
+
+
+class _Unit:
+    """One FSDP module: its gradients come out of one reduction, as views of one buffer."""
+
+    def __init__(self) -> None:
+        self.reduced: Tensor | None = None  # [padded rows of all its trained parameters] in the reduction's dtype
+        self.slots = 0  # trained matrices of the module
+        self.waiting = 0  # of them, not collected yet
+
+    def keep(self, reduced: Tensor) -> None:
+        # FSDP casts the reduced buffer to the dtype of the parameters right after this hook, then fires the
+        # parameters' own hooks: until then the buffer is what holds the gradient unrounded
+        if reduced.is_cuda:
+            reduced.record_stream(torch.cuda.current_stream(reduced.device))
+        self.reduced, self.waiting = reduced, self.slots
+
+
+@dataclass
+class _Slot:
+    """A matrix and its part of the flat vector."""
+
+    matrix: Matrix
+    indices: Tensor  # [k_local] int32, into this rank's rows
+    begin: int
+    unit: _Unit | None
+
+    @property
+    def span(self) -> slice:
+        return slice(self.begin, self.begin + self.indices.numel())
+
+
+class PrincipalWeights:
+    """Selects the principal weights of ``model``, freezes everything else, and trains them as one flat vector.
+
+    Args:
+        model: any module on its device: plain, or sharded by FSDP2 (``fully_shard``), before its first forward.
+            Replicas must not be synchronised by DDP: :meth:`reduce_gradients` does it for 5 % of the bytes.
+        density: share of each matrix to train; or
+        budget_rank: ``R``: train ``min(R (m + n), m n)`` weights of each ``[m, n]`` matrix.
+        filter_rank: rank of the approximation whose largest entries are principal.
+        method: ``"fast"`` or ``"exact"``, see :func:`liftdist.lowrank.select`.
+        modules: patterns of the names of the linear modules to train; all but the output head by default.
+        criterion: ``(weight, num_selected, seed) -> indices``, in place of the low-rank one.
+        replicate_group: ranks that hold the same rows of other replicas. By default all ranks where the model is not
+            sharded, and none where it is sharded over all ranks.
+        initial_indices: a function from the matrices to ``[k_local]`` int32 for each, to skip the first selection;
+            it may return None, on all ranks alike.
+        progress: called with matrices selected and in all.
+        on_selected: called at the first selection, on the rank that factored a matrix, with its name and all its indices.
+
+    Raises:
+        ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        density: float | None = None,
+        budget_rank: int | None = None,
+        filter_rank: int = 64,
+        method: str = "fast",
+        modules: Sequence[str] = ("*",),
+        criterion: Criterion | None = None,
+        replicate_group: Group = None,
+        initial_indices: Callable[[list[Matrix]], list[Tensor] | None] | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        on_selected: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "give the bare module, not DistributedDataParallel: reduce_gradients() lets replicas agree"
+            )
+        trained = principal_parameters(model, modules)
+        self.matrices = [
+            selection.describe(name, param, selection.budget(param.shape, density, budget_rank))
+            for name, param in trained.items()
+        ]
+        kept = {id(param) for param in trained.values()}
+        for param in model.parameters():
+            param.requires_grad_(id(param) in kept)
+        self.shard_group = _shard_group(self.matrices[0].param)
+        self.replicate_group = replicate_group or _default_replicate_group(self.matrices[0].param)
+        self.num_selected = sum(matrix.num_selected for matrix in self.matrices)  # of the whole model
+        self._criterion = criterion or functools.partial(_low_rank, filter_rank=filter_rank, method=method)
+        self._costs = [
+            lowrank.cost(matrix.param.shape[0], matrix.columns, filter_rank, method) for matrix in self.matrices
+        ]
+        self._progress = progress
+        self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+        units = self._watch_reductions()
+        indices = initial_indices(self.matrices) if initial_indices else None
+        indices = indices if indices is not None else self.select(on_selected)
+        self._slots = self._lay_out(indices, [units.get(id(matrix.param)) for matrix in self.matrices])
+        self.values = nn.Parameter(self._read_shards())
+        self._grad = torch.zeros_like(self.values)
+        self.values.grad = self._grad
+        for number, matrix in enumerate(self.matrices):
+            matrix.param.register_post_accumulate_grad_hook(functools.partial(self._collect, number))
+
+    def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
+        """Principal indices of the weights as they are now, ``[k_local]`` int32 for each matrix. Collective."""
+        return selection.select(
+            self.matrices,
+            self._criterion,
+            self._costs,
+            self.shard_group,
+            self.replicate_group,
+            self._progress,
+            on_selected,
+        )
+
+    @property
+    def indices(self) -> list[Tensor]:
+        """For each of :attr:`matrices`, ``[k_local]`` int32 sorted flat indices into this rank's rows."""
+        return [slot.indices for slot in self._slots]
+
+    def reduce_gradients(self, divisor: Tensor | float | None = None) -> None:
+        """Sum the flat gradient over the replicas and divide it: by ``divisor``, or by the number of replicas."""
+        grad = self._attached_grad()
+        all_reduce_sum(grad, self.replicate_group)
+        if divisor is None:
+            divisor = 1 if self.replicate_group is None else self.replicate_group.size()
+        grad.div_(divisor)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
+        """Scale the gradient so that its norm over all shards is at most ``max_norm``; return the norm before."""
+        grad = self._attached_grad()
+        squared = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+        norm = all_reduce_sum(squared, self.shard_group).sqrt().float()
+        if max_norm is not None:
+            grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+        return norm
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Write the values into the model's weights, rounded to their dtype, and clear the flat gradient."""
+        for slot in self._slots:
+            weight = slot.matrix.rows_local.view(-1)
+            weight.index_copy_(0, slot.indices.long(), self.values[slot.span].to(weight.dtype))
+        for module in self._fsdp_modules:
+            module.reshard()  # a copy gathered before, by an evaluation say, would be stale now
+        self._grad.zero_()
+        self.values.grad = self._grad
+
+    @torch.no_grad()
+    def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> float:
+        """Select anew from the current weights; the optimizer's state follows. Call it before a forward. Collective.
+
+        Weights that stay principal keep value and state; those that drop out keep the value they were trained to; new
+        ones start from the value in the model and zero state.
+
+        Returns:
+            The share of the principal weights that stayed, over the whole model.
+
+        Raises:
+            ValueError: the optimizer holds state that is neither a scalar nor of the shape of ``values``.
+        """
+        states = self._element_states(optimizer)
+        old_slots, old_values = self._slots, self.values.detach()
+        self._slots = self._lay_out(self.select(), [slot.unit for slot in old_slots])
+        # [k_local] where each new entry stood in the old vector, -1 if it did not
+        source = torch.cat([_positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)])
+        stayed = source >= 0
+        values = self._read_shards()
+        values[stayed] = old_values[source[stayed]]
+        for state, key in states:
+            moved = torch.zeros_like(values, dtype=state[key].dtype)
+            moved[stayed] = state[key][source[stayed]]
+            state[key] = moved
+        self.values.grad = None  # before the length changes
+        self.values.data = values
+        self._grad = torch.zeros_like(values)
+        self.values.grad = self._grad
+        count = torch.stack([stayed.sum(), torch.tensor(stayed.numel(), device=stayed.device)])
+        kept, total = all_reduce_sum(count, self.shard_group).tolist()
+        return kept / max(total, 1)
+
+    def _watch_reductions(self) -> dict[int, _Unit]:
+        """Keep each FSDP module's reduced gradients before they are rounded; the unit of each trained parameter."""
+        trained = {id(matrix.param): matrix.param for matrix in self.matrices}
+        units: dict[int, _Unit] = {}
+        for module in reversed(self._fsdp_modules):  # inner modules come later and own their parameters
+            unit = _Unit()
+            owned = [id(p) for p in module.parameters() if id(p) in trained and id(p) not in units]
+            units.update(dict.fromkeys(owned, unit))
+            unit.slots = len(owned)
+            if any(trained[key].dtype != torch.float32 for key in owned):
+                module.set_all_reduce_hook(unit.keep)
+        return units
+
+    def _lay_out(self, indices: Sequence[Tensor], units: Sequence[_Unit | None]) -> list[_Slot]:
+        slots, begin = [], 0
+        for matrix, chosen, unit in zip(self.matrices, indices, units, strict=True):
+            slots.append(_Slot(matrix, chosen, begin, unit))
+            begin += chosen.numel()
+        return slots
+
+    def _read_shards(self) -> Tensor:
+        """``[k_local]`` float32, the model's own values of the principal weights."""
+        return torch.cat(
+            [slot.matrix.rows_local.view(-1).index_select(0, slot.indices).float() for slot in self._slots]
+        )
+
+    def _attached_grad(self) -> Tensor:
+        if self.values.grad is None:  # cleared by optimizer.zero_grad(set_to_none=True)
+            self._grad.zero_()
+            self.values.grad = self._grad
+        return self.values.grad
+
+    @torch.no_grad()
+    def _collect(self, number: int, param: Tensor) -> None:
+        """Post-accumulate-grad hook of matrix ``number``: take the principal entries, drop the dense gradient."""
+        slot, dense = self._slots[number], param.grad
+        param.grad = None
+        if dense is None:
+            return
+        source = local_tensor(dense)
+        unit = slot.unit
+        if unit is not None and unit.reduced is not None:
+            # the rounded gradient is a view of the rounded buffer, at the same place as the unrounded one
+            source = unit.reduced.narrow(0, source.storage_offset(), source.numel())
+            unit.waiting -= 1
+            if unit.waiting == 0:
+                unit.reduced = None
+        self._attached_grad()[slot.span] += source.reshape(-1).index_select(0, slot.indices)
+
+    def _element_states(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[dict, str]]:
+        """``(state, key)`` of each tensor of optimizer state that has one element for each principal weight."""
+        state = optimizer.state.get(self.values, {}) if optimizer is not None else {}
+        found = []
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if value.shape != self.values.shape:
+                raise ValueError(
+                    f"optimizer state {key!r} has shape {tuple(value.shape)}; a refresh can carry over scalars and "
+                    f"tensors of shape {tuple(self.values.shape)}"
+                )
+            found.append((state, key))
+        return found
+
+
+def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, nn.Parameter]:
+    """Weights to train by name: every ``nn.Linear`` whose name fits a pattern, but the output head.
+
+    Raises:
+        ValueError: none fits.
+    """
+    get_head = getattr(model, "get_output_embeddings", None)
+    head = get_head() if get_head is not None else None
+    names = {id(param): name for name, param in model.named_parameters()}
+    found: dict[str, nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and any(fnmatch.fnmatchcase(name, p) for p in patterns):
+            weight = module.weight
+            assert isinstance(weight, nn.Parameter)
+            found[names[id(weight)]] = weight
+    if not found:
+        raise ValueError(f"no linear module of {type(model).__name__} fits {', '.join(patterns)}")
+    return found
+
+
+def _low_rank(weight: Tensor, num_selected: int, seed: int, *, filter_rank: int, method: str) -> Tensor:
+    return lowrank.select(weight, num_selected, filter_rank, method, seed)
+
+
+def _shard_group(param: nn.Parameter) -> Group:
+    if not isinstance(param, DTensor):
+        return None
+    return param.device_mesh.get_group(param.placements.index(Shard(0)))
+
+
+def _default_replicate_group(param: nn.Parameter) -> Group:
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return None
+    if not isinstance(param, DTensor):
+        return dist.group.WORLD
+    if param.device_mesh.size() == dist.get_world_size():
+        return None  # all ranks hold shards, or FSDP synchronises its own replicas
+    raise ValueError(
+        f"the model is sharded over {param.device_mesh.size()} of {dist.get_world_size()} ranks: give replicate_group"
+    )
+
+
+def _positions(old: _Slot, new: _Slot) -> Tensor:
+    """``[k_local]`` int64: for each index of ``new`` its position in the flat vector of ``old``, or -1."""
+    if not old.indices.numel() or not new.indices.numel():
+        return torch.full_like(new.indices, -1, dtype=torch.int64)
+    place = torch.searchsorted(old.indices, new.indices).clamp_max(old.indices.numel() - 1)
+    return torch.where(old.indices[place] == new.indices, place + old.begin, -1)
