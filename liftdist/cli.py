@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from liftdist import __version__
+from liftdist import __version__, preflight
 from liftdist import config as configs
-from liftdist.config import Config, UserError
+from liftdist.config import UserError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -61,13 +61,10 @@ def _launch(options: argparse.Namespace) -> None:
     if options.nproc is not None and options.nproc < 1:
         raise UserError(f"--nproc must be at least 1, got {options.nproc}")
     config, _ = configs.load(options.config, options.overrides)
-    check(config, training=options.command == "train")
-    from liftdist import mesh
-
-    ranks = options.nproc or mesh.default_ranks()
-    mesh.layout(config.mesh, ranks)
-    script = launcher()
-    command = [str(script), "--nproc", str(ranks)]
+    preflight.check(config, options.nproc, training=options.command == "train")
+    command = [str(launcher())]
+    if options.nproc is not None:
+        command += ["--nproc", str(options.nproc)]
     if options.command == "select":
         command.append("--select-only")
     command += [options.config, *options.overrides]
@@ -77,7 +74,6 @@ def _launch(options: argparse.Namespace) -> None:
 
 def _prefetch(options: argparse.Namespace) -> None:
     config, _ = configs.load(options.config, options.overrides)
-    check(config, training=False)
     from liftdist import model, train
     from liftdist.metrics import Console
 
@@ -86,22 +82,6 @@ def _prefetch(options: argparse.Namespace) -> None:
     checkpoint = model.Checkpoint(inputs.folder)
     model.match(model.build(model.check_type(inputs.folder, config.model), config.model), checkpoint)
     console.say(f"model {config.model.path}: {len(checkpoint.file_of)} tensors in {inputs.folder}")
-
-
-def check(config: Config, training: bool) -> None:
-    """What takes seconds and needs no ranks: paths, the first records, the type of a local model.
-
-    Raises:
-        UserError: the first thing that is wrong.
-    """
-    from liftdist import data
-
-    if training:
-        configs.open_run_dir(config)
-    data.check_first_records(config.data)
-    from liftdist import model  # imports torch and transformers, so it comes last
-
-    model.check_type(model.resolve(config.model.path, weights=False), config.model)
 
 
 def launcher() -> Path:

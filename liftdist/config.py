@@ -119,6 +119,16 @@ class MeshConfig:
     dp_shard: int = _setting(-1, "ranks that share one replica; -1: all that are left", at_least=-1)
     timeout_minutes: float = _setting(10.0, "a collective that takes longer ends the job", above=0)
 
+    def layout(self, world_size: int) -> tuple[int, int]:
+        """``(dp_replicate, dp_shard)`` whose product is ``world_size``. Raises ``UserError`` if there is none."""
+        shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
+        if self.dp_replicate * shard != world_size:
+            raise UserError(
+                f"mesh: dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} does not make up "
+                f"the {world_size} ranks started"
+            )
+        return self.dp_replicate, shard
+
 
 @dataclass
 class Config:
@@ -182,22 +192,6 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
         raise UserError(f"{origin.get(key, f'{path}: {key}')}: {problem}") from None
     _validate(resolved, lambda key: origin.get(key, f"{path}: {key}"))
     return resolved, redact(OmegaConf.to_yaml(config, resolve=False))
-
-
-def open_run_dir(config: Config) -> Path:
-    """Create the run directory. Raises ``UserError`` if it is in use or cannot be written."""
-    run_dir = Path(config.run_dir).expanduser()
-    try:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise UserError(f"run_dir {run_dir}: exists and is not an empty folder; give a new one (run_dir=...)")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(run_dir, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        (run_dir / ".write-test").touch()
-        (run_dir / ".write-test").unlink()
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
-    return run_dir
 
 
 def settings() -> Iterator[tuple[str, dataclasses.Field]]:

@@ -362,21 +362,20 @@ def tokenise(
         if not parts[number].exists():
             records = source.read(starts[number], starts[number] + PART_RECORDS)
             _write_part(parts[number], _encode_all(records, read, tokenizer, vocabulary, config))
-    loaded = [datasets.load_from_disk(str(part)) for part in parts]
     counts = [json.loads((part / "counts.json").read_text()) for part in parts]
-    table = datasets.concatenate_datasets([part for part in loaded if len(part)] or loaded[:1])
-    samples = Samples(
+    loaded = [datasets.load_from_disk(str(p)) for p, count in zip(parts, counts, strict=True) if count["kept"]]
+    if not loaded:
+        raise UserError(
+            f"data {path}: nothing to learn: in all {len(source)} samples no token of a response is left within "
+            f"data.max_length={config.max_length} (data.overlong={config.overlong})"
+        )
+    table = datasets.concatenate_datasets(loaded)
+    return Samples(
         table.select_columns(["input_ids", "labels"]),
         np.asarray(table.data.column("length").to_numpy(), dtype=np.int64),
         sum(count["truncated"] for count in counts),
         sum(count["dropped"] for count in counts),
     )
-    if not len(samples):
-        raise UserError(
-            f"data {path}: nothing to learn: in all {len(source)} samples no token of a response is left within "
-            f"data.max_length={config.max_length} (data.overlong={config.overlong})"
-        )
-    return samples
 
 
 def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -392,7 +391,7 @@ def _encode_all(
     vocabulary: int,
     config: DataConfig,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    rows, counts = [], {"truncated": 0, "dropped": 0}
+    rows, counts = [], {"kept": 0, "truncated": 0, "dropped": 0}
     for where, record in records:
         ids, learned = _at(where, lambda r: encode(read(r), tokenizer), record)
         if ids and max(ids) >= vocabulary:
@@ -405,6 +404,7 @@ def _encode_all(
             counts["dropped"] += 1
             continue
         labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
+        counts["kept"] += 1
         rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
     return rows, counts
 
@@ -425,7 +425,8 @@ def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]
     )
     columns = {name: [row[name] for row in rows] for name in features}
     datasets.disable_progress_bars()
-    datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(temporary))
+    if rows:
+        datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(temporary))
     (temporary / "counts.json").write_text(json.dumps(counts))
     try:
         temporary.rename(part)

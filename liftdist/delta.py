@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from liftdist import model as models
+from liftdist import preflight
 from liftdist.mesh import Mesh, together
 
 SHARD_SIZE = "2GB"  # also bounds what the writing rank holds in memory
@@ -50,7 +51,7 @@ def export_merged(model: PreTrainedModel, base: Path, target: Path, mesh: Mesh) 
         if mesh.is_main:
             if plan.is_sharded:
                 index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                (temporary / models.INDEX).write_text(json.dumps(index, indent=2))
+                (temporary / preflight.INDEX).write_text(json.dumps(index, indent=2))
             _copy_companions(base, temporary, str(model.dtype).removeprefix("torch."))
             for file in temporary.iterdir():
                 file.chmod(0o644)
@@ -60,7 +61,7 @@ def export_merged(model: PreTrainedModel, base: Path, target: Path, mesh: Mesh) 
 
 def _copy_companions(base: Path, target: Path, dtype: str) -> None:
     for file in base.iterdir():
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name != models.INDEX:
+        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name != preflight.INDEX:
             shutil.copy(file, target / file.name)
     config = json.loads((target / "config.json").read_text())
     config["dtype"] = dtype

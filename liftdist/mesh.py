@@ -56,26 +56,6 @@ class Mesh:
         return self.device_mesh.get_group("dp_replicate") if self.device_mesh.size(0) > 1 else None
 
 
-def default_ranks() -> int:
-    """Ranks to start on this machine: one for each GPU, or one."""
-    return max(1, torch.cuda.device_count())
-
-
-def layout(config: MeshConfig, world_size: int) -> tuple[int, int]:
-    """``(dp_replicate, dp_shard)`` whose product is ``world_size``.
-
-    Raises:
-        UserError: no such layout.
-    """
-    replicate = config.dp_replicate
-    shard = world_size // replicate if config.dp_shard == -1 else config.dp_shard
-    if replicate * shard != world_size:
-        raise UserError(
-            f"mesh: dp_replicate {replicate} x dp_shard {config.dp_shard} does not make up the {world_size} ranks started"
-        )
-    return replicate, shard
-
-
 @contextmanager
 def start(config: MeshConfig) -> Iterator[Mesh]:
     """Join the ranks that torchrun started (or be the only one) and lay them out; leave at the end."""
@@ -88,14 +68,14 @@ def start(config: MeshConfig) -> Iterator[Mesh]:
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    layout(config, int(os.environ.get("WORLD_SIZE", 1)))
+    config.layout(int(os.environ.get("WORLD_SIZE", 1)))
     timeout = timedelta(minutes=config.timeout_minutes)
     if "RANK" in os.environ:
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     try:
-        shape = layout(config, dist.get_world_size())
+        shape = config.layout(dist.get_world_size())
         yield Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")))
     finally:
         dist.destroy_process_group()

@@ -12,7 +12,6 @@ import contextlib
 import hashlib
 import json
 import random
-import re
 import struct
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,35 +27,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.initialization import no_init_weights
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from liftdist import preflight
 from liftdist.config import ModelConfig, UserError
 from liftdist.mesh import Mesh, gather, local_tensor, row_bounds, together
-
-INDEX = "model.safetensors.index.json"
-WEIGHTS = "model.safetensors"
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
-
-
-def resolve(path: str, weights: bool = True) -> Path:
-    """The local folder of a model, fetched from the hub (into its cache) if ``path`` is a hub name.
-
-    Raises:
-        UserError: no such folder or hub model.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        return folder
-    if path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"model.path {path}: no such folder")
-    from huggingface_hub import snapshot_download
-
-    patterns = HUB_FILES if weights else [p for p in HUB_FILES if "safetensors" not in p]
-    try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
-    except Exception as error:  # the library raises almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"model.path {path}: no such folder, and not to be had from the hub: {reason}") from None
 
 
 def check_type(folder: Path, config: ModelConfig) -> Any:
@@ -65,40 +39,11 @@ def check_type(folder: Path, config: ModelConfig) -> Any:
     Raises:
         UserError: no or damaged ``config.json``, unknown or unsupported model type, quantised weights, no safetensors.
     """
-    file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(
-            f"model.path {folder}: holds no config.json" + ("" if any(folder.iterdir()) else " (it is empty)")
-        )
-    try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}") from None
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
-    if not model_type:
-        raise UserError(f"{file}: names no model_type")
-    if "quantization_config" in raw:
-        method = raw["quantization_config"].get("quant_method", "unknown method")
-        raise UserError(f"{file}: quantised weights ({method}) cannot be trained; use the unquantised model")
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (config.trust_remote_code and "auto_map" in raw):
-        hint = "; its code comes with it: set model.trust_remote_code=true to run it" if "auto_map" in raw else ""
-        raise UserError(
-            f"{file}: model_type {model_type!r} is not a causal language model that transformers knows{hint}"
-        )
-    if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        raise UserError(
-            f"model.path {folder}: "
-            + (
-                f"pickled weights ({pickled[0]}) are not loaded; convert them to safetensors"
-                if pickled
-                else f"holds no {WEIGHTS}"
-            )
-        )
+    preflight.check_model_folder(folder, config.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a malformed field surfaces as almost anything
-        raise UserError(f"{file}: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
 
 
 def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -114,20 +59,21 @@ class Checkpoint:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        preflight.check_weight_files(folder)
         try:
-            if (folder / INDEX).exists():
-                index = json.loads((folder / INDEX).read_text())["weight_map"]
+            if (folder / preflight.INDEX).exists():
+                index = json.loads((folder / preflight.INDEX).read_text())["weight_map"]
                 files = sorted(set(index.values()))
             else:
-                files = [WEIGHTS]
+                files = [preflight.WEIGHTS]
             self._headers = {file: _header(folder / file) for file in files}
         except (OSError, ValueError, KeyError, struct.error) as error:
             raise UserError(f"model.path {folder}: damaged weights: {error}") from None
         self.file_of = {
             name: file for file, header in self._headers.items() for name in header if name != "__metadata__"
         }
-        if (folder / INDEX).exists() and (missing := sorted(set(index) - set(self.file_of))):
-            raise UserError(f"model.path {folder}: {missing[0]} is not in the file that {INDEX} names")
+        if (folder / preflight.INDEX).exists() and (missing := sorted(set(index) - set(self.file_of))):
+            raise UserError(f"model.path {folder}: {missing[0]} is not in the file that {preflight.INDEX} names")
 
     def info(self, name: str) -> dict[str, Any]:
         """``dtype`` and ``shape`` of a tensor as its file states them, with the byte range ``data_offsets``."""

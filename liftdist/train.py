@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
-from liftdist import __version__, data, delta, selection
+from liftdist import __version__, data, delta, preflight, selection
 from liftdist import config as configs
 from liftdist import mesh as meshes
 from liftdist import model as models
@@ -99,7 +99,7 @@ def prepare(config: Config, console: Console, part: float = 0.0) -> Inputs:
     Raises:
         UserError: whatever is wrong with them.
     """
-    folder = models.resolve(config.model.path)
+    folder = preflight.resolve_model(config.model.path)
     hf_config = models.check_type(folder, config.model)
     tokenizer = models.load_tokenizer(folder, config.model)
     vocabulary = hf_config.get_text_config().vocab_size
@@ -226,7 +226,7 @@ def select_only(config: Config, mesh: Mesh) -> None:
     """Select the principal weights and keep them in the cache. Collective."""
     console = Console(mesh.is_main)
     with together():
-        folder = models.resolve(config.model.path)
+        folder = preflight.resolve_model(config.model.path)
     load_principal(config, folder, mesh, console)
     console.say(f"kept in {_cached_selection(config, models.digest(folder, Path(config.cache_dir)))}")
 
@@ -357,7 +357,7 @@ def train(config: Config, mesh: Mesh, text: str) -> None:
         torch.use_deterministic_algorithms(True)
     with together():
         if mesh.is_main:
-            describe_run(configs.open_run_dir(config), text, mesh)
+            describe_run(preflight.open_run_dir(config), text, mesh)
         inputs = prepare(config, console, mesh.rank / mesh.world_size)
     run_dir = Path(config.run_dir).expanduser()
     model, principal = load_principal(config, inputs.folder, mesh, console)

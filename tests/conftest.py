@@ -1,0 +1,53 @@
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "launch")]
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder: a real pretrained model, out of a Python package."""
+    import quickstart
+
+    return quickstart.model_folder(ROOT / ".cache" / "quickstart")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, smollm2) -> Path:
+    """A small float32 Llama with tied embeddings and the real tokenizer, whose sizes divide by neither 2, 3 nor 4 ranks."""
+    import builders
+
+    return builders.llama(tmp_path_factory.mktemp("tiny"), smollm2)
+
+
+@pytest.fixture
+def records(tmp_path) -> Path:
+    """Forty prompt/completion records."""
+    path = tmp_path / "records.jsonl"
+    lines = [
+        {"prompt": f"{a} plus {b} is", "completion": f" {a + b}" * (1 + a % 3)} for a in range(8) for b in range(5)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

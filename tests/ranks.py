@@ -1,0 +1,90 @@
+"""Real ranks on one machine: spawned processes that meet through a file store and talk over gloo.
+
+``run(world_size, function, *arguments)`` calls ``function(mesh, *arguments)`` on every rank and returns what the ranks
+returned, by rank. Several checks share one spawn where they can: starting processes is the dear part.
+"""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from liftdist.mesh import Mesh
+
+
+def run(
+    world_size: int, function: Callable[..., Any], *arguments: Any, dp_replicate: int = 1, timeout: float = 240
+) -> list[Any]:
+    context = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(
+                target=_rank, args=(rank, world_size, dp_replicate, folder, function, arguments), daemon=True
+            )
+            for rank in range(world_size)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        for rank, process in enumerate(processes):
+            if process.is_alive():
+                process.kill()
+                raise TimeoutError(f"rank {rank} of {world_size} did not finish within {timeout} s")
+        results = []
+        for rank in range(world_size):
+            file = Path(folder) / f"result-{rank}.pt"
+            if not file.exists():
+                raise RuntimeError(f"rank {rank} of {world_size} died without a word")
+            ok, value = torch.load(file, weights_only=False)  # written by ourselves, a moment ago
+            if not ok:
+                raise AssertionError(f"rank {rank} of {world_size}:\n{value}")
+            results.append(value)
+    return results
+
+
+def _rank(rank: int, world_size: int, dp_replicate: int, folder: str, function: Callable, arguments: tuple) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)
+    store = dist.FileStore(f"{folder}/store", world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    try:
+        shape = (dp_replicate, world_size // dp_replicate)
+        mesh = Mesh(torch.device("cpu"), init_device_mesh("cpu", shape, mesh_dim_names=("dp_replicate", "dp_shard")))
+        outcome = (True, function(mesh, *arguments))
+    except Exception:
+        outcome = (False, traceback.format_exc())
+    torch.save(outcome, f"{folder}/result-{rank}.pt")
+    dist.destroy_process_group()
+
+
+class Traffic(TorchDispatchMode):
+    """Counts collectives and the bytes a rank puts into them, by process group: ``{group: {operation: [calls, bytes]}}``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_group: dict[str, dict[str, list[int]]] = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        if function.namespace == "c10d":
+            group = next(a for a in arguments if isinstance(a, torch.ScriptObject) and "ProcessGroup" in str(a._type()))
+            name = dist.ProcessGroup.unbox(group).group_name
+            operation = function.__name__.split(".")[0].strip("_")
+            sent = (
+                arguments[1]
+                if operation in ("reduce_scatter_base", "allgather_base", "_reduce_scatter_base")
+                else arguments[0]
+            )
+            tensors = sent if isinstance(sent, list | tuple) else [sent]
+            entry = self.by_group.setdefault(name, {}).setdefault(operation, [0, 0])
+            entry[0] += 1
+            entry[1] += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+        return function(*arguments, **(keywords or {}))

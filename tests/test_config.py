@@ -1,0 +1,118 @@
+import dataclasses
+
+import pytest
+
+from liftdist import config as configs
+from liftdist.config import UserError
+
+MINIMAL = """\
+run_dir: runs/x
+model:
+  path: some/model
+data:
+  path: x.jsonl
+selection:
+  density: 0.05
+"""
+
+
+def load(tmp_path, text=MINIMAL, overrides=()):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    return configs.load(path, overrides)
+
+
+def test_defaults_file_and_overrides_in_that_order(tmp_path):
+    config, _ = load(
+        tmp_path, MINIMAL + "train: {batch_size: 8, seed: 1}\n", ["train.batch_size=32", "optimizer.lr=3e-4"]
+    )
+    assert (config.train.batch_size, config.train.seed, config.train.micro_batch_size) == (32, 1, 4)
+    assert config.optimizer.lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("train.stpes=3", "unknown key 'train.stpes'; did you mean 'train.steps'?"),
+        ("density=0.1", "did you mean 'selection.density'?"),
+        ("optimizer.lr=nan", "optimizer.lr: must be a finite number, got nan"),
+        ("optimizer.lr=abc", "could not be converted to Float"),
+        ("optimizer.lr=0", "must be above 0"),
+        ("train.batch_size=1.5", "could not be converted to Integer"),
+        ("train.batch_size=true", "could not be converted to Integer"),
+        ("train.batch_size=0", "must be at least 1, got 0"),
+        ("selection.density=1.2", "must be at most 1, got 1.2"),
+        ("selection.density=null", "set exactly one of selection.density and selection.budget_rank, got neither"),
+        ("selection.budget_rank=8", "set exactly one of selection.density and selection.budget_rank, got both"),
+        ("model.dtype=bf16", "must be one of bfloat16, float32 (did you mean bfloat16?), got 'bf16'"),
+        ("optimizer.betas=[0.9]", "must be two numbers"),
+        ("optimizer.betas=[0.9, 1.0]", "must be below 1, got 1.0"),
+        ("selection.modules=[]", "at least one pattern"),
+        ("model=3", "model: "),
+        ("data.path=${oc.env:NO_SUCH_VARIABLE}", "'NO_SUCH_VARIABLE' not found"),
+        ("nonsense", "expected key=value"),
+    ],
+)
+def test_bad_overrides_are_one_line(tmp_path, override, problem):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, overrides=[override])
+    assert problem in str(caught.value)
+    assert override in str(caught.value) or "selection" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (MINIMAL + "trian:\n  steps: 3\n", "config.yaml:8: unknown key 'trian'; did you mean 'train'?"),
+        (
+            MINIMAL + "train:\n  batchsize: 3\n",
+            "config.yaml:9: unknown key 'train.batchsize'; did you mean 'train.batch_size'?",
+        ),
+        (MINIMAL + "train:\n  steps: many\n", "config.yaml:9: train.steps: "),
+        (MINIMAL + "train:\n  steps: -1\n", "config.yaml:9: train.steps: must be at least 1, got -1"),
+        (MINIMAL + "train: [\n", "config.yaml:9: not YAML"),
+        (MINIMAL.replace("  path: x.jsonl\n", "  split: train\n"), "data.path: must be given"),
+        ("", "must be given"),
+    ],
+)
+def test_bad_files_name_the_line(tmp_path, text, problem):
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, text)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.yaml: No such file"):
+        configs.load(tmp_path / "nowhere.yaml")
+
+
+def test_secrets_are_neither_kept_nor_shown(tmp_path, monkeypatch):
+    monkeypatch.setenv("PLAIN_NAME", "value-from-env")
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    config, text = load(tmp_path, overrides=["model.path=${oc.env:PLAIN_NAME}", "run_dir=runs/hf_secret"])
+    assert config.model.path == "value-from-env"
+    assert "value-from-env" not in text
+    assert "hf_secret" not in text
+    with pytest.raises(UserError) as caught:
+        load(tmp_path, overrides=["optimizer.lr=${oc.env:PLAIN_NAME}"])
+    assert "value-from-env" not in str(caught.value)
+
+
+def test_layouts():
+    mesh = configs.MeshConfig
+    assert mesh().layout(6) == (1, 6)
+    assert mesh(dp_replicate=2).layout(6) == (2, 3)
+    for bad in (mesh(dp_replicate=4), mesh(dp_replicate=2, dp_shard=2)):
+        with pytest.raises(UserError, match="does not make up the 6 ranks"):
+            bad.layout(6)
+
+
+def test_every_setting_is_explained():
+    for key, leaf in configs.settings():
+        assert leaf.metadata["help"], key
+    assert len(list(configs.settings())) == sum(
+        len(dataclasses.fields(f.default_factory)) if dataclasses.is_dataclass(f.default_factory) else 1
+        for f in dataclasses.fields(configs.Config)
+    )

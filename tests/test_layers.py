@@ -1,0 +1,51 @@
+"""The imports between modules run in one direction, and what must start fast imports no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "liftdist"
+
+#: what a module may import of the package, besides config
+ALLOWED = {
+    "config": set(),
+    "data": set(),
+    "metrics": set(),
+    "lowrank": set(),
+    "preflight": {"data"},
+    "mesh": set(),
+    "selection": {"mesh"},
+    "principal": {"mesh", "lowrank", "selection"},
+    "model": {"mesh", "preflight"},
+    "delta": {"mesh", "model", "preflight"},
+    "train": {"data", "delta", "mesh", "metrics", "model", "preflight", "principal", "selection"},
+    "cli": {"metrics", "model", "preflight", "train"},
+}
+
+
+def imported(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == "liftdist":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("liftdist."):
+            found.add(node.module.split(".")[1])
+    return found & {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def test_every_module_has_its_place():
+    assert {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"} == set(ALLOWED)
+
+
+@pytest.mark.parametrize("module", ALLOWED)
+def test_imports_run_downward(module):
+    assert imported(module) <= ALLOWED[module] | {"config"}
+
+
+@pytest.mark.parametrize("module", ["cli", "config", "data", "preflight"])
+def test_starts_without_torch(module):
+    code = f"import sys, liftdist.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
