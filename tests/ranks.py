@@ -1,7 +1,7 @@
-"""Real ranks on one machine: spawned processes that meet through a file store and talk over gloo.
+"""Real ranks on one machine: processes that meet through a file store and talk over gloo.
 
 ``run(world_size, function, *arguments)`` calls ``function(mesh, *arguments)`` on every rank and returns what the ranks
-returned, by rank. Several checks share one spawn where they can: starting processes is the dear part.
+returned, by rank. They are forked from a server that has imported torch and transformers already.
 """
 
 import os
@@ -23,7 +23,8 @@ from liftdist.mesh import Mesh
 def run(
     world_size: int, function: Callable[..., Any], *arguments: Any, dp_replicate: int = 1, timeout: float = 240
 ) -> list[Any]:
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["liftdist.train"])
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(

@@ -38,13 +38,14 @@ def run_training(mesh, model_folder, data, folder):
     inputs = prepare(config, console)
     model, principal = load_principal(config, inputs.folder, mesh, console)
     trainer = Trainer(config, mesh, inputs, model, principal)
-    masks, losses, dense, traffic = [global_masks(principal)], [], [], []
+    masks, losses, dense, traffic, flat_bytes = [global_masks(principal)], [], [], [], []
     for _ in range(STEPS):
         counter = ranks.Traffic()
         with counter:
             losses.append(trainer.run_step()["train/loss"])
         dense.append(sum(param.grad is not None for param in model.parameters()))
         traffic.append(counter.by_group)
+        flat_bytes.append(principal.values.numel() * 4)
         if trainer.step % REFRESH == 0:
             masks.append(global_masks(principal))
     weights = {
@@ -59,7 +60,7 @@ def run_training(mesh, model_folder, data, folder):
         dense_gradients_left=dense,
         values=principal.values.detach().clone(),
         between_replicas=[step.get(group.group_name, {}) if group else {} for step in traffic],
-        flat_bytes=principal.values.numel() * 4,
+        flat_bytes=flat_bytes,
         shard_rows=[matrix.rows_local.shape[0] for matrix in principal.matrices],
     )
 
@@ -155,7 +156,7 @@ def test_only_the_flat_gradient_travels_between_replicas(runs, world):
             # a refresh sends indices, too; where the replicas are all ranks, loss and label count (16 B) use their group
             if number % REFRESH:
                 assert list(step) == ["allreduce"]
-                assert step["allreduce"][1] - rank["flat_bytes"] == (16 if world == "replicas" else 0)
+                assert step["allreduce"][1] - rank["flat_bytes"][number - 1] == (16 if world == "replicas" else 0)
 
 
 def test_replicas_stay_equal(runs):

@@ -1,0 +1,121 @@
+import json
+from collections import OrderedDict
+
+import pytest
+import ranks
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
+
+from liftdist import PrincipalWeights, selection
+from liftdist.mesh import row_bounds
+
+
+def model_of(mesh=None, dtype=torch.float32):
+    torch.manual_seed(0)
+    layers = {f"m{i}": nn.Linear(40 + 7 * i, 61 - 5 * i, bias=False) for i in range(7)}
+    model = nn.Sequential(OrderedDict(layers)).to(dtype)
+    if mesh is not None:
+        fully_shard(model, mesh=mesh.shard_mesh)
+    return model
+
+
+def whole_selection(mesh, folder):
+    model = model_of(mesh, torch.bfloat16)
+    kept = {}
+    principal = PrincipalWeights(
+        model, density=0.1, filter_rank=4, replicate_group=mesh.replicate_group, on_selected=kept.__setitem__
+    )
+    target = folder / f"{mesh.world_size}-{mesh.device_mesh.size(0)}"
+    selection.write(target, kept)
+    read_back = selection.read(target, principal.matrices)
+    assert all(torch.equal(a, b) for a, b in zip(read_back, principal.indices, strict=True))
+    assert all(indices.dtype == torch.int32 for indices in principal.indices)
+    files = sorted(path.name for path in target.parent.iterdir() if path.name.startswith("."))
+    return {m.name: (i + m.offset_local).tolist() for m, i in zip(principal.matrices, principal.indices, strict=True)}, files
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (2, 2), (3, 3)])
+def test_selection_is_the_same_on_any_mesh(world_size, replicas, tmp_path):
+    alone = PrincipalWeights(model_of(dtype=torch.bfloat16), density=0.1, filter_rank=4)
+    expected = {m.name: i.tolist() for m, i in zip(alone.matrices, alone.indices, strict=True)}
+    found = ranks.run(world_size, whole_selection, tmp_path, dp_replicate=replicas)
+    shards = world_size // replicas
+    for replica in range(replicas):
+        mine = [found[replica * shards + shard][0] for shard in range(shards)]
+        assert {name: sorted(sum((share[name] for share in mine), [])) for name in expected} == expected
+    assert all(not left for _, left in found)  # no temporary folder stays
+    # what one world size wrote, another reads
+    folder = tmp_path / f"{world_size}-{replicas}"
+    assert [i.tolist() for i in selection.read(folder, alone.matrices)] == list(expected.values())
+
+
+def not_finite(mesh):
+    model = model_of(mesh)
+    with torch.no_grad():
+        rows = model.m3.weight.to_local()
+        if mesh.rank == mesh.world_size - 1:
+            rows[-1, -1] = torch.inf
+    try:
+        PrincipalWeights(model, density=0.1, filter_rank=4)
+    except Exception as error:
+        return type(error).__name__, str(error)
+    return None
+
+
+def test_weights_that_are_not_finite_are_named_on_every_rank():
+    outcomes = ranks.run(3, not_finite)
+    assert all("m3.weight: weight holds NaN or infinity" in text for _, text in outcomes)
+    assert [kind for kind, _ in outcomes].count("ValueError") == 1  # the owner; the others report what it said
+
+
+def test_damaged_selections_are_refused(tmp_path):
+    kept = {}
+    principal = PrincipalWeights(model_of(), density=0.1, filter_rank=4, on_selected=kept.__setitem__)
+    for name, change, problem in (
+        ("short", lambda i: i[:-1], "damaged"),
+        ("unsorted", lambda i: i.flip(0).contiguous(), "damaged"),
+        ("range", lambda i: torch.cat([i[:-1], torch.tensor([10**6])]), "damaged"),
+    ):
+        selection.write(tmp_path / name, kept | {"m2.weight": change(kept["m2.weight"])})
+        with pytest.raises(ValueError, match=rf"m2\.weight is {problem}"):
+            selection.read(tmp_path / name, principal.matrices)
+    selection.write(tmp_path / "absent", {k: v for k, v in kept.items() if k != "m2.weight"})
+    with pytest.raises(ValueError, match=r"no selection for m2\.weight"):
+        selection.read(tmp_path / "absent", principal.matrices)
+    assert set(json.loads((tmp_path / "short" / "selection.json").read_text())) == set(kept)
+
+
+@pytest.mark.parametrize("ranks_", [1, 2, 3, 8, 64])
+def test_dealing_is_balanced(ranks_):
+    costs = [3.0, 1.0, 1.0, 3.0, 0.5, 2.0, 2.0] * 32
+    owners = selection.deal(costs, ranks_)
+    loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(ranks_)]
+    if len(costs) >= 4 * ranks_:
+        assert max(loads) <= 1.1 * max(sum(costs) / ranks_, max(costs))
+    assert selection.deal([], 3) == []
+
+
+def test_rows_are_dealt_as_torch_does():
+    for rows in range(1, 20):
+        for shards in range(1, 9):
+            chunks = [len(c) for c in torch.arange(rows).chunk(shards)]
+            bounds = row_bounds(rows, shards)
+            assert [b - a for a, b in zip(bounds, bounds[1:], strict=False)] == chunks + [0] * (shards - len(chunks))
+
+
+def columns(mesh):
+    from torch.distributed.tensor import distribute_tensor
+
+    model = nn.Sequential(nn.Linear(8, 8, bias=False))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh.shard_mesh, [Shard(1)]))
+    try:
+        PrincipalWeights(model, density=0.1)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_sharding_by_columns_is_refused():
+    assert all("0.weight: must be sharded by rows" in text for text in ranks.run(2, columns))
