@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 EXIT_USER_ERROR = 2  # exit code for anything the user can put right
 
 
-class UserError(Exception):
+class UserError(ValueError):
     """Something the user can put right. Shown as one line, without a traceback, with exit code 2."""
 
 
@@ -48,7 +48,9 @@ def _setting(
 class ModelConfig:
     path: str = _setting(MISSING, "folder of a Hugging Face causal language model, or its name on the hub")
     dtype: str = _setting("bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"))
-    attn_implementation: str | None = _setting(None, "attention kernel, as transformers names it; its own choice if unset")
+    attn_implementation: str | None = _setting(
+        None, "attention kernel, as transformers names it; its own choice if unset"
+    )
     activation_checkpointing: bool = _setting(False, "recompute each decoder layer in backward instead of keeping it")
     compile: bool = _setting(False, "`torch.compile` each decoder layer")
     trust_remote_code: bool = _setting(False, "run model code that comes with the weights")
@@ -289,7 +291,11 @@ def _validate(config: Config, where: Any) -> None:
         raise UserError(f"{where('selection.modules')}: must name at least one pattern")
     if mesh.dp_shard == 0:
         raise UserError(f"{where('mesh.dp_shard')}: must be -1 or at least 1, got 0")
-    if config.data.packing and "flash" in (config.model.attn_implementation or "") and config.train.micro_batch_size != 1:
+    if (
+        config.data.packing
+        and "flash" in (config.model.attn_implementation or "")
+        and config.train.micro_batch_size != 1
+    ):
         raise UserError(
             f"{where('train.micro_batch_size')}: must be 1 with data.packing and flash attention (raise data.max_length "
             f"instead), got {config.train.micro_batch_size}"

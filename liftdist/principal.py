@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 from liftdist import lowrank, selection
+from liftdist.config import UserError
 from liftdist.mesh import Group, all_reduce_sum, local_tensor
 from liftdist.selection import Criterion, Matrix
 
@@ -276,7 +277,7 @@ def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> 
     """Weights to train by name: every ``nn.Linear`` whose name fits a pattern, but the output head.
 
     Raises:
-        ValueError: none fits.
+        UserError: none fits.
     """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
@@ -288,7 +289,7 @@ def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> 
             assert isinstance(weight, nn.Parameter)
             found[names[id(weight)]] = weight
     if not found:
-        raise ValueError(f"no linear module of {type(model).__name__} fits {', '.join(patterns)}")
+        raise UserError(f"no linear module of {type(model).__name__} fits {', '.join(patterns)}")
     return found
 
 

@@ -27,6 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from liftdist.config import UserError
 from liftdist.mesh import Group, gather, local_tensor, row_bounds, together
 
 #: ``(weight [m, n], num_selected, seed) -> [num_selected] int64 sorted flat indices``
@@ -118,7 +119,7 @@ def select(
         For each matrix, ``[k_local]`` int32 sorted flat indices within this rank's rows.
 
     Raises:
-        ValueError: naming the parameter, when its weights are not finite; on every rank.
+        UserError: naming the parameter, when its weights are not finite; a ``ValueError``, on every rank.
     """
     shards = 1 if shard_group is None else shard_group.size()
     shard = 0 if shard_group is None else shard_group.rank()
@@ -142,8 +143,10 @@ def select(
                     indices = criterion(whole, matrices[mine].num_selected, seed_of(matrices[mine].name))
                     if on_selected is not None:
                         on_selected(matrices[mine].name, indices)
-                except Exception as error:  # the other ranks wait in the exchanges: go on, raise at the end
-                    failure = type(error)(f"{matrices[mine].name}: {error}") if isinstance(error, ValueError) else error
+                except ValueError as error:  # the other ranks wait in the exchanges: go on, raise at the end
+                    failure = UserError(f"{matrices[mine].name}: {error}")
+                except Exception as error:
+                    failure = error
             del whole
             for item, local in zip(wanted, _return_indices(matrices, mine, indices, shard_group), strict=True):
                 if item is not None:

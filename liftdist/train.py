@@ -19,7 +19,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -171,7 +170,7 @@ def load_principal(
     kept: dict[str, Tensor] = {}
     console.say(f"selecting principal weights ({choice.method}, filter rank {choice.filter_rank})")
     started = time.perf_counter()
-    with console.progress("selecting", "matrix") as progress, together_value_errors():
+    with console.progress("selecting", "matrix") as progress:
         principal = PrincipalWeights(
             model,
             density=choice.density,
@@ -194,17 +193,6 @@ def load_principal(
         f"weights ({time.perf_counter() - started:.1f} s)"
     )
     return model, principal
-
-
-class together_value_errors:
-    """Turns the ``ValueError`` by which the engine refuses a model, on all ranks alike, into a :class:`UserError`."""
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if isinstance(error, ValueError):
-            raise UserError(str(error)) from None
 
 
 def _cached_selection(config: Config, digest: str) -> Path:
@@ -301,7 +289,7 @@ class Trainer:
         figures: dict[str, float] = {}
         interval = self.config.selection.refresh_interval
         if interval and self.step % interval == 0:
-            with self.watch("refresh"), together_value_errors():
+            with self.watch("refresh"):
                 figures["selection/survived"] = self.principal.refresh(self.optimizer)
         sequences = self.order.batch(self.consumed, self.epochs)
         lengths = self.inputs.samples.lengths
@@ -357,13 +345,15 @@ def train(config: Config, mesh: Mesh, text: str) -> None:
         torch.use_deterministic_algorithms(True)
     with together():
         if mesh.is_main:
-            describe_run(preflight.open_run_dir(config), text, mesh)
+            preflight.open_run_dir(config)
         inputs = prepare(config, console, mesh.rank / mesh.world_size)
     run_dir = Path(config.run_dir).expanduser()
     model, principal = load_principal(config, inputs.folder, mesh, console)
     model.train()
     trainer = Trainer(config, mesh, inputs, model, principal)
     with together():
+        if mesh.is_main:  # not before: what failed until here can be put right and started again with the same run_dir
+            describe_run(run_dir, text, mesh)
         recorder = Recorder(run_dir, mesh.is_main)
     recorder.text("config", text)
     recorder.text("parameters", _parameter_counts(model, principal))

@@ -38,7 +38,7 @@ def llama(folder: Path, tokenizer_from: Path | None = None, model_type: str = "l
     return folder
 
 
-def config(model: Path, records: Path, folder: Path, **sections) -> Config:
+def config(model: Path, records: Path, folder: Path, /, **sections) -> Config:
     """A config for small tests; ``sections`` holds dicts of settings by section."""
     made = Config(run_dir=str(folder / "run"), cache_dir=str(folder / "cache"))
     made.model.path, made.model.dtype = str(model), "float32"

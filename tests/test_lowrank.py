@@ -75,6 +75,7 @@ def test_fast_agrees_on_every_matrix_of_a_real_model(smollm2):
     weights = {name: w.float() for name, w in load_file(smollm2 / "model.safetensors").items() if "_proj" in name}
     assert len(weights) == 210
     overlaps = {32: [], 64: [], 128: []}
+    torch.set_num_threads(2)  # for the oracle
     for name, weight in weights.items():
         k = round(0.05 * weight.numel())
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
@@ -87,6 +88,7 @@ def test_fast_agrees_on_every_matrix_of_a_real_model(smollm2):
                 if estimate <= lowrank.MISS_TOLERANCE:
                     break
             found.append(overlap(chosen, expected))
+    torch.set_num_threads(1)
     for rank, found in overlaps.items():
         assert sum(found) / len(found) >= 0.999, rank
         assert min(found) >= 0.995, rank

@@ -1,3 +1,4 @@
+import itertools
 import json
 from collections import OrderedDict
 
@@ -33,7 +34,9 @@ def whole_selection(mesh, folder):
     assert all(torch.equal(a, b) for a, b in zip(read_back, principal.indices, strict=True))
     assert all(indices.dtype == torch.int32 for indices in principal.indices)
     files = sorted(path.name for path in target.parent.iterdir() if path.name.startswith("."))
-    return {m.name: (i + m.offset_local).tolist() for m, i in zip(principal.matrices, principal.indices, strict=True)}, files
+    return {
+        m.name: (i + m.offset_local).tolist() for m, i in zip(principal.matrices, principal.indices, strict=True)
+    }, files
 
 
 @pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 1), (4, 2), (2, 2), (3, 3)])
@@ -44,7 +47,7 @@ def test_selection_is_the_same_on_any_mesh(world_size, replicas, tmp_path):
     shards = world_size // replicas
     for replica in range(replicas):
         mine = [found[replica * shards + shard][0] for shard in range(shards)]
-        assert {name: sorted(sum((share[name] for share in mine), [])) for name in expected} == expected
+        assert {name: sorted(index for share in mine for index in share[name]) for name in expected} == expected
     assert all(not left for _, left in found)  # no temporary folder stays
     # what one world size wrote, another reads
     folder = tmp_path / f"{world_size}-{replicas}"
@@ -67,7 +70,7 @@ def not_finite(mesh):
 def test_weights_that_are_not_finite_are_named_on_every_rank():
     outcomes = ranks.run(3, not_finite)
     assert all("m3.weight: weight holds NaN or infinity" in text for _, text in outcomes)
-    assert [kind for kind, _ in outcomes].count("ValueError") == 1  # the owner; the others report what it said
+    assert {kind for kind, _ in outcomes} == {"UserError"}
 
 
 def test_damaged_selections_are_refused(tmp_path):
@@ -102,7 +105,7 @@ def test_rows_are_dealt_as_torch_does():
         for shards in range(1, 9):
             chunks = [len(c) for c in torch.arange(rows).chunk(shards)]
             bounds = row_bounds(rows, shards)
-            assert [b - a for a, b in zip(bounds, bounds[1:], strict=False)] == chunks + [0] * (shards - len(chunks))
+            assert [b - a for a, b in itertools.pairwise(bounds)] == chunks + [0] * (shards - len(chunks))
 
 
 def columns(mesh):

@@ -1,0 +1,308 @@
+"""Whole runs as a user starts them: the command, real torchrun ranks, the run directory, and what goes wrong."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import builders
+import pytest
+import ranks
+import torch
+from test_data import write_records
+from transformers import AutoModelForCausalLM
+
+from liftdist import config as configs
+from liftdist import train as training
+from liftdist.config import UserError
+from liftdist.metrics import Console
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def write_config(folder, model, records, **extra):
+    text = f"""\
+run_dir: {folder}/run
+cache_dir: {folder}/cache
+model: {{path: {model}, dtype: float32}}
+data: {{path: {records}, eval_path: {records}, max_length: 64}}
+selection: {{density: 0.05, filter_rank: 4, refresh_interval: 3}}
+optimizer: {{lr: 0.005}}
+train: {{steps: 5, batch_size: 6, micro_batch_size: 2, eval_interval: 2}}
+"""
+    path = folder / "config.yaml"
+    path.write_text(text)
+    return path
+
+
+def command(*arguments, environment=None, module="liftdist.cli"):
+    """Run a liftdist command in a process of its own; returns it finished, with its output as one text."""
+    return subprocess.run(
+        [sys.executable, "-m", module, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=200,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, tmp_path_factory):
+    """A finished run on two ranks, with a secret in the environment."""
+    folder = tmp_path_factory.mktemp("finished")
+    records = write_records(folder / "records.jsonl")
+    config = write_config(folder, tiny_model, records)
+    secrets = {"MY_API_KEY": "sesame-open-1", "WANDB_THING": "sesame-open-2", "RECORDS": str(records)}
+    run = command(
+        "train", config, "--nproc", 2, "train.seed=1", "data.eval_path=${oc.env:RECORDS}",
+        "selection.modules=['*', '${oc.env:WANDB_THING}']", "model.attn_implementation=sdpa", environment=secrets,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stdout
+    return folder, run.stdout
+
+
+def test_a_run_leaves_everything_behind(finished):
+    folder, output = finished
+    run = folder / "run"
+    assert {p.name for p in run.iterdir()} == {
+        "config.yaml", "command.txt", "environment.json", "metrics.jsonl", "tensorboard", "export",
+    }  # fmt: skip
+    assert "seed: 1" in (run / "config.yaml").read_text()
+    assert "train.seed=1" in (run / "command.txt").read_text()
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["mesh"] == {"dp_replicate": 1, "dp_shard": 2}
+    assert environment["packages"]["torch"] == torch.__version__
+    assert "training 5/5" in output  # plain lines where there is no terminal
+    assert "\r" not in output
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "train/loss" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines if "eval/loss" in line] == [0, 2, 4, 5]
+    assert steps[-1]["train/sequences"] == 30
+    assert 0.5 < steps[2]["selection/survived"] <= 1
+    for key in (
+        "train/lr", "train/grad_norm", "throughput/tokens_per_second", "throughput/tokens_per_second_per_rank",
+        "throughput/data_wait_share", "time/step", "time/forward_backward", "time/exchange", "time/update", "time/refresh",
+        "memory_gib/host_resident/rank0", "memory_gib/host_peak/rank1",
+    ):  # fmt: skip
+        assert steps[-1][key] >= 0, key
+    assert steps[0]["time/step"] > steps[0]["time/forward_backward"] > 0
+
+
+def test_tensorboard_reads_the_run(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = finished
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    logged = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
+    assert len(events.Scalars("eval/loss")) == 4
+    texts = {tag: events.Tensors(tag)[0].tensor_proto.string_val[0].decode() for tag in events.Tags()["tensors"]}
+    assert "batch_size: 6" in texts["config/text_summary"]
+    assert "principal weights" in texts["parameters/text_summary"]
+
+
+def test_the_exported_model_is_the_trained_one(finished, tiny_model):
+    folder, _ = finished
+    exported = AutoModelForCausalLM.from_pretrained(folder / "run" / "export")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    changed = {n: (p != base.get_parameter(n)).float().mean().item() for n, p in exported.named_parameters()}
+    for name, share in changed.items():
+        trained = "_proj" in name
+        assert (0.03 < share < 0.08) if trained else share == 0, (name, share)
+
+
+def test_no_secret_in_any_file_or_output(finished):
+    folder, output = finished
+    for path in [p for p in (folder / "run").rglob("*") if p.is_file()]:
+        assert b"sesame-open" not in path.read_bytes(), path
+    assert "sesame-open" not in output
+
+
+def user_error(run):
+    """The one line that a finished command printed for its user; fails if there is more or less."""
+    assert run.returncode == 2, run.stdout
+    assert "Traceback" not in run.stdout, run.stdout
+    said = [line for line in run.stdout.splitlines() if line.startswith("liftdist:")]
+    assert len(said) == 1, run.stdout
+    return said[0]
+
+
+def test_what_can_be_checked_before_ranks_start(tiny_model, tmp_path):
+    records = write_records(tmp_path / "records.jsonl")
+    config = write_config(tmp_path, tiny_model, records)
+    (tmp_path / "bad.jsonl").write_text(records.read_text() + '{"prompt": "x"\n')
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "file").touch()
+    for override, problem in (
+        ("train.stpes=3", "did you mean 'train.steps'?"),
+        (f"data.path={tmp_path}/none.jsonl", "none.jsonl: no such file"),
+        (f"data.path={tmp_path}/bad.jsonl", "bad.jsonl:41: not JSON"),
+        (f"run_dir={tmp_path}/used", "exists and is not an empty folder"),
+        ("run_dir=/proc/run", "run_dir /proc/run: cannot be written"),
+        ("mesh.dp_replicate=3", "does not make up the 2 ranks"),
+        (f"model.path={tmp_path}/none", "none: no such folder"),
+        (f"model.path={tmp_path}/used", "holds no model.safetensors"),
+    ):
+        run = command("train", config, override, "--nproc", 2)
+        assert problem in user_error(run)
+        assert len(run.stdout.splitlines()) == 1
+    assert user_error(command("train", tmp_path / "none.yaml")).endswith("none.yaml: No such file or directory")
+    assert command("train").returncode == 2
+    assert command("train", config, "--prefetch").returncode == 2
+
+
+def test_what_only_ranks_find_out(tiny_model, tmp_path):
+    """Errors past the first records end all ranks with one line, too: through the command and through bare torchrun."""
+    records = write_records(tmp_path / "records.jsonl")
+    config = write_config(tmp_path, tiny_model, records)
+    good = records.read_text().splitlines()
+    (tmp_path / "late.jsonl").write_text("\n".join([*(good * 30), '{"prompt": 1}', ""]))
+    run = command("train", config, "--nproc", 2, f"data.path={tmp_path}/late.jsonl")
+    assert "late.jsonl:1201: 'prompt' must be text, got int" in user_error(run)
+    masked = [json.dumps({"prompt": "word " * 100, "completion": "x"})] * 3
+    (tmp_path / "masked.jsonl").write_text("\n".join(masked) + "\n")
+    assert "nothing to learn" in user_error(
+        command("train", config, "--nproc", 2, f"data.path={tmp_path}/masked.jsonl")
+    )
+
+    small = builders.llama(tmp_path / "small", ROOT / ".cache" / "quickstart" / "SmolLM2-135M-Instruct")
+    settings = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(settings | {"vocab_size": 1000}))
+    bare = ["--standalone", "--nproc-per-node", 2, "-m", "liftdist.train", config]
+    run = command(*bare, f"model.path={small}", module="torch.distributed.run")
+    assert run.returncode == 1
+    said = [line for line in run.stdout.splitlines() if line.startswith("liftdist:")]
+    assert len(said) == 1
+    assert "the tokenizer has 49152 tokens, the model 1000 embeddings" in said[0]
+    assert run.stdout.count("Traceback (most recent call last)") <= 1  # torchrun's own, not one of every rank
+    run = command(*bare, "train.stpes=1", module="torch.distributed.run")
+    assert run.stdout.count("unknown key 'train.stpes'") == 1
+
+
+def test_select_keeps_what_train_then_uses(tiny_model, tmp_path):
+    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    prefetch = command("select", config, "--prefetch")
+    assert prefetch.returncode == 0, prefetch.stdout
+    assert f"tensors in {tiny_model}" in prefetch.stdout
+    run = command("select", config, "--nproc", 2)
+    assert run.returncode == 0, run.stdout
+    kept = Path(run.stdout.split("kept in ")[1].split()[0])
+    assert (kept / "selection.json").exists()
+    assert not (tmp_path / "run").exists()
+
+    loaded, _ = configs.load(config)
+    stamp = (kept / "selection.json").stat().st_mtime_ns
+    assert ranks.run(3, counts, loaded, tiny_model)[0] > 0
+    assert (kept / "selection.json").stat().st_mtime_ns == stamp
+
+
+def counts(mesh, config, folder):
+    """Principal weights on this rank when the selection comes from the cache: selecting itself must not run."""
+    from liftdist import lowrank
+
+    lowrank.select = None
+    _, principal = training.load_principal(config, folder, mesh, Console(False))
+    return principal.values.numel()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings, on one rank.
+
+
+def losses_of(mesh, config):
+    inputs = training.prepare(config, Console(False))
+    model, principal = training.load_principal(config, inputs.folder, mesh, Console(False))
+    model.train()
+    trainer = training.Trainer(config, mesh, inputs, model, principal)
+    figures = [trainer.run_step() for _ in range(trainer.steps)]
+    return dict(
+        losses=[f["train/loss"] for f in figures],
+        lrs=[f["train/lr"] for f in figures],
+        norms=[f["train/grad_norm"] for f in figures],
+        values=principal.values.detach().clone(),
+        sequences=trainer.consumed,
+    )
+
+
+@pytest.fixture
+def run(tiny_model, tmp_path):
+    records = write_records(tmp_path / "records.jsonl")
+
+    def run(world_size=1, **sections):
+        sections.setdefault("train", {})
+        sections["train"] = dict(steps=6) | sections["train"]
+        return ranks.run(world_size, losses_of, builders.config(tiny_model, records, tmp_path, **sections))[0]
+
+    return run
+
+
+def test_schedules(run):
+    settings = dict(lr=1.0e-4, warmup_ratio=0.3)
+    linear = run(optimizer=settings)["lrs"]
+    assert linear == pytest.approx([0, 5e-5, 1e-4, 7.5e-5, 5e-5, 2.5e-5])
+    assert run(optimizer=settings | dict(schedule="constant"))["lrs"] == pytest.approx([0, 5e-5] + [1e-4] * 4)
+    cosine = run(optimizer=settings | dict(schedule="cosine"))["lrs"]
+    assert cosine == pytest.approx([0, 5e-5, 1e-4, 8.5355e-5, 5e-5, 1.46447e-5], rel=1e-4)
+
+
+def test_what_must_not_change_the_result(run):
+    plain = run()
+    for same in (
+        run(model=dict(activation_checkpointing=True)),
+        run(train=dict(micro_batch_size=8)),
+        run(train=dict(deterministic=True)),
+        run(selection=dict(method="exact")),
+        run(optimizer=dict(max_grad_norm=1e9)),
+    ):
+        assert same["losses"] == pytest.approx(plain["losses"], rel=1e-6)
+    packed = run(data=dict(packing=True))
+    assert packed["sequences"] == plain["sequences"] == 48  # the batch counts sequences, each of several samples here
+    assert packed["losses"][0] == pytest.approx(plain["losses"][0], abs=0.2)
+    assert run(optimizer=dict(max_grad_norm=1e-3))["norms"][0] == pytest.approx(plain["norms"][0])
+
+
+def test_epochs_end_where_the_data_does(run):
+    result = run(2, train=dict(steps=None, epochs=2, batch_size=7, micro_batch_size=2))
+    assert len(result["losses"]) == 12  # ceil(2 * 40 / 7)
+    assert result["sequences"] == 80
+
+
+def test_reference_numerics_add_epsilon_to_the_uncorrected_denominator(run):
+    settings = dict(eps=1e-2, schedule="constant", lr=1e-2)
+    stock, reference = (
+        run(train=dict(steps=1), optimizer=settings | dict(reference_numerics=r)) for r in (False, True)
+    )
+    assert not torch.equal(stock["values"], reference["values"])
+    # after one step: m = .1 g, v = .05 g^2; ours: g / (|g| + eps), the authors': g / (|g| + eps / sqrt(.05))
+    start = run(train=dict(steps=1), optimizer=dict(lr=1e-30))["values"]
+    moved, moved_reference = (start - stock["values"]).abs() / 1e-2, (start - reference["values"]).abs() / 1e-2
+    gradient = 1e-2 * moved / (1 - moved)
+    assert torch.allclose(moved_reference, gradient / (gradient + 1e-2 / 0.05**0.5), atol=2e-4)
+
+
+def diverged(mesh, config):
+    try:
+        losses_of(mesh, config)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_a_run_that_diverges_says_so_on_every_rank(tiny_model, tmp_path):
+    records = write_records(tmp_path / "records.jsonl")
+    config = builders.config(
+        tiny_model, records, tmp_path, optimizer=dict(lr=1e38, schedule="constant"), train=dict(steps=6)
+    )
+    assert all("training diverged" in text for text in ranks.run(2, diverged, config))
+
+
+@pytest.mark.slow
+def test_compiled_layers_give_the_same_losses(run):
+    assert run(model=dict(compile=True))["losses"] == pytest.approx(run()["losses"], rel=1e-5)
