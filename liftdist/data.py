@@ -1,6 +1,6 @@
 """From records to micro-batches.
 
-    records -> (prompt, response) text -> tokens + loss mask -> sequences -> global batches -> this rank's micro-batches
+    records -> tokens + loss mask -> sequences -> global batches -> this rank's micro-batches
 
 Tokenised samples are Arrow files in the cache, named by content: every rank tokenises parts until all parts exist, so
 nobody waits for one. The order is a pure function of (seed, epoch) over sequences, and a batch is dealt to ranks only
@@ -16,13 +16,14 @@ import itertools
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from liftdist import records
 from liftdist.config import DataConfig, UserError
 
 if TYPE_CHECKING:
@@ -32,238 +33,6 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that does not count towards the loss
 PART_RECORDS = 2048  # records tokenised as one unit of work
-CHECKED_RECORDS = 1000  # records looked at before anything is started
-LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
-
-Record = Mapping[str, Any]
-Segment = tuple[str, bool]  # text, and whether it is learned
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats. A format turns a record into chat messages, or into a prompt and a response.
-
-ALPACA = (
-    "Below is an instruction that describes a task{with_input}. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-def _alpaca(record: Record) -> tuple[str, str]:
-    instruction, given = _text(record, "instruction"), record.get("input") or ""
-    if not isinstance(given, str):
-        raise ValueError(f"'input' must be text, got {type(given).__name__}")
-    prompt = ALPACA.format(
-        instruction=instruction,
-        with_input=", paired with an input that provides further context" if given else "",
-        input=f"### Input:\n{given}\n\n" if given else "",
-    )
-    return prompt, _text(record, "output")
-
-
-def _prompt_completion(record: Record) -> tuple[str, str]:
-    return _text(record, "prompt"), _text(record, "completion")
-
-
-def _messages(record: Record) -> list[dict[str, str]]:
-    return _chat(record, "messages", "role", "content", None)
-
-
-def _sharegpt(record: Record) -> list[dict[str, str]]:
-    return _chat(record, "conversations", "from", "value", SHAREGPT_ROLES)
-
-
-#: format -> (fields by which it is told, reader)
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record], Any]]] = {
-    "alpaca": (("instruction", "output"), _alpaca),
-    "prompt_completion": (("prompt", "completion"), _prompt_completion),
-    "messages": (("messages",), _messages),
-    "sharegpt": (("conversations",), _sharegpt),
-}
-
-
-def _text(record: Record, key: str) -> str:
-    if key not in record:
-        raise ValueError(f"field {key!r} is missing (fields: {', '.join(map(str, record)) or 'none'})")
-    if not isinstance(record[key], str):
-        raise ValueError(f"{key!r} must be text, got {type(record[key]).__name__}")
-    return record[key]
-
-
-def _chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, str] | None) -> list[dict[str, str]]:
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(
-            f"{key!r} must be a list of turns, got {type(turns).__name__ if turns is None or turns else 'an empty list'}"
-        )
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"a turn of {key!r} must be an object, got {type(turn).__name__}")
-        who = _text(turn, role)
-        if roles is not None and who not in roles:
-            raise ValueError(f"{role!r} must be one of {', '.join(roles)}, got {who!r}")
-        messages.append({"role": roles[who] if roles else who, "content": _text(turn, content)})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{key!r} has no turn of the assistant, so nothing to learn")
-    return messages
-
-
-def detect_format(record: Record) -> str:
-    """The format whose fields the record has. Raises ``ValueError`` if none fits."""
-    for name, (fields, _) in FORMATS.items():
-        if all(record.get(field) is not None for field in fields):
-            return name
-    wanted = "; ".join("/".join(fields) for fields, _ in FORMATS.values())
-    raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {wanted})")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources. A source knows its number of records and reads any range of them, with a place to name in errors.
-
-
-class JsonlSource:
-    """One JSON object a line; only line offsets are kept. Empty lines are skipped."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.offsets: list[tuple[int, int]] = []  # (line number, byte offset)
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    self.offsets.append((number, offset))
-                offset += len(line)
-
-    def __len__(self) -> int:
-        return len(self.offsets)
-
-    def read(self, begin: int, end: int) -> Iterator[tuple[str, Record]]:
-        with self.path.open("rb") as file:
-            for number, offset in self.offsets[begin:end]:
-                file.seek(offset)
-                where = f"{self.path}:{number}"
-                try:
-                    record = json.loads(file.readline())
-                except (json.JSONDecodeError, UnicodeDecodeError) as error:
-                    reason = getattr(error, "msg", None) or str(error)
-                    column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-                    raise UserError(f"{where}: not JSON: {reason}{column}") from None
-                if not isinstance(record, dict):
-                    raise UserError(f"{where}: must be a JSON object, got {type(record).__name__}")
-                yield where, record
-
-
-class ListSource:
-    """Records in memory or memory-mapped: a JSON array, or a data set of the ``datasets`` library."""
-
-    def __init__(self, name: str, records: Any) -> None:
-        self.name, self.records = name, records
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def read(self, begin: int, end: int) -> Iterator[tuple[str, Record]]:
-        for index in range(begin, min(end, len(self.records))):
-            record = self.records[index]
-            if not isinstance(record, dict):
-                raise UserError(f"{self.name}: record {index}: must be an object, got {type(record).__name__}")
-            yield f"{self.name}: record {index}", record
-
-
-Source = JsonlSource | ListSource
-
-
-def is_local(path: str) -> bool:
-    return Path(path).suffix in LOCAL_SUFFIXES or path.startswith((".", "/", "~")) or Path(path).exists()
-
-
-def open_source(path: str, subset: str | None, split: str) -> tuple[Source, str]:
-    """The source of a path or hub name, and a digest of its content.
-
-    Raises:
-        UserError: it is missing, unreadable, empty or of an unknown kind.
-    """
-    if not is_local(path):
-        return _open_hub(path, subset, split)
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise UserError(f"data {path}: " + ("is a folder, name a file" if file.is_dir() else "no such file"))
-    if file.suffix not in LOCAL_SUFFIXES:
-        raise UserError(f"data {path}: must end in {', '.join(LOCAL_SUFFIXES)}")
-    try:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        source: Source
-        if file.suffix == ".jsonl":
-            source = JsonlSource(file)
-        elif file.suffix == ".parquet":
-            source = ListSource(path, _load_dataset("parquet", data_files=str(file), split="train"))
-        else:
-            source = _open_json(file)
-    except OSError as error:
-        raise UserError(f"data {path}: {error.strerror or error}") from None
-    if not len(source):
-        raise UserError(f"data {path}: holds no record")
-    return source, digest
-
-
-def _open_json(file: Path) -> Source:
-    """A JSON array of objects; a file of one object a line is common under this name too."""
-    with file.open("rb") as stream:
-        if stream.read(4096).lstrip()[:1] != b"[":
-            return JsonlSource(file)
-    try:
-        return ListSource(str(file), json.loads(file.read_bytes()))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{file}{line}: not JSON: {getattr(error, 'msg', error)}") from None
-
-
-def _open_hub(path: str, subset: str | None, split: str) -> tuple[Source, str]:
-    records = _load_dataset(path, subset, split=split)
-    if not len(records):
-        raise UserError(f"data {path}: split {split} holds no record")
-    return ListSource(f"{path}[{split}]", records), records._fingerprint
-
-
-def _load_dataset(*args: Any, **options: Any) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(*args, **options)
-    except Exception as error:  # the library raises almost anything
-        name = options.get("data_files", args[0])
-        raise UserError(f"data {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-
-
-def check_first_records(config: DataConfig) -> None:
-    """Read the first records of local files as training would. Quick, without torch; hub data is not touched.
-
-    Raises:
-        UserError: naming file and line.
-    """
-    for path in filter(None, (config.path, config.eval_path)):
-        if is_local(path):
-            source, _ = open_source(path, None, "train")
-            read = reader(source, config.format)
-            for where, record in source.read(0, CHECKED_RECORDS):
-                _at(where, read, record)
-
-
-def reader(source: Source, format: str) -> Callable[[Record], Any]:
-    """Reads a record of ``source``; ``auto`` looks at the first."""
-    if format == "auto":
-        where, first = next(source.read(0, 1))
-        format = _at(where, detect_format, first)
-    return FORMATS[format][1]
-
-
-def _at(where: str, function: Callable[[Record], Any], record: Record) -> Any:
-    try:
-        return function(record)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,8 +115,8 @@ def tokenise(
     """
     import datasets
 
-    source, digest = open_source(path, config.subset, split)
-    read = reader(source, config.format)
+    source, digest = records.open_source(path, config.subset, split)
+    read = records.reader(source, config.format)
     settings = {k: v for k, v in asdict(config).items() if k in ("format", "max_length", "overlong")}
     key = hashlib.sha256(
         json.dumps([digest, settings, _tokenizer_digest(tokenizer), vocabulary, 1], sort_keys=True).encode()
@@ -360,8 +129,8 @@ def tokenise(
         if progress is not None:
             progress(done, len(parts))
         if not parts[number].exists():
-            records = source.read(starts[number], starts[number] + PART_RECORDS)
-            _write_part(parts[number], _encode_all(records, read, tokenizer, vocabulary, config))
+            part = source.read(starts[number], starts[number] + PART_RECORDS)
+            _write_part(parts[number], _encode_all(part, read, tokenizer, vocabulary, config))
     counts = [json.loads((part / "counts.json").read_text()) for part in parts]
     loaded = [datasets.load_from_disk(str(p)) for p, count in zip(parts, counts, strict=True) if count["kept"]]
     if not loaded:
@@ -385,15 +154,15 @@ def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _encode_all(
-    records: Iterator[tuple[str, Record]],
-    read: Callable[[Record], Any],
+    part: Iterator[tuple[str, records.Record]],
+    read: Callable[[records.Record], Any],
     tokenizer: PreTrainedTokenizerBase,
     vocabulary: int,
     config: DataConfig,
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     rows, counts = [], {"kept": 0, "truncated": 0, "dropped": 0}
-    for where, record in records:
-        ids, learned = _at(where, lambda r: encode(read(r), tokenizer), record)
+    for where, record in part:
+        ids, learned = records.at(where, lambda r: encode(read(r), tokenizer), record)
         if ids and max(ids) >= vocabulary:
             raise UserError(f"{where}: token id {max(ids)} is outside the model's {vocabulary} embeddings")
         overlong = len(ids) > config.max_length

@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from liftdist import data
+from liftdist import records
 from liftdist.config import Config, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -105,7 +105,7 @@ def check(config: Config, ranks: int | None, training: bool) -> None:
         config.mesh.layout(ranks)
     if training:
         open_run_dir(config)
-        data.check_first_records(config.data)
+        records.check_first_records(config.data)
     folder = resolve_model(config.model.path, weights=False)
     if folder == Path(config.model.path).expanduser():
         check_weight_files(folder)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liftdist import data
+from liftdist import data, records
 from liftdist.config import UserError
 
 
@@ -28,9 +28,9 @@ def learned_text(content, tokenizer):
     return tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
 
 
-def tokenised(records, tokenizer, tmp_path, **settings):
+def tokenised(lines, tokenizer, tmp_path, **settings):
     path = tmp_path / "data.jsonl"
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    path.write_text("".join(json.dumps(record) + "\n" for record in lines))
     config = builders.config(tmp_path, path, tmp_path, data=settings).data
     return data.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache")
 
@@ -45,8 +45,8 @@ RECORDS = {
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_formats_learn_the_response_and_the_end_only(name, tokenizer):
-    assert data.detect_format(RECORDS[name]) == name
-    text = learned_text(data.FORMATS[name][1](RECORDS[name]), tokenizer)
+    assert records.detect_format(RECORDS[name]) == name
+    text = learned_text(records.FORMATS[name][1](RECORDS[name]), tokenizer)
     assert (
         text.rstrip("\n") == "3<|im_end|>"
     )  # pad and end are the same token here, and the end is learned all the same
@@ -54,12 +54,12 @@ def test_formats_learn_the_response_and_the_end_only(name, tokenizer):
 
 
 def test_alpaca_wording():
-    prompt, response = data.FORMATS["alpaca"][1](RECORDS["alpaca"])
+    prompt, response = records.FORMATS["alpaca"][1](RECORDS["alpaca"])
     assert prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
         "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
     )
-    prompt, _ = data.FORMATS["alpaca"][1](
+    prompt, _ = records.FORMATS["alpaca"][1](
         {"instruction": "Add.", "output": "3", "answer": "3"}
     )  # LLM-Adapters' extra field
     assert "Input" not in prompt
@@ -87,7 +87,7 @@ def test_a_bad_line_is_named(line, problem, tokenizer, tmp_path):
     path.write_text(f"{good}\n\n{line}\n{good}\n")
     config = builders.config(tmp_path, path, tmp_path)
     with pytest.raises(UserError, match=problem):
-        data.check_first_records(config.data)
+        records.check_first_records(config.data)
     with pytest.raises(UserError, match=problem):
         data.tokenise(str(path), config.data, tokenizer, 49152, tmp_path / "cache")
 
@@ -100,7 +100,7 @@ def test_bad_files(content, problem, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(content)
     with pytest.raises(UserError, match=problem):
-        data.check_first_records(builders.config(tmp_path, path, tmp_path).data)
+        records.check_first_records(builders.config(tmp_path, path, tmp_path).data)
 
 
 def test_a_token_outside_the_embedding_is_an_error(tokenizer, tmp_path):
@@ -113,10 +113,10 @@ def test_a_token_outside_the_embedding_is_an_error(tokenizer, tmp_path):
 def test_overlong_samples_are_cut_or_dropped_and_counted(tokenizer, tmp_path):
     long = {"prompt": "a", "completion": " b" * 100}
     masked = {"prompt": "a" * 300, "completion": "b"}
-    records = [RECORDS["prompt_completion"], long, masked]
-    cut = tokenised(records, tokenizer, tmp_path, max_length=32)
+    lines = [RECORDS["prompt_completion"], long, masked]
+    cut = tokenised(lines, tokenizer, tmp_path, max_length=32)
     assert (len(cut), cut.truncated, cut.dropped, cut.lengths.max()) == (2, 2, 1, 32)
-    dropped = tokenised(records, tokenizer, tmp_path, max_length=32, overlong="drop")
+    dropped = tokenised(lines, tokenizer, tmp_path, max_length=32, overlong="drop")
     assert (len(dropped), dropped.truncated, dropped.dropped) == (1, 0, 2)
     with pytest.raises(UserError, match="nothing to learn"):
         tokenised([masked], tokenizer, tmp_path, max_length=8)
@@ -125,9 +125,9 @@ def test_overlong_samples_are_cut_or_dropped_and_counted(tokenizer, tmp_path):
 def test_sources_agree(tokenizer, tmp_path):
     import pandas
 
-    records = [json.loads(line) for line in write_records(tmp_path / "a.jsonl").read_text().splitlines()]
-    (tmp_path / "a.json").write_text(json.dumps(records, indent=1))
-    pandas.DataFrame(records).to_parquet(tmp_path / "a.parquet")
+    lines = [json.loads(line) for line in write_records(tmp_path / "a.jsonl").read_text().splitlines()]
+    (tmp_path / "a.json").write_text(json.dumps(lines, indent=1))
+    pandas.DataFrame(lines).to_parquet(tmp_path / "a.parquet")
     tables = []
     for suffix in ("jsonl", "json", "parquet"):
         path = tmp_path / f"a.{suffix}"
