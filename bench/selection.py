@@ -67,11 +67,12 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        "",
+    models = [s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
+    on = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{models[0] if models else platform.machine()}, one thread"
     )
-    on = torch.cuda.get_device_name() if device.type == "cuda" else f"{cpu or platform.processor()}, one thread"
     results: dict = {"device": on, "torch": torch.__version__, "density": 0.05, "results": {}}
     weights = [w.to(device).float() for n, w in load_file(options.model / "model.safetensors").items() if "_proj" in n]
     for rank in options.ranks:

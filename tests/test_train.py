@@ -75,7 +75,7 @@ def test_a_run_leaves_everything_behind(finished):
     assert "train.seed=1" in (run / "command.txt").read_text()
     environment = json.loads((run / "environment.json").read_text())
     assert environment["mesh"] == {"dp_replicate": 1, "dp_shard": 2}
-    assert environment["packages"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(environment["packages"]["torch"])
     assert "training 5/5" in output  # plain lines where there is no terminal
     assert "\r" not in output
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
