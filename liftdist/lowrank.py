@@ -212,7 +212,7 @@ def estimated_miss(factors: Factors, num_selected: int) -> float:
     rows = left[:: max(1, left.shape[0] // SAMPLED_ROWS)]
     sample = (rows @ right.T).abs_().reshape(-1)
     kth = max(1, min(sample.numel(), round(num_selected / size * sample.numel())))
-    threshold = float(sample.kthvalue(sample.numel() - kth + 1).values)
+    threshold = float(sample.topk(kth, sorted=False).values.min())
     if threshold == 0.0:
         return 1.0
     window = 0.1 * threshold

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,20 +109,21 @@ class JsonlSource:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.offsets: list[tuple[int, int]] = []  # (line number, byte offset)
+        self._numbers, self._offsets = array("q"), array("q")  # of each record: its line, and where that begins
         offset = 0
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
-                    self.offsets.append((number, offset))
+                    self._numbers.append(number)
+                    self._offsets.append(offset)
                 offset += len(line)
 
     def __len__(self) -> int:
-        return len(self.offsets)
+        return len(self._offsets)
 
     def read(self, begin: int, end: int) -> Iterator[tuple[str, Record]]:
         with self.path.open("rb") as file:
-            for number, offset in self.offsets[begin:end]:
+            for number, offset in zip(self._numbers[begin:end], self._offsets[begin:end], strict=True):
                 file.seek(offset)
                 where = f"{self.path}:{number}"
                 try:

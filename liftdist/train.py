@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import inspect
 import json
+import math
 import os
 import platform
 import shlex
@@ -141,6 +143,8 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
 
 
 def _git_state() -> str | None:
+    if not (Path(__file__).parent.parent / "launch" / "torchrun").exists():
+        return None  # installed: a repository around it is somebody else's
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
@@ -152,8 +156,7 @@ def load_principal(
     config: Config, folder: Path, mesh: Mesh, console: Console
 ) -> tuple[PreTrainedModel, PrincipalWeights]:
     """The sharded model and its principal weights, selected now or read from the cache. Collective."""
-    with console.progress("loading", "tensor"):
-        model = models.load(folder, config.model, mesh)
+    model = models.load(folder, config.model, mesh)
     choice = config.selection
     cached = _cached_selection(config, models.digest(folder, Path(config.cache_dir)))
 
@@ -224,17 +227,18 @@ def select_only(config: Config, mesh: Mesh) -> None:
 
 
 def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the losses of all labelled tokens of a micro-batch, float32; logits are computed for those places alone."""
+    """Sum of the losses of all labelled tokens of a micro-batch, float32.
+
+    Logits are computed for labelled places alone, where the model can.
+    """
     labels = batch["labels"]
     places = (labels != data.IGNORED).any(0).nonzero().squeeze(1)
     if not places.numel():
         places = places.new_zeros(1)
-    logits = model(
-        input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=places
-    ).logits
-    return F.cross_entropy(
-        logits.float().flatten(0, 1), labels[:, places].flatten(), ignore_index=data.IGNORED, reduction="sum"
-    )
+    chosen = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **chosen).logits
+    logits, labels = logits if chosen else logits[:, places], labels[:, places]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum")
 
 
 @torch.no_grad()
@@ -273,7 +277,7 @@ class Trainer:
             fused=True,
         )
         name = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
-        warmup = -(-int(1000 * optimizer.warmup_ratio * self.steps) // 1000)
+        warmup = math.ceil(round(optimizer.warmup_ratio * self.steps, 6))
         self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
         self.watch = Stopwatch(mesh.device)
         self.step = 0
