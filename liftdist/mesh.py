@@ -60,10 +60,12 @@ class Mesh:
 def start(config: MeshConfig) -> Iterator[Mesh]:
     """Join the ranks that torchrun started (or be the only one) and lay them out; leave at the end."""
     if torch.cuda.is_available():
-        local_rank = int(os.environ.get("LOCAL_RANK", 0))
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"rank {local_rank} of this machine has no GPU: {torch.cuda.device_count()} are visible")
-        device = torch.device("cuda", local_rank)
+        local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if local_ranks > gpus:  # known to every rank of the machine, so that none waits for another
+            raise UserError(
+                f"{local_ranks} ranks on this machine, but {gpus} GPUs are visible; start one rank for each GPU"
+            )
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:

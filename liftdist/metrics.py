@@ -81,12 +81,14 @@ class Progress:
             self._console.say(f"{self._title}: {done} of {total}")
             self._spoke = time.monotonic()
 
-    def step(self, done: int, total: int, note: str) -> None:
+    def step(self, done: int, total: int, note: str, seconds_left: float) -> None:
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if self._console is not None:
-            self._console.say(f"{self._title} {done}/{total}  {note}")
+            left = int(seconds_left)
+            clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            self._console.say(f"{self._title} {done}/{total}  {note}  {clock} left")
 
 
 class Stopwatch:

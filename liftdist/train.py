@@ -394,7 +394,8 @@ def _loop(trainer: Trainer, recorder: Recorder, console: Console) -> None:
                 elapsed = time.perf_counter() - began
                 figures |= rank_figures(trainer, elapsed, trainer.step - first, tokens)
                 recorder.scalars(trainer.step, figures)
-                progress.step(trainer.step, trainer.steps, _note(figures, trainer.steps - trainer.step))
+                left = figures["time/step"] * (trainer.steps - trainer.step)
+                progress.step(trainer.step, trainer.steps, _note(figures), left)
                 began, first, tokens = time.perf_counter(), trainer.step, 0.0
             interval = config.train.eval_interval
             if interval and trainer.step % interval == 0 and trainer.step < trainer.steps:
@@ -422,13 +423,12 @@ def rank_figures(trainer: Trainer, elapsed: float, steps: int, tokens: float) ->
     return figures
 
 
-def _note(figures: dict[str, float], steps_left: int) -> str:
+def _note(figures: dict[str, float]) -> str:
     peaks = [value for key, value in figures.items() if "/device_peak/" in key or "/host_peak/" in key]
     on_device = [value for key, value in figures.items() if "/device_peak/" in key]
-    left = int(figures["time/step"] * steps_left)
     return (
         f"loss {figures['train/loss']:.4f}  {figures['throughput/tokens_per_second']:.0f} tokens/s  "
-        f"peak {max(on_device or peaks):.1f} GiB  {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
+        f"peak {max(on_device or peaks):.1f} GiB"
     )
 
 

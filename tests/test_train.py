@@ -46,7 +46,7 @@ def command(*arguments, environment=None, module="liftdist.cli"):
         timeout=200,
         check=False,
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},
     )
 
 

@@ -1,0 +1,53 @@
+"""What only a GPU shows: streams, NCCL, device placement. One GPU is enough."""
+
+import json
+
+import pytest
+import torch
+from test_data import write_records
+from test_principal import flat, make, mlp
+from test_train import command, write_config
+
+from liftdist import lowrank
+
+pytestmark = pytest.mark.gpu
+
+
+def test_selection_on_a_gpu_agrees_with_the_cpu():
+    weight = torch.randn(700, 900, generator=torch.Generator().manual_seed(0))
+    for method in lowrank.METHODS:
+        on_cpu = lowrank.select(weight, 31500, 16, method)
+        on_gpu = [lowrank.select(weight.cuda(), 31500, 16, method) for _ in range(2)]
+        assert torch.equal(*on_gpu)
+        assert torch.isin(on_gpu[0].cpu(), on_cpu).float().mean() > 0.999
+
+
+def test_a_plain_model_on_a_gpu_follows_the_cpu():
+    weights = []
+    for device in ("cpu", "cuda"):
+        model = mlp().to(device)
+        principal = make(model, method="exact")
+        optimizer = torch.optim.AdamW([principal.values], lr=1e-3, fused=True)
+        for seed in range(4):
+            if seed == 2:
+                principal.refresh(optimizer)
+            inputs = torch.randn(16, 30, generator=torch.Generator().manual_seed(seed)).to(device)
+            model(inputs).square().mean().backward()
+            principal.clip_grad_norm_(1.0)
+            optimizer.step()
+            principal.scatter()
+        weights.append(flat(model).cpu())
+    assert torch.allclose(*weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_on_a_gpu(dtype, tiny_model, tmp_path):
+    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    run = command(
+        "train", config, f"model.dtype={dtype}", "train.deterministic=true", environment={"CUDA_VISIBLE_DEVICES": "0"}
+    )
+    assert run.returncode == 0, run.stdout
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["memory_gib/device_peak/rank0"] > 0 for line in lines if "train/loss" in line)
+    losses = [line["eval/loss"] for line in lines if "eval/loss" in line]
+    assert losses[-1] < losses[0]
