@@ -62,6 +62,7 @@ def _launch(options: argparse.Namespace) -> None:
         raise UserError(f"--nproc must be at least 1, got {options.nproc}")
     config, _ = configs.load(options.config, options.overrides)
     preflight.check(config, options.nproc, training=options.command == "train")
+    preflight.resolve_model(config.model.path)  # one process fetches what all ranks will read
     command = [str(launcher())]
     if options.nproc is not None:
         command += ["--nproc", str(options.nproc)]

@@ -108,7 +108,7 @@ class TrainConfig:
     steps: int | None = _setting(None, "optimizer steps; replaces `epochs`", at_least=1)
     batch_size: int = _setting(16, "sequences of one optimizer step, over all ranks", at_least=1)
     micro_batch_size: int = _setting(4, "sequences a rank computes at once", at_least=1)
-    seed: int = _setting(0, "seeds the order of the samples", at_least=0)
+    seed: int = _setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
     eval_interval: int = _setting(0, "steps between evaluations; 0: before and after only", at_least=0)
     log_interval: int = _setting(1, "steps between two entries of the metrics", at_least=1)
     deterministic: bool = _setting(False, "deterministic GPU kernels, slower; CPUs are deterministic anyway")
@@ -193,7 +193,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
         problem = "must be given" if "MISSING" in type(error).__name__.upper() else _first_line(error)
         raise UserError(f"{origin.get(key, f'{path}: {key}')}: {problem}") from None
     _validate(resolved, lambda key: origin.get(key, f"{path}: {key}"))
-    return resolved, redact(OmegaConf.to_yaml(config, resolve=False))
+    return resolved, OmegaConf.to_yaml(_redacted(OmegaConf.to_container(config, resolve=False)))
 
 
 def settings() -> Iterator[tuple[str, dataclasses.Field]]:
@@ -238,6 +238,14 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
     for name, value in sorted(secrets.items(), key=lambda item: -len(item[1])):
         text = text.replace(value, f"<{name}>")
     return text
+
+
+def _redacted(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _redacted(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jinja2 import TemplateError
 
 from liftdist import records
 from liftdist.config import DataConfig, UserError
@@ -65,12 +66,15 @@ def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerB
         raise ValueError("the tokenizer has no chat template; use prompt/completion records with it")
 
     def render(turns: list[dict[str, str]], open_reply: bool = False) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply))
+        try:
+            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply))
+        except TemplateError as error:  # templates refuse roles and orders they do not know
+            raise ValueError(f"the chat template refuses this conversation: {error}") from None
 
     whole = render(messages)
     spans = []  # [begin, end) of every reply in the rendered text, with the token that ends the turn
     for turn, message in enumerate(messages):
-        if message["role"] == "assistant":
+        if message["role"] == "assistant" and turn > 0:  # an opening by the assistant answers nothing
             prefix, upto = render(messages[:turn], True), render(messages[: turn + 1])
             if whole.startswith(upto) and upto.startswith(prefix):
                 spans.append((len(prefix), len(upto)))
@@ -197,6 +201,7 @@ def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]
     if rows:
         datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(temporary))
     (temporary / "counts.json").write_text(json.dumps(counts))
+    temporary.chmod(0o755)
     try:
         temporary.rename(part)
     except OSError:

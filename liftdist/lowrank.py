@@ -36,6 +36,7 @@ MISS_TOLERANCE = 2e-3
 KRYLOV_BLOCK = 32  # columns of one Krylov block: thin blocks reach a higher degree for the same products
 KRYLOV_FIRST_CHECK = 5  # the first look at the residuals, in multiples of the filter rank
 KRYLOV_CHECK = 3  # blocks between two looks
+KRYLOV_BREAKDOWN = 1e-5  # a new direction this much smaller than theta_1 is lost in float32 rounding
 KRYLOV_MAX_SHARE = 0.3  # a basis wider than this share of the smaller side costs more than ``eigh``
 SAMPLED_ROWS = 48  # rows in which the density of |W_r| around the threshold is measured
 FACTORING_THREADS = 1  # fixed: another number of threads rounds differently and moves a few entries
@@ -76,7 +77,7 @@ def select(weight: Tensor, num_selected: int, filter_rank: int, method: str = "f
         raise ValueError(f"filter_rank must be at least 1, got {filter_rank}")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    with torch.no_grad(), _reproducible():
+    with torch.no_grad(), _reproducible(weight.device):
         matrix = weight.float()
         if not torch.isfinite(matrix.sum()):
             raise ValueError("weight holds NaN or infinity")
@@ -92,6 +93,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     Bit patterns of non-negative floats order as the floats do: a histogram of their upper 17 bits finds the bin
     that holds the threshold, and only that bin is sorted.
     """
+    if scores.dtype != torch.float32:
+        raise ValueError(f"scores must be float32, got {scores.dtype}")
     bits = scores.reshape(-1).view(torch.int32)
     if k == 0:
         return bits.new_empty(0, dtype=torch.int64)
@@ -158,7 +161,7 @@ def krylov_factors(tall: Tensor, filter_rank: int, seed: int) -> Iterator[Factor
     if not max_blocks:
         return
     generator = torch.Generator().manual_seed(seed)  # on the host: the same start on every device
-    start = torch.randn(n, KRYLOV_BLOCK, generator=generator).to(tall.device)
+    start = torch.randn(n, KRYLOV_BLOCK, generator=generator, dtype=torch.float32, device="cpu").to(tall.device)
     basis = tall.new_empty(n, max_blocks * KRYLOV_BLOCK)
     image = tall.new_empty(tall.shape[0], max_blocks * KRYLOV_BLOCK)  # tall @ basis
     block = torch.linalg.qr(start).Q
@@ -170,6 +173,9 @@ def krylov_factors(tall: Tensor, filter_rank: int, seed: int) -> Iterator[Factor
         for _ in range(2):  # twice is enough (Kahan, Parlett)
             following -= basis[:, :end] @ (basis[:, :end].T @ following)
         block, coupling = torch.linalg.qr(following)
+        largest = image[:, :end].square().sum(0).max()  # of the Rayleigh quotients, a lower bound of theta_1
+        if coupling.diagonal().abs().min() < KRYLOV_BREAKDOWN * largest:
+            return  # the space is exhausted: the next block would be rounding errors, not orthogonal to the others
         if end >= KRYLOV_FIRST_CHECK * filter_rank and index % KRYLOV_CHECK == 0:
             values, vectors = torch.linalg.eigh(image[:, :end].T @ image[:, :end])
             vectors = vectors[:, -filter_rank:].flip(1)
@@ -222,13 +228,18 @@ def estimated_miss(factors: Factors, num_selected: int) -> float:
 
 
 @contextlib.contextmanager
-def _reproducible() -> Iterator[None]:
-    """One thread and full float32 products, restored afterwards."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+def _reproducible(device: torch.device) -> Iterator[None]:
+    """One thread, no autocast and full float32 products, whatever the caller has set; restored afterwards."""
+    threads = torch.get_num_threads()
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    precisions = [backend.fp32_precision for backend in backends]
     torch.set_num_threads(FACTORING_THREADS)
-    torch.set_float32_matmul_precision("highest")
+    for backend in backends:
+        backend.fp32_precision = "ieee"
     try:
-        yield
+        with torch.autocast(device.type, enabled=False):
+            yield
     finally:
         torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+        for backend, precision in zip(backends, precisions, strict=True):
+            backend.fp32_precision = precision

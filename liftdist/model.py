@@ -13,6 +13,7 @@ import hashlib
 import json
 import random
 import struct
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -314,15 +315,13 @@ def digest(folder: Path, cache_dir: Path) -> str:
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with together():
         checkpoint = Checkpoint(folder)
-        stats = [
-            (f, (folder / f).stat().st_size, (folder / f).stat().st_mtime_ns)
-            for f in sorted(set(checkpoint.file_of.values()))
-        ]
-    key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:24]
-    remembered = cache_dir.expanduser() / "digests" / key
-    known = remembered.read_text() if remembered.exists() else None
-    if all(gather(known is not None)):
-        return str(known)
+        files = [folder / file for file in sorted(set(checkpoint.file_of.values()))]
+        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:24]
+        remembered = cache_dir.expanduser() / "digests" / key
+        known = remembered.read_text() if remembered.exists() else ""
+    if all(gather(len(known) == 64)):
+        return known
 
     def hash_tensor(name: str) -> tuple[str, str]:
         state = hashlib.sha256()
@@ -342,7 +341,8 @@ def digest(folder: Path, cache_dir: Path) -> str:
     result = hashlib.sha256("\n".join(lines).encode()).hexdigest()
     with contextlib.suppress(OSError):  # only a shortcut
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        temporary = remembered.with_suffix(f".{rank}")
-        temporary.write_text(result)
-        temporary.rename(remembered)
+        with tempfile.NamedTemporaryFile("w", dir=remembered.parent, delete=False) as file:
+            file.write(result)
+        Path(file.name).chmod(0o644)
+        Path(file.name).rename(remembered)
     return result

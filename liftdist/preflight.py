@@ -6,8 +6,8 @@ Imports no torch by itself, so that a wrong path is reported at once.
 from __future__ import annotations
 
 import json
-import os
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from liftdist.config import Config, UserError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
+HUB_DUPLICATES = ["consolidated*", "*/*"]  # the same weights in another layout
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py"]
 
 
@@ -34,7 +35,7 @@ def resolve_model(path: str, weights: bool = True) -> Path:
 
     patterns = HUB_FILES if weights else [p for p in HUB_FILES if "safetensors" not in p]
     try:
-        return Path(snapshot_download(path, allow_patterns=patterns))
+        return Path(snapshot_download(path, allow_patterns=patterns, ignore_patterns=HUB_DUPLICATES))
     except Exception as error:  # the library raises almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"model.path {path}: no such folder, and not to be had from the hub: {reason}") from None
@@ -86,13 +87,20 @@ def open_run_dir(config: Config) -> Path:
         if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
             raise UserError(f"run_dir {run_dir}: exists and is not an empty folder; give a new one (run_dir=...)")
         run_dir.mkdir(parents=True, exist_ok=True)
-        if not os.access(run_dir, os.W_OK):
-            raise PermissionError(13, "Permission denied")
-        (run_dir / ".write-test").touch()
-        (run_dir / ".write-test").unlink()
+        tempfile.TemporaryFile(dir=run_dir).close()
     except OSError as error:
         raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
     return run_dir
+
+
+def check_cache_dir(config: Config) -> None:
+    """Raises ``UserError`` unless the cache can be written."""
+    cache_dir = Path(config.cache_dir).expanduser()
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=cache_dir).close()
+    except OSError as error:
+        raise UserError(f"cache_dir {cache_dir}: cannot be written: {error.strerror}") from None
 
 
 def check(config: Config, ranks: int | None, training: bool) -> None:
@@ -103,6 +111,7 @@ def check(config: Config, ranks: int | None, training: bool) -> None:
     """
     if ranks is not None:
         config.mesh.layout(ranks)
+    check_cache_dir(config)
     if training:
         open_run_dir(config)
         records.check_first_records(config.data)

@@ -32,12 +32,15 @@ from liftdist.selection import Criterion, Matrix
 class _Unit:
     """One FSDP module: its gradients come out of one reduction, as views of one buffer."""
 
-    def __init__(self) -> None:
+    def __init__(self, others: Callable[[Tensor], None] | None) -> None:
+        self._others = others  # a hook that was there before
         self.reduced: Tensor | None = None  # [padded rows of all its trained parameters] in the reduction's dtype
         self.slots = 0  # trained matrices of the module
         self.waiting = 0  # of them, not collected yet
 
     def keep(self, reduced: Tensor) -> None:
+        if self._others is not None:
+            self._others(reduced)
         # FSDP casts the reduced buffer to the dtype of the parameters right after this hook, then fires the
         # parameters' own hooks: until then the buffer is what holds the gradient unrounded
         if reduced.is_cuda:
@@ -106,12 +109,15 @@ class PrincipalWeights:
             selection.describe(name, param, selection.budget(param.shape, density, budget_rank))
             for name, param in trained.items()
         ]
+        self.num_selected = sum(matrix.num_selected for matrix in self.matrices)  # of the whole model
+        if not self.num_selected:
+            raise UserError(f"nothing to train: density {density} selects no weight of any matrix")
+        _check_alike(self.matrices)
         kept = {id(param) for param in trained.values()}
         for param in model.parameters():
             param.requires_grad_(id(param) in kept)
         self.shard_group = _shard_group(self.matrices[0].param)
         self.replicate_group = replicate_group or _default_replicate_group(self.matrices[0].param)
-        self.num_selected = sum(matrix.num_selected for matrix in self.matrices)  # of the whole model
         self._criterion = criterion or functools.partial(_low_rank, filter_rank=filter_rank, method=method)
         self._costs = [
             lowrank.cost(matrix.param.shape[0], matrix.columns, filter_rank, method) for matrix in self.matrices
@@ -148,6 +154,8 @@ class PrincipalWeights:
 
     def reduce_gradients(self, divisor: Tensor | float | None = None) -> None:
         """Sum the flat gradient over the replicas and divide it: by ``divisor``, or by the number of replicas."""
+        for unit in {id(slot.unit): slot.unit for slot in self._slots if slot.unit}.values():
+            unit.reduced = None  # of a module of which some matrix took no part in the backward
         grad = self._attached_grad()
         all_reduce_sum(grad, self.replicate_group)
         if divisor is None:
@@ -210,16 +218,21 @@ class PrincipalWeights:
 
     def _watch_reductions(self) -> dict[int, _Unit]:
         """Keep each FSDP module's reduced gradients before they are rounded; the unit of each trained parameter."""
-        trained = {id(matrix.param): matrix.param for matrix in self.matrices}
-        units: dict[int, _Unit] = {}
+        trained = {id(matrix.param): matrix.param for matrix in self.matrices if isinstance(matrix.param, DTensor)}
+        of_param: dict[int, _Unit] = {}
+        of_state: dict[int, _Unit] = {}  # modules that were given to one fully_shard() together are reduced together
         for module in reversed(self._fsdp_modules):  # inner modules come later and own their parameters
-            unit = _Unit()
-            owned = [id(p) for p in module.parameters() if id(p) in trained and id(p) not in units]
-            units.update(dict.fromkeys(owned, unit))
-            unit.slots = len(owned)
-            if any(trained[key].dtype != torch.float32 for key in owned):
-                module.set_all_reduce_hook(unit.keep)
-        return units
+            owned = [id(p) for p in module.parameters() if id(p) in trained and id(p) not in of_param]
+            if not owned:
+                continue
+            state = module._get_fsdp_state()
+            if id(state) not in of_state:
+                of_state[id(state)] = unit = _Unit(getattr(state._fsdp_param_group, "_all_reduce_hook", None))
+                if any(trained[key].dtype != torch.float32 for key in owned):
+                    module.set_all_reduce_hook(unit.keep)
+            of_param.update(dict.fromkeys(owned, of_state[id(state)]))
+            of_state[id(state)].slots += len(owned)
+        return of_param
 
     def _lay_out(self, indices: Sequence[Tensor], units: Sequence[_Unit | None]) -> list[_Slot]:
         slots, begin = [], 0
@@ -291,6 +304,21 @@ def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> 
     if not found:
         raise UserError(f"no linear module of {type(model).__name__} fits {', '.join(patterns)}")
     return found
+
+
+def _check_alike(matrices: Sequence[Matrix]) -> None:
+    """All matrices must be sharded over the same ranks, or none: they share one vector and one exchange."""
+
+    def layout(matrix: Matrix) -> object:
+        param = matrix.param
+        return (param.device_mesh, param.placements) if isinstance(param, DTensor) else "not sharded"
+
+    for matrix in matrices:
+        if layout(matrix) != layout(matrices[0]):
+            raise ValueError(
+                f"all trained matrices must be sharded alike: {matrices[0].name} is {layout(matrices[0])}, "
+                f"{matrix.name} is {layout(matrix)}"
+            )
 
 
 def _low_rank(weight: Tensor, num_selected: int, seed: int, *, filter_rank: int, method: str) -> Tensor:

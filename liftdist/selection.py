@@ -22,13 +22,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from liftdist.config import UserError
-from liftdist.mesh import Group, gather, local_tensor, row_bounds, together
+from liftdist.mesh import Group, agree, gather, local_tensor, row_bounds, together
 
 #: ``(weight [m, n], num_selected, seed) -> [num_selected] int64 sorted flat indices``
 Criterion = Callable[[Tensor, int, int], Tensor]
@@ -76,6 +76,8 @@ def describe(name: str, param: nn.Parameter, num_selected: int) -> Matrix:
         if len(axes) != 1 or others:
             raise ValueError(f"{name}: must be sharded by rows over one mesh axis, got {placements}")
         shards, shard = mesh.size(axes[0]), mesh.get_local_rank(axes[0])
+        if param.device.type != mesh.device_type:
+            raise ValueError(f"{name}: shards offloaded to {param.device.type} are not supported")
     else:
         shards, shard = 1, 0
     if not local_tensor(param).is_contiguous():
@@ -131,33 +133,51 @@ def select(
         queue.sort(key=lambda i: (-costs[i], i))  # alike in cost within a round
     rounds = max(map(len, queues))
     found: dict[int, Tensor] = {}
+    failure: Exception | None = None
+    for turn in range(rounds):
+        wanted = [queue[turn] if turn < len(queue) else None for queue in queues[replica * shards :][:shards]]
+        mine = wanted[shard]
+        whole = _gather_rows(matrices, wanted, mine, shard_group)
+        indices = torch.empty(0, dtype=torch.int64)
+        if mine is not None and whole is not None and failure is None:
+            try:  # the other ranks wait in the exchanges: go on, raise at the end
+                indices = _score(matrices[mine], whole, criterion)
+                if on_selected is not None:
+                    on_selected(matrices[mine].name, indices)
+            except ValueError as error:
+                failure = UserError(f"{matrices[mine].name}: {error}")
+            except Exception as error:
+                failure = error
+        del whole
+        for item, local in zip(wanted, _return_indices(matrices, mine, indices, shard_group), strict=True):
+            if item is not None:
+                found[item] = local
+        if progress is not None:
+            progress(sum(min(turn + 1, len(queue)) for queue in queues), len(matrices))
     with together():
-        failure: Exception | None = None
-        for turn in range(rounds):
-            wanted = [queue[turn] if turn < len(queue) else None for queue in queues[replica * shards :][:shards]]
-            mine = wanted[shard]
-            whole = _gather_rows(matrices, wanted, mine, shard_group)
-            indices = torch.empty(0, dtype=torch.int64)
-            if mine is not None and whole is not None and failure is None:
-                try:
-                    indices = criterion(whole, matrices[mine].num_selected, seed_of(matrices[mine].name))
-                    if on_selected is not None:
-                        on_selected(matrices[mine].name, indices)
-                except ValueError as error:  # the other ranks wait in the exchanges: go on, raise at the end
-                    failure = UserError(f"{matrices[mine].name}: {error}")
-                except Exception as error:
-                    failure = error
-            del whole
-            for item, local in zip(wanted, _return_indices(matrices, mine, indices, shard_group), strict=True):
-                if item is not None:
-                    found[item] = local
-            if progress is not None:
-                progress(sum(min(turn + 1, len(queue)) for queue in queues), len(matrices))
         if failure is not None:
             raise failure
     if replicate_group is not None:
         _share(matrices, [owner // shards for owner in owners], found, replica, replicate_group)
     return [found[i] for i in range(len(matrices))]
+
+
+def _score(matrix: Matrix, whole: Tensor, criterion: Criterion) -> Tensor:
+    """What the criterion selects of ``whole``, checked: it may be anybody's function."""
+    indices = criterion(whole, matrix.num_selected, seed_of(matrix.name))
+    if indices.dtype != torch.int64 or indices.shape != (matrix.num_selected,):
+        raise ValueError(
+            f"the criterion must return [{matrix.num_selected}] int64, got {list(indices.shape)} {indices.dtype}"
+        )
+    if not _ascending_within(indices, whole.numel()):
+        raise ValueError(f"the criterion must return ascending flat indices below {whole.numel()}")
+    return indices.to(whole.device)
+
+
+def _ascending_within(indices: Tensor, size: int) -> bool:
+    if not indices.numel():
+        return True
+    return bool((indices[1:] > indices[:-1]).all()) and int(indices[0]) >= 0 and int(indices[-1]) < size
 
 
 def _gather_rows(
@@ -226,32 +246,43 @@ def _share(
 # name, and selection.json with the file of each parameter. Independent of the world size.
 
 
-def write(folder: Path, selected: Mapping[str, Tensor]) -> None:
-    """Write the selection that the ranks hold between them; ``selected`` is this rank's. Collective; never overwrites."""
+def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
+    """Write the selection that the ranks hold between them; ``selected`` is this rank's. Collective.
+
+    Returns:
+        Whether all ranks now see the folder: false where they do not share the file system, and nothing is left then.
+    """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with together():
         folder.parent.mkdir(parents=True, exist_ok=True)
         made = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent) if rank == 0 else ""
     temporary = Path(gather(made)[0])
+    if agree(not temporary.is_dir()):
+        with together():
+            if rank == 0:
+                temporary.rmdir()
+        return False
     file = f"owner-{rank:05d}-of-{ranks:05d}.safetensors"
     with together():
-        temporary.mkdir(parents=True, exist_ok=True)  # a file system that other nodes do not share
         save_file({name: _smallest(indices).cpu() for name, indices in selected.items()}, temporary / file)
+        (temporary / file).chmod(0o644)
     files = {name: f for names, f in gather((sorted(selected), file)) for name in names}
     with together():
         if rank == 0:
             (temporary / "selection.json").write_text(json.dumps(files, indent=1, sort_keys=True))
             temporary.chmod(0o755)
-            if folder.exists():
-                shutil.rmtree(temporary)
-            else:
-                temporary.rename(folder)
+            if folder.exists():  # damaged, or another run was first: either way this one is good
+                folder.rename(temporary.with_name(f"{temporary.name}-replaced"))
+            temporary.rename(folder)
+            shutil.rmtree(temporary.with_name(f"{temporary.name}-replaced"), ignore_errors=True)
+    return True
 
 
 def read(folder: Path, matrices: Sequence[Matrix]) -> list[Tensor]:
     """What :func:`select` returns, from a folder that :func:`write` left. Not collective.
 
     Raises:
+        FileNotFoundError: there is none.
         ValueError: a parameter is absent, or the number, order or range of its indices is not what it must be.
     """
     files = json.loads((folder / "selection.json").read_text())
@@ -259,12 +290,12 @@ def read(folder: Path, matrices: Sequence[Matrix]) -> list[Tensor]:
     for matrix in matrices:
         if matrix.name not in files:
             raise ValueError(f"{folder}: no selection for {matrix.name}")
-        with safe_open(folder / files[matrix.name], framework="pt") as file:
-            indices = file.get_tensor(matrix.name).long()
-        ordered = bool((indices[1:] > indices[:-1]).all()) and (
-            not indices.numel() or 0 <= int(indices[0]) <= int(indices[-1]) < matrix.param.numel()
-        )
-        if indices.numel() != matrix.num_selected or not ordered:
+        try:
+            with safe_open(folder / files[matrix.name], framework="pt") as file:
+                indices = file.get_tensor(matrix.name).long()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / files[matrix.name]}: {error}") from None
+        if indices.numel() != matrix.num_selected or not _ascending_within(indices, matrix.param.numel()):
             raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
         begin = matrix.offset_local
         cuts = torch.searchsorted(indices, torch.tensor([begin, begin + matrix.rows_local.numel()])).tolist()

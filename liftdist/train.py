@@ -126,7 +126,7 @@ def prepare(config: Config, console: Console, part: float = 0.0) -> Inputs:
 def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
     """Write config, command and environment, without secrets, so that the folder explains itself."""
     (run_dir / "config.yaml").write_text(text)
-    (run_dir / "command.txt").write_text(configs.redact(shlex.join(sys.orig_argv)) + "\n")
+    (run_dir / "command.txt").write_text(shlex.join(map(configs.redact, sys.orig_argv)) + "\n")
     environment = {
         "liftdist": __version__,
         "python": platform.python_version(),
@@ -137,9 +137,9 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
         if mesh.device.type == "cuda"
         else platform.processor() or "cpu",
         "mesh": {"dp_replicate": mesh.device_mesh.size(0), "dp_shard": mesh.device_mesh.size(1)},
-        "variables": {k: v for k, v in sorted(os.environ.items()) if k.startswith(SHOWN_ENVIRONMENT)},
+        "variables": {k: configs.redact(v) for k, v in sorted(os.environ.items()) if k.startswith(SHOWN_ENVIRONMENT)},
     }
-    (run_dir / "environment.json").write_text(configs.redact(json.dumps(environment, indent=2)) + "\n")
+    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
 
 
 def _git_state() -> str | None:
@@ -186,8 +186,8 @@ def load_principal(
             progress=progress,
             on_selected=lambda name, indices: kept.__setitem__(name, indices.cpu()),
         )
-    if meshes.agree(bool(kept)):
-        selection.write(cached, kept)
+    if meshes.agree(bool(kept)) and not selection.write(cached, kept):
+        console.say(f"selection not kept: cache_dir {config.cache_dir} is not shared by all ranks")
     total = sum(matrix.param.numel() for matrix in principal.matrices)
     everything = sum(param.numel() for param in model.parameters())
     console.say(
@@ -348,6 +348,7 @@ def train(config: Config, mesh: Mesh, text: str) -> None:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     with together():
+        preflight.check_cache_dir(config)
         if mesh.is_main:
             preflight.open_run_dir(config)
         inputs = prepare(config, console, mesh.rank / mesh.world_size)
@@ -399,9 +400,9 @@ def _loop(trainer: Trainer, recorder: Recorder, console: Console) -> None:
                 began, first, tokens = time.perf_counter(), trainer.step, 0.0
             interval = config.train.eval_interval
             if interval and trainer.step % interval == 0 and trainer.step < trainer.steps:
+                paused = time.perf_counter()
                 evaluated()
-                trainer.watch.read()
-                began = time.perf_counter()
+                began += time.perf_counter() - paused
     evaluated()
 
 

@@ -72,6 +72,22 @@ def test_every_turn_of_the_assistant_is_learned(tokenizer):
     assert learned_text(messages, tokenizer).replace("\n", "") == "one<|im_end|>two<|im_end|>"
 
 
+def test_a_conversation_the_template_refuses_is_named(tokenizer, tmp_path):
+    import copy
+
+    picky = copy.deepcopy(tokenizer)
+    picky.chat_template = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}"
+    line = {"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    with pytest.raises(UserError, match=r"data.jsonl:1: the chat template refuses .*System role not supported"):
+        tokenised([line], picky, tmp_path)
+
+
+def test_an_opening_by_the_assistant_is_not_learned(tokenizer):
+    turns = [("assistant", "hello"), ("user", "1+2"), ("assistant", "3")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    assert learned_text(messages, tokenizer).rstrip() == "3<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("line", "problem"),
     [

@@ -105,6 +105,34 @@ def test_selection_does_not_depend_on_the_threads_outside():
     assert torch.equal(*found)
 
 
+def test_selection_does_not_depend_on_the_precision_outside():
+    """Neither autocast nor TF32, asked for by torch's older or newer interface, reaches the factorisation."""
+    weight = decaying(500, 400, 0.3)
+    expected = lowrank.select(weight, 10000, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(lowrank.select(weight, 10000, 16), expected)
+    old = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.equal(lowrank.select(weight, 10000, 16), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+        torch.backends.fp32_precision = "tf32"
+        assert torch.equal(lowrank.select(weight, 10000, 16), expected)
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    finally:
+        torch.backends.fp32_precision = "none"
+        torch.set_float32_matmul_precision(old)
+    with pytest.raises(ValueError, match="scores must be float32"):
+        lowrank.top_k(torch.ones(4, dtype=torch.bfloat16), 2)
+
+
+def test_a_matrix_of_low_rank_is_not_left_to_an_exhausted_krylov_space():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(1300, 80, generator=generator) @ torch.randn(80, 900, generator=generator) / 80
+    exact = lowrank.top_k((lambda f: (f.left @ f.right.T).abs())(lowrank.exact_factors(weight, 16)), 58500)
+    assert overlap(lowrank.select(weight, 58500, 16), exact) > 0.998
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_weights_that_are_not_finite_are_refused(bad):
     weight = torch.ones(8, 8)

@@ -239,5 +239,19 @@ def test_exported_folder_is_complete(tiny_model, tmp_path):
         assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
 
 
+def export_in_parts(mesh, base, target):
+    delta.SHARD_SIZE = "100KB"
+    export_only(mesh, base, target)
+
+
+def test_a_large_model_is_exported_in_parts(tmp_path):
+    base = builders.llama(tmp_path / "base", dtype=torch.bfloat16)
+    ranks.run(2, export_in_parts, base, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    assert (tmp_path / "out" / preflight.INDEX).exists()
+    pair = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, tmp_path / "out")]
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in pair), strict=True))
+
+
 def export_only(mesh, base, target):
     delta.export_merged(models.load(base, ModelConfig(path=str(base)), mesh), base, target, mesh)

@@ -176,6 +176,26 @@ def test_a_criterion_is_a_function():
     assert [indices.tolist() for indices in principal.indices] == [list(range(150)), list(range(35))]
 
 
+@pytest.mark.parametrize(
+    ("criterion", "problem"),
+    [
+        (lambda weight, count, seed: torch.arange(count - 1), r"must return \[150\] int64, got \[149\] torch.int64"),
+        (lambda weight, count, seed: torch.arange(count).int(), "torch.int32"),
+        (lambda weight, count, seed: torch.arange(count).flip(0), "ascending"),
+        (lambda weight, count, seed: torch.arange(count) // 2, "ascending"),
+        (lambda weight, count, seed: torch.arange(count) + 1400, "below 1500"),
+    ],
+)
+def test_what_a_criterion_returns_is_checked(criterion, problem):
+    with pytest.raises(ValueError, match=rf"0\.weight: .*{problem}"):
+        make(mlp(), criterion=criterion)
+
+
+def test_a_density_that_selects_nothing_is_refused():
+    with pytest.raises(ValueError, match="nothing to train"):
+        make(mlp(), density=1e-6)
+
+
 def test_modules_are_chosen_by_pattern_and_the_head_stays_out(tiny_model):
     model = AutoModelForCausalLM.from_pretrained(tiny_model)
     names = [m.name for m in make(model, modules=["*.mlp.*"]).matrices]
@@ -266,14 +286,32 @@ def anonymous_bytes():
 
 
 def on_two_ranks(mesh):
-    return dict(bf16=unrounded_gradient(mesh), averaged=averages(mesh), memory=memory_of_a_step(mesh))
+    return dict(
+        bf16=unrounded_gradient(mesh),
+        together=unrounded_gradient(mesh, together=True),
+        averaged=averages(mesh),
+        memory=memory_of_a_step(mesh),
+        mixed=mixed_layouts(mesh),
+    )
 
 
-def unrounded_gradient(mesh):
+def mixed_layouts(mesh):
+    model = mlp()
+    fully_shard(model[2], mesh=mesh.shard_mesh)
+    try:
+        make(model)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def unrounded_gradient(mesh, together=False):
     """A bf16 model under FSDP2: the flat gradient is the float32 sum of what the ranks computed, not its bf16 rounding."""
     model, alone = mlp(torch.bfloat16), mlp(torch.bfloat16)
-    for layer in (model[0], model[2], model):
+    for layer in ([model[0], model[2]], model) if together else (model[0], model[2], model):
         fully_shard(layer, mesh=mesh.shard_mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+    others = []
+    model[2].set_all_reduce_hook(others.append)
     principal = make(model)
     loss_of(model, mesh.rank).backward()
     expected = [torch.zeros(50, 30), torch.zeros(7, 50)]
@@ -289,7 +327,8 @@ def unrounded_gradient(mesh):
         start += len(indices)
     rounded = torch.equal(principal.values.grad, principal.values.grad.bfloat16().float())
     held = [s.unit.reduced for s in principal._slots if s.unit.reduced is not None]
-    return dict(exact=found, rounded=rounded, held=len(held), left=[p.grad is not None for p in model.parameters()])
+    left = [p.grad is not None for p in model.parameters()]
+    return dict(exact=found, rounded=rounded, held=len(held), left=left, others=len(others))
 
 
 def averages(mesh):
@@ -349,10 +388,17 @@ def two_ranks():
 
 def test_the_gradient_is_never_rounded_after_the_reduction(two_ranks):
     for rank in two_ranks:
-        assert all(rank["bf16"]["exact"])
-        assert not rank["bf16"]["rounded"]
-        assert rank["bf16"]["held"] == 0
-        assert not any(rank["bf16"]["left"])
+        for way in ("bf16", "together"):  # modules sharded one by one, and in one group
+            assert all(rank[way]["exact"])
+            assert not rank[way]["rounded"]
+            assert rank[way]["held"] == 0
+            assert not any(rank[way]["left"])
+            assert rank[way]["others"] == 1  # a hook that was there before is still called
+
+
+def test_matrices_must_be_sharded_alike(two_ranks):
+    for rank in two_ranks:
+        assert "all trained matrices must be sharded alike: 0.weight is not sharded, 2.weight is" in rank["mixed"]
 
 
 def test_replicas_average_in_a_plain_loop(two_ranks):

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from liftdist import PrincipalWeights, selection
-from liftdist.mesh import row_bounds
+from liftdist.mesh import gather, row_bounds, together
 
 
 def model_of(mesh=None, dtype=torch.float32):
@@ -33,6 +33,13 @@ def whole_selection(mesh, folder):
     read_back = selection.read(target, principal.matrices)
     assert all(torch.equal(a, b) for a, b in zip(read_back, principal.indices, strict=True))
     assert all(indices.dtype == torch.int32 for indices in principal.indices)
+    gather("read")
+    with together():  # a damaged selection is replaced
+        if mesh.is_main:
+            (target / "selection.json").write_text("{}")
+    assert selection.write(target, kept)
+    read_back = selection.read(target, principal.matrices)
+    assert all(torch.equal(a, b) for a, b in zip(read_back, principal.indices, strict=True))
     files = sorted(path.name for path in target.parent.iterdir() if path.name.startswith("."))
     return {
         m.name: (i + m.offset_local).tolist() for m, i in zip(principal.matrices, principal.indices, strict=True)
@@ -87,6 +94,10 @@ def test_damaged_selections_are_refused(tmp_path):
     selection.write(tmp_path / "absent", {k: v for k, v in kept.items() if k != "m2.weight"})
     with pytest.raises(ValueError, match=r"no selection for m2\.weight"):
         selection.read(tmp_path / "absent", principal.matrices)
+    file = next((tmp_path / "absent").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="owner-00000-of-00001.safetensors: "):
+        selection.read(tmp_path / "absent", principal.matrices[:2])
     assert set(json.loads((tmp_path / "short" / "selection.json").read_text())) == set(kept)
 
 

@@ -146,6 +146,7 @@ def test_what_can_be_checked_before_ranks_start(tiny_model, tmp_path):
         (f"data.path={tmp_path}/bad.jsonl", "bad.jsonl:41: not JSON"),
         (f"run_dir={tmp_path}/used", "exists and is not an empty folder"),
         ("run_dir=/proc/run", "run_dir /proc/run: cannot be written"),
+        ("cache_dir=/proc/cache", "cache_dir /proc/cache: cannot be written"),
         ("mesh.dp_replicate=3", "does not make up the 2 ranks"),
         (f"model.path={tmp_path}/none", "none: no such folder"),
         (f"model.path={tmp_path}/used", "holds no model.safetensors"),
@@ -184,6 +185,22 @@ def test_what_only_ranks_find_out(tiny_model, tmp_path):
     assert run.stdout.count("Traceback (most recent call last)") <= 1  # torchrun's own, not one of every rank
     run = command(*bare, "train.stpes=1", module="torch.distributed.run")
     assert run.stdout.count("unknown key 'train.stpes'") == 1
+
+
+def test_a_signal_to_the_command_reaches_all_ranks(tiny_model, tmp_path):
+    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    arguments = [sys.executable, "-m", "liftdist.cli", "train", config, "--nproc", "2", "train.steps=100000"]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "training 2/" in line:
+            break
+    ranks_of_it = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(config).encode() in p.read_bytes()]
+    assert len(ranks_of_it) >= 3  # the launcher, torchrun and its ranks
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not [p for p in ranks_of_it if p.exists()]
 
 
 def test_select_keeps_what_train_then_uses(tiny_model, tmp_path):
