@@ -318,9 +318,7 @@ class Trainer:
             self.principal.reduce_gradients(loss_and_labels[1].float())
             norm = self.principal.clip_grad_norm_(self.config.optimizer.max_grad_norm)
         mean_loss = (loss_and_labels[0] / loss_and_labels[1]).item()
-        if not torch.isfinite(
-            torch.tensor([mean_loss, norm.item()])
-        ).all():  # sums over all ranks: all ranks see the same
+        if not math.isfinite(mean_loss + norm.item()):  # sums over all ranks: all ranks see the same
             raise UserError(
                 f"step {self.step}: loss {mean_loss}, gradient norm {norm.item()}: training diverged; "
                 f"lower optimizer.lr={self.config.optimizer.lr} or set optimizer.max_grad_norm"

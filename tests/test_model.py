@@ -240,7 +240,7 @@ def test_exported_folder_is_complete(tiny_model, tmp_path):
 
 
 def export_in_parts(mesh, base, target):
-    delta.SHARD_SIZE = "100KB"
+    delta.SHARD_SIZE = "20KB"
     export_only(mesh, base, target)
 
 
