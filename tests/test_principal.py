@@ -1,5 +1,7 @@
 """The engine by itself: plain models, someone else's loop, FSDP2 in bf16."""
 
+import itertools
+
 import pytest
 import ranks
 import torch
@@ -268,7 +270,7 @@ def test_in_the_trainer_of_transformers(tiny_model, tmp_path):
 
 
 class Deep(nn.Module):
-    """Eight layers of one 2000 x 2000 matrix: 16 MB of float32 gradient a layer, 128 MB in all."""
+    """Eight layers of one 2000 x 2000 matrix."""
 
     def __init__(self, layers=8, width=2000):
         super().__init__()
@@ -280,9 +282,14 @@ class Deep(nn.Module):
         return inputs
 
 
-def anonymous_bytes():
-    with open("/proc/self/status") as file:  # noqa: PTH123
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon"))
+def most_alive(work, nbytes):
+    """The most allocations of exactly ``nbytes`` that were alive at once during ``work()``."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [
+        e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and abs(e.nbytes()) == nbytes
+    ]
+    return max(itertools.accumulate(e.nbytes() // nbytes for e in sorted(events, key=lambda e: e.start_ns())))
 
 
 def on_two_ranks(mesh):
@@ -344,38 +351,36 @@ def averages(mesh):
 
 
 def memory_of_a_step(mesh):
-    import threading
+    def sharded():
+        torch.manual_seed(0)
+        model = Deep()
+        for layer in model.layers:
+            fully_shard(layer, mesh=mesh.shard_mesh)
+        return fully_shard(model, mesh=mesh.shard_mesh)
 
-    torch.manual_seed(0)
-    model = Deep()
-    for layer in model.layers:
-        fully_shard(layer, mesh=mesh.shard_mesh)
-    fully_shard(model, mesh=mesh.shard_mesh)
+    def loss(model):
+        return model(torch.randn(4, 2000)).square().mean()
+
+    shard_bytes = 1000 * 2000 * 4  # of one layer's gradient on one rank
+    dense = sharded()
+    for _ in range(2):
+        dense.zero_grad()
+        dense_loss = loss(dense)
+        without_hooks = most_alive(lambda dense_loss=dense_loss: dense_loss.backward(), shard_bytes)
+    model = sharded()
     principal = make(model, density=0.05, criterion=lambda weight, count, seed: torch.arange(0, 20 * count, 20))
     optimizer = torch.optim.AdamW([principal.values], lr=1e-4, fused=True)
-    peaks = []
-    for _ in range(3):
-        done, samples = threading.Event(), []
-
-        def sample(done=done, samples=samples):
-            while not done.wait(0.001):
-                samples.append(anonymous_bytes())
-
-        loss = model(torch.randn(4, 2000)).square().mean()
-        before = anonymous_bytes()
-        thread = threading.Thread(target=sample)
-        thread.start()
-        loss.backward()
-        done.set()
-        thread.join()
-        peaks.append(max(samples) - before)
+    for _ in range(2):
+        step_loss = loss(model)
+        with_hooks = most_alive(lambda step_loss=step_loss: step_loss.backward(), shard_bytes)
         principal.reduce_gradients()
         optimizer.step()
         principal.scatter()
     state = optimizer.state[principal.values]
     held = [principal.values, principal.values.grad, state["exp_avg"], state["exp_avg_sq"], *principal.indices]
     return dict(
-        backward_peak=peaks[-1],
+        without_hooks=without_hooks,
+        with_hooks=with_hooks,
         principal_bytes=sum(t.numel() * t.element_size() for t in held),
         parameters=sum(p.numel() for p in model.parameters()),
     )
@@ -406,10 +411,10 @@ def test_replicas_average_in_a_plain_loop(two_ranks):
 
 
 def test_no_dense_gradient_outlives_its_layer(two_ranks):
-    """Dense gradients of all layers, sharded, would be 64 MB a rank; a layer at work needs about 14 B a weight of it."""
-    layer = 2000 * 2000
+    """Of eight layers, the gradient of one is alive at a time; without the hooks all eight are at the end."""
     for rank in two_ranks:
-        assert rank["memory"]["backward_peak"] < 14 * layer + 8e6 < 8 * layer * 4 / 2 + 14 * layer / 2
+        assert rank["memory"]["without_hooks"] == 8
+        assert rank["memory"]["with_hooks"] == 1
 
 
 def test_principal_state_is_small(two_ranks):
