@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -70,7 +71,15 @@ def _launch(options: argparse.Namespace) -> None:
         command.append("--select-only")
     command += [options.config, *options.overrides]
     sys.stdout.flush()
-    os.execve("/usr/bin/env", ["env", "bash", *command], {**os.environ, "LIFTDIST_PYTHON": sys.executable})
+    os.execve(
+        "/usr/bin/env",
+        ["env", "bash", *command],
+        {
+            **os.environ,
+            "LIFTDIST_PYTHON": sys.executable,
+            "LIFTDIST_COMMAND": json.dumps(["liftdist", *sys.argv[1:]]),
+        },
+    )
 
 
 def _prefetch(options: argparse.Namespace) -> None:

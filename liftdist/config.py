@@ -98,7 +98,9 @@ class OptimizerConfig:
     schedule: str = _setting(
         "linear", "learning rate after the warm-up: falls to zero, or stays", choices=("linear", "cosine", "constant")
     )
-    warmup_ratio: float = _setting(0.03, "share of the steps in which the rate rises from zero", at_least=0, at_most=1)
+    warmup_ratio: float = _setting(
+        0.03, "share of the steps in which the rate rises; it is zero in the first", at_least=0, at_most=1
+    )
     reference_numerics: bool = _setting(False, "add epsilon to the uncorrected denominator, as the LIFT authors do")
 
 
@@ -125,9 +127,11 @@ class MeshConfig:
         """``(dp_replicate, dp_shard)`` whose product is ``world_size``. Raises ``UserError`` if there is none."""
         shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
         if self.dp_replicate * shard != world_size:
+            wanted = self.dp_replicate * max(1, self.dp_shard)
+            shards = "equal size" if self.dp_shard == -1 else f"{self.dp_shard} shards (mesh.dp_shard)"
             raise UserError(
-                f"mesh: dp_replicate {self.dp_replicate} x dp_shard {self.dp_shard} does not make up "
-                f"the {world_size} ranks started"
+                f"mesh: {world_size} ranks cannot be {self.dp_replicate} replicas (mesh.dp_replicate) of {shards}; "
+                f"start {'a multiple of ' * (self.dp_shard == -1)}{wanted}"
             )
         return self.dp_replicate, shard
 
@@ -160,7 +164,10 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
         raise UserError(f"config {path}: {getattr(error, 'strerror', None) or error}") from None
     _REFERENCED.update(name for part in (text, *overrides) for name in _REFERENCE.findall(part))
     try:
-        lines = dict(_key_lines(yaml.compose(text, Loader=yaml.SafeLoader)))
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        if not isinstance(root, yaml.MappingNode):
+            raise UserError(f"{path}: {'is empty' if root is None else 'must hold settings, one name: value a line'}")
+        lines = dict(_key_lines(root))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(
@@ -168,14 +175,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
         ) from None
     for key, line in lines.items():
         _check_key(key, f"{path}:{line}")
+    for key, value in root.value:
+        if key.value in _SECTIONS and not isinstance(value, yaml.MappingNode):
+            raise UserError(f"{path}:{lines[key.value]}: {key.value} must hold settings, one name: value a line")
 
     config = OmegaConf.structured(Config)
     origin = {key: f"{path}:{line}: {key}" for key, line in lines.items()}
     try:
-        config.merge_with(OmegaConf.create(text) if lines else {})
+        config.merge_with(OmegaConf.create(text))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
-        raise UserError(f"{origin.get(key, f'{path}: {key}')}: {_first_line(error)}") from None
+        raise UserError(f"{origin.get(key, f'{path}: {key}')}: {_explain(error, key)}") from None
+    except yaml.MarkedYAMLError as error:  # what a loader minds and a parser does not: a key given twice
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: {error.problem}") from None
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
@@ -185,12 +198,12 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
         try:
             config.merge_with_dotlist([override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise UserError(f"{origin[key]}: {_first_line(error)}") from None
+            raise UserError(f"{origin[key]}: {_explain(error, key)}") from None
     try:
         resolved = cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         key = getattr(error, "full_key", None) or ""
-        problem = "must be given" if "MISSING" in type(error).__name__.upper() else _first_line(error)
+        problem = "must be given" if "MISSING" in type(error).__name__.upper() else _explain(error, key)
         raise UserError(f"{origin.get(key, f'{path}: {key}')}: {problem}") from None
     _validate(resolved, lambda key: origin.get(key, f"{path}: {key}"))
     return resolved, OmegaConf.to_yaml(_redacted(OmegaConf.to_container(config, resolve=False)))
@@ -264,17 +277,30 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
 
 def _check_key(key: str, where: str) -> None:
     known = [name for name, _ in settings()]
-    sections = {name.split(".")[0] for name in known if "." in name}
-    if key in known or key in sections:
+    if key in known or key in _SECTIONS:
         return
-    near = difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, [*known, *_SECTIONS], n=1, cutoff=0.5)
     if not near:  # the section may be what was left out or misspelt
         near = [name for name in known if name.split(".")[-1] == key.split(".")[-1]]
     raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
-def _first_line(error: Exception) -> str:
-    return redact(str(error).splitlines()[0])
+def _explain(error: Exception, key: str) -> str:
+    if key in _LISTS:
+        return f"must be a list, in quotes for the shell: {key}='{_LISTS[key]}'"
+    if key in _SECTIONS:
+        return f"is a section; give one of its settings, {key}.NAME=VALUE"
+    if isinstance(error, yaml.MarkedYAMLError):
+        return f"not YAML: {error.problem or error.context}"
+    text = str(error).splitlines()[0]
+    if "is not Optional" in text:
+        return "must not be empty"
+    variable = re.search(r"Environment variable '\w+' not found", text)
+    return redact(variable[0] if variable else text)
+
+
+_SECTIONS = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default_factory)}
+_LISTS = {"selection.modules": '["*.mlp.*"]', "optimizer.betas": "[0.9, 0.95]"}
 
 
 def _validate(config: Config, where: Any) -> None:

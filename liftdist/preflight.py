@@ -30,7 +30,9 @@ def resolve_model(path: str, weights: bool = True) -> Path:
     if folder.is_dir():
         return folder
     if path.startswith((".", "/", "~")) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path):
-        raise UserError(f"model.path {path}: no such folder")
+        raise UserError(
+            f"model.path {path}: " + ("is a file, name its folder" if folder.exists() else "no such folder")
+        )
     from huggingface_hub import snapshot_download
 
     patterns = HUB_FILES if weights else [p for p in HUB_FILES if "safetensors" not in p]

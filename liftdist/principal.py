@@ -302,7 +302,11 @@ def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> 
             assert isinstance(weight, nn.Parameter)
             found[names[id(weight)]] = weight
     if not found:
-        raise UserError(f"no linear module of {type(model).__name__} fits {', '.join(patterns)}")
+        linear = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
+        ]
+        example = f"; a name is {linear[0]}" if linear else ""
+        raise UserError(f"no linear module fits {', '.join(patterns)}{example}")
     return found
 
 

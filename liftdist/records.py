@@ -28,6 +28,7 @@ ALPACA = (
     "Below is an instruction that describes a task{with_input}. "
     "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
 )
+CHAT_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
 SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
@@ -48,7 +49,7 @@ def _prompt_completion(record: Record) -> tuple[str, str]:
 
 
 def _messages(record: Record) -> list[dict[str, str]]:
-    return _chat(record, "messages", "role", "content", None)
+    return _chat(record, "messages", "role", "content", CHAT_ROLES)
 
 
 def _sharegpt(record: Record) -> list[dict[str, str]]:
@@ -68,11 +69,12 @@ def _text(record: Record, key: str) -> str:
     if key not in record:
         raise ValueError(f"field {key!r} is missing (fields: {', '.join(map(str, record)) or 'none'})")
     if not isinstance(record[key], str):
-        raise ValueError(f"{key!r} must be text, got {type(record[key]).__name__}")
+        kind = "null" if record[key] is None else type(record[key]).__name__
+        raise ValueError(f"{key!r} must be text, got {kind}")
     return record[key]
 
 
-def _chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, str] | None) -> list[dict[str, str]]:
+def _chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
         raise ValueError(
@@ -83,9 +85,9 @@ def _chat(record: Record, key: str, role: str, content: str, roles: Mapping[str,
         if not isinstance(turn, Mapping):
             raise ValueError(f"a turn of {key!r} must be an object, got {type(turn).__name__}")
         who = _text(turn, role)
-        if roles is not None and who not in roles:
+        if who not in roles:
             raise ValueError(f"{role!r} must be one of {', '.join(roles)}, got {who!r}")
-        messages.append({"role": roles[who] if roles else who, "content": _text(turn, content)})
+        messages.append({"role": roles[who], "content": _text(turn, content)})
     if not any(message["role"] == "assistant" for message in messages):
         raise ValueError(f"{key!r} has no turn of the assistant, so nothing to learn")
     return messages
@@ -93,9 +95,11 @@ def _chat(record: Record, key: str, role: str, content: str, roles: Mapping[str,
 
 def detect_format(record: Record) -> str:
     """The format whose fields the record has. Raises ``ValueError`` if none fits."""
-    for name, (fields, _) in FORMATS.items():
-        if all(record.get(field) is not None for field in fields):
-            return name
+    present = {field for field, value in record.items() if value is not None}  # tables have a null for an absent field
+    for names in (present, set(record)):
+        for name, (fields, _) in FORMATS.items():
+            if names.issuperset(fields):
+                return name
     wanted = "; ".join("/".join(fields) for fields, _ in FORMATS.values())
     raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {wanted})")
 

@@ -14,6 +14,7 @@ import math
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -45,7 +46,6 @@ SHOWN_ENVIRONMENT = (
     "GLOO_",
     "SLURM_JOB_ID",
     "SLURM_NNODES",
-    "TORCH",
 )
 
 
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--select-only", action="store_true", help="select the principal weights, keep them, stop")
     options = parser.parse_intermixed_args(arguments)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupted)
     try:
         config, text = configs.load(options.config, options.overrides)
         with meshes.start(config.mesh) as mesh:
@@ -69,6 +71,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(configs.EXIT_USER_ERROR)
     except PeerError:
         _leave(1)  # the rank that failed shows its traceback
+
+
+def _interrupted(number: int, _: object) -> None:
+    """Signal handler: end at once, with one line instead of a traceback from every rank."""
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        print("liftdist: interrupted; what is in the run directory is incomplete", file=sys.stderr, flush=True)
+    status = os.environ.get("LIFTDIST_STATUS_FILE")
+    if status:
+        Path(status).write_text(str(128 + number))
+    os._exit(0 if status else 128 + number)
 
 
 def _leave(code: int) -> None:
@@ -114,19 +126,25 @@ def prepare(config: Config, console: Console, part: float = 0.0) -> Inputs:
             samples = data.tokenise(
                 path, config.data, tokenizer, vocabulary, Path(config.cache_dir), split, part, progress
             )
+        longest, context = int(samples.lengths.max()), hf_config.get_text_config().max_position_embeddings
+        if longest > context:
+            raise UserError(
+                f"data.max_length={config.data.max_length}: {path} has a sample of {longest} tokens, "
+                f"the model's context is {context}"
+            )
         counts = {"truncated": samples.truncated, "dropped": samples.dropped}
         note = "".join(f", {count} {what}" for what, count in counts.items() if count)
         console.say(f"data {path}: {len(samples)} samples, {int(samples.lengths.sum())} tokens{note}")
         return samples
 
-    evaluation = config.data.eval_path and samples_of(config.data.eval_path, config.data.eval_split)
-    return Inputs(folder, samples_of(config.data.path, config.data.split), evaluation or None)
+    evaluation = samples_of(config.data.eval_path, config.data.eval_split) if config.data.eval_path else None
+    return Inputs(folder, samples_of(config.data.path, config.data.split), evaluation)
 
 
 def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
     """Write config, command and environment, without secrets, so that the folder explains itself."""
     (run_dir / "config.yaml").write_text(text)
-    (run_dir / "command.txt").write_text(shlex.join(map(configs.redact, sys.orig_argv)) + "\n")
+    (run_dir / "command.txt").write_text(_command() + "\n")
     environment = {
         "liftdist": __version__,
         "python": platform.python_version(),
@@ -140,6 +158,12 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
         "variables": {k: configs.redact(v) for k, v in sorted(os.environ.items()) if k.startswith(SHOWN_ENVIRONMENT)},
     }
     (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+
+
+def _command() -> str:
+    """The command as it was typed, or the rank's own where nobody typed ``liftdist``."""
+    typed = os.environ.get("LIFTDIST_COMMAND")
+    return shlex.join(map(configs.redact, json.loads(typed) if typed else sys.orig_argv))
 
 
 def _git_state() -> str | None:
@@ -277,7 +301,7 @@ class Trainer:
             fused=True,
         )
         name = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
-        warmup = math.ceil(round(optimizer.warmup_ratio * self.steps, 6))
+        warmup = round(optimizer.warmup_ratio * self.steps)
         self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
         self.watch = Stopwatch(mesh.device)
         self.step = 0

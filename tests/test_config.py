@@ -48,7 +48,9 @@ def test_defaults_file_and_overrides_in_that_order(tmp_path):
         ("optimizer.betas=[0.9]", "must be two numbers"),
         ("optimizer.betas=[0.9, 1.0]", "must be below 1, got 1.0"),
         ("selection.modules=[]", "at least one pattern"),
-        ("model=3", "model: "),
+        ("model=3", "model: is a section; give one of its settings, model.NAME=VALUE"),
+        ("selection.modules=*.mlp.*", """must be a list, in quotes for the shell: selection.modules='["*.mlp.*"]'"""),
+        ("run_dir=", "run_dir: must not be empty"),
         ("data.path=${oc.env:NO_SUCH_VARIABLE}", "'NO_SUCH_VARIABLE' not found"),
         ("train.seed=99999999999999999999", "must be at most 4294967295"),
         ("nonsense", "expected key=value"),
@@ -74,7 +76,10 @@ def test_bad_overrides_are_one_line(tmp_path, override, problem):
         (MINIMAL + "train:\n  steps: -1\n", "config.yaml:9: train.steps: must be at least 1, got -1"),
         (MINIMAL + "train: [\n", "config.yaml:9: not YAML"),
         (MINIMAL.replace("  path: x.jsonl\n", "  split: train\n"), "data.path: must be given"),
-        ("", "must be given"),
+        ("", "config.yaml: is empty"),
+        ("- a\n", "must hold settings, one name: value a line"),
+        (MINIMAL + "train: 3\n", "config.yaml:8: train must hold settings"),
+        (MINIMAL + "train:\n  seed: 1\n  seed: 2\n", "config.yaml:10: found duplicate key seed"),
     ],
 )
 def test_bad_files_name_the_line(tmp_path, text, problem):
@@ -110,7 +115,7 @@ def test_layouts():
     assert mesh().layout(6) == (1, 6)
     assert mesh(dp_replicate=2).layout(6) == (2, 3)
     for bad in (mesh(dp_replicate=4), mesh(dp_replicate=2, dp_shard=2)):
-        with pytest.raises(UserError, match="does not make up the 6 ranks"):
+        with pytest.raises(UserError, match="6 ranks cannot be"):
             bad.layout(6)
 
 

@@ -93,6 +93,7 @@ def test_an_opening_by_the_assistant_is_not_learned(tokenizer):
     [
         ('{"prompt": "a", "completion": ', r"data.jsonl:3: not JSON"),
         ('{"prompt": "a"}', r"data.jsonl:3: field 'completion' is missing \(fields: prompt\)"),
+        ('{"prompt": "a", "completion": null}', r"data.jsonl:3: 'completion' must be text, got null"),
         ('{"prompt": "a", "completion": 7}', r"data.jsonl:3: 'completion' must be text, got int"),
         ("[1, 2]", r"data.jsonl:3: must be a JSON object, got list"),
     ],

@@ -72,7 +72,8 @@ def test_a_run_leaves_everything_behind(finished):
         "config.yaml", "command.txt", "environment.json", "metrics.jsonl", "tensorboard", "export",
     }  # fmt: skip
     assert "seed: 1" in (run / "config.yaml").read_text()
-    assert "train.seed=1" in (run / "command.txt").read_text()
+    typed = (run / "command.txt").read_text()
+    assert typed.startswith(f"liftdist train {folder}/config.yaml --nproc 2 train.seed=1")
     environment = json.loads((run / "environment.json").read_text())
     assert environment["mesh"] == {"dp_replicate": 1, "dp_shard": 2}
     assert torch.__version__.startswith(environment["packages"]["torch"])
@@ -147,7 +148,7 @@ def test_what_can_be_checked_before_ranks_start(tiny_model, tmp_path):
         (f"run_dir={tmp_path}/used", "exists and is not an empty folder"),
         ("run_dir=/proc/run", "run_dir /proc/run: cannot be written"),
         ("cache_dir=/proc/cache", "cache_dir /proc/cache: cannot be written"),
-        ("mesh.dp_replicate=3", "does not make up the 2 ranks"),
+        ("mesh.dp_replicate=3", "2 ranks cannot be 3 replicas"),
         (f"model.path={tmp_path}/none", "none: no such folder"),
         (f"model.path={tmp_path}/used", "holds no model.safetensors"),
     ):
@@ -192,8 +193,10 @@ def test_a_signal_to_the_command_reaches_all_ranks(tiny_model, tmp_path):
     ranks_of_it = [p for p in Path("/proc").glob("[0-9]*/cmdline") if str(config).encode() in p.read_bytes()]
     assert len(ranks_of_it) >= 3  # the launcher, torchrun and its ranks
     process.terminate()
-    process.communicate(timeout=60)
-    assert process.returncode != 0
+    rest = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert rest.count("liftdist: interrupted") == 1
+    assert "Traceback" not in rest
     assert not [p for p in ranks_of_it if p.exists()]
 
 
