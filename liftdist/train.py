@@ -115,7 +115,8 @@ def prepare(config: Config, console: Console, part: float = 0.0) -> Inputs:
     folder = preflight.resolve_model(config.model.path)
     hf_config = models.check_type(folder, config.model)
     tokenizer = models.load_tokenizer(folder, config.model)
-    vocabulary = hf_config.get_text_config().vocab_size
+    text_config = hf_config.get_text_config()
+    vocabulary = text_config.vocab_size
     if len(tokenizer) > vocabulary:
         raise UserError(
             f"model.path {folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary} embeddings"
@@ -126,8 +127,8 @@ def prepare(config: Config, console: Console, part: float = 0.0) -> Inputs:
             samples = data.tokenise(
                 path, config.data, tokenizer, vocabulary, Path(config.cache_dir), split, part, progress
             )
-        longest, context = int(samples.lengths.max()), hf_config.get_text_config().max_position_embeddings
-        if longest > context:
+        longest, context = int(samples.lengths.max()), getattr(text_config, "max_position_embeddings", None)
+        if context and longest > context:
             raise UserError(
                 f"data.max_length={config.data.max_length}: {path} has a sample of {longest} tokens, "
                 f"the model's context is {context}"

@@ -301,6 +301,16 @@ def test_reference_numerics_add_epsilon_to_the_uncorrected_denominator(run):
     assert torch.allclose(moved_reference, gradient / (gradient + 1e-2 / 0.05**0.5), atol=2e-4)
 
 
+def test_samples_beyond_the_context_of_the_model_are_refused(tiny_model, tmp_path):
+    records = tmp_path / "long.jsonl"
+    records.write_text(json.dumps({"prompt": "a", "completion": " b" * 600}) + "\n")
+    config = builders.config(tiny_model, records, tmp_path, data=dict(max_length=1000))
+    with pytest.raises(UserError, match=r"data.max_length=1000: .* a sample of 602 tokens, the model's context is 512"):
+        training.prepare(config, Console(False))
+    config.data.max_length = 512
+    assert training.prepare(config, Console(False)).samples.truncated == 1
+
+
 def diverged(mesh, config):
     try:
         losses_of(mesh, config)
