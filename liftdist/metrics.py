@@ -64,7 +64,7 @@ class Console:
         try:
             yield progress
         finally:
-            bar.close()
+            progress.close()
 
 
 class Progress:
@@ -80,6 +80,11 @@ class Progress:
         if self._console is not None and time.monotonic() - self._spoke > 10:
             self._console.say(f"{self._title}: {done} of {total}")
             self._spoke = time.monotonic()
+
+    def close(self) -> None:
+        """Say nothing more, whoever still counts."""
+        self._bar.close()
+        self._console = None
 
     def step(self, done: int, total: int, note: str, seconds_left: float) -> None:
         self._bar.set_postfix_str(note, refresh=False)
