@@ -38,7 +38,7 @@ KRYLOV_FIRST_CHECK = 5  # the first look at the residuals, in multiples of the f
 KRYLOV_CHECK = 3  # blocks between two looks
 KRYLOV_BREAKDOWN = 1e-5  # a new direction this much smaller than theta_1 is lost in float32 rounding
 KRYLOV_MAX_SHARE = 0.3  # a basis wider than this share of the smaller side costs more than ``eigh``
-SAMPLED_ROWS = 48  # rows in which the density of |W_r| around the threshold is measured
+SAMPLED_ROWS = 16  # rows in which the density of |W_r| around the threshold is measured
 FACTORING_THREADS = 1  # fixed: another number of threads rounds differently and moves a few entries
 
 
