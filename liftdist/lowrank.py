@@ -103,8 +103,8 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     threshold_bin = int((at_least >= k).sum()) - 1
     selected = upper > threshold_bin
     candidates = (upper == threshold_bin).nonzero().squeeze(1)
-    missing = k - int(selected.sum())
-    selected[candidates[bits[candidates].argsort(descending=True, stable=True)[:missing]]] = True
+    above = int(at_least[threshold_bin + 1]) if threshold_bin + 1 < at_least.numel() else 0
+    selected[candidates[bits[candidates].argsort(descending=True, stable=True)[: k - above]]] = True
     return selected.nonzero().squeeze(1)
 
 
