@@ -6,70 +6,104 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, preflight
+from liftdist import __version__, preflight, rundir
 from liftdist import config as configs
 from liftdist.config import UserError
+
+FORMATS = ("hf", "delta", "shira", "patch")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 and one line for anything the user can put right."""
-    options = _parser().parse_intermixed_args(arguments)
-    try:
-        options.run(options)
-    except UserError as error:
-        sys.exit(_report(error))
-
-
-def _report(error: UserError) -> int:
-    print(f"liftdist: {configs.redact(str(error))}", file=sys.stderr)
-    return configs.EXIT_USER_ERROR
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="liftdist",
-        description="Fine-tune a language model by its principal weights, on as many GPUs as there are.",
-        epilog="liftdist train CONFIG [key=value ...] [--nproc N]      select the principal weights and train them\n"
-        "liftdist select CONFIG [key=value ...] [--nproc N]     select them and keep the selection, without training\n"
-        "liftdist select CONFIG [key=value ...] --prefetch      fetch and check model and data, on a login node, say",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    name = given[0] if given else "--help"
+    if name == "--version":
+        print(f"liftdist {__version__}")
+        return
+    if name not in COMMANDS:
+        print(_overview(), file=sys.stdout if name in ("--help", "-h") else sys.stderr)
+        sys.exit(0 if given and name in ("--help", "-h") else configs.EXIT_USER_ERROR)
+    command = COMMANDS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"liftdist {name}", description=f"{command.help[0].upper()}{command.help[1:]}."
     )
-    parser.add_argument("--version", action="version", version=f"liftdist {__version__}")
-    parser.add_argument("command", choices=("train", "select"))
+    command.arguments(parser)
+    options = parser.parse_intermixed_args(given[1:])
+    try:
+        command.run(options)
+    except UserError as error:
+        print(f"liftdist: {configs.redact(str(error))}", file=sys.stderr)
+        sys.exit(configs.EXIT_USER_ERROR)
+
+
+@dataclass(frozen=True)
+class Command:
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], None]
+
+
+def _overview() -> str:
+    lines = ["Fine-tune a language model by its principal weights, on as many GPUs as there are.", ""]
+    lines += [f"  liftdist {name:<8}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "liftdist COMMAND --help tells more of each."])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs.
+
+
+def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: one for each GPU, or one)")
+
+
+def _train_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
     parser.add_argument(
-        "--prefetch", action="store_true", help="with select: fetch and check everything, start nothing"
+        "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
     )
-    return parser
+    for flag, help in configs.CHANGE_FLAGS.items():
+        parser.add_argument(flag, action="store_true", help=help)
 
 
-class _Parser(argparse.ArgumentParser):
-    def parse_intermixed_args(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        options = super().parse_intermixed_args(*args, **kwargs)
-        if options.prefetch and options.command != "select":
-            self.error("--prefetch goes with select")
-        options.run = _prefetch if options.prefetch else _launch
-        return options
+def _select_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--prefetch", action="store_true", help="fetch and check model and data, start nothing")
 
 
-def _launch(options: argparse.Namespace) -> None:
-    """Check, then become ``launch/torchrun``."""
-    if options.nproc is not None and options.nproc < 1:
-        raise UserError(f"--nproc must be at least 1, got {options.nproc}")
+def _train(options: argparse.Namespace) -> None:
     config, _ = configs.load(options.config, options.overrides)
-    preflight.check(config, options.nproc, training=options.command == "train")
+    flags = [flag for flag in configs.CHANGE_FLAGS if getattr(options, flag[2:].replace("-", "_"))]
+    overrides = list(options.overrides)
+    if options.fresh:
+        run_dir = Path(config.run_dir).expanduser()
+        if (free := rundir.next_free(run_dir)) != run_dir:
+            print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
+            overrides.append(f"run_dir={json.dumps(str(free))}")
+    _launch(options.config, overrides, options.nproc, flags, training=True)
+
+
+def _select(options: argparse.Namespace) -> None:
+    if options.prefetch:
+        _prefetch(options)
+    else:
+        _launch(options.config, options.overrides, options.nproc, ["--select-only"], training=False)
+
+
+def _launch(path: str, overrides: list[str], nproc: int | None, flags: list[str], training: bool) -> None:
+    """Check, then become ``launch/torchrun``."""
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc must be at least 1, got {nproc}")
+    config, _ = configs.load(path, overrides)
+    preflight.check(config, nproc, training)
     preflight.resolve_model(config.model.path)  # one process fetches what all ranks will read
-    command = [str(launcher())]
-    if options.nproc is not None:
-        command += ["--nproc", str(options.nproc)]
-    if options.command == "select":
-        command.append("--select-only")
-    command += [options.config, *options.overrides]
+    command = [str(launcher()), *(["--nproc", str(nproc)] if nproc is not None else []), *flags, path, *overrides]
     sys.stdout.flush()
     os.execve(
         "/usr/bin/env",
@@ -84,14 +118,14 @@ def _launch(options: argparse.Namespace) -> None:
 
 def _prefetch(options: argparse.Namespace) -> None:
     config, _ = configs.load(options.config, options.overrides)
-    from liftdist import model, train
+    from liftdist import model, prepare, weights
     from liftdist.metrics import Console
 
     console = Console(enabled=True)
-    inputs = train.prepare(config, console)
-    checkpoint = model.Checkpoint(inputs.folder)
-    model.match(model.build(model.check_type(inputs.folder, config.model), config.model), checkpoint)
-    console.say(f"model {config.model.path}: {len(checkpoint.file_of)} tensors in {inputs.folder}")
+    inputs = prepare.inputs(config, console)
+    files = weights.ModelFolder(inputs.folder)
+    model.match(model.build(model.check_type(inputs.folder, config.model), config.model), files)
+    console.say(f"model {config.model.path}: {len(files.file_of)} tensors in {inputs.folder}")
 
 
 def launcher() -> Path:
@@ -102,6 +136,95 @@ def launcher() -> Path:
             return folder / "launch" / "torchrun"
     raise UserError(f"launch/torchrun is missing beside {package}: install liftdist again")
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Deltas.
+
+
+def _cache_argument(parser: argparse.ArgumentParser) -> None:
+    default = configs.Config().cache_dir
+    parser.add_argument("--cache-dir", type=Path, default=Path(default), help=f"where digests are kept ({default})")
+
+
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="run directory, or a delta")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="hf", help="Hugging Face folder, delta, SHiRA adapter, sparse patch"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder or file to write, which must not exist")
+    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
+    parser.add_argument("--base", type=Path, help="folder of the base model (default: the run's model.path)")
+    _cache_argument(parser)
+
+
+def _export(options: argparse.Namespace) -> None:
+    if not options.source.exists():
+        raise UserError(f"{options.source}: no such run directory or delta")
+    if options.source.is_file() and options.base is None:
+        raise UserError(f"{options.source}: --base must name the folder of its base model")
+    if options.output.exists():
+        raise UserError(f"{options.output}: exists")
+    if not options.output.absolute().parent.is_dir():
+        raise UserError(f"{options.output}: {options.output.absolute().parent} is no folder")
+    from liftdist import delta, export
+
+    if options.source.is_file():
+        changes, base, dtype = delta.read(options.source), options.base, None
+    else:
+        changes, base, dtype = export.of_run_dir(options.source, options.step, options.base)
+    export.export(changes, base, options.output, options.format, options.cache_dir, dtype)
+    print(options.output)
+
+
+def _apply_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("delta", type=Path, help="what liftdist export --format delta or liftdist diff wrote")
+    parser.add_argument("folder", type=Path, help="Hugging Face folder of its base model")
+    parser.add_argument("--output", type=Path, help="folder to write, which must not exist (default: replace FOLDER)")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--undo", action="store_true", help="take the delta out of FOLDER again")
+    how.add_argument("--instead-of", type=Path, metavar="DELTA", help="swap: take this delta out of FOLDER first")
+    _cache_argument(parser)
+
+
+def _apply(options: argparse.Namespace) -> None:
+    if not options.folder.is_dir():
+        raise UserError(f"{options.folder}: no such folder")
+    from liftdist import delta, export
+
+    given = delta.read(options.delta)
+    other = delta.read(options.instead_of) if options.instead_of else None
+    apply, undo = (None, given) if options.undo else (given, other)
+    print(export.change_folder(options.folder, options.cache_dir, apply, undo, options.output))
+
+
+def _diff_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("before", type=Path, help="Hugging Face folder of the base model")
+    parser.add_argument("after", type=Path, help="Hugging Face folder of the changed model")
+    parser.add_argument("--output", type=Path, required=True, help="delta to write")
+    parser.add_argument(
+        "--without-base", action="store_true", help="leave out base values: smaller, and cannot be undone"
+    )
+    _cache_argument(parser)
+
+
+def _diff(options: argparse.Namespace) -> None:
+    for folder in (options.before, options.after):
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+    from liftdist import delta, weights
+
+    base = weights.digest(options.before, options.cache_dir)
+    delta.write(delta.between(options.before, options.after, base), options.output, not options.without_base)
+    print(options.output)
+
+
+COMMANDS = {
+    "train": Command("select the principal weights and train them; continue a run", _train_arguments, _train),
+    "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
+    "export": Command("write what a run made: model, delta, adapter or patch", _export_arguments, _export),
+    "apply": Command("apply a delta to a model folder, undo it, swap it for another", _apply_arguments, _apply),
+    "diff": Command("write the delta between two model folders", _diff_arguments, _diff),
+}
 
 if __name__ == "__main__":
     main()

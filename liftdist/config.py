@@ -22,6 +22,19 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 EXIT_USER_ERROR = 2  # exit code for anything the user can put right
+EXIT_STOPPED = 75  # exit code of a run that stopped when asked to: the same command continues it
+STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
+
+
+# what a changed setting changes in a run that continues
+NOTHING = "nothing"  # that the losses would show, but for the order of summation
+COURSE = "course"  # how training goes on from here
+STATE = "state"  # what the saved state means
+ALLOW_CHANGES, ALLOW_STATE_CHANGES = "--allow-changes", "--allow-state-changes"
+CHANGE_FLAGS = {
+    ALLOW_CHANGES: "continue a run with other data, batch size, steps or optimizer settings",
+    ALLOW_STATE_CHANGES: "continue it even with another base model, dtype or selection: principal weights are selected anew",
+}
 
 
 class UserError(ValueError):
@@ -37,8 +50,10 @@ def _setting(
     at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    changes: str = COURSE,
 ) -> Any:
     metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below)
+    metadata["changes"] = changes
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -46,23 +61,31 @@ def _setting(
 
 @dataclass
 class ModelConfig:
-    path: str = _setting(MISSING, "folder of a Hugging Face causal language model, or its name on the hub")
-    dtype: str = _setting("bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"))
-    attn_implementation: str | None = _setting(
-        None, "attention kernel, as transformers names it; its own choice if unset"
+    path: str = _setting(
+        MISSING, "folder of a Hugging Face causal language model, or its name on the hub", changes=NOTHING
     )
-    activation_checkpointing: bool = _setting(False, "recompute each decoder layer in backward instead of keeping it")
-    compile: bool = _setting(False, "`torch.compile` each decoder layer")
-    trust_remote_code: bool = _setting(False, "run model code that comes with the weights")
+    dtype: str = _setting(
+        "bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"), changes=STATE
+    )
+    attn_implementation: str | None = _setting(
+        None, "attention kernel, as transformers names it; its own choice if unset", changes=NOTHING
+    )
+    activation_checkpointing: bool = _setting(
+        False, "recompute each decoder layer in backward instead of keeping it", changes=NOTHING
+    )
+    compile: bool = _setting(False, "`torch.compile` each decoder layer", changes=NOTHING)
+    trust_remote_code: bool = _setting(False, "run model code that comes with the weights", changes=NOTHING)
 
 
 @dataclass
 class DataConfig:
     path: str = _setting(MISSING, "training data: a .jsonl, .json or .parquet file, or a data set name on the hub")
-    eval_path: str | None = _setting(None, "held-out data for the evaluation loss, given as `data.path` is")
+    eval_path: str | None = _setting(
+        None, "held-out data for the evaluation loss, given as `data.path` is", changes=NOTHING
+    )
     subset: str | None = _setting(None, "configuration name of a hub data set")
     split: str = _setting("train", "split of a hub data set to train on")
-    eval_split: str = _setting("test", "split of a hub data set to evaluate on")
+    eval_split: str = _setting("test", "split of a hub data set to evaluate on", changes=NOTHING)
     format: str = _setting(
         "auto",
         "fields of a record: instruction/input/output, prompt/completion, messages, or conversations; "
@@ -78,14 +101,22 @@ class DataConfig:
 
 @dataclass
 class SelectionConfig:
-    density: float | None = _setting(None, "share of each matrix to train; or set `budget_rank`", above=0, at_most=1)
-    budget_rank: int | None = _setting(
-        None, "train as many weights of each matrix as a LoRA of this rank; or set `density`", at_least=1
+    density: float | None = _setting(
+        None, "share of each matrix to train; or set `budget_rank`", above=0, at_most=1, changes=STATE
     )
-    filter_rank: int = _setting(64, "rank of the approximation whose largest entries are principal", at_least=1)
-    refresh_interval: int = _setting(400, "optimizer steps between two selections; 0 selects once", at_least=0)
-    method: str = _setting("fast", "how a matrix is factored; `exact` is a full SVD", choices=("fast", "exact"))
-    modules: list[str] = _setting(["*"], "patterns (`*`, `?`, `[]`) of the linear modules to train")
+    budget_rank: int | None = _setting(
+        None, "train as many weights of each matrix as a LoRA of this rank; or set `density`", at_least=1, changes=STATE
+    )
+    filter_rank: int = _setting(
+        64, "rank of the approximation whose largest entries are principal", at_least=1, changes=STATE
+    )
+    refresh_interval: int = _setting(
+        400, "optimizer steps between two selections; 0 selects once", at_least=0, changes=STATE
+    )
+    method: str = _setting(
+        "fast", "how a matrix is factored; `exact` is a full SVD", choices=("fast", "exact"), changes=STATE
+    )
+    modules: list[str] = _setting(["*"], "patterns (`*`, `?`, `[]`) of the linear modules to train", changes=STATE)
 
 
 @dataclass
@@ -109,19 +140,43 @@ class TrainConfig:
     epochs: int = _setting(1, "passes over the data", at_least=1)
     steps: int | None = _setting(None, "optimizer steps; replaces `epochs`", at_least=1)
     batch_size: int = _setting(16, "sequences of one optimizer step, over all ranks", at_least=1)
-    micro_batch_size: int = _setting(4, "sequences a rank computes at once", at_least=1)
+    micro_batch_size: int = _setting(4, "sequences a rank computes at once", at_least=1, changes=NOTHING)
     seed: int = _setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
-    eval_interval: int = _setting(0, "steps between evaluations; 0: before and after only", at_least=0)
-    log_interval: int = _setting(1, "steps between two entries of the metrics", at_least=1)
-    deterministic: bool = _setting(False, "deterministic GPU kernels, slower; CPUs are deterministic anyway")
-    export: bool = _setting(True, "write the fine-tuned model as a Hugging Face folder at the end")
+    eval_interval: int = _setting(0, "steps between evaluations; 0: before and after only", at_least=0, changes=NOTHING)
+    log_interval: int = _setting(1, "steps between two entries of the metrics", at_least=1, changes=NOTHING)
+    deterministic: bool = _setting(
+        False, "deterministic GPU kernels, slower; CPUs are deterministic anyway", changes=NOTHING
+    )
+    export: bool = _setting(True, "write the fine-tuned model as a Hugging Face folder at the end", changes=NOTHING)
+    max_skipped_steps: int = _setting(
+        10, "steps in a row whose loss or gradient may be not finite: they change nothing", at_least=0, changes=NOTHING
+    )
+    stop_signals: list[str] = _setting(
+        list(STOP_SIGNALS), "signals that make the run save and stop", choices=STOP_SIGNALS, changes=NOTHING
+    )
+    hang_timeout: float = _setting(
+        480.0,
+        "seconds without progress after which a rank writes its stacks and ends the run; 0: never",
+        at_least=0,
+        changes=NOTHING,
+    )
+
+
+@dataclass
+class CheckpointConfig:
+    interval: int = _setting(
+        100, "steps between checkpoints; 0: at a stop and at the end only", at_least=0, changes=NOTHING
+    )
+    keep: int = _setting(
+        2, "newest checkpoints to keep, besides those that hold a file named `keep`", at_least=1, changes=NOTHING
+    )
 
 
 @dataclass
 class MeshConfig:
-    dp_replicate: int = _setting(1, "replicas of the sharded model, usually one a node", at_least=1)
-    dp_shard: int = _setting(-1, "ranks that share one replica; -1: all that are left", at_least=-1)
-    timeout_minutes: float = _setting(10.0, "a collective that takes longer ends the job", above=0)
+    dp_replicate: int = _setting(1, "replicas of the sharded model, usually one a node", at_least=1, changes=NOTHING)
+    dp_shard: int = _setting(-1, "ranks that share one replica; -1: all that are left", at_least=-1, changes=NOTHING)
+    timeout_minutes: float = _setting(10.0, "a collective that takes longer ends the job", above=0, changes=NOTHING)
 
     def layout(self, world_size: int) -> tuple[int, int]:
         """``(dp_replicate, dp_shard)`` whose product is ``world_size``. Raises ``UserError`` if there is none."""
@@ -138,13 +193,18 @@ class MeshConfig:
 
 @dataclass
 class Config:
-    run_dir: str = _setting(MISSING, "new folder for everything this run writes")
-    cache_dir: str = _setting("~/.cache/liftdist", "tokenised data, selections and digests, shared by runs")
+    run_dir: str = _setting(
+        MISSING, "folder for everything this run writes; if it holds a run already, that run continues", changes=NOTHING
+    )
+    cache_dir: str = _setting(
+        "~/.cache/liftdist", "tokenised data, selections and digests, shared by runs", changes=NOTHING
+    )
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
 
@@ -218,6 +278,20 @@ def settings() -> Iterator[tuple[str, dataclasses.Field]]:
                 yield f"{top.name}.{leaf.name}", leaf
         else:
             yield top.name, top
+
+
+def differences(before: str, after: str) -> list[tuple[str, Any, Any]]:
+    """``(key, old value, new value)`` of every setting that differs between two configs, as :func:`load` gives their text."""
+    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, after))
+    return [(key, old[key], new[key]) for key, _ in settings() if key in old and key in new and old[key] != new[key]]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def settings_table() -> str:
@@ -300,7 +374,11 @@ def _explain(error: Exception, key: str) -> str:
 
 
 _SECTIONS = {f.name for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default_factory)}
-_LISTS = {"selection.modules": '["*.mlp.*"]', "optimizer.betas": "[0.9, 0.95]"}
+_LISTS = {
+    "selection.modules": '["*.mlp.*"]',
+    "optimizer.betas": "[0.9, 0.95]",
+    "train.stop_signals": "[SIGTERM, SIGUSR1]",
+}
 
 
 def _validate(config: Config, where: Any) -> None:

@@ -93,6 +93,13 @@ class Samples:
     lengths: np.ndarray  # [samples] int64, tokens of each
     truncated: int  # samples cut to max_length
     dropped: int  # samples left out: too long, or nothing left to learn
+    digest: str  # of the records and of all that made them samples: equal digests, equal samples
+    path: str
+    places: Dataset  # column: place
+
+    def where(self, sample: int) -> str:
+        """File and line of a sample's record, or what takes their place."""
+        return f"{self.path}:{self.places[sample]['place']}"
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -123,7 +130,7 @@ def tokenise(
     read = records.reader(source, config.format)
     settings = {k: v for k, v in asdict(config).items() if k in ("format", "max_length", "overlong")}
     key = hashlib.sha256(
-        json.dumps([digest, settings, _tokenizer_digest(tokenizer), vocabulary, 1], sort_keys=True).encode()
+        json.dumps([digest, settings, _tokenizer_digest(tokenizer), vocabulary, 2], sort_keys=True).encode()
     ).hexdigest()[:24]
     folder = cache_dir.expanduser() / "tokens" / key
     starts = range(0, len(source), PART_RECORDS)
@@ -148,6 +155,9 @@ def tokenise(
         np.asarray(table.data.column("length").to_numpy(), dtype=np.int64),
         sum(count["truncated"] for count in counts),
         sum(count["dropped"] for count in counts),
+        key,
+        path,
+        table.select_columns(["place"]),
     )
 
 
@@ -178,7 +188,8 @@ def _encode_all(
             continue
         labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
         counts["kept"] += 1
-        rows.append({"input_ids": ids, "labels": labels, "length": len(ids)})
+        place = where.rpartition(":")[2]  # a line, or " record N"
+        rows.append({"input_ids": ids, "labels": labels, "length": len(ids), "place": place})
     return rows, counts
 
 
@@ -194,6 +205,7 @@ def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]
             "input_ids": datasets.Sequence(datasets.Value("int32")),
             "labels": datasets.Sequence(datasets.Value("int32")),
             "length": datasets.Value("int64"),
+            "place": datasets.Value("string"),
         }
     )
     columns = {name: [row[name] for row in rows] for name in features}

@@ -1,69 +1,350 @@
-"""What a run leaves behind to use: the fine-tuned model as an ordinary Hugging Face folder."""
+"""The difference that fine-tuning made, as one small file, and what can be done with it.
+
+    delta.safetensors, for each tensor NAME of the base model that changed, by its name in the Hugging Face checkpoint:
+        NAME.gaps      [bytes] uint8   k sorted flat indices: the first, then each less the one before, as LEB128 numbers
+        NAME.values    [k]             new values
+        NAME.base      [k]             base values; may be left out
+    metadata: digest of the base model, shape and dtypes of every tensor, sha256 of the contents
+
+    apply: t[indices] = values, where t[indices] was base          undo: t[indices] = base, where t[indices] was values
+
+Both are exact to the bit, and refused, before anything is written, where the tensors are not what they must be. A bf16 model
+costs about 5 bytes a changed weight, and 3 without base values.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import shutil
+import os
 import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
-from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
-from liftdist import model as models
-from liftdist import preflight
-from liftdist.mesh import Mesh, together
+from liftdist import rundir, weights
+from liftdist.checkpoint import Step
+from liftdist.config import UserError
+from liftdist.mesh import local_tensor, together
+from liftdist.model import rows_of
+from liftdist.weights import DTYPES, ModelFolder
 
-SHARD_SIZE = "2GB"  # also bounds what the writing rank holds in memory
-COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+FORMAT = "liftdist-delta-1"
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def export_merged(model: PreTrainedModel, base: Path, target: Path, mesh: Mesh) -> None:
-    """Write ``model`` to the folder ``target``, which must not exist, under the names of the checkpoint ``base``. Collective.
+@dataclass(frozen=True)
+class Change:
+    """What changed in one tensor."""
 
-    Tensors are gathered one at a time; config, tokenizer, generation config and chat template are those of ``base``.
-    """
-    with together():
-        checkpoint = models.Checkpoint(base)
-        names = models.match(model, checkpoint)
-        own = {names[name]: tensor for name, tensor in models.tensors(model).items()}
-        plan = split_torch_state_dict_into_shards(
-            {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own.items()},
-            max_shard_size=SHARD_SIZE,
+    shape: tuple[int, ...]
+    stored: torch.dtype  # of the base model's file
+    indices: Tensor  # [k] int64, flat, sorted
+    values: Tensor  # [k], of the dtype that holds both the base's and the trained values
+    base: Tensor | None  # [k] likewise
+
+    def rows(self, begin: int, end: int) -> Change:
+        """The part in rows ``[begin, end)``, with indices into them."""
+        width = int(torch.Size(self.shape[1:]).numel())
+        low, high = torch.searchsorted(self.indices, torch.tensor([begin * width, end * width])).tolist()
+        part = slice(low, high)
+        base = None if self.base is None else self.base[part]
+        return Change(
+            (end - begin, *self.shape[1:]), self.stored, self.indices[part] - begin * width, self.values[part], base
         )
-        if mesh.is_main:
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    for file, members in plan.filename_to_tensors.items():
-        shard = {}
-        for name in members:
-            whole = own[name].detach()
-            whole = whole.full_tensor() if isinstance(whole, DTensor) else whole
-            if mesh.is_main:
-                shard[name] = whole.cpu().contiguous()
-            del whole
+
+    def to(self, dtype: torch.dtype) -> Change:
+        """The same for a model that was loaded in another dtype."""
+        base = None if self.base is None else self.base.to(dtype)
+        return Change(self.shape, dtype, self.indices, self.values.to(dtype), base)
+
+
+@dataclass(frozen=True)
+class Delta:
+    """Changes of a base model, read one tensor at a time."""
+
+    origin: Path
+    base: str  # digest of the base model
+    names: list[str]
+    get: Callable[[str], Change]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where deltas come from.
+
+
+def of_run(step: Step, base: Path) -> Delta:
+    """What a run has changed by a checkpoint.
+
+    Raises:
+        UserError: ``base`` does not hold the parameters.
+    """
+    files = ModelFolder(base)
+    names = {}
+    for name in step.manifest["parameters"]:
+        stored = name if name in files.file_of else name.partition(".")[2]  # the base model's prefix may be absent
+        if stored not in files.file_of:
+            raise UserError(f"{base}: has no {name}, which the run trained")
+        names[stored] = name
+
+    def get(stored: str) -> Change:
+        indices, values = step.touched(names[stored])
+        tensor = files.read(stored)
+        dtype = torch.promote_types(tensor.dtype, values.dtype)
+        _check_fits(stored, indices, tensor.numel())
+        before, after = tensor.flatten()[indices].to(dtype), values.to(dtype)
+        changed = _bits(before) != _bits(after)
+        return Change(tuple(tensor.shape), tensor.dtype, indices[changed], after[changed], before[changed])
+
+    return Delta(step.folder, step.manifest["base"], list(names), get)
+
+
+def between(before: Path, after: Path, base: str) -> Delta:
+    """What changed between two folders of one architecture; ``base`` is the digest of the first.
+
+    Raises:
+        UserError: they do not hold the same tensors.
+    """
+    old, new = ModelFolder(before), ModelFolder(after)
+    if missing := sorted(set(old.file_of) ^ set(new.file_of)):
+        folder = after if missing[0] in old.file_of else before
+        raise UserError(f"{folder}: has no {missing[0]}, the other folder does")
+    for name in old.file_of:
+        if old.info(name)["shape"] != new.info(name)["shape"]:
+            raise UserError(f"{name} is {old.info(name)['shape']} in {before}, {new.info(name)['shape']} in {after}")
+
+    def get(name: str) -> Change:
+        first, second = old.read(name), new.read(name)
+        dtype = torch.promote_types(first.dtype, second.dtype)
+        flat, other = first.flatten().to(dtype), second.flatten().to(dtype)
+        indices = (_bits(flat) != _bits(other)).nonzero().squeeze(1)
+        return Change(tuple(first.shape), first.dtype, indices, other[indices], flat[indices])
+
+    return Delta(after, base, sorted(old.file_of), get)
+
+
+def read(path: Path) -> Delta:
+    """The delta in a file, all of it checked.
+
+    Raises:
+        UserError: the file is absent, cut short, damaged, or no delta; an index out of range; a value that is not finite.
+    """
+    try:
+        entries = weights.header(path)
+        metadata = entries.get("__metadata__", {})
+        if metadata.get("format") != FORMAT:
+            raise ValueError("is not a delta that this version reads")
+        tensors = json.loads(metadata["tensors"])
+        if _contents_digest(path) != metadata["sha256"]:
+            raise ValueError("its contents do not have the hash they were written with")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged: {error}") from None
+    except Exception as error:
+        raise UserError(f"{path}: not a safetensors file: {error}") from None
+
+    def get(name: str) -> Change:
+        about = tensors[name]
+        with safe_open(path, framework="pt") as file:
+            kept = set(file.keys())
+            gaps, values = file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values")
+            base = file.get_tensor(f"{name}.base") if f"{name}.base" in kept else None
+        indices = _from_gaps(gaps, about["count"])
+        change = Change(tuple(about["shape"]), DTYPES[about["stored"]], indices, values, base)
+        _check_fits(name, indices, int(torch.Size(change.shape).numel()))
+        for part in (values, base):
+            if part is not None and (part.shape != indices.shape or not part.isfinite().all()):
+                raise ValueError(f"{name} holds a value that is not finite, or not as many as indices")
+        return change
+
+    delta = Delta(path, metadata["base"], list(tensors), get)
+    for name in delta.names:
+        try:
+            get(name)
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path}: {error}") from None
+    return delta
+
+
+def write(delta: Delta, path: Path, with_base: bool = True) -> None:
+    """Write a delta, whole or not at all.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name, change in changed(delta):
+        tensors[f"{name}.gaps"], tensors[f"{name}.values"] = _to_gaps(change.indices), change.values
+        if with_base and change.base is not None:
+            tensors[f"{name}.base"] = change.base
+        stored = next(key for key, dtype in DTYPES.items() if dtype == change.stored)
+        about[name] = {"shape": list(change.shape), "stored": stored, "count": change.indices.numel()}
+    metadata = {"format": FORMAT, "base": delta.base, "tensors": json.dumps(about), "sha256": _digest(tensors)}
+    save(tensors, path, metadata)
+
+
+def changed(delta: Delta) -> Iterator[tuple[str, Change]]:
+    """The tensors that did change. Raises ``UserError`` for a value that is not finite."""
+    for name in delta.names:
+        change = delta.get(name)
+        if change.indices.numel():
+            if not change.values.isfinite().all():
+                raise UserError(f"{delta.origin}: {name} holds a value that is not finite")
+            yield name, change
+
+
+def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    if path.exists():
+        raise UserError(f"{path}: exists")
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+        os.close(descriptor)
+        try:
+            save_file(tensors, temporary, metadata)
+            Path(temporary).chmod(0o644)
+            rundir.sync_file(Path(temporary))
+            Path(temporary).rename(path)
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    state = hashlib.sha256()
+    for name in sorted(tensors):
+        state.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
+        state.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
+
+
+def _contents_digest(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return _digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  (not a mapping)
+
+
+def _to_gaps(indices: Tensor) -> Tensor:
+    """LEB128: seven bits a byte, the lowest first, the eighth set in all bytes of a number but the last."""
+    gaps = np.diff(indices.numpy(), prepend=0).astype(np.uint64)
+    lengths = np.ones(len(gaps), dtype=np.int64)
+    for bits in range(7, 63, 7):
+        lengths += gaps >= (1 << bits)
+    ends = np.cumsum(lengths)
+    coded = np.zeros(-(-int(ends[-1]) // 8) * 8 if len(ends) else 0, dtype=np.uint8)  # aligned for what follows
+    for place in range(int(lengths.max(initial=0))):
+        chosen = lengths > place
+        more = (lengths[chosen] > place + 1).astype(np.uint8) << 7
+        digit = ((gaps[chosen] >> np.uint64(7 * place)) & np.uint64(127)).astype(np.uint8)
+        coded[ends[chosen] - lengths[chosen] + place] = digit | more
+    return torch.from_numpy(coded)
+
+
+def _from_gaps(coded: Tensor, count: int) -> Tensor:
+    """``[count]`` int64. Raises ``ValueError`` if there are not as many, or they do not ascend."""
+    raw = coded.numpy()
+    ends = np.flatnonzero(raw < 128)[:count] + 1
+    if len(ends) != count or len(raw) - (int(ends[-1]) if count else 0) >= 8:
+        raise ValueError("the number of indices is not what it must be")
+    starts = np.concatenate([[0], ends[:-1]])
+    gaps = np.zeros(count, dtype=np.int64)
+    lengths = ends - starts
+    if lengths.max(initial=0) > 9:
+        raise ValueError("an index is out of range")
+    for place in range(int(lengths.max(initial=0))):
+        chosen = lengths > place
+        gaps[chosen] |= (raw[starts[chosen] + place].astype(np.int64) & 127) << (7 * place)
+    if count > 1 and gaps[1:].min() < 1:
+        raise ValueError("indices do not ascend")
+    return torch.from_numpy(np.cumsum(gaps))
+
+
+def _check_fits(name: str, indices: Tensor, size: int) -> None:
+    if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= size):
+        raise ValueError(f"{name}: an index is out of range: {int(indices[-1])}, of {size} weights")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same memory as integers: equal when the bits are, which NaN and -0.0 make a difference."""
+    return tensor.contiguous().view(_BITS[tensor.element_size()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Apply, undo, swap.
+
+
+def edit(name: str, tensor: Tensor, undo: Change | None, apply: Change | None) -> Tensor:
+    """``tensor`` without one change and with another, as a new tensor. Raises ``UserError`` if it is not what they start from."""
+    for change in (undo, apply):
+        if change is not None and tuple(tensor.shape) != change.shape:
+            raise UserError(f"{name} is {list(tensor.shape)}, the delta is for {list(change.shape)}")
+        if change is not None and change.base is None and change is undo:
+            raise UserError(f"{name}: the delta holds no base values: it cannot be undone")
+    if undo is not None and undo.base is not None:
+        tensor = _replace(name, tensor.to(undo.values.dtype), undo.indices, undo.values, undo.base).to(undo.stored)
+    if apply is not None:
+        tensor = _replace(name, tensor.to(apply.values.dtype), apply.indices, apply.base, apply.values)
+    return tensor
+
+
+def _replace(name: str, tensor: Tensor, indices: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
+    flat = tensor.flatten().clone()
+    indices = indices.to(flat.device)
+    if old is not None and not torch.equal(_bits(flat[indices]), _bits(old.to(flat.device))):
+        raise UserError(f"{name} does not hold the weights that the delta starts from")
+    flat[indices] = new.to(flat.device)
+    return flat.view(tensor.shape)
+
+
+def by_name(name: str, delta: Delta | None) -> Change | None:
+    """The change of a tensor, if there is one."""
+    return delta.get(name) if delta is not None and name in delta.names else None
+
+
+def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | None = None) -> None:
+    """Apply a delta to a model in memory, undo one, or swap one for another; the model may be sharded by rows.
+
+    Everything is checked before anything is written.
+
+    Raises:
+        UserError: the model does not hold a tensor, or not with the shape and weights that the delta starts from.
+    """
+    params = dict(module.named_parameters())
+    prefix = f"{getattr(module, 'base_model_prefix', '')}."
+    names = {name: name if name in params else prefix + name for d in (apply, undo) if d for name in d.names}
+
+    def edited(name: str) -> tuple[Tensor, Tensor]:
+        if names[name] not in params:
+            raise UserError(f"the model has no {name}")
+        param = params[names[name]]
+        local, rows = local_tensor(param), rows_of(param)
+        changes = []
+        for change in (by_name(name, undo), by_name(name, apply)):
+            if change is not None and change.shape != tuple(param.shape):
+                raise UserError(f"{name} is {list(param.shape)}, the delta is for {list(change.shape)}")
+            changes.append(None if change is None else change.rows(*rows).to(local.dtype))
+        return local, edit(name, local, *changes)
+
+    with torch.no_grad():
         with together():
-            if mesh.is_main:
-                save_file(shard, temporary / file, metadata={"format": "pt"})
-    with together():
-        if mesh.is_main:
-            if plan.is_sharded:
-                index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-                (temporary / preflight.INDEX).write_text(json.dumps(index, indent=2))
-            _copy_companions(base, temporary, str(model.dtype).removeprefix("torch."))
-            for file in temporary.iterdir():
-                file.chmod(0o644)
-            temporary.chmod(0o755)
-            temporary.rename(target)
+            check_same_base(apply, undo)
+            for name in names:
+                edited(name)
+        for name in names:
+            local, result = edited(name)
+            local.copy_(result)
 
 
-def _copy_companions(base: Path, target: Path, dtype: str) -> None:
-    for file in base.iterdir():
-        if file.is_file() and file.suffix in COPIED_SUFFIXES and file.name != preflight.INDEX:
-            shutil.copy(file, target / file.name)
-    config = json.loads((target / "config.json").read_text())
-    config["dtype"] = dtype
-    config.pop("torch_dtype", None)  # the older name of the same
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+def check_same_base(apply: Delta | None, undo: Delta | None) -> None:
+    """Raises ``UserError`` unless two deltas can be swapped."""
+    if apply is not None and undo is not None and apply.base != undo.base:
+        raise UserError(f"{apply.origin} and {undo.origin} are for different base models")

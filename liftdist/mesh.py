@@ -30,6 +30,10 @@ class PeerError(RuntimeError):
     """Another rank failed, and reports why; this one only stops with it."""
 
 
+class Stopped(Exception):
+    """All ranks have agreed to stop; the message is the reason. Not an error: nothing is lost."""
+
+
 @dataclass(frozen=True)
 class Mesh:
     device: torch.device
@@ -83,18 +87,22 @@ def start(config: MeshConfig) -> Iterator[Mesh]:
         dist.destroy_process_group()
 
 
-def gather(value: Any) -> list[Any]:
-    """``value`` of every rank, by rank, on every rank."""
+def gather(value: Any, group: Group = None) -> list[Any]:
+    """``value`` of every rank, by rank, on every rank; over ``group``, which then must hold all ranks."""
     if not dist.is_initialized():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
 def agree(flag: bool) -> bool:
-    """Whether any rank says so."""
-    return any(gather(flag))
+    """Whether any rank says so: one number a rank, over the host's network."""
+    if not dist.is_initialized():
+        return flag
+    said = torch.tensor(int(flag), dtype=torch.int32)
+    dist.all_reduce(said, op=dist.ReduceOp.MAX)
+    return bool(said)
 
 
 @contextmanager
@@ -110,16 +118,18 @@ def together() -> Iterator[None]:
         error = caught
     if error is not None and not dist.is_initialized():
         raise error
-    summaries = gather(
-        None if error is None else (isinstance(error, UserError), f"{type(error).__name__}: {error}", str(error))
-    )
+    kind = next((kind for kind in (UserError, Stopped) if isinstance(error, kind)), PeerError)
+    summaries = gather(None if error is None else (kind.__name__, f"{type(error).__name__}: {error}", str(error)))
     for rank, summary in enumerate(summaries):
         if summary is None:
             continue
         if error is not None:
             raise error
-        is_user_error, long, short = summary
-        raise UserError(short) if is_user_error else PeerError(f"rank {rank} failed: {long}")
+        name, long, short = summary
+        for known in (UserError, Stopped):
+            if name == known.__name__:
+                raise known(short)
+        raise PeerError(f"rank {rank} failed: {long}")
 
 
 def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:

@@ -3,46 +3,92 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from liftdist import rundir
 from liftdist.config import redact
 
 GIB = 2**30
 
 
 class Recorder:
-    """Writes scalars and texts to TensorBoard and ``metrics.jsonl``. Only the main rank writes."""
+    """Writes scalars and texts to TensorBoard and ``metrics.jsonl``. Only the main rank writes.
 
-    def __init__(self, run_dir: Path, enabled: bool) -> None:
-        self._writer = SummaryWriter(str(run_dir / "tensorboard")) if enabled else None
-        self._file = (run_dir / "metrics.jsonl").open("a", encoding="utf-8") if enabled else None
+    Args:
+        step: the step that is continued from; what an earlier attempt recorded after it is taken back.
+        continued: whether there was an earlier attempt.
+        say: told once if the disk takes no more. Training goes on without curves.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        enabled: bool,
+        step: int = 0,
+        continued: bool = False,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self._writer: SummaryWriter | None = None
+        self._file: TextIO | None = None
+        self._say, self._failed = say, False
+        if not enabled:
+            return
+        path = run_dir / "metrics.jsonl"
+        if continued and path.exists() and not path.is_symlink():
+            rundir.write(path, "".join(line for line in path.open(encoding="utf-8") if _step(line) <= step))
+        self._file = rundir.open_to_append(path)
+        folder = rundir.real_folder(run_dir / "tensorboard")
+        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if continued else None)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._writer is None or self._file is None:
             return
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
-        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **values}) + "\n")
-        self._file.flush()
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        with self._tolerant():
+            self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
+            self._file.flush()
+        with self._tolerant():
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
 
     def text(self, tag: str, text: str) -> None:
         if self._writer is not None:
-            self._writer.add_text(tag, "\n".join(f"    {line}" for line in redact(text).splitlines()))
+            with self._tolerant():
+                self._writer.add_text(tag, "\n".join(f"    {line}" for line in redact(text).splitlines()))
 
     def close(self) -> None:
-        if self._writer is not None and self._file is not None:
-            self._writer.close()
-            self._file.close()
+        for file in (self._writer, self._file):
+            if file is not None:
+                with self._tolerant():
+                    file.close()
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self._failed:
+                self._say(f"metrics are no longer recorded, training goes on: {error}")
+            self._failed = True
+
+
+def _step(line: str) -> float:
+    """The step of a line of metrics; infinite for one that was cut short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 class Console:

@@ -8,19 +8,12 @@ transformers would have to convert (fused experts, quantised weights) is refused
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import random
-import struct
-import tempfile
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -31,7 +24,8 @@ from transformers.initialization import no_init_weights
 
 from liftdist import preflight
 from liftdist.config import ModelConfig, UserError
-from liftdist.mesh import Mesh, gather, local_tensor, row_bounds, together
+from liftdist.mesh import Mesh, local_tensor, row_bounds, together
+from liftdist.weights import ModelFolder
 
 
 def check_type(folder: Path, config: ModelConfig) -> Any:
@@ -55,80 +49,27 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         raise UserError(f"model.path {folder}: no usable tokenizer: {str(error).splitlines()[0]}") from None
 
 
-class Checkpoint:
-    """The safetensors files of a folder, opened one at a time, read by name and rows."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        preflight.check_weight_files(folder)
-        try:
-            if (folder / preflight.INDEX).exists():
-                index = json.loads((folder / preflight.INDEX).read_text())["weight_map"]
-                files = sorted(set(index.values()))
-            else:
-                files = [preflight.WEIGHTS]
-            self._headers = {file: _header(folder / file) for file in files}
-        except (OSError, ValueError, KeyError, struct.error) as error:
-            raise UserError(f"model.path {folder}: damaged weights: {error}") from None
-        self.file_of = {
-            name: file for file, header in self._headers.items() for name in header if name != "__metadata__"
-        }
-        if (folder / preflight.INDEX).exists() and (missing := sorted(set(index) - set(self.file_of))):
-            raise UserError(f"model.path {folder}: {missing[0]} is not in the file that {preflight.INDEX} names")
-
-    def info(self, name: str) -> dict[str, Any]:
-        """``dtype`` and ``shape`` of a tensor as its file states them, with the byte range ``data_offsets``."""
-        return self._headers[self.file_of[name]][name]
-
-    def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows ``begin`` to ``end`` of a tensor, in the dtype of the file."""
-        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
-            return file.get_tensor(name) if end is None else file.get_slice(name)[begin:end]
-
-    def data(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor, in pieces."""
-        path = self.folder / self.file_of[name]
-        with path.open("rb") as file:
-            base = 8 + struct.unpack("<Q", file.read(8))[0]
-            begin, end = self.info(name)["data_offsets"]
-            file.seek(base + begin)
-            for offset in range(begin, end, 1 << 22):
-                yield file.read(min(1 << 22, end - offset))
-
-
-def _header(path: Path) -> dict[str, Any]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        if length > size - 8:
-            raise ValueError(f"{path.name} is not a complete safetensors file")
-        header = json.loads(file.read(length))
-    end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise ValueError(f"{path.name} has {size} bytes, its header speaks of {8 + length + end}")
-    return header
-
-
-def load(folder: Path, config: ModelConfig, mesh: Mesh) -> PreTrainedModel:
+def load(folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None] = lambda: None) -> PreTrainedModel:
     """The model, its parameters cut by rows over ``mesh.shard_mesh`` and filled. Collective.
 
-    Frozen or not is left to the caller. Gradients are summed over the shards in float32, not averaged.
+    ``check`` is called after every tensor. Frozen or not is left to the caller.
+    Gradients are summed over the shards in float32, not averaged.
 
     Raises:
         UserError: the checkpoint does not fit the model name by name (the first offenders are named).
     """
     with together():
         hf_config = check_type(folder, config)
-        checkpoint = Checkpoint(folder)
+        files = ModelFolder(folder)
         model = build(hf_config, config)
-        names = match(model, checkpoint)
+        names = match(model, files)
     _shard(model, config, mesh)
     model.to_empty(device=mesh.device)
     model.tie_weights()
     with together():
         _compute_buffers(model)
-        _fill(model, checkpoint, names)
-        _verify(model, checkpoint, names, random.Random(mesh.rank))
+        _fill(model, files, names, check)
+        _verify(model, files, names, random.Random(mesh.rank))
     return model
 
 
@@ -174,8 +115,8 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def match(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """For each tensor of the model the name it has in the checkpoint, which is its own; the base model's prefix may be absent.
+def match(model: PreTrainedModel, files: ModelFolder) -> dict[str, str]:
+    """For each tensor of the model the name it has in the files, which is its own; the base model's prefix may be absent.
 
     Raises:
         UserError: a tensor is absent, of another shape, or left over.
@@ -183,11 +124,11 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     own = tensors(model)
     for transform in get_model_conversion_mapping(model, add_legacy=False):
         if isinstance(transform, WeightConverter):
-            for name in checkpoint.file_of:
+            for name in files.file_of:
                 if transform.rename_source_key(name)[1] is not None:
                     steps = ", ".join(type(operation).__name__ for operation in transform.operations)
                     raise UserError(
-                        f"model.path {checkpoint.folder}: {name} would have to be converted ({steps}): not supported"
+                        f"model.path {files.folder}: {name} would have to be converted ({steps}): not supported"
                     )
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(
         own
@@ -195,24 +136,22 @@ def match(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
     prefix = f"{model.base_model_prefix}."
     names, problems = {}, []
     for name, tensor in own.items():
-        stored = name if name in checkpoint.file_of else name.removeprefix(prefix)
-        if stored not in checkpoint.file_of:
+        stored = name if name in files.file_of else name.removeprefix(prefix)
+        if stored not in files.file_of:
             problems.append(f"{name} is not in the checkpoint")
-        elif tuple(checkpoint.info(stored)["shape"]) != tuple(tensor.shape):
-            problems.append(
-                f"{name} is {checkpoint.info(stored)['shape']} in the checkpoint, {list(tensor.shape)} in the model"
-            )
-        elif checkpoint.info(stored)["dtype"] not in ("F64", "F32", "F16", "BF16"):
-            problems.append(f"{name} has dtype {checkpoint.info(stored)['dtype']}: quantised weights are not supported")
+        elif tuple(files.info(stored)["shape"]) != tuple(tensor.shape):
+            problems.append(f"{name} is {files.info(stored)['shape']} in the checkpoint, {list(tensor.shape)} in the model")
+        elif files.info(stored)["dtype"] not in ("F64", "F32", "F16", "BF16"):
+            problems.append(f"{name} has dtype {files.info(stored)['dtype']}: quantised weights are not supported")
         else:
             names[name] = stored
     known = set(names.values()) | aliases | {alias.removeprefix(prefix) for alias in aliases}
-    left_over = [n for n in checkpoint.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
+    left_over = [n for n in files.file_of if n not in known and not n.endswith("rotary_emb.inv_freq")]
     problems += [f"{name} of the checkpoint is not in the model" for name in left_over]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise UserError(
-            f"model.path {checkpoint.folder}: weights that would have to be converted are not supported: "
+            f"model.path {files.folder}: weights that would have to be converted are not supported: "
             + "; ".join(problems[:3])
             + more
         )
@@ -266,16 +205,17 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, checkpoint: Checkpoint, names: dict[str, str]) -> None:
+def _fill(model: PreTrainedModel, files: ModelFolder, names: dict[str, str], check: Callable[[], None]) -> None:
     for name, tensor in tensors(model).items():
         begin, end = rows_of(tensor)
         local = local_tensor(tensor)
         if local.numel():
-            local.copy_(checkpoint.read(names[name], begin, end) if tensor.ndim else checkpoint.read(names[name]))
+            local.copy_(files.read(names[name], begin, end) if tensor.ndim else files.read(names[name]))
+        check()
 
 
 @torch.no_grad()
-def _verify(model: PreTrainedModel, checkpoint: Checkpoint, names: dict[str, str], chance: random.Random) -> None:
+def _verify(model: PreTrainedModel, files: ModelFolder, names: dict[str, str], chance: random.Random) -> None:
     """Compare a random row of every tensor, as the model holds it, with the file read whole. Catches rows in wrong places."""
     for name, tensor in tensors(model).items():
         begin, end = rows_of(tensor)
@@ -283,66 +223,9 @@ def _verify(model: PreTrainedModel, checkpoint: Checkpoint, names: dict[str, str
             continue
         row = chance.randrange(begin, end)
         local = local_tensor(tensor)
-        info = checkpoint.info(names[name])
+        info = files.info(names[name])
         if local.shape[1:] != torch.Size(info["shape"][1:]) or local.shape[0] != end - begin:
             raise RuntimeError(f"{name}: holds {tuple(local.shape)}, not rows {begin} to {end} of {info['shape']}")
-        expected = _stored_row(checkpoint, names[name], row).to(local.dtype)
+        expected = files.row(names[name], row).to(local.dtype)
         if not torch.equal(local[row - begin].cpu(), expected):
-            raise RuntimeError(f"{name}: row {row} is not what {checkpoint.file_of[names[name]]} holds")
-
-
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-def _stored_row(checkpoint: Checkpoint, name: str, row: int) -> Tensor:
-    """One row, from the bytes of the file rather than by the reader that filled the model."""
-    info = checkpoint.info(name)
-    dtype, row_shape = _DTYPES[info["dtype"]], info["shape"][1:]
-    size = dtype.itemsize * int(torch.Size(row_shape).numel())
-    with (checkpoint.folder / checkpoint.file_of[name]).open("rb") as file:
-        base = 8 + struct.unpack("<Q", file.read(8))[0]
-        file.seek(base + info["data_offsets"][0] + row * size)
-        return torch.frombuffer(bytearray(file.read(size)), dtype=dtype).view(row_shape)
-
-
-def digest(folder: Path, cache_dir: Path) -> str:
-    """sha256 over name, dtype, shape and sha256 of every tensor of the checkpoint: the same weights, the same digest.
-
-    Every rank hashes its share of the tensors; remembered in ``cache_dir`` by path, size and time. Collective.
-    """
-    import torch.distributed as dist
-
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with together():
-        checkpoint = Checkpoint(folder)
-        files = [folder / file for file in sorted(set(checkpoint.file_of.values()))]
-        stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-        key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:24]
-        remembered = cache_dir.expanduser() / "digests" / key
-        known = remembered.read_text() if remembered.exists() else ""
-    if all(gather(len(known) == 64)):
-        return known
-
-    def hash_tensor(name: str) -> tuple[str, str]:
-        state = hashlib.sha256()
-        for piece in checkpoint.data(name):
-            state.update(piece)
-        return name, state.hexdigest()
-
-    with together():
-        mine = sorted(checkpoint.file_of)[rank::ranks]
-        with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
-            hashes = dict(pool.map(hash_tensor, mine))
-    merged = {name: value for share in gather(hashes) for name, value in share.items()}
-    lines = [
-        f"{name} {checkpoint.info(name)['dtype']} {checkpoint.info(name)['shape']} {merged[name]}"
-        for name in sorted(merged)
-    ]
-    result = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-    with contextlib.suppress(OSError):  # only a shortcut
-        remembered.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=remembered.parent, delete=False) as file:
-            file.write(result)
-        Path(file.name).chmod(0o644)
-        Path(file.name).rename(remembered)
-    return result
+            raise RuntimeError(f"{name}: row {row} is not what {files.file_of[names[name]]} holds")

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from liftdist import records
+from liftdist import records, rundir
 from liftdist.config import Config, UserError
 
 INDEX = "model.safetensors.index.json"
@@ -82,19 +82,6 @@ def check_weight_files(folder: Path) -> None:
         raise UserError(f"model.path {folder}: {problem}")
 
 
-def open_run_dir(config: Config) -> Path:
-    """Create the run directory. Raises ``UserError`` if it is in use or cannot be written."""
-    run_dir = Path(config.run_dir).expanduser()
-    try:
-        if run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
-            raise UserError(f"run_dir {run_dir}: exists and is not an empty folder; give a new one (run_dir=...)")
-        run_dir.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=run_dir).close()
-    except OSError as error:
-        raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
-    return run_dir
-
-
 def check_cache_dir(config: Config) -> None:
     """Raises ``UserError`` unless the cache can be written."""
     cache_dir = Path(config.cache_dir).expanduser()
@@ -115,7 +102,7 @@ def check(config: Config, ranks: int | None, training: bool) -> None:
         config.mesh.layout(ranks)
     check_cache_dir(config)
     if training:
-        open_run_dir(config)
+        rundir.check_free(Path(config.run_dir).expanduser())
         records.check_first_records(config.data)
     folder = resolve_model(config.model.path, weights=False)
     if folder == Path(config.model.path).expanduser():

@@ -8,13 +8,16 @@ For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorte
 
 Backward: as soon as the gradient of a layer is reduced, a hook adds its principal entries to ``values.grad`` and drops
 the dense gradient. Step: any optimizer on ``values``, then ``scatter`` rounds the values into the model's weights.
+
+Weights that were principal before a refresh and are not any more keep what they were trained to, in the model alone. A bit
+for each weight of the trained matrices remembers them from the first refresh on: they are part of what a run has changed.
 """
 
 from __future__ import annotations
 
 import fnmatch
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,10 +59,27 @@ class _Slot:
     indices: Tensor  # [k_local] int32, into this rank's rows
     begin: int
     unit: _Unit | None
+    past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, a bit for each weight that was principal before
 
     @property
     def span(self) -> slice:
         return slice(self.begin, self.begin + self.indices.numel())
+
+    @property
+    def dropped(self) -> Tensor:
+        """``[d_local]`` int64 sorted flat indices that were principal before and are not now."""
+        if self.past is None:
+            return self.indices.new_empty(0, dtype=torch.int64)
+        flags = _unpack(self.past, self.matrix.rows_local.numel())
+        flags[self.indices] = False
+        return flags.nonzero().squeeze(1)
+
+    def past_and_present(self) -> Tensor:
+        """What ``past`` becomes once these indices are replaced."""
+        flags = torch.zeros(self.matrix.rows_local.numel(), dtype=torch.bool, device=self.indices.device)
+        flags[self.indices] = True
+        bits = _pack(flags)
+        return bits if self.past is None else bits | self.past
 
 
 class PrincipalWeights:
@@ -164,12 +184,16 @@ class PrincipalWeights:
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
-        """Scale the gradient so that its norm over all shards is at most ``max_norm``; return the norm before."""
+        """Scale the gradient so that its norm over all shards is at most ``max_norm``; return the norm before.
+
+        A norm that is not finite leaves the gradient as it is, for the caller to look at.
+        """
         grad = self._attached_grad()
         squared = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
         norm = all_reduce_sum(squared, self.shard_group).sqrt().float()
         if max_norm is not None:
-            grad.mul_((max_norm / (norm + 1e-6)).clamp(max=1.0))
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            grad.mul_(torch.where(norm.isfinite(), scale, 1.0))
         return norm
 
     @torch.no_grad()
@@ -199,6 +223,8 @@ class PrincipalWeights:
         states = self._element_states(optimizer)
         old_slots, old_values = self._slots, self.values.detach()
         self._slots = self._lay_out(self.select(), [slot.unit for slot in old_slots])
+        for old, new in zip(old_slots, self._slots, strict=True):
+            new.past = old.past_and_present()
         # [k_local] where each new entry stood in the old vector, -1 if it did not
         source = torch.cat([_positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)])
         stayed = source >= 0
@@ -208,13 +234,94 @@ class PrincipalWeights:
             moved = torch.zeros_like(values, dtype=state[key].dtype)
             moved[stayed] = state[key][source[stayed]]
             state[key] = moved
+        self._replace_values(values)
+        count = torch.stack([stayed.sum(), torch.tensor(stayed.numel(), device=stayed.device)])
+        kept, total = all_reduce_sum(count, self.shard_group).tolist()
+        return kept / max(total, 1)
+
+    @torch.no_grad()
+    def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """What this rank holds beyond the base model, copied to the host. Indices are into the whole matrix: a state taken on
+        one world size can be cut for another.
+
+        Returns:
+            For each matrix ``NAME``, of this rank's rows: ``NAME/indices`` ``[k]`` int32 (int64 in a matrix of 2^31
+            weights or more), sorted; ``NAME/values`` ``[k]`` float32; ``NAME/optimizer.KEY`` ``[k]`` for each
+            element-wise state of the optimizer; ``NAME/dropped_indices`` ``[d]``, sorted, and ``NAME/dropped_values``
+            ``[d]`` in the dtype of the model, for weights that were principal before.
+        """
+        flat = {"values": self.values.detach()}
+        flat |= {f"optimizer.{key}": state[key] for state, key in self._element_states(optimizer)}
+        flat = {key: tensor.to("cpu", copy=True) for key, tensor in flat.items()}
+        result: dict[str, Tensor] = {}
+        for slot in self._slots:
+            matrix, dropped = slot.matrix, slot.dropped
+            dtype = torch.int32 if matrix.param.numel() < 2**31 else torch.int64
+            whole = {"indices": slot.indices, "dropped_indices": dropped}
+            for key, local in whole.items():
+                result[f"{matrix.name}/{key}"] = (local.long() + matrix.offset_local).to(dtype).cpu()
+            result[f"{matrix.name}/dropped_values"] = matrix.rows_local.view(-1)[dropped].cpu()
+            for key, tensor in flat.items():
+                result[f"{matrix.name}/{key}"] = tensor[slot.span]
+        return result
+
+    @torch.no_grad()
+    def load_state_dict(
+        self,
+        state: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer | None = None,
+        scalars: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take over what :meth:`state_dict` returned, cut to this rank's rows, on a model that holds the base weights.
+
+        Args:
+            scalars: the optimizer's own scalar states, such as Adam's ``step``.
+        """
+        slots: list[_Slot] = []
+        for matrix, old in zip(self.matrices, self._slots, strict=True):
+            indices, dropped = (
+                (state[f"{matrix.name}/{key}"].long() - matrix.offset_local).to(old.indices.device)
+                for key in ("indices", "dropped_indices")
+            )
+            new = _Slot(matrix, indices.to(torch.int32), slots[-1].span.stop if slots else 0, old.unit)
+            if dropped.numel():
+                values = state[f"{matrix.name}/dropped_values"].to(matrix.rows_local)
+                matrix.rows_local.view(-1).index_copy_(0, dropped, values)
+                new.past = _Slot(matrix, dropped, 0, None).past_and_present()
+            slots.append(new)
+        self._slots = slots
+
+        def flat(key: str) -> Tensor:
+            return torch.cat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
+
+        self._replace_values(flat("values"))
+        self.scatter()
+        keys = {key.partition("/optimizer.")[2] for key in state if "/optimizer." in key}
+        if optimizer is not None and (keys or scalars):
+            elements = {key: flat(f"optimizer.{key}") for key in keys}
+            own = {key: torch.tensor(value) for key, value in (scalars or {}).items()}
+            settings = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": {0: elements | own}, "param_groups": settings})
+
+    def scalar_states(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """The optimizer's states that are one number, alike on all ranks: what ``scalars`` gives back to it."""
+        state = optimizer.state.get(self.values, {})
+        return {key: float(value) for key, value in state.items() if not isinstance(value, Tensor) or value.ndim == 0}
+
+    def non_finite(self) -> list[str]:
+        """Names of the matrices whose principal gradient on this rank is not finite."""
+        grad = self._attached_grad()
+        return [slot.matrix.name for slot in self._slots if not grad[slot.span].isfinite().all()]
+
+    def drop_gradients(self) -> None:
+        """Forget the flat gradient, as if there had been no backward."""
+        self._attached_grad().zero_()
+
+    def _replace_values(self, values: Tensor) -> None:
         self.values.grad = None  # before the length changes
         self.values.data = values
         self._grad = torch.zeros_like(values)
         self.values.grad = self._grad
-        count = torch.stack([stayed.sum(), torch.tensor(stayed.numel(), device=stayed.device)])
-        kept, total = all_reduce_sum(count, self.shard_group).tolist()
-        return kept / max(total, 1)
 
     def _watch_reductions(self) -> dict[int, _Unit]:
         """Keep each FSDP module's reduced gradients before they are rounded; the unit of each trained parameter."""
@@ -345,6 +452,21 @@ def _default_replicate_group(param: nn.Parameter) -> Group:
     raise ValueError(
         f"the model is sharded over {param.device_mesh.size()} of {dist.get_world_size()} ranks: give replicate_group"
     )
+
+
+def _pack(flags: Tensor) -> Tensor:
+    """``[ceil(n / 8)]`` uint8, a bit for each of ``[n]`` bool."""
+    padded = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
+    bits = torch.zeros(padded.shape[0], dtype=torch.uint8, device=flags.device)
+    for place in range(8):
+        bits |= padded[:, place].to(torch.uint8) << place
+    return bits
+
+
+def _unpack(bits: Tensor, size: int) -> Tensor:
+    """``[size]`` bool, what :func:`_pack` was given."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:size].bool()
 
 
 def _positions(old: _Slot, new: _Slot) -> Tensor:

@@ -1,86 +1,77 @@
 """One run, from a config to a fine-tuned model: ``torchrun -m liftdist.train CONFIG [key=value ...]`` on every rank.
 
-gradient of one optimizer step = (sum over ranks and micro-batches of the gradient of summed token losses)
-                                 / (tokens with a label in the global batch)
+    claim the run directory -> inputs -> newest checkpoint, or none -> model, principal weights -> steps -> export
+
+The same command continues a run that was stopped, killed or preempted, from its newest good checkpoint. How a rank ends:
+0 finished, 2 something the user can put right, 75 stopped as asked and saved, 1 anything else.
 """
 
 from __future__ import annotations
 
+from liftdist import signals
+
+STOP = signals.StopRequests()
+if __name__ == "__main__":
+    STOP.catch()  # the imports below take seconds in which a signal must not be lost, nor taken for a crash
+
 import argparse
-import hashlib
-import inspect
+import contextlib
 import json
-import math
 import os
-import platform
-import shlex
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers import PreTrainedModel, get_scheduler
+from torch import nn
 
-from liftdist import __version__, data, delta, preflight, selection
+from liftdist import checkpoint, delta, export, preflight, prepare, rundir, weights
 from liftdist import config as configs
 from liftdist import mesh as meshes
-from liftdist import model as models
+from liftdist.checkpoint import Checkpointer
 from liftdist.config import Config, UserError
-from liftdist.mesh import Mesh, PeerError, together
-from liftdist.metrics import GIB, Console, Recorder, Stopwatch, memory
+from liftdist.mesh import Mesh, PeerError, Stopped, together
+from liftdist.metrics import GIB, Console, Recorder, memory
 from liftdist.principal import PrincipalWeights
-
-SHOWN_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy")
-SHOWN_ENVIRONMENT = (
-    "CUDA_VISIBLE_DEVICES",
-    "OMP_NUM_THREADS",
-    "NCCL_",
-    "GLOO_",
-    "SLURM_JOB_ID",
-    "SLURM_NNODES",
-)
+from liftdist.rundir import Attempt
+from liftdist.trainer import Trainer, evaluate
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of a rank. Leaves with 0, with 2 and one line for what the user can put right, with 1 otherwise."""
+    """Entry point of a rank."""
     parser = argparse.ArgumentParser(prog="python -m liftdist.train", description="Fine-tune; started on every rank.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--select-only", action="store_true", help="select the principal weights, keep them, stop")
+    for flag, help in configs.CHANGE_FLAGS.items():
+        parser.add_argument(flag, action="store_true", help=help)
     options = parser.parse_intermixed_args(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _interrupted)
+    signals.die_with_parent()
+    allowed = {configs.COURSE} if options.allow_changes else set()
+    allowed |= {configs.COURSE, configs.STATE} if options.allow_state_changes else set()
     try:
         config, text = configs.load(options.config, options.overrides)
+        STOP.catch(config.train.stop_signals)
         with meshes.start(config.mesh) as mesh:
             if options.select_only:
-                select_only(config, mesh)
+                prepare.select_only(config, mesh)
             else:
-                train(config, mesh, text)
+                train(config, mesh, text, allowed)
     except UserError as error:
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            print(f"liftdist: {configs.redact(str(error))}", file=sys.stderr, flush=True)
+        _say(str(error))
         _leave(configs.EXIT_USER_ERROR)
+    except Stopped as reason:
+        _say(f"stopped ({reason}); the same command continues")
+        _leave(configs.EXIT_STOPPED)
     except PeerError:
         _leave(1)  # the rank that failed shows its traceback
 
 
-def _interrupted(number: int, _: object) -> None:
-    """Signal handler: end at once, with one line instead of a traceback from every rank."""
+def _say(message: str) -> None:
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        print("liftdist: interrupted; what is in the run directory is incomplete", file=sys.stderr, flush=True)
-    status = os.environ.get("LIFTDIST_STATUS_FILE")
-    if status:
-        Path(status).write_text(str(128 + number))
-    os._exit(0 if status else 128 + number)
+        print(f"liftdist: {configs.redact(message)}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int) -> None:
@@ -93,340 +84,210 @@ def _leave(code: int) -> None:
     sys.exit(code)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Set-up.
+def train(config: Config, mesh: Mesh, text: str, allowed: set[str]) -> None:
+    """Run ``config`` to its end, from its newest checkpoint on, on all ranks. Collective.
 
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is known before weights are read."""
-
-    folder: Path
-    samples: data.Samples
-    eval_samples: data.Samples | None
-
-
-def prepare(config: Config, console: Console, part: float = 0.0) -> Inputs:
-    """Check the model's folder and its tokenizer, and tokenise the data. Not collective.
+    Args:
+        text: the config as it is kept in the run directory.
+        allowed: kinds of changes that a run which continues may have, see :func:`prepare.check_changes`.
 
     Raises:
-        UserError: whatever is wrong with them.
+        Stopped: as asked; what was trained is saved.
     """
-    folder = preflight.resolve_model(config.model.path)
-    hf_config = models.check_type(folder, config.model)
-    tokenizer = models.load_tokenizer(folder, config.model)
-    text_config = hf_config.get_text_config()
-    vocabulary = text_config.vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"model.path {folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary} embeddings"
-        )
-
-    def samples_of(path: str, split: str) -> data.Samples:
-        with console.progress("tokenising", "part") as progress:
-            samples = data.tokenise(
-                path, config.data, tokenizer, vocabulary, Path(config.cache_dir), split, part, progress
-            )
-        longest, context = int(samples.lengths.max()), getattr(text_config, "max_position_embeddings", None)
-        if context and longest > context:
-            raise UserError(
-                f"data.max_length={config.data.max_length}: {path} has a sample of {longest} tokens, "
-                f"the model's context is {context}"
-            )
-        counts = {"truncated": samples.truncated, "dropped": samples.dropped}
-        note = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        console.say(f"data {path}: {len(samples)} samples, {int(samples.lengths.sum())} tokens{note}")
-        return samples
-
-    evaluation = samples_of(config.data.eval_path, config.data.eval_split) if config.data.eval_path else None
-    return Inputs(folder, samples_of(config.data.path, config.data.split), evaluation)
-
-
-def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
-    """Write config, command and environment, without secrets, so that the folder explains itself."""
-    (run_dir / "config.yaml").write_text(text)
-    (run_dir / "command.txt").write_text(_command() + "\n")
-    environment = {
-        "liftdist": __version__,
-        "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in SHOWN_PACKAGES},
-        "git": _git_state(),
-        "host": platform.node(),
-        "device": torch.cuda.get_device_name(mesh.device)
-        if mesh.device.type == "cuda"
-        else platform.processor() or "cpu",
-        "mesh": {"dp_replicate": mesh.device_mesh.size(0), "dp_shard": mesh.device_mesh.size(1)},
-        "variables": {k: configs.redact(v) for k, v in sorted(os.environ.items()) if k.startswith(SHOWN_ENVIRONMENT)},
-    }
-    (run_dir / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
-
-
-def _command() -> str:
-    """The command as it was typed, or the rank's own where nobody typed ``liftdist``."""
-    typed = os.environ.get("LIFTDIST_COMMAND")
-    return shlex.join(map(configs.redact, json.loads(typed) if typed else sys.orig_argv))
-
-
-def _git_state() -> str | None:
-    if not (Path(__file__).parent.parent / "launch" / "torchrun").exists():
-        return None  # installed: a repository around it is somebody else's
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def load_principal(
-    config: Config, folder: Path, mesh: Mesh, console: Console
-) -> tuple[PreTrainedModel, PrincipalWeights]:
-    """The sharded model and its principal weights, selected now or read from the cache. Collective."""
-    model = models.load(folder, config.model, mesh)
-    choice = config.selection
-    cached = _cached_selection(config, models.digest(folder, Path(config.cache_dir)))
-
-    def from_cache(matrices: list[selection.Matrix]) -> list[Tensor] | None:
-        indices = None
-        try:
-            indices = selection.read(cached, matrices)
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            console.say(f"selection in {cached} ignored: {error}")
-        return None if meshes.agree(indices is None) else indices
-
-    kept: dict[str, Tensor] = {}
-    console.say(f"selecting principal weights ({choice.method}, filter rank {choice.filter_rank})")
-    started = time.perf_counter()
-    with console.progress("selecting", "matrix") as progress:
-        principal = PrincipalWeights(
-            model,
-            density=choice.density,
-            budget_rank=choice.budget_rank,
-            filter_rank=choice.filter_rank,
-            method=choice.method,
-            modules=choice.modules,
-            replicate_group=mesh.replicate_group,
-            initial_indices=from_cache,
-            progress=progress,
-            on_selected=lambda name, indices: kept.__setitem__(name, indices.cpu()),
-        )
-    if meshes.agree(bool(kept)) and not selection.write(cached, kept):
-        console.say(f"selection not kept: cache_dir {config.cache_dir} is not shared by all ranks")
-    total = sum(matrix.param.numel() for matrix in principal.matrices)
-    everything = sum(param.numel() for param in model.parameters())
-    console.say(
-        f"{principal.num_selected} principal weights in {len(principal.matrices)} matrices: "
-        f"{principal.num_selected / total:.2%} of them, {principal.num_selected / everything:.2%} of the model's {everything} "
-        f"weights ({time.perf_counter() - started:.1f} s)"
-    )
-    return model, principal
-
-
-def _cached_selection(config: Config, digest: str) -> Path:
-    choice = config.selection
-    parts = [
-        digest,
-        config.model.dtype,
-        choice.density,
-        choice.budget_rank,
-        choice.filter_rank,
-        choice.method,
-        choice.modules,
-    ]
-    key = hashlib.sha256(json.dumps([__version__, *parts]).encode()).hexdigest()[:24]
-    return Path(config.cache_dir).expanduser() / "selections" / key
-
-
-def select_only(config: Config, mesh: Mesh) -> None:
-    """Select the principal weights and keep them in the cache. Collective."""
-    console = Console(mesh.is_main)
-    with together():
-        folder = preflight.resolve_model(config.model.path)
-    load_principal(config, folder, mesh, console)
-    console.say(f"kept in {_cached_selection(config, models.digest(folder, Path(config.cache_dir)))}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop.
-
-
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the losses of all labelled tokens of a micro-batch, float32.
-
-    Logits are computed for labelled places alone, where the model can.
-    """
-    labels = batch["labels"]
-    places = (labels != data.IGNORED).any(0).nonzero().squeeze(1)
-    if not places.numel():
-        places = places.new_zeros(1)
-    chosen = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **chosen).logits
-    logits, labels = logits if chosen else logits[:, places], labels[:, places]
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum")
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, samples: data.Samples, config: Config, mesh: Mesh) -> float:
-    """Mean loss over all labelled tokens of ``samples``. Collective."""
-    model.eval()
-    everything = [[sample] for sample in range(len(samples))]
-    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for micro in data.deal(everything, samples.lengths, mesh.rank, mesh.world_size, config.train.micro_batch_size):
-        batch = {key: value.to(mesh.device) for key, value in data.collate(samples, micro).items()}
-        totals += torch.stack([token_losses(model, batch).double(), (batch["labels"] != data.IGNORED).sum()])
-    model.train()
-    dist.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
-
-
-class Trainer:
-    """The state of a run and one optimizer step of it."""
-
-    def __init__(
-        self, config: Config, mesh: Mesh, inputs: Inputs, model: PreTrainedModel, principal: PrincipalWeights
-    ) -> None:
-        self.config, self.mesh, self.inputs, self.model, self.principal = config, mesh, inputs, model, principal
-        optimizer, train = config.optimizer, config.train
-        self.order = data.BatchOrder(
-            inputs.samples.lengths, train.seed, config.data.packing, config.data.max_length, train.batch_size
-        )
-        self.epochs = train.epochs if train.steps is None else None
-        self.steps = train.steps or self.order.steps(train.epochs)
-        self.optimizer = torch.optim.AdamW(
-            [principal.values],
-            lr=optimizer.lr,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
-        name = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
-        warmup = round(optimizer.warmup_ratio * self.steps)
-        self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
-        self.watch = Stopwatch(mesh.device)
-        self.step = 0
-        self.consumed = 0  # sequences, over all ranks and epochs: with the seed, the whole data state
-
-    def run_step(self) -> dict[str, float]:
-        """One optimizer step; returns its figures. Collective.
-
-        Raises:
-            UserError: loss or gradient is not finite, on any rank; nothing has been updated then.
-        """
-        self.step += 1
-        figures: dict[str, float] = {}
-        interval = self.config.selection.refresh_interval
-        if interval and self.step % interval == 0:
-            with self.watch("refresh"):
-                figures["selection/survived"] = self.principal.refresh(self.optimizer)
-        sequences = self.order.batch(self.consumed, self.epochs)
-        lengths = self.inputs.samples.lengths
-        micro_batches = data.deal(
-            sequences, lengths, self.mesh.rank, self.mesh.world_size, self.config.train.micro_batch_size
-        )
-        loss_and_labels = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        tokens = 0
-        for micro in micro_batches:
-            with self.watch("data"):
-                batch = {
-                    key: value.to(self.mesh.device) for key, value in data.collate(self.inputs.samples, micro).items()
-                }
-                tokens += sum(int(lengths[sample]) for sequence in micro for sample in sequence)
-            with self.watch("forward_backward"):
-                loss = token_losses(self.model, batch)
-                loss.backward()
-                labelled = (batch["labels"] != data.IGNORED).sum()
-                loss_and_labels += torch.stack([loss.detach().double(), labelled])
-        with self.watch("exchange"):
-            dist.all_reduce(loss_and_labels)
-            self.principal.reduce_gradients(loss_and_labels[1].float())
-            norm = self.principal.clip_grad_norm_(self.config.optimizer.max_grad_norm)
-        mean_loss = (loss_and_labels[0] / loss_and_labels[1]).item()
-        if not math.isfinite(mean_loss + norm.item()):  # sums over all ranks: all ranks see the same
-            raise UserError(
-                f"step {self.step}: loss {mean_loss}, gradient norm {norm.item()}: training diverged; "
-                f"lower optimizer.lr={self.config.optimizer.lr} or set optimizer.max_grad_norm"
-            )
-        figures |= {"train/loss": mean_loss, "train/lr": self.schedule.get_last_lr()[0], "train/grad_norm": norm.item()}
-        with self.watch("update"):
-            if self.config.optimizer.reference_numerics:
-                # (sqrt(v) / sqrt(c) + eps / sqrt(c)) is the authors' (sqrt(v) + eps) / sqrt(c), c = 1 - beta2^t
-                correction = 1 - self.config.optimizer.betas[1] ** self.step
-                self.optimizer.param_groups[0]["eps"] = self.config.optimizer.eps / correction**0.5
-            self.optimizer.step()
-            self.principal.scatter()
-            self.schedule.step()
-        self.consumed += len(sequences)
-        figures["train/sequences"] = self.consumed
-        figures["local/tokens"] = tokens
-        return figures
-
-
-def train(config: Config, mesh: Mesh, text: str) -> None:
-    """Run ``config`` to its end on all ranks; ``text`` is the config as it is kept in the run directory. Collective."""
     console = Console(mesh.is_main)
     torch.manual_seed(config.train.seed)
     if config.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+    run_dir = Path(config.run_dir).expanduser()
+    claimed: Attempt | None = None
     with together():
         preflight.check_cache_dir(config)
         if mesh.is_main:
-            preflight.open_run_dir(config)
-        inputs = prepare(config, console, mesh.rank / mesh.world_size)
-    run_dir = Path(config.run_dir).expanduser()
-    model, principal = load_principal(config, inputs.folder, mesh, console)
-    model.train()
-    trainer = Trainer(config, mesh, inputs, model, principal)
+            claimed = rundir.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
+            STOP.watch(run_dir)
+    attempt: Attempt = meshes.gather(claimed)[0]
+    stacks = run_dir / f"hang-{attempt.number}"
+    watchdog = signals.Watchdog(config.train.hang_timeout, stacks, mesh.rank, mesh.world_size)
+    outcome: dict[str, Any] = {"outcome": "failed"}
+    try:
+        with watchdog.watching(), attempt.heartbeat() if mesh.is_main else contextlib.nullcontext():
+            _run(config, mesh, text, allowed, attempt, console, signals.Pulse(STOP, watchdog))
+        outcome = {"outcome": "finished"}
+    except Stopped as reason:
+        outcome = {"outcome": "stopped", "reason": str(reason)}
+        if mesh.is_main:
+            with contextlib.suppress(OSError):
+                rundir.write(run_dir / rundir.STOPPED, json.dumps(outcome | {"attempt": attempt.number}) + "\n")
+            STOP.done()
+        raise
+    except BaseException as error:
+        outcome["reason"] = configs.redact(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if mesh.is_main:
+            attempt.note("end", **outcome)
+
+
+def _run(
+    config: Config, mesh: Mesh, text: str, allowed: set[str], attempt: Attempt, console: Console, pulse: signals.Pulse
+) -> None:
+    run_dir = attempt.run_dir
     with together():
-        if mesh.is_main:  # not before: what failed until here can be put right and started again with the same run_dir
-            describe_run(run_dir, text, mesh)
-        recorder = Recorder(run_dir, mesh.is_main)
+        inputs = prepare.inputs(config, console, mesh.rank / mesh.world_size, pulse)
+    shards = mesh.device_mesh.size(1)
+    saved = checkpoint.newest(run_dir, attempt.accepts, mesh.rank % shards, shards, console.say)
+    base = weights.digest(inputs.folder, Path(config.cache_dir))
+    select_anew = False
+    if saved is not None:
+        with together():
+            select_anew = prepare.check_changes(saved, text, base, inputs.samples, allowed, console)
+    model, principal = prepare.principal(config, inputs.folder, mesh, console, pulse, saved)
+    model.train()
+    trainer = Trainer(config, mesh, inputs, model, principal, pulse.beat)
+    if saved is not None:
+        with together():
+            tensors = saved.read(principal.matrices)
+        trainer.restore(saved.manifest["state"], tensors)
+        del tensors
+        if select_anew:
+            principal.refresh(trainer.optimizer)
+        console.say(
+            f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number})"
+        )
+    checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
+    with together():
+        if mesh.is_main:  # not before: what failed until here can be put right and started again
+            prepare.describe_run(run_dir, text, mesh)
+        recorder = Recorder(run_dir, mesh.is_main, trainer.step, saved is not None or attempt.number > 1, console.say)
     recorder.text("config", text)
     recorder.text("parameters", _parameter_counts(model, principal))
     console.say(
         f"{trainer.steps} steps of {config.train.batch_size} sequences on {mesh.world_size} ranks "
         f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}"
     )
+    run = _Loop(
+        trainer, recorder, console, checkpointer, pulse, {"config": text, "base": base, "data": inputs.samples.digest}
+    )
     try:
-        _loop(trainer, recorder, console)
+        run.to_the_end()
+    except Stopped as reason:
+        console.say(f"{reason}: saving step {trainer.step}")
+        run.save_last()
+        raise
     finally:
         recorder.close()
     if config.train.export:
-        delta.export_merged(model, inputs.folder, run_dir / "export", mesh)
-        console.say(f"fine-tuned model in {run_dir / 'export'}")
+        target = run_dir / "export"
+        with together():
+            step = checkpoint.open_step(run_dir / checkpoint.FOLDER / f"step-{trainer.step:08d}")
+            changes = delta.of_run(step, inputs.folder)
+            if mesh.is_main and target.exists():  # of a shorter run, which was continued
+                target.rename(rundir.next_free(target))
+        export.export_merged(changes, inputs.folder, target, model.dtype)
+        console.say(f"fine-tuned model in {target}")
 
 
-def _loop(trainer: Trainer, recorder: Recorder, console: Console) -> None:
-    config, mesh = trainer.config, trainer.mesh
+class _Loop:
+    """Steps, evaluations and checkpoints in their order."""
 
-    def evaluated() -> None:
-        if trainer.inputs.eval_samples is not None:
-            loss = evaluate(trainer.model, trainer.inputs.eval_samples, config, mesh)
-            recorder.scalars(trainer.step, {"eval/loss": loss})
-            console.say(f"step {trainer.step}: evaluation loss {loss:.4f}")
+    def __init__(
+        self,
+        trainer: Trainer,
+        recorder: Recorder,
+        console: Console,
+        checkpointer: Checkpointer,
+        pulse: signals.Pulse,
+        origin: dict[str, str],
+    ) -> None:
+        self.trainer, self.recorder, self.console = trainer, recorder, console
+        self.checkpointer, self.pulse, self.origin = checkpointer, pulse, origin
 
-    evaluated()
-    trainer.watch.read()
-    began, first, tokens = time.perf_counter(), trainer.step, 0.0
-    with console.progress("training", "step", trainer.steps) as progress:
-        while trainer.step < trainer.steps:
-            figures = trainer.run_step()
-            tokens += figures.pop("local/tokens")
-            if trainer.step % config.train.log_interval == 0 or trainer.step == trainer.steps:
-                elapsed = time.perf_counter() - began
-                figures |= rank_figures(trainer, elapsed, trainer.step - first, tokens)
-                recorder.scalars(trainer.step, figures)
-                left = figures["time/step"] * (trainer.steps - trainer.step)
-                progress.step(trainer.step, trainer.steps, _note(figures), left)
-                began, first, tokens = time.perf_counter(), trainer.step, 0.0
-            interval = config.train.eval_interval
-            if interval and trainer.step % interval == 0 and trainer.step < trainer.steps:
+    def to_the_end(self) -> None:
+        """All steps that are left. Raises ``Stopped``, between steps or inside an evaluation, where all ranks agreed to."""
+        trainer, config = self.trainer, self.trainer.config
+        trainer.watch.read()
+        began, first, tokens = time.perf_counter(), trainer.step, 0.0
+        with self.console.progress("training", "step", trainer.steps) as progress:
+            while True:
                 paused = time.perf_counter()
-                evaluated()
+                self._pause()
                 began += time.perf_counter() - paused
-    evaluated()
+                if trainer.step >= trainer.steps:
+                    break
+                figures = trainer.run_step()
+                tokens += figures.pop("local/tokens")
+                if trainer.problem:
+                    self.console.say(trainer.problem)
+                if trainer.step % config.train.log_interval == 0 or trainer.step == trainer.steps:
+                    elapsed = time.perf_counter() - began
+                    figures |= rank_figures(trainer, elapsed, trainer.step - first, tokens)
+                    self.recorder.scalars(trainer.step, figures)
+                    left = figures["time/step"] * (trainer.steps - trainer.step)
+                    progress.step(trainer.step, trainer.steps, _note(figures), left)
+                    began, first, tokens = time.perf_counter(), trainer.step, 0.0
+        self.save_last()
+
+    def _pause(self) -> None:
+        """What is due between two steps."""
+        trainer, config = self.trainer, self.trainer.config
+        self._report_save()
+        self.pulse.boundary()
+        if self._is_due(config.train.eval_interval) or trainer.step in (0, trainer.steps):
+            self._evaluate()
+        # a step that went wrong may be followed by more: the checkpoint before them is the one to go back to
+        if trainer.step and self._is_due(config.checkpoint.interval) and not trainer.skipped_in_a_row:
+            self._save()
+
+    def _is_due(self, interval: int) -> bool:
+        return bool(interval) and self.trainer.step % interval == 0
+
+    def _evaluate(self) -> None:
+        trainer = self.trainer
+        if trainer.inputs.eval_samples is None or trainer.evaluated == trainer.step:
+            return
+        loss = evaluate(trainer.model, trainer.inputs.eval_samples, trainer.config, trainer.mesh, self.pulse.boundary)
+        trainer.evaluated = trainer.step
+        self.recorder.scalars(trainer.step, {"eval/loss": loss})
+        self.console.say(f"step {trainer.step}: evaluation loss {loss:.4f}")
+
+    def _save(self) -> None:
+        """Begin to save the state as it is, unless that was done already."""
+        trainer = self.trainer
+        if self.checkpointer.last_step == trainer.step:
+            return
+        began = time.perf_counter()
+        self.checkpointer.wait()
+        self._report_save()
+        state = trainer.principal.state_dict(trainer.optimizer)
+        self.checkpointer.save(
+            state, trainer.principal.matrices, self.origin | {"step": trainer.step, "state": trainer.state()}
+        )
+        self.recorder.scalars(trainer.step, {"checkpoint/blocked_seconds": time.perf_counter() - began})
+
+    def save_last(self) -> None:
+        """Save, and wait until everything is committed. Raises what went wrong."""
+        if self.trainer.step:
+            self._save()
+            self.checkpointer.wait()
+            outcome = self.checkpointer.take_outcome()
+            if isinstance(outcome, Exception):
+                raise UserError(f"step {self.trainer.step} is not saved: {outcome}") from outcome
+            if outcome:
+                self.console.say(f"checkpoint {outcome.name}")
+
+    def _report_save(self) -> None:
+        outcome = self.checkpointer.take_outcome()
+        if isinstance(outcome, OSError | ValueError) and not isinstance(outcome, UserError):
+            self.console.say(f"CHECKPOINT FAILED, training goes on: {outcome}")
+            self.recorder.scalars(self.trainer.step, {"checkpoint/failed": 1.0})
+        elif isinstance(outcome, Exception):
+            self.pulse.fail(outcome)
+        elif outcome is not None:
+            self.console.say(f"checkpoint {outcome.name}")
+            self.recorder.scalars(
+                self.trainer.step, {"checkpoint/seconds": outcome.seconds, "checkpoint/gib": outcome.bytes / GIB}
+            )
 
 
 def rank_figures(trainer: Trainer, elapsed: float, steps: int, tokens: float) -> dict[str, float]:

@@ -13,18 +13,31 @@ PACKAGE = Path(__file__).resolve().parent.parent / "liftdist"
 ALLOWED = {
     "config": set(),
     "records": set(),
+    "rundir": set(),
     "data": {"records"},
-    "metrics": set(),
+    "metrics": {"rundir"},
     "lowrank": set(),
-    "preflight": {"records"},
+    "preflight": {"records", "rundir"},
     "mesh": set(),
+    "signals": {"mesh", "rundir"},
     "selection": {"mesh"},
     "principal": {"mesh", "lowrank", "selection"},
-    "model": {"mesh", "preflight"},
-    "delta": {"mesh", "model", "preflight"},
-    "train": {"data", "delta", "mesh", "metrics", "model", "preflight", "principal", "selection"},
-    "cli": {"metrics", "model", "preflight", "train"},
-}
+    "weights": {"mesh", "preflight"},
+    "model": {"mesh", "preflight", "weights"},
+    "checkpoint": {"mesh", "rundir", "selection", "weights"},
+    "delta": {"checkpoint", "mesh", "model", "rundir", "weights"},
+    "export": {"checkpoint", "delta", "mesh", "preflight", "rundir", "weights"},
+    "trainer": {"data", "mesh", "metrics", "principal"},
+    "prepare": {
+        "checkpoint", "data", "mesh", "metrics", "model", "preflight", "principal", "rundir", "selection", "signals",
+        "trainer", "weights",
+    },
+    "train": {
+        "checkpoint", "delta", "export", "mesh", "metrics", "preflight", "prepare", "principal", "rundir", "signals",
+        "trainer", "weights",
+    },
+    "cli": {"delta", "export", "metrics", "model", "preflight", "prepare", "rundir", "weights"},
+}  # fmt: skip
 
 
 def imported(module: str) -> set[str]:
@@ -46,7 +59,7 @@ def test_imports_run_downward(module):
     assert imported(module) <= ALLOWED[module] | {"config"}
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "records", "data", "preflight"])
+@pytest.mark.parametrize("module", ["cli", "config", "records", "data", "preflight", "rundir", "signals"])
 def test_starts_without_torch(module):
     code = f"import sys, liftdist.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

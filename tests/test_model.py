@@ -10,11 +10,10 @@ import builders
 import pytest
 import ranks
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from liftdist import delta, preflight
+from liftdist import delta, export, preflight, weights
 from liftdist import model as models
 from liftdist.config import ModelConfig, UserError
 
@@ -51,7 +50,8 @@ def logits_and_export(mesh, folder):
         with torch.no_grad():
             equal = torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
         target = folder / f"{name}-on-{mesh.world_size}"
-        delta.export_merged(model, base, target, mesh)
+        untouched = delta.Delta(base, "", [], lambda _: pytest.fail("nothing changed"))
+        export.export_merged(untouched, base, target, torch.float32)
         exported = AutoModelForCausalLM.from_pretrained(target)
         same = all(torch.equal(a, b) for a, b in zip(exported.parameters(), whole.parameters(), strict=True))
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -172,7 +172,7 @@ def test_what_is_not_supported_is_refused_by_name(how, problem, tmp_path):
     folder = broken(builders.llama(tmp_path / "model"), how)
     config = ModelConfig(path=str(folder))
     with pytest.raises(UserError) as caught:
-        models.match(models.build(models.check_type(folder, config), config), models.Checkpoint(folder))
+        models.match(models.build(models.check_type(folder, config), config), weights.ModelFolder(folder))
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -190,7 +190,7 @@ def misplaced_rows(mesh, folder):
     """A loader that shifts rows must be caught by the comparison with the file."""
     config = ModelConfig(path=str(folder), dtype="float32")
     model = models.load(folder, config, mesh)
-    checkpoint = models.Checkpoint(folder)
+    checkpoint = weights.ModelFolder(folder)
     names = models.match(model, checkpoint)
     caught = 0
     for param in (model.model.layers[0].mlp.up_proj.weight, model.model.embed_tokens.weight):
@@ -211,47 +211,20 @@ def test_rows_in_wrong_places_are_noticed(tmp_path):
 
 
 def digest_of(mesh, folder, cache):
-    return models.digest(folder, cache)
+    return weights.digest(folder, cache)
 
 
 def test_the_digest_follows_the_weights_alone(tmp_path):
     folder = builders.llama(tmp_path / "model")
-    first = models.digest(folder, tmp_path / "cache")
-    assert models.digest(folder, tmp_path / "cache") == first
+    first = weights.digest(folder, tmp_path / "cache")
+    assert weights.digest(folder, tmp_path / "cache") == first
     assert ranks.run(3, digest_of, folder, tmp_path / "other-cache") == [first] * 3
     moved = shutil.copytree(folder, tmp_path / "moved")
-    assert models.digest(moved, tmp_path / "cache") == first
+    assert weights.digest(moved, tmp_path / "cache") == first
     AutoModelForCausalLM.from_pretrained(folder).save_pretrained(moved, max_shard_size="20KB")
     (moved / "model.safetensors").unlink()
-    assert models.digest(moved, tmp_path / "cache") == first  # other files, same tensors
+    assert weights.digest(moved, tmp_path / "cache") == first  # other files, same tensors
     tensors = load_file(folder / "model.safetensors")
     tensors["model.norm.weight"][0] += 1e-3
     save_file(tensors, folder / "model.safetensors")
-    assert models.digest(folder, tmp_path / "cache") != first
-
-
-def test_exported_folder_is_complete(tiny_model, tmp_path):
-    ranks.run(1, export_only, tiny_model, tmp_path / "out")
-    assert {p.name for p in tiny_model.iterdir()} == {p.name for p in (tmp_path / "out").iterdir()}
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
-    with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  tied, as in the base model
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.bfloat16}  # noqa: SIM118
-
-
-def export_in_parts(mesh, base, target):
-    delta.SHARD_SIZE = "20KB"
-    export_only(mesh, base, target)
-
-
-def test_a_large_model_is_exported_in_parts(tmp_path):
-    base = builders.llama(tmp_path / "base", dtype=torch.bfloat16)
-    ranks.run(2, export_in_parts, base, tmp_path / "out")
-    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
-    assert (tmp_path / "out" / preflight.INDEX).exists()
-    pair = [AutoModelForCausalLM.from_pretrained(folder) for folder in (base, tmp_path / "out")]
-    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in pair), strict=True))
-
-
-def export_only(mesh, base, target):
-    delta.export_merged(models.load(base, ModelConfig(path=str(base)), mesh), base, target, mesh)
+    assert weights.digest(folder, tmp_path / "cache") != first

@@ -14,9 +14,10 @@ from test_data import write_records
 from transformers import AutoModelForCausalLM
 
 from liftdist import config as configs
-from liftdist import train as training
+from liftdist import prepare
 from liftdist.config import UserError
 from liftdist.metrics import Console
+from liftdist.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -222,7 +223,7 @@ def counts(mesh, config, folder):
     from liftdist import lowrank
 
     lowrank.select = None
-    _, principal = training.load_principal(config, folder, mesh, Console(False))
+    _, principal = prepare.principal(config, folder, mesh, Console(False))
     return principal.values.numel()
 
 
@@ -231,10 +232,10 @@ def counts(mesh, config, folder):
 
 
 def losses_of(mesh, config):
-    inputs = training.prepare(config, Console(False))
-    model, principal = training.load_principal(config, inputs.folder, mesh, Console(False))
+    inputs = prepare.inputs(config, Console(False))
+    model, principal = prepare.principal(config, inputs.folder, mesh, Console(False))
     model.train()
-    trainer = training.Trainer(config, mesh, inputs, model, principal)
+    trainer = Trainer(config, mesh, inputs, model, principal)
     figures = [trainer.run_step() for _ in range(trainer.steps)]
     return dict(
         losses=[f["train/loss"] for f in figures],
@@ -306,9 +307,9 @@ def test_samples_beyond_the_context_of_the_model_are_refused(tiny_model, tmp_pat
     records.write_text(json.dumps({"prompt": "a", "completion": " b" * 600}) + "\n")
     config = builders.config(tiny_model, records, tmp_path, data=dict(max_length=1000))
     with pytest.raises(UserError, match=r"data.max_length=1000: .* a sample of 602 tokens, the model's context is 512"):
-        training.prepare(config, Console(False))
+        prepare.inputs(config, Console(False))
     config.data.max_length = 512
-    assert training.prepare(config, Console(False)).samples.truncated == 1
+    assert prepare.inputs(config, Console(False)).samples.truncated == 1
 
 
 def diverged(mesh, config):

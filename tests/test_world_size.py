@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from liftdist import model as models
-from liftdist import selection
+from liftdist import prepare, selection
 from liftdist.mesh import gather
 from liftdist.metrics import Console
-from liftdist.train import Trainer, load_principal, prepare
+from liftdist.trainer import Trainer
 
 STEPS, REFRESH = 20, 7
 SETTINGS = {
@@ -35,8 +35,8 @@ def global_masks(principal):
 def run_training(mesh, model_folder, data, folder):
     config = builders.config(model_folder, data, folder, **SETTINGS)
     console = Console(False)
-    inputs = prepare(config, console)
-    model, principal = load_principal(config, inputs.folder, mesh, console)
+    inputs = prepare.inputs(config, console)
+    model, principal = prepare.principal(config, inputs.folder, mesh, console)
     trainer = Trainer(config, mesh, inputs, model, principal)
     masks, losses, dense, traffic, flat_bytes = [global_masks(principal)], [], [], [], []
     for _ in range(STEPS):
@@ -83,7 +83,7 @@ def reference(tiny_model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("reference")
     config = builders.config(tiny_model, write_records(folder / "records.jsonl"), folder, **SETTINGS)
-    inputs = prepare(config, Console(False))
+    inputs = prepare.inputs(config, Console(False))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     names = linear_of(model)
     selected = {name: round(0.05 * model.get_parameter(name).numel()) for name in names}

@@ -1,0 +1,298 @@
+"""The run directory: who may write into it, and what earlier attempts left there.
+
+    attempts/attempt-00000003.jsonl     one line an event, written by rank 0 of the third attempt at this run:
+        {"event": "claim", "job": ..., "process": ..., "accepts": {"step-00000100": sha256 of its manifest, ...}}
+        {"event": "commit", "step": 200, ...}   {"event": "end", "outcome": "stopped", ...}
+
+An attempt claims the run by creating its file exclusively. The time of the file is its heartbeat: while it is fresh and the
+attempt has not ended, nobody else may claim the run. What counts is what the newest attempt accepts or has written itself, so a
+rank left over from an older one can still write, but is never believed.
+
+Imports no torch: whether a run directory is free is known before anything is started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from liftdist import __version__
+from liftdist.config import UserError
+
+HEARTBEAT = 5.0  # seconds between two touches of the attempt's file
+LEASE = 90.0  # seconds after which an attempt that was not touched is dead; file systems cache times for up to 60
+
+ATTEMPTS = "attempts"
+STOP_REQUESTED = "stop-requested"  # a file by which anybody may ask the run to stop
+STOPPED = "stopped"  # says why a run stopped before its end
+
+Event = dict[str, Any]
+
+
+class Superseded(UserError):
+    """A newer attempt has claimed the run: this one must stop, and may no longer write."""
+
+
+def attempts(run_dir: Path) -> dict[int, list[Event]]:
+    """The events of every attempt that was claimed, by number. A line that was cut short is left out."""
+    found: dict[int, list[Event]] = {}
+    for number in _numbers(run_dir):
+        events: list[Event] = []
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            for line in _read(_path(run_dir, number)).splitlines():
+                with contextlib.suppress(ValueError):
+                    events.append(json.loads(line))
+        if events and events[0].get("event") == "claim":
+            found[number] = events
+    return found
+
+
+def _numbers(run_dir: Path) -> list[int]:
+    """The attempts whose files exist, be they whole or not, in order."""
+    names = [path.stem.removeprefix("attempt-") for path in (run_dir / ATTEMPTS).glob("attempt-*.jsonl")]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def check_free(run_dir: Path) -> None:
+    """Create ``run_dir`` if need be.
+
+    Raises:
+        UserError: it is somebody else's folder, another job works in it, or it cannot be written.
+    """
+    try:
+        if run_dir.exists() and (
+            not run_dir.is_dir() or (any(run_dir.iterdir()) and not (run_dir / ATTEMPTS).is_dir())
+        ):
+            raise UserError(f"run_dir {run_dir}: exists and holds no run; give another one (run_dir=...)")
+        run_dir.mkdir(parents=True, exist_ok=True)
+        real_folder(run_dir / ATTEMPTS)
+        with tempfile.TemporaryFile(dir=run_dir / ATTEMPTS) as file:
+            now = os.fstat(file.fileno()).st_mtime  # by the clock of the file system, as heartbeats are
+        history = attempts(run_dir)
+        if history:
+            newest = max(history)
+            _check_dead(run_dir, _path(run_dir, newest), history[newest], now)
+    except OSError as error:
+        raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
+
+
+def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> None:
+    claim = events[0]
+    silent = now - path.stat().st_mtime
+    if any(event.get("event") == "end" for event in events) or silent > LEASE:
+        return
+    process, job = claim["process"], _job()
+    if _is_gone(process) or (job and claim["job"] and job["id"] == claim["job"]["id"] and job != claim["job"]):
+        return  # the same job, started anew by its scheduler or by torchrun
+    name = f"job {claim['job']['id']}, " if claim["job"] else ""
+    raise UserError(
+        f"run_dir {run_dir}: in use by {name}process {process['pid']} on {process['host']} (attempt {claim['attempt']}, "
+        f"heard of {max(silent, 0):.0f} s ago); if it is dead, its claim ends {LEASE:.0f} s after its last sign of life"
+    )
+
+
+def _job() -> dict[str, str] | None:
+    """What started this process, and for which time."""
+    if "SLURM_JOB_ID" in os.environ:
+        times = f"{os.environ.get('SLURM_RESTART_COUNT', 0)}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        return {"id": f"slurm {os.environ['SLURM_JOB_ID']}", "time": times}
+    if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
+        return {
+            "id": f"torchrun {os.environ['TORCHELASTIC_RUN_ID']}",
+            "time": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        }
+    return None
+
+
+def _this_process() -> dict[str, Any]:
+    return {
+        "host": platform.node(),
+        "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "namespace": str(Path("/proc/self/ns/pid").readlink()),
+        "pid": os.getpid(),
+        "started": _process_state(os.getpid())[1],
+    }
+
+
+def _process_state(pid: int) -> tuple[str, str]:
+    """State letter and start time of a process of this machine."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return fields[0], fields[19]
+
+
+def _is_gone(process: Mapping[str, Any]) -> bool:
+    """Whether a process is known to have ended: one of this machine that is no more."""
+    here = _this_process()
+    if any(process.get(key) != here[key] for key in ("machine", "namespace")):
+        return False
+    try:
+        state, started = _process_state(process["pid"])
+    except (OSError, IndexError):
+        return True
+    return started != process["started"] or state in "ZX"
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One claim of a run. Every rank holds it; only rank 0 writes events."""
+
+    run_dir: Path
+    number: int
+    accepts: dict[str, str]  # checkpoints of earlier attempts, with the sha256 of their manifests
+
+    def check_current(self) -> None:
+        """Raises :class:`Superseded` if a newer attempt has claimed the run, ``OSError`` if the claim is gone."""
+        newest = max(_numbers(self.run_dir), default=0)
+        if newest > self.number:
+            raise Superseded(
+                f"run_dir {self.run_dir}: attempt {newest} has taken over from this one, attempt {self.number}"
+            )
+        _path(self.run_dir, self.number).stat()
+
+    def note(self, event: str, **fields: Any) -> None:
+        """Append an event; says nothing when that fails, as no decision depends on it."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
+        with contextlib.suppress(OSError), open_to_append(_path(self.run_dir, self.number), create=False) as file:
+            file.write(line + "\n")
+
+    @contextlib.contextmanager
+    def heartbeat(self) -> Iterator[None]:
+        """Show that this attempt is alive, from a thread of its own."""
+        ended = threading.Event()
+
+        def beat() -> None:
+            while not ended.wait(HEARTBEAT):
+                with contextlib.suppress(OSError):
+                    os.utime(_path(self.run_dir, self.number), follow_symlinks=False)
+
+        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, str]]) -> Attempt:
+    """Claim a run for this process, which becomes its newest attempt.
+
+    Args:
+        accepts: from the events of all attempts so far, the checkpoints to believe.
+
+    Raises:
+        UserError: as :func:`check_free`.
+    """
+    while True:
+        check_free(run_dir)
+        attempt = Attempt(run_dir, max(_numbers(run_dir), default=0) + 1, accepts(attempts(run_dir)))
+        event = {
+            "event": "claim",
+            "attempt": attempt.number,
+            "time": round(time.time(), 3),
+            "version": __version__,
+            "job": _job(),
+            "process": _this_process(),
+            "accepts": attempt.accepts,
+        }
+        path = _path(run_dir, attempt.number)
+        try:
+            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "w") as file:
+                file.write(json.dumps(event) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            sync_folder(path.parent)
+        except FileExistsError:
+            continue  # somebody was faster: alive, or dead by now
+        except OSError as error:
+            raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
+        _clear_request(run_dir)
+        with contextlib.suppress(FileNotFoundError):
+            (run_dir / STOPPED).unlink()
+        return attempt
+
+
+def _path(run_dir: Path, number: int) -> Path:
+    return run_dir / ATTEMPTS / f"attempt-{number:08d}.jsonl"
+
+
+def _clear_request(run_dir: Path) -> None:
+    """Remove a request to stop that was meant for an earlier attempt: one older than this process."""
+    ticks, started = os.sysconf("SC_CLK_TCK"), int(_process_state(os.getpid())[1])
+    age = float(Path("/proc/uptime").read_text().split()[0]) - started / ticks
+    with contextlib.suppress(FileNotFoundError):
+        if (run_dir / STOP_REQUESTED).lstat().st_mtime < time.time() - age - HEARTBEAT:
+            (run_dir / STOP_REQUESTED).unlink()
+
+
+def next_free(run_dir: Path) -> Path:
+    """The first of ``run_dir``, ``run_dir-2``, ``run_dir-3``, ... that does not exist, or is empty."""
+    number, candidate = 1, run_dir
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        number += 1
+        candidate = run_dir.with_name(f"{run_dir.name}-{number}")
+    return candidate
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing where somebody may have planted a symbolic link: none is followed.
+
+
+def real_folder(path: Path) -> Path:
+    """Create a folder if need be. Raises ``UserError`` if something else has its name."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir(0o755)
+    if not stat.S_ISDIR(path.lstat().st_mode):
+        raise UserError(f"{path}: is not a folder; symbolic links inside a run directory are not followed")
+    return path
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file anew, as a whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def open_to_append(path: Path, create: bool = True) -> TextIO:
+    """Open a file at its end. Raises ``OSError`` for a symbolic link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    return os.fdopen(os.open(path, flags, 0o644), "a", encoding="utf-8")
+
+
+def _read(path: Path) -> str:
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+        return file.read()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the contents of a file survive a crash of the machine."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())

@@ -1,0 +1,231 @@
+"""One optimizer step of a run, and what must be saved to take the next one elsewhere.
+
+gradient of one optimizer step = (sum over ranks and micro-batches of the gradient of summed token losses)
+                                 / (tokens with a label in the global batch)
+
+The order of the samples is a function of (seed, epoch), random numbers of (seed, step, rank), the learning rate of the step:
+a few counters are the whole state besides the weights and the optimizer's.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+from liftdist import data
+from liftdist.config import Config, UserError
+from liftdist.mesh import Mesh, gather
+from liftdist.metrics import Stopwatch
+from liftdist.principal import PrincipalWeights
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before weights are read."""
+
+    folder: Path
+    samples: data.Samples
+    eval_samples: data.Samples | None
+
+
+def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Sum of the losses of all labelled tokens of a micro-batch, float32.
+
+    Logits are computed for labelled places alone, where the model can.
+    """
+    labels = batch["labels"]
+    places = (labels != data.IGNORED).any(0).nonzero().squeeze(1)
+    if not places.numel():
+        places = places.new_zeros(1)
+    chosen = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **chosen).logits
+    logits, labels = logits if chosen else logits[:, places], labels[:, places]
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum")
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, samples: data.Samples, config: Config, mesh: Mesh, boundary: Callable[[], None] = lambda: None
+) -> float:
+    """Mean loss over all labelled tokens of ``samples``; ``boundary`` is called between micro-batches. Collective."""
+    model.eval()
+    everything = [[sample] for sample in range(len(samples))]
+    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for micro in data.deal(everything, samples.lengths, mesh.rank, mesh.world_size, config.train.micro_batch_size):
+        boundary()
+        batch = {key: value.to(mesh.device) for key, value in data.collate(samples, micro).items()}
+        totals += torch.stack([token_losses(model, batch).double(), (batch["labels"] != data.IGNORED).sum()])
+    model.train()
+    dist.all_reduce(totals)
+    return (totals[0] / totals[1]).item()
+
+
+class Trainer:
+    """The state of a run and one optimizer step of it.
+
+    Args:
+        beat: called whenever there is progress.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        inputs: Inputs,
+        model: PreTrainedModel,
+        principal: PrincipalWeights,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.mesh, self.inputs, self.model, self.principal = config, mesh, inputs, model, principal
+        self._beat = beat
+        optimizer, train = config.optimizer, config.train
+        self.order = data.BatchOrder(
+            inputs.samples.lengths, train.seed, config.data.packing, config.data.max_length, train.batch_size
+        )
+        self.epochs = train.epochs if train.steps is None else None
+        self.steps = train.steps or self.order.steps(train.epochs)
+        self.optimizer = torch.optim.AdamW(
+            [principal.values],
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        name = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
+        warmup = round(optimizer.warmup_ratio * self.steps)
+        self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
+        self.watch = Stopwatch(mesh.device)
+        self.step = 0
+        self.consumed = 0  # sequences, over all ranks and epochs: with the seed, the whole data state
+        self.skipped = 0  # steps whose loss or gradient was not finite
+        self.skipped_in_a_row = 0
+        self.problem: str | None = None  # why the last step was skipped
+        self.evaluated = -1  # the step after which the last evaluation was made
+
+    def state(self) -> dict[str, Any]:
+        """The part of the state that is alike on all ranks, as plain numbers."""
+        return {
+            "step": self.step,
+            "consumed": self.consumed,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "evaluated": self.evaluated,
+            "seed": self.config.train.seed,
+            "optimizer": self.principal.scalar_states(self.optimizer),
+        }
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from :meth:`state` and from the tensors of :meth:`PrincipalWeights.state_dict`, cut to this rank's rows."""
+        self.principal.load_state_dict(tensors, self.optimizer, state["optimizer"])
+        self.step, self.consumed, self.evaluated = state["step"], state["consumed"], state["evaluated"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if self.step:
+            position = {"last_epoch": self.step - 1, "_step_count": self.step + 1}
+            self.schedule.load_state_dict(self.schedule.state_dict() | position)
+            self.schedule.step()
+
+    def run_step(self) -> dict[str, float]:
+        """One optimizer step; returns its figures. Collective.
+
+        A loss or gradient that is not finite on any rank changes nothing: the step is skipped and counted.
+
+        Raises:
+            UserError: more steps in a row were skipped than ``train.max_skipped_steps``.
+        """
+        step, self.problem = self.step + 1, None
+        random = np.random.SeedSequence([self.config.train.seed, step, self.mesh.rank])
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
+        figures: dict[str, float] = {}
+        interval = self.config.selection.refresh_interval
+        if interval and step % interval == 0:
+            with self.watch("refresh"):
+                figures["selection/survived"] = self.principal.refresh(self.optimizer)
+        sequences = self.order.batch(self.consumed, self.epochs)
+        lengths = self.inputs.samples.lengths
+        micro_batches = data.deal(
+            sequences, lengths, self.mesh.rank, self.mesh.world_size, self.config.train.micro_batch_size
+        )
+        loss_and_labels = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        micro_losses = []
+        tokens = 0
+        for micro in micro_batches:
+            with self.watch("data"):
+                batch = {
+                    key: value.to(self.mesh.device) for key, value in data.collate(self.inputs.samples, micro).items()
+                }
+                tokens += sum(int(lengths[sample]) for sequence in micro for sample in sequence)
+            with self.watch("forward_backward"):
+                loss = token_losses(self.model, batch)
+                loss.backward()
+                labelled = (batch["labels"] != data.IGNORED).sum()
+                micro_losses.append(loss.detach())
+                loss_and_labels += torch.stack([loss.detach().double(), labelled])
+            self._beat()
+        with self.watch("exchange"):
+            dist.all_reduce(loss_and_labels)
+            self.principal.reduce_gradients(loss_and_labels[1].float())
+            norm = self.principal.clip_grad_norm_(self.config.optimizer.max_grad_norm)
+        mean_loss = (loss_and_labels[0] / loss_and_labels[1]).item()
+        figures |= {"train/loss": mean_loss, "train/lr": self.schedule.get_last_lr()[0], "train/grad_norm": norm.item()}
+        finite = math.isfinite(mean_loss) and math.isfinite(norm.item())  # sums over all ranks: all see the same
+        if finite:
+            self.skipped_in_a_row = 0
+            with self.watch("update"):
+                self._update(step)
+        else:
+            self._skip(step, figures, micro_batches, micro_losses)
+        self.schedule.step()
+        self.step = step
+        self.consumed += len(sequences)
+        figures |= {"train/sequences": self.consumed, "train/skipped_steps": self.skipped}
+        figures["local/tokens"] = tokens
+        return figures
+
+    def _update(self, step: int) -> None:
+        if self.config.optimizer.reference_numerics:
+            # (sqrt(v) / sqrt(c) + eps / sqrt(c)) is the authors' (sqrt(v) + eps) / sqrt(c), c = 1 - beta2^t
+            correction = 1 - self.config.optimizer.betas[1] ** (step - self.skipped)
+            self.optimizer.param_groups[0]["eps"] = self.config.optimizer.eps / correction**0.5
+        self.optimizer.step()
+        self.principal.scatter()
+
+    def _skip(
+        self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], losses: list[Tensor]
+    ) -> None:
+        """Forget the gradient of a step that went wrong, on all ranks, and say where it did."""
+        wrong = [micro for micro, loss in zip(micro_batches, losses, strict=True) if not loss.isfinite()]
+        reports = gather((self.principal.non_finite(), wrong, micro_batches))
+        self.principal.drop_gradients()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        matrices = sorted({name for names, _, _ in reports for name in names})
+        micros = [micro for _, wrong, _ in reports for micro in wrong] or [m for _, _, all_ in reports for m in all_]
+        samples = sorted({sample for micro in micros for sequence in micro for sample in sequence})
+        where = [self.inputs.samples.where(sample) for sample in samples]
+        problem = (
+            f"loss {figures['train/loss']}, gradient norm {figures['train/grad_norm']}; "
+            f"gradient not finite in {_some(matrices)}; samples {_some(where)}"
+        )
+        if self.skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise UserError(
+                f"step {step}: {problem}: {self.skipped_in_a_row} steps in a row went wrong (train.max_skipped_steps); "
+                f"lower optimizer.lr={self.config.optimizer.lr}, set optimizer.max_grad_norm, or mend the samples"
+            )
+        self.problem = f"step {step} skipped: {problem}"
+
+
+def _some(names: list[str]) -> str:
+    """The first few of ``names``."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "no matrix"
