@@ -177,7 +177,7 @@ def _run(
         raise
     finally:
         recorder.close()
-    if config.train.export:
+    if config.train.export and not _is_exported(run_dir, trainer.step, mesh):
         target = run_dir / "export"
         with together():
             step = checkpoint.open_step(run_dir / checkpoint.FOLDER / f"step-{trainer.step:08d}")
@@ -185,7 +185,17 @@ def _run(
             if mesh.is_main and target.exists():  # of a shorter run, which was continued
                 target.rename(rundir.next_free(target))
         export.export_merged(changes, inputs.folder, target, model.dtype)
-        console.say(f"fine-tuned model in {target}")
+        if mesh.is_main:
+            attempt.note("export", step=trainer.step)
+    if config.train.export:
+        console.say(f"fine-tuned model in {run_dir / 'export'}")
+
+
+def _is_exported(run_dir: Path, step: int, mesh: Mesh) -> bool:
+    """Whether an earlier attempt exported this very step. Collective."""
+    events = [event for events in rundir.attempts(run_dir).values() for event in events] if mesh.is_main else []
+    exports = [event["step"] for event in events if event["event"] == "export"]
+    return meshes.agree(bool(exports) and exports[-1] == step and (run_dir / "export").is_dir())
 
 
 class _Loop:

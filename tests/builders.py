@@ -1,12 +1,17 @@
 """Small models and configs for tests: real architectures with few weights."""
 
+import hashlib
 import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from liftdist import checkpoint, prepare
 from liftdist.config import Config
+from liftdist.mesh import gather
+from liftdist.metrics import Console
+from liftdist.trainer import Inputs, Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -51,3 +56,49 @@ def config(model: Path, records: Path, folder: Path, /, **sections) -> Config:
             assert hasattr(getattr(made, section), key)
             setattr(getattr(made, section), key, value)
     return made
+
+
+_made: dict[str, Inputs] = {}
+
+
+def _inputs(key: str, settings: Config) -> Inputs:
+    if key not in _made:  # the tokenizer alone takes half a second
+        _made[key] = prepare.inputs(settings, Console(False))
+    return _made[key]
+
+
+def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Trainer:
+    """What a run sets up before its first step, from a checkpoint or from the start. Collective."""
+    inputs = _inputs(repr(settings), settings)
+    model, principal = prepare.principal(settings, inputs.folder, mesh, Console(False), saved=saved)
+    model.train()
+    made = Trainer(settings, mesh, inputs, model, principal)
+    if saved is not None:
+        made.restore(saved.manifest["state"], saved.read(principal.matrices))
+    return made
+
+
+def save(made: Trainer, checkpointer: checkpoint.Checkpointer) -> checkpoint.Saved | Exception | None:
+    """Save a trainer's state and wait for the outcome. Collective."""
+    origin = {"config": "", "base": "", "data": "", "step": made.step, "state": made.state()}
+    checkpointer.save(made.principal.state_dict(made.optimizer), made.principal.matrices, origin)
+    checkpointer.wait()
+    return checkpointer.take_outcome()
+
+
+def global_digest(made: Trainer) -> str:
+    """sha256 of the state of all ranks, in the order of the whole matrices: the same on any world size. Collective."""
+    state = made.principal.state_dict(made.optimizer)
+    state |= {f"{m.name}/weights": m.rows_local.reshape(-1) for m in made.principal.matrices}
+    mine = {key: tensor.contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in state.items()}
+    shards = made.mesh.device_mesh.size(1)
+    replicas = gather(mine)
+    replicas = [replicas[first : first + shards] for first in range(0, len(replicas), shards)]
+    found = set()
+    for replica in replicas:
+        digest = hashlib.sha256(repr(sorted(made.state().items())).encode())
+        for key in sorted(state):
+            digest.update(key.encode() + b"".join(shard[key] for shard in replica))
+        found.add(digest.hexdigest())
+    assert len(found) == 1, "replicas differ"
+    return found.pop()

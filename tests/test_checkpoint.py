@@ -1,0 +1,452 @@
+"""Checkpoints: exact on the same ranks, the same on any others, and never believed when something is wrong with them."""
+
+import contextlib
+import json
+import random
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import builders
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+from test_data import write_records
+
+from liftdist import checkpoint, rundir
+from liftdist.checkpoint import Checkpointer, Saved
+from liftdist.config import UserError
+from liftdist.mesh import gather
+
+STEPS, REFRESH = 20, 7
+SETTINGS = {
+    "optimizer": dict(lr=5e-3, warmup_ratio=0.1, max_grad_norm=5.0),
+    "selection": dict(refresh_interval=REFRESH),
+    "train": dict(steps=STEPS, batch_size=6, micro_batch_size=2, seed=3),  # 40 records: epochs end inside steps
+}
+WORLDS = {"1": (1, 1), "2": (2, 1), "3": (3, 1), "4": (4, 1), "2x2": (4, 2)}
+
+
+def claimed(run_dir):
+    return rundir.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
+
+
+def newest(mesh, run_dir, accepts, say=print):
+    shards = mesh.device_mesh.size(1)
+    return checkpoint.newest(run_dir, accepts, mesh.rank % shards, shards, say)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Exactness.
+
+
+def stopped_everywhere(mesh, config, run_dir):
+    """Save after every step of one run; then continue from each of them to the end."""
+    attempt = rundir.Attempt(run_dir, 1, {})
+    if mesh.is_main:
+        claimed(run_dir)
+    torch.distributed.barrier()
+    trainer = builders.trainer(mesh, config)
+    saver = Checkpointer(attempt, mesh, 100, None)
+    losses, digests = [], []
+    for _ in range(STEPS):
+        losses.append(trainer.run_step()["train/loss"])
+        digests.append(builders.global_digest(trainer))
+        assert isinstance(builders.save(trainer, saver), Saved)
+    resumed = []
+    for step in range(1, STEPS):
+        trainer = builders.trainer(mesh, config, checkpoint.open_step(run_dir / f"checkpoints/step-{step:08d}"))
+        loaded = builders.global_digest(trainer)
+        more = [trainer.run_step()["train/loss"] for _ in range(STEPS - step)]
+        resumed.append((loaded, more, builders.global_digest(trainer)))
+    return losses, digests, resumed
+
+
+def test_a_run_stopped_at_any_step_continues_to_the_bit(tiny_model, tmp_path):
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    for losses, digests, resumed in ranks.run(2, stopped_everywhere, config, tmp_path / "run"):
+        assert len(set(digests)) == STEPS
+        for step, run in enumerate(resumed, 1):
+            assert run == (digests[step - 1], losses[step:], digests[-1]), step
+
+
+def save_after(mesh, config, run_dir, steps, more):
+    """Train, save, and train on."""
+    if mesh.is_main:
+        claimed(run_dir)
+    torch.distributed.barrier()
+    trainer = builders.trainer(mesh, config)
+    for _ in range(steps):
+        trainer.run_step()
+    assert isinstance(builders.save(trainer, Checkpointer(rundir.Attempt(run_dir, 1, {}), mesh, 1, None)), Saved)
+    return builders.global_digest(trainer), [trainer.run_step()["train/loss"] for _ in range(more)]
+
+
+def load_some(mesh, config, folder, worlds, steps, more):
+    """From the checkpoints of other worlds: the state, and the losses of some steps more."""
+    result = {}
+    for world in worlds:
+        saved = newest(mesh, folder / world, accepted_in(folder / world))
+        assert saved.number == steps
+        trainer = builders.trainer(mesh, config, saved)
+        result[world] = builders.global_digest(trainer), [trainer.run_step()["train/loss"] for _ in range(more)]
+    return result
+
+
+def accepted_in(run_dir):
+    return checkpoint.accepted(run_dir, rundir.attempts(run_dir))
+
+
+@pytest.mark.parametrize("others", [1, pytest.param(len(WORLDS), marks=pytest.mark.slow)])
+def test_saved_on_any_world_loaded_on_any_other(others, tiny_model, tmp_path):
+    """Each world loads what ``others`` of the worlds have saved."""
+    steps, more = 8, 10  # a refresh before and one after
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    straight = {
+        world: ranks.run(size, save_after, config, tmp_path / world, steps, more, dp_replicate=replicas)[0]
+        for world, (size, replicas) in WORLDS.items()
+    }
+    names = list(WORLDS)
+    for number, (size, replicas) in enumerate(WORLDS.values()):
+        chosen = [names[(number + 2 + shift) % len(names)] for shift in range(others)]
+        for rank in ranks.run(size, load_some, config, tmp_path, chosen, steps, more, dp_replicate=replicas):
+            for world, (digest, losses) in rank.items():
+                assert digest == straight[world][0]
+                assert losses == pytest.approx(straight[world][1], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is on the disk.
+
+
+def save_two(mesh, config, run_dir):
+    """Two checkpoints, after steps 1 and 2; what the second holds."""
+    attempt = claimed(run_dir) if mesh.is_main else None
+    attempt = gather(attempt)[0]
+    trainer = builders.trainer(mesh, config)
+    saver = Checkpointer(attempt, mesh, 5, None)
+    outcomes = []
+    for _ in range(2):
+        trainer.run_step()
+        outcomes.append(builders.save(trainer, saver))
+    matrices = trainer.principal.matrices
+    return dict(
+        bytes=[outcome.bytes for outcome in outcomes],
+        principal=trainer.principal.num_selected,
+        dropped=sum(t.numel() for k, t in trainer.principal.state_dict().items() if k.endswith("dropped_values")),
+        values={m.name: m.rows_local[m.rows_local.shape[0] // 2 :].clone() for m in matrices[:1]},
+    )
+
+
+@pytest.fixture(scope="module")
+def two_steps(tiny_model, tmp_path_factory):
+    """A run directory with two checkpoints of two ranks; weights are dropped at step 2."""
+    folder = tmp_path_factory.mktemp("two")
+    settings = SETTINGS | {"selection": dict(refresh_interval=2), "optimizer": dict(lr=0.05, warmup_ratio=0.0)}
+    config = builders.config(tiny_model, write_records(folder / "records.jsonl"), folder, **settings)
+    return folder / "run", ranks.run(2, save_two, config, folder / "run")
+
+
+@pytest.fixture
+def run_dir(two_steps, tmp_path):
+    return shutil.copytree(two_steps[0], tmp_path / "run")
+
+
+def test_a_checkpoint_holds_what_the_base_model_lacks_and_no_more(two_steps):
+    run_dir, found = two_steps
+    step = checkpoint.open_step(run_dir / "checkpoints" / "step-00000002")
+    assert step.folder.stat().st_mode & 0o777 == 0o700
+    dropped = sum(rank["dropped"] for rank in found)
+    assert dropped > 0
+    # 4 B of index, 4 B of value and 8 B of moments a principal weight; 4 + 4 B a dropped one (float32 model)
+    payload = 16 * found[0]["principal"] + 8 * dropped
+    headers = 16 * 14 * 7 * 20  # seven tensors a matrix and rank
+    assert payload < found[0]["bytes"][1] < payload + headers
+    files = sorted(path.name for path in step.folder.iterdir())
+    assert files == ["manifest.json", "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"]
+    for name, parameter in step.manifest["parameters"].items():
+        indices = torch.cat([load_file(step.folder / file)[f"{name}/indices"] for file in files[1:]])
+        assert (indices[1:] > indices[:-1]).all()
+        assert indices.numel() == parameter["principal"]
+        touched, values = step.touched(name)
+        assert touched.numel() == values.numel() == parameter["principal"] + parameter["dropped"]
+        assert (touched[1:] > touched[:-1]).all()
+
+
+def verified(folder):
+    step = checkpoint.open_step(folder)
+    step.verify(step.manifest["files"])
+    return step
+
+
+def test_random_damage_is_always_found_and_its_file_named(two_steps, tmp_path):
+    folder = two_steps[0] / "checkpoints" / "step-00000002"
+    chance = random.Random(0)
+    names = sorted(path.name for path in folder.iterdir())
+    for number in range(300):
+        damaged = shutil.copytree(folder, tmp_path / "step-00000002")
+        path = damaged / chance.choice(names)
+        data = bytearray(path.read_bytes())
+        kind = ("flip", "cut", "remove")[number % 3]
+        if kind == "flip":
+            data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+            path.write_bytes(data)
+        elif kind == "cut":
+            path.write_bytes(data[: chance.randrange(len(data))])
+        else:
+            path.unlink()
+        with pytest.raises((ValueError, OSError)) as caught:
+            verified(damaged)
+        assert path.name in str(caught.value), (kind, path.name)
+        shutil.rmtree(damaged)
+
+
+def load_newest(mesh, run_dir):
+    said = []
+    try:
+        step = newest(mesh, run_dir, accepted_in(run_dir), said.append)
+        return (step.number if step else None), said
+    except UserError as error:
+        return str(error), said
+
+
+def test_damaged_steps_are_set_aside_and_older_ones_used(run_dir):
+    newer = run_dir / "checkpoints" / "step-00000002"
+    shard = newer / "shard-00001-of-00002.safetensors"
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    (number, said), (other, _) = ranks.run(2, load_newest, run_dir)  # only rank 1 reads the damaged file
+    assert number == other == 1
+    assert "shard-00001-of-00002.safetensors is damaged" in said[0]
+    assert (run_dir / "checkpoints" / "set-aside-1-step-00000002" / "manifest.json").exists()
+    (run_dir / "checkpoints" / "step-00000001" / "manifest.json").write_text("{}")
+    (problem, _), _ = ranks.run(2, load_newest, run_dir)
+    assert "none of its checkpoints is whole" in problem
+    assert "step-00000001/manifest.json" in problem
+    shutil.rmtree(run_dir / "checkpoints")
+    (problem, _), _ = ranks.run(2, load_newest, run_dir)
+    assert "none of its checkpoints is whole" in problem  # gone is no fresh start, either
+
+
+def test_a_pickle_is_never_run_and_a_symbolic_link_never_followed(run_dir, tmp_path):
+    import pickle
+
+    class Bomb:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "run-by-a-pickle",)
+
+    folder = run_dir / "checkpoints" / "step-00000002"
+    for name in ("shard-00000-of-00002.safetensors", "manifest.json", "state.pt"):
+        (folder / name).write_bytes(pickle.dumps(Bomb()))
+    elsewhere = shutil.move(run_dir / "checkpoints" / "step-00000001", tmp_path / "elsewhere")
+    (run_dir / "checkpoints" / "step-00000001").symlink_to(elsewhere)
+    (problem, said), _ = ranks.run(2, load_newest, run_dir)
+    assert "none of its checkpoints is whole" in problem
+    assert any("symbolic link" in line for line in said)
+    assert (elsewhere / "manifest.json").exists()
+    assert not (tmp_path / "run-by-a-pickle").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Attempts.
+
+
+def test_what_an_older_attempt_writes_is_not_believed(run_dir):
+    before = accepted_in(run_dir)
+    assert sorted(before) == ["step-00000001", "step-00000002"]
+    old = rundir.Attempt(run_dir, 1, {})
+    old.note("end", outcome="failed")
+    new = claimed(run_dir)
+    assert (new.number, new.accepts) == (2, before)
+    old_step = run_dir / "checkpoints" / "step-00000003"
+    shutil.copytree(run_dir / "checkpoints" / "step-00000002", old_step)  # attempt 1 goes on writing
+    assert accepted_in(run_dir) == before
+    with pytest.raises(rundir.Superseded, match="attempt 2 has taken over from this one, attempt 1"):
+        old.check_current()
+    new.check_current()
+
+
+def commit_over_a_leftover(mesh, config, run_dir):
+    """Attempt 2 writes a step that attempt 1 wrote after it had been replaced; attempt 1 may not write any more."""
+    old = rundir.Attempt(run_dir, 1, {})
+    attempt = claimed(run_dir)
+    trainer = builders.trainer(mesh, config)
+    for _ in range(3):
+        trainer.run_step()
+    refused = builders.save(trainer, Checkpointer(old, mesh, 1, None))
+    saver = Checkpointer(attempt, mesh, 1, None)
+    return str(refused), builders.save(trainer, saver).name
+
+
+def test_an_attempt_commits_over_what_an_older_one_left(run_dir, tiny_model, tmp_path):
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    left_over = run_dir / "checkpoints" / "step-00000003"
+    shutil.copytree(run_dir / "checkpoints" / "step-00000002", left_over)
+    rundir.Attempt(run_dir, 1, {}).note("end", outcome="failed")
+    ((refused, name),) = ranks.run(1, commit_over_a_leftover, config, run_dir)
+    assert "attempt 2 has taken over" in refused
+    assert name == "step-00000003"
+    assert checkpoint.open_step(left_over).manifest["attempt"] == 2
+    assert (run_dir / "checkpoints" / "set-aside-1-step-00000003").is_dir()
+    # one to keep, and that is verified: those that attempt 1 left are older
+    assert sorted(accepted_in(run_dir)) == ["step-00000003"]
+
+
+def keep_some(mesh, config, run_dir):
+    attempt = claimed(run_dir) if mesh.is_main else None
+    attempt = gather(attempt)[0]
+    trainer = builders.trainer(mesh, config)
+    saver = Checkpointer(attempt, mesh, 2, None)
+    left = []
+    for _ in range(5):
+        trainer.run_step()
+        name = builders.save(trainer, saver).name
+        if trainer.step == 2 and mesh.is_main:
+            (run_dir / "checkpoints" / name / "keep").touch()
+        left.append(sorted(p.name[-1] for p in (run_dir / "checkpoints").glob("step-*")))
+    return left, sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+def test_old_steps_go_but_for_the_marked(tiny_model, tmp_path):
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    (left, folders), _ = ranks.run(2, keep_some, config, tmp_path / "run", dp_replicate=2)
+    assert left[-1] == ["2", "4", "5"]
+    assert folders == ["step-00000002", "step-00000004", "step-00000005"]
+    assert [path.name for path in (tmp_path / "run/checkpoints/step-00000005").glob("*.safetensors")] == [
+        "shard-00000-of-00001.safetensors"  # written once, although two replicas hold it
+    ]
+
+
+def diverge(mesh, config, run_dir):
+    attempt = claimed(run_dir) if mesh.is_main else None
+    attempt = gather(attempt)[0]
+    trainer = builders.trainer(mesh, config)
+    saver = Checkpointer(attempt, mesh, 2, None)
+    trainer.run_step()
+    with torch.no_grad():
+        trainer.principal.values[3] += mesh.rank * 1e-6
+    diverged = builders.save(trainer, saver)
+    with torch.no_grad():
+        trainer.principal.values[3] = torch.nan
+    return str(diverged), str(builders.save(trainer, saver))
+
+
+def test_replicas_that_differ_and_weights_that_are_not_finite_are_not_saved(tiny_model, tmp_path):
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    for diverged, not_finite in ranks.run(2, diverge, config, tmp_path / "run", dp_replicate=2):
+        assert "replicas have diverged" in diverged
+        assert "_proj.weight has weights or optimizer state that is not finite" in not_finite
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Disks.
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=500", "tmpfs", folder], check=False, capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"needs to mount a file system: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", "-l", folder], check=True)
+
+
+def on_a_bad_disk(mesh, config, disk):
+    run_dir = disk / "run"
+    attempt = claimed(run_dir)
+    trainer = builders.trainer(mesh, config)
+    saver = Checkpointer(attempt, mesh, 9, None)
+
+    def step():
+        trainer.run_step()
+        outcome = builders.save(trainer, saver)
+        return outcome.name if isinstance(outcome, Saved) else f"{type(outcome).__name__}: {outcome}"
+
+    outcomes = {"good": step()}
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    outcomes["full"] = step()
+    filler.unlink()
+    outcomes["freed"] = step()
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    outcomes["read-only"] = step()
+    subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+    outcomes["steps"] = ",".join(sorted(accepted_in(run_dir)))
+    for name in accepted_in(run_dir):
+        verified(run_dir / "checkpoints" / name)
+    outcomes["left"] = ",".join(p.name for p in (run_dir / "checkpoints").iterdir() if not p.name.startswith("step-"))
+    shutil.rmtree(run_dir)
+    outcomes["deleted"] = step()
+    return outcomes
+
+
+def test_a_full_a_read_only_and_a_deleted_disk(small_disk, tiny_model, tmp_path):
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    (outcomes,) = ranks.run(1, on_a_bad_disk, config, small_disk)
+    assert outcomes["good"] == "step-00000001"
+    assert outcomes["freed"] == "step-00000003"
+    assert outcomes["steps"] == "step-00000001,step-00000003"
+    assert outcomes["left"] == ""
+    for kind, problem in (
+        ("full", "No space left"),
+        ("read-only", "Read-only file system"),
+        ("deleted", "No such file"),
+    ):
+        assert problem in outcomes[kind]
+        assert str(small_disk / "run") in outcomes[kind]
+        assert outcomes[kind].startswith("OSError")
+
+
+def test_a_save_does_not_hold_up_training(tiny_model, tmp_path):
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    ((busy, first, steps, second),) = ranks.run(1, save_on_a_slow_disk, config, tmp_path / "run")
+    assert busy
+    assert first is None
+    assert steps == 3
+    assert second == "step-00000001"
+
+
+def save_on_a_slow_disk(mesh, config, run_dir):
+    """Steps go on while a file is being written; the outcome comes later."""
+    write = checkpoint._write_file
+
+    def slow(path, state):
+        time.sleep(1.0)
+        return write(path, state)
+
+    checkpoint._write_file = slow
+    trainer = builders.trainer(mesh, config)
+    saver = Checkpointer(claimed(run_dir), mesh, 2, None)
+    trainer.run_step()
+    state = trainer.principal.state_dict(trainer.optimizer)
+    saver.save(state, trainer.principal.matrices, {"step": 1, "state": trainer.state()})
+    trainer.run_step()
+    trainer.run_step()
+    busy, first = saver.busy, saver.take_outcome()
+    saver.wait()
+    return busy, first, trainer.step, saver.take_outcome().name
+
+
+def test_the_manifest_is_plain_and_whole(two_steps):
+    manifest = json.loads((two_steps[0] / "checkpoints/step-00000002/manifest.json").read_text())
+    assert manifest["step"] == manifest["state"]["step"] == 2
+    assert manifest["state"]["consumed"] == 12
+    assert manifest["state"]["optimizer"] == {"step": 2.0}
+    assert manifest["row_bounds"]["50"] == [0, 25, 50]
+    parameter = manifest["parameters"]["model.layers.0.mlp.down_proj.weight"]
+    assert (parameter["shape"], parameter["dtype"], parameter["principal"]) == (
+        [50, 93],
+        "float32",
+        round(0.05 * 50 * 93),
+    )
+    assert all(len(entry["sha256"]) == 64 and entry["bytes"] > 0 for entry in manifest["files"].values())
