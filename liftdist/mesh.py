@@ -83,8 +83,10 @@ def start(config: MeshConfig) -> Iterator[Mesh]:
     try:
         shape = config.layout(dist.get_world_size())
         yield Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")))
-    finally:
+    except (UserError, Stopped, PeerError):  # all ranks are here; after any other error some may never be
         dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def gather(value: Any, group: Group = None) -> list[Any]:

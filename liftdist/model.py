@@ -140,7 +140,9 @@ def match(model: PreTrainedModel, files: ModelFolder) -> dict[str, str]:
         if stored not in files.file_of:
             problems.append(f"{name} is not in the checkpoint")
         elif tuple(files.info(stored)["shape"]) != tuple(tensor.shape):
-            problems.append(f"{name} is {files.info(stored)['shape']} in the checkpoint, {list(tensor.shape)} in the model")
+            problems.append(
+                f"{name} is {files.info(stored)['shape']} in the checkpoint, {list(tensor.shape)} in the model"
+            )
         elif files.info(stored)["dtype"] not in ("F64", "F32", "F16", "BF16"):
             problems.append(f"{name} has dtype {files.info(stored)['dtype']}: quantised weights are not supported")
         else:

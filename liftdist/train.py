@@ -67,6 +67,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _leave(configs.EXIT_STOPPED)
     except PeerError:
         _leave(1)  # the rank that failed shows its traceback
+    except Exception:
+        sys.excepthook(*sys.exc_info())
+        sys.stderr.flush()
+        os._exit(1)  # at once: threads and libraries would wait for peers that may be gone
 
 
 def _say(message: str) -> None:
@@ -76,6 +80,8 @@ def _say(message: str) -> None:
 
 def _leave(code: int) -> None:
     """Exit. The launcher learns the code from a file, as torchrun makes every code 1 and prints a report of its own."""
+    if code == configs.EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        sys.exit(0)  # torchrun would start again what was asked to stop
     status = os.environ.get("LIFTDIST_STATUS_FILE")
     if status:
         Path(status).write_text(str(code))
