@@ -32,8 +32,7 @@ from torch import Tensor, nn
 from liftdist import rundir, weights
 from liftdist.checkpoint import Step
 from liftdist.config import UserError
-from liftdist.mesh import local_tensor, together
-from liftdist.model import rows_of
+from liftdist.mesh import local_tensor, rows_of, together
 from liftdist.weights import DTYPES, ModelFolder
 
 FORMAT = "liftdist-delta-1"

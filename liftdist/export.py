@@ -125,8 +125,12 @@ def _rewrite(
         with together():
             if rank == 0:
                 if (files.folder / preflight.INDEX).exists():
-                    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.file_of.items()))}
-                    (temporary / preflight.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                    index = json.loads((files.folder / preflight.INDEX).read_text())
+                    if index.get("metadata", {}).get("total_size") == total:
+                        shutil.copyfile(files.folder / preflight.INDEX, temporary / preflight.INDEX)
+                    else:
+                        index["metadata"] = index.get("metadata", {}) | {"total_size": total}
+                        (temporary / preflight.INDEX).write_text(json.dumps(index, indent=2) + "\n")
                 finish(temporary)
                 for path in temporary.iterdir():
                     if path.is_file() and not path.is_symlink():

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from liftdist.config import MeshConfig, UserError
 
@@ -150,3 +150,13 @@ def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
     """``[shards + 1]`` where each shard's rows begin, dealt as ``torch.chunk`` does: the last shards may hold none."""
     chunk = -(-rows // shards)
     return tuple(min(rows, chunk * shard) for shard in range(shards + 1))
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """The rows ``[begin, end)`` of a parameter that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0] if tensor.ndim else 0
+    axis = tensor.placements.index(Shard(0))
+    bounds = row_bounds(tensor.shape[0], tensor.device_mesh.size(axis))
+    shard = tensor.device_mesh.get_local_rank(axis)
+    return bounds[shard], bounds[shard + 1]

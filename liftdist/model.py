@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
@@ -24,7 +23,7 @@ from transformers.initialization import no_init_weights
 
 from liftdist import preflight
 from liftdist.config import ModelConfig, UserError
-from liftdist.mesh import Mesh, local_tensor, row_bounds, together
+from liftdist.mesh import Mesh, local_tensor, rows_of, together
 from liftdist.weights import ModelFolder
 
 
@@ -194,16 +193,6 @@ def _compute_buffers(model: PreTrainedModel) -> None:
         for key, buffer in computed.items():
             if buffer.isnan().any():
                 raise UserError(f"{type(model).__name__}: transformers does not say how to compute the buffer {key}")
-
-
-def rows_of(tensor: Tensor) -> tuple[int, int]:
-    """The rows ``[begin, end)`` of a parameter that this rank holds."""
-    if not isinstance(tensor, DTensor):
-        return 0, tensor.shape[0] if tensor.ndim else 0
-    axis = tensor.placements.index(Shard(0))
-    bounds = row_bounds(tensor.shape[0], tensor.device_mesh.size(axis))
-    shard = tensor.device_mesh.get_local_rank(axis)
-    return bounds[shard], bounds[shard + 1]
 
 
 @torch.no_grad()

@@ -80,12 +80,12 @@ def _say(message: str) -> None:
 
 def _leave(code: int) -> None:
     """Exit. The launcher learns the code from a file, as torchrun makes every code 1 and prints a report of its own."""
-    if code == configs.EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        sys.exit(0)  # torchrun would start again what was asked to stop
     status = os.environ.get("LIFTDIST_STATUS_FILE")
     if status:
         Path(status).write_text(str(code))
         sys.exit(0)
+    if code == configs.EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        sys.exit(0)  # torchrun would start again what was asked to stop
     time.sleep(1.0 if int(os.environ.get("LOCAL_RANK", 0)) else 0.0)  # let the speaking rank finish its line
     sys.exit(code)
 

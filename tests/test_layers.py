@@ -25,7 +25,7 @@ ALLOWED = {
     "weights": {"mesh", "preflight"},
     "model": {"mesh", "preflight", "weights"},
     "checkpoint": {"mesh", "rundir", "selection", "weights"},
-    "delta": {"checkpoint", "mesh", "model", "rundir", "weights"},
+    "delta": {"checkpoint", "mesh", "rundir", "weights"},
     "export": {"checkpoint", "delta", "mesh", "preflight", "rundir", "weights"},
     "trainer": {"data", "mesh", "metrics", "principal"},
     "prepare": {

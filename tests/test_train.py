@@ -70,7 +70,7 @@ def test_a_run_leaves_everything_behind(finished):
     folder, output = finished
     run = folder / "run"
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "command.txt", "environment.json", "metrics.jsonl", "tensorboard", "export",
+        "attempts", "checkpoints", "config.yaml", "command.txt", "environment.json", "metrics.jsonl", "tensorboard", "export",
     }  # fmt: skip
     assert "seed: 1" in (run / "config.yaml").read_text()
     typed = (run / "command.txt").read_text()
@@ -146,7 +146,7 @@ def test_what_can_be_checked_before_ranks_start(tiny_model, tmp_path):
         ("train.stpes=3", "did you mean 'train.steps'?"),
         (f"data.path={tmp_path}/none.jsonl", "none.jsonl: no such file"),
         (f"data.path={tmp_path}/bad.jsonl", "bad.jsonl:41: not JSON"),
-        (f"run_dir={tmp_path}/used", "exists and is not an empty folder"),
+        (f"run_dir={tmp_path}/used", "exists and holds no run"),
         ("run_dir=/proc/run", "run_dir /proc/run: cannot be written"),
         ("cache_dir=/proc/cache", "cache_dir /proc/cache: cannot be written"),
         ("mesh.dp_replicate=3", "2 ranks cannot be 3 replicas"),
@@ -195,8 +195,8 @@ def test_a_signal_to_the_command_reaches_all_ranks(tiny_model, tmp_path):
     assert len(ranks_of_it) >= 3  # the launcher, torchrun and its ranks
     process.terminate()
     rest = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
-    assert rest.count("liftdist: interrupted") == 1
+    assert process.returncode == 75
+    assert rest.count("liftdist: stopped (SIGTERM); the same command continues") == 1
     assert "Traceback" not in rest
     assert not [p for p in ranks_of_it if p.exists()]
 
