@@ -227,11 +227,13 @@ def _path(run_dir: Path, number: int) -> Path:
 
 
 def _clear_request(run_dir: Path) -> None:
-    """Remove a request to stop that was meant for an earlier attempt: one older than this process."""
-    ticks, started = os.sysconf("SC_CLK_TCK"), int(_process_state(os.getpid())[1])
-    age = float(Path("/proc/uptime").read_text().split()[0]) - started / ticks
+    """Remove a request to stop that was meant for an earlier attempt: one older than the command that started this one."""
+    started = os.environ.get("LIFTDIST_STARTED")
+    if started is None:
+        seconds = int(_process_state(os.getpid())[1]) / os.sysconf("SC_CLK_TCK")  # after the machine's start
+        started = str(time.time() - float(Path("/proc/uptime").read_text().split()[0]) + seconds)
     with contextlib.suppress(FileNotFoundError):
-        if (run_dir / STOP_REQUESTED).lstat().st_mtime < time.time() - age - HEARTBEAT:
+        if (run_dir / STOP_REQUESTED).lstat().st_mtime < float(started) - 2:  # clocks of machines differ a little
             (run_dir / STOP_REQUESTED).unlink()
 
 

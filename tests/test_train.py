@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import builders
@@ -14,7 +16,7 @@ from test_data import write_records
 from transformers import AutoModelForCausalLM
 
 from liftdist import config as configs
-from liftdist import prepare
+from liftdist import prepare, train, trainer
 from liftdist.config import UserError
 from liftdist.metrics import Console
 from liftdist.trainer import Trainer
@@ -228,6 +230,130 @@ def counts(mesh, config, folder):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Runs that continue.
+
+
+def test_a_run_goes_on_where_it_was_stopped(tiny_model, tmp_path):
+    """Through the command, on another number of ranks; a fresh one is elsewhere."""
+    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+
+    def ask_to_stop():
+        while not list((tmp_path / "run").glob("attempts/*")):
+            time.sleep(0.05)
+        (tmp_path / "run" / "stop-requested").touch()  # while it is loading
+
+    threading.Thread(target=ask_to_stop, daemon=True).start()
+    first = command("train", config, "--nproc", 2)
+    assert first.returncode == 75, first.stdout
+    assert "liftdist: stopped (stop-requested); the same command continues" in first.stdout
+    assert json.loads((tmp_path / "run" / "stopped").read_text()) == {
+        "outcome": "stopped", "reason": "stop-requested", "attempt": 1,
+    }  # fmt: skip
+    assert command("train", config, "--nproc", 1).returncode == 0
+    assert not (tmp_path / "run" / "stopped").exists()
+    assert len((tmp_path / "run" / "command.txt").read_text().splitlines()) == 1  # of those that came to train
+    fresh = command("train", config, "--nproc", 1, "--fresh", "train.steps=1", "train.export=false")
+    assert fresh.returncode == 0, fresh.stdout
+    assert f"run_dir {tmp_path}/run is taken; starting in {tmp_path}/run-2" in fresh.stdout
+    assert (tmp_path / "run-2" / "checkpoints" / "step-00000001").is_dir()
+    assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000005"]
+
+
+def change_settings(mesh, first, others):
+    """How a run with ``first`` settings ends, and how it goes on with each of ``others``."""
+    ends = []
+    for config, text, allowed in [first, *others]:
+        train.STOP.__init__()
+        try:
+            train.train(config, mesh, text, set(allowed))
+            ends.append(metrics_of(config)[-1]["step"])
+        except UserError as error:
+            ends.append(str(error))
+    return ends
+
+
+def metrics_of(config):
+    return [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_changed_settings_are_named_and_need_to_be_allowed(tiny_model, tmp_path):
+    records = write_records(tmp_path / "records.jsonl")
+    other_model = builders.llama(tmp_path / "other", tiny_model, initializer_range=0.07)
+
+    def settings(steps, allowed=(), **changes):
+        file = write_config(tmp_path, tiny_model, records)
+        overrides = [f"{key}={value}" for key, value in changes.items()]
+        overrides += [f"train.steps={steps}", "train.export=false", "checkpoint.keep=9"]
+        return *configs.load(file, [override.replace("__", ".") for override in overrides]), allowed
+
+    course, state = {configs.COURSE}, {configs.COURSE, configs.STATE}
+    ends, _ = ranks.run(
+        2, change_settings, settings(2), [
+            settings(2, train__micro_batch_size=3, train__log_interval=2),
+            settings(4),
+            settings(4, course, selection__density=0.06),
+            settings(4, course, optimizer__lr=1e-4),
+            settings(4, state, optimizer__lr=1e-4, selection__modules='["*.mlp.*"]'),
+            settings(6, state, optimizer__lr=1e-4, selection__density=0.06),
+            settings(6, course, optimizer__lr=1e-4, selection__density=0.06, model__path=other_model),
+        ],
+    )  # fmt: skip
+    assert [end for end in ends if isinstance(end, int)] == [2, 2, 4, 6]
+    refused = [end for end in ends if isinstance(end, str)]
+    assert "train.steps: 2 -> 4; --allow-changes goes on with them" in refused[0]
+    assert "selection.density: 0.05 -> 0.06; --allow-state-changes goes on with them" in refused[1]
+    assert "self_attn.k_proj.weight, which is not trained now; its weights would be lost" in refused[2]
+    assert "model.path: other weights (" in refused[3]
+    run_dir = tmp_path / "run" / "checkpoints"
+    densities = []
+    for step in (4, 6):
+        parameters = json.loads((run_dir / f"step-{step:08d}" / "manifest.json").read_text())["parameters"].values()
+        densities.append([p["principal"] / (p["shape"][0] * p["shape"][1]) for p in parameters])
+    assert densities[0] == pytest.approx([0.05] * 14, abs=1e-3)
+    assert densities[1] == pytest.approx([0.06] * 14, abs=1e-3)  # selected anew
+
+    records.write_text(records.read_text() + '{"prompt": "one more", "completion": "yes"}\n')
+    ((end,), _) = ranks.run(2, change_settings, (*settings(6, optimizer__lr=1e-4, selection__density=0.06)[:2], ()), [])
+    assert "data.path: other contents of" in end
+
+
+def test_curves_go_on_without_a_step_twice(tiny_model, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    file = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    config, text = configs.load(file, ["train.steps=6", "checkpoint.interval=2"])
+    ranks.run(1, break_after, config, text, 5)
+    assert [line["step"] for line in metrics_of(config) if "train/loss" in line] == [1, 2, 3, 4, 5]
+    (Path(config.run_dir) / "metrics.jsonl").open("a").write('{"step": 5, "tra')  # cut short
+    ((end, again),) = ranks.run(1, change_settings, (config, text, ()), [(config, text, ())])
+    assert end == again == 6
+    assert sorted(p.name for p in Path(config.run_dir).glob("export*")) == ["export"]  # nothing was left to do
+    assert [line["step"] for line in metrics_of(config) if "train/loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in metrics_of(config) if "eval/loss" in line] == [0, 2, 4, 6]
+    events = EventAccumulator(str(Path(config.run_dir) / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("checkpoint/blocked_seconds")] == [2, 4, 6]
+
+
+def break_after(mesh, config, text, step):
+    """A run that a bug ends after ``step``."""
+    original = trainer.Trainer.run_step
+
+    def run_step(self):
+        if self.step == step:
+            raise RuntimeError("a bug")
+        return original(self)
+
+    trainer.Trainer.run_step = run_step
+    try:
+        train.train(config, mesh, text, set())
+    except RuntimeError:
+        return
+    raise AssertionError
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Settings, on one rank.
 
 
@@ -323,9 +449,13 @@ def diverged(mesh, config):
 def test_a_run_that_diverges_says_so_on_every_rank(tiny_model, tmp_path):
     records = write_records(tmp_path / "records.jsonl")
     config = builders.config(
-        tiny_model, records, tmp_path, optimizer=dict(lr=1e38, schedule="constant"), train=dict(steps=6)
+        tiny_model,
+        records,
+        tmp_path,
+        optimizer=dict(lr=1e38, schedule="constant"),
+        train=dict(steps=6, max_skipped_steps=0),
     )
-    assert all("training diverged" in text for text in ranks.run(2, diverged, config))
+    assert all("steps in a row went wrong" in text for text in ranks.run(2, diverged, config))
 
 
 @pytest.mark.slow
