@@ -221,27 +221,35 @@ def newest(
     """
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     reasons: list[str] = []
-    names = sorted(accepts, key=_number, reverse=True)
-    for name in gather(names)[0]:
+    for name in gather(sorted(accepts, key=_number, reverse=True) if is_main else [])[0]:
+        folder = run_dir / FOLDER / name
         step, reason = None, None
-        try:
-            step = open_step(run_dir / FOLDER / name, gather(accepts.get(name))[0])
-            step.verify(step.overlapping(shard, shards))
-        except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
-            reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-        reports = [report for report in gather(reason) if report]
-        if not reports:
+        if is_main:
+            step, reason = _attempted(lambda: open_step(folder, accepts[name]))  # noqa: B023  called at once
+        manifest = gather(step.manifest if step else None)[0]
+        if manifest is not None:
+            step = Step(folder, manifest)
+            _, reason = _attempted(lambda: step.verify(step.overlapping(shard, shards)))  # noqa: B023
+        problems = [problem for problem in gather(reason) if problem]
+        if not problems:
             return step
-        reasons.append(reports[0])
-        if set_aside and is_main and (run_dir / FOLDER / name).exists():
-            aside = _set_aside(run_dir / FOLDER / name)
-            say(f"checkpoint {name} cannot be used and was set aside as {aside.name}: {reports[0]}")
+        reasons.append(problems[0])
+        if set_aside and is_main and folder.exists():
+            say(f"checkpoint {name} cannot be used and was set aside as {_set_aside(folder).name}: {problems[0]}")
     if reasons:
         raise UserError(
             f"run_dir {run_dir}: none of its checkpoints is whole: {'; '.join(reasons)}; "
             f"--fresh starts again in a new directory"
         )
     return None
+
+
+def _attempted(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What ``work`` returns, or why it could not."""
+    try:
+        return work(), None
+    except (ValueError, OSError, KeyError, TypeError, SafetensorError) as error:
+        return None, _describe(error)[1]
 
 
 def _number(name: str) -> int:
@@ -312,11 +320,13 @@ class Checkpointer:
         outcome, self._outcome = self._outcome, None
         return outcome
 
-    def wait(self) -> None:
-        """Wait until nothing is being written."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def wait(self, beat: Callable[[], None] = lambda: None) -> None:
+        """Wait until nothing is being written; ``beat`` is called meanwhile."""
+        while self._thread is not None:
+            self._thread.join(1.0)
+            beat()
+            if not self._thread.is_alive():
+                self._thread = None
 
     def _run(self, state: dict[str, Tensor], matrices: list[Matrix], manifest: dict[str, Any]) -> None:
         try:
@@ -367,13 +377,14 @@ class Checkpointer:
                         raise OSError(f"{temporary} is not to be seen on this rank: run_dir must be shared by all")
                     entry |= _write_file(temporary / name, state)
                     entry["name"] = name
-                entry["counts"] = {
-                    m.name: [state[f"{m.name}/{key}"].numel() for key in ("indices", "dropped_indices")]
-                    for m in matrices
-                }
                 return entry
 
             entries = agreed(write_shard)
+            counts = torch.zeros(len(matrices), 2, dtype=torch.int64)  # principal and dropped weights, over all shards
+            if replica == 0:
+                sizes = [[state[f"{m.name}/{key}"].numel() for key in ("indices", "dropped_indices")] for m in matrices]
+                counts.copy_(torch.tensor(sizes))
+            dist.all_reduce(counts, group=self._group)
             for entry in entries:
                 if entry.get("state") != entries[entry["shard"]].get("state"):
                     raise RuntimeError(f"replicas have diverged: they hold different weights in shard {entry['shard']}")
@@ -386,22 +397,21 @@ class Checkpointer:
                     for entry in sorted(entries, key=lambda entry: entry["shard"])
                     if "name" in entry
                 }
-                counts = [entry["counts"] for entry in entries[:shards]]
                 manifest["files"] = files
                 manifest["row_bounds"] = {str(m.param.shape[0]): list(m.row_bounds) for m in matrices}
                 manifest["parameters"] = {
                     m.name: {
                         "shape": list(m.param.shape),
                         "dtype": str(m.param.dtype).removeprefix("torch."),
-                        "principal": sum(count[m.name][0] for count in counts),
-                        "dropped": sum(count[m.name][1] for count in counts),
+                        "principal": principal,
+                        "dropped": dropped,
                         "keys": {
                             key.removeprefix(f"{m.name}/"): str(tensor.dtype).removeprefix("torch.")
                             for key, tensor in state.items()
                             if key.rpartition("/")[0] == m.name
                         },
                     }
-                    for m in matrices
+                    for m, (principal, dropped) in zip(matrices, counts.tolist(), strict=True)
                 }
                 return self._commit(temporary, manifest)
 

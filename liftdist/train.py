@@ -117,8 +117,11 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str]) -> None:
     watchdog = signals.Watchdog(config.train.hang_timeout, stacks, mesh.rank, mesh.world_size)
     outcome: dict[str, Any] = {"outcome": "failed"}
     try:
-        with watchdog.watching(), attempt.heartbeat() if mesh.is_main else contextlib.nullcontext():
-            _run(config, mesh, text, allowed, attempt, console, signals.Pulse(STOP, watchdog))
+        with attempt.heartbeat() if mesh.is_main else contextlib.nullcontext():
+            with watchdog.watching():
+                trainer = _run(config, mesh, text, allowed, attempt, console, signals.Pulse(STOP, watchdog))
+            if config.train.export:
+                _export(trainer, attempt, console)
         outcome = {"outcome": "finished"}
     except Stopped as reason:
         outcome = {"outcome": "stopped", "reason": str(reason)}
@@ -137,7 +140,8 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str]) -> None:
 
 def _run(
     config: Config, mesh: Mesh, text: str, allowed: set[str], attempt: Attempt, console: Console, pulse: signals.Pulse
-) -> None:
+) -> Trainer:
+    """Everything but the export."""
     run_dir = attempt.run_dir
     with together():
         inputs = prepare.inputs(config, console, mesh.rank / mesh.world_size, pulse)
@@ -183,18 +187,23 @@ def _run(
         raise
     finally:
         recorder.close()
-    if config.train.export and not _is_exported(run_dir, trainer.step, mesh):
-        target = run_dir / "export"
+    return trainer
+
+
+def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
+    """Write the fine-tuned model, from the last checkpoint, unless an earlier attempt did. Collective."""
+    run_dir, base = attempt.run_dir, trainer.inputs.folder
+    target = run_dir / "export"
+    if not _is_exported(run_dir, trainer.step, trainer.mesh):
         with together():
             step = checkpoint.open_step(run_dir / checkpoint.FOLDER / f"step-{trainer.step:08d}")
-            changes = delta.of_run(step, inputs.folder)
-            if mesh.is_main and target.exists():  # of a shorter run, which was continued
+            changes = delta.of_run(step, base)
+            if trainer.mesh.is_main and target.exists():  # of a shorter run, which was continued
                 target.rename(rundir.next_free(target))
-        export.export_merged(changes, inputs.folder, target, model.dtype)
-        if mesh.is_main:
+        export.export_merged(changes, base, target, trainer.model.dtype)
+        if trainer.mesh.is_main:
             attempt.note("export", step=trainer.step)
-    if config.train.export:
-        console.say(f"fine-tuned model in {run_dir / 'export'}")
+    console.say(f"fine-tuned model in {target}")
 
 
 def _is_exported(run_dir: Path, step: int, mesh: Mesh) -> bool:
@@ -273,7 +282,7 @@ class _Loop:
         if self.checkpointer.last_step == trainer.step:
             return
         began = time.perf_counter()
-        self.checkpointer.wait()
+        self.checkpointer.wait(self.pulse.beat)
         self._report_save()
         state = trainer.principal.state_dict(trainer.optimizer)
         self.checkpointer.save(
@@ -285,7 +294,7 @@ class _Loop:
         """Save, and wait until everything is committed. Raises what went wrong."""
         if self.trainer.step:
             self._save()
-            self.checkpointer.wait()
+            self.checkpointer.wait(self.pulse.beat)
             outcome = self.checkpointer.take_outcome()
             if isinstance(outcome, Exception):
                 raise UserError(f"step {self.trainer.step} is not saved: {outcome}") from outcome

@@ -450,3 +450,11 @@ def test_the_manifest_is_plain_and_whole(two_steps):
         round(0.05 * 50 * 93),
     )
     assert all(len(entry["sha256"]) == 64 and entry["bytes"] > 0 for entry in manifest["files"].values())
+
+
+def test_ranks_killed_while_they_save_lose_nothing(tmp_path):
+    from bench import faults
+
+    result = faults.kill_while_saving(8, tmp_path, seed=5)
+    assert result["kills"] == 8
+    assert result["inside a save"] > 0
