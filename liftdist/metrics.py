@@ -25,47 +25,48 @@ class Recorder:
     """Writes scalars and texts to TensorBoard and ``metrics.jsonl``. Only the main rank writes.
 
     Args:
-        step: the step that is continued from; what an earlier attempt recorded after it is taken back.
-        continued: whether there was an earlier attempt.
-        say: told once if the disk takes no more. Training goes on without curves.
+        after: the step after which recording goes on; what an earlier attempt recorded beyond it is taken back. None: all.
+        say: told when the disk takes no more. Training goes on without curves.
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        enabled: bool,
-        step: int = 0,
-        continued: bool = False,
-        say: Callable[[str], None] = lambda _: None,
+        self, run_dir: Path, enabled: bool, after: int | None = None, say: Callable[[str], None] = lambda _: None
     ) -> None:
         self._writer: SummaryWriter | None = None
         self._file: TextIO | None = None
         self._say, self._failed = say, False
+        self._purge_step = None if after is None else after + 1
         if not enabled:
             return
         path = run_dir / "metrics.jsonl"
-        if continued and path.exists() and not path.is_symlink():
-            rundir.write(path, "".join(line for line in path.open(encoding="utf-8") if _step(line) <= step))
+        if after is not None and path.exists() and not path.is_symlink():
+            with path.open(encoding="utf-8") as earlier:
+                rundir.write(path, "".join(line for line in earlier if _step(line) <= after))
         self._file = rundir.open_to_append(path)
-        folder = rundir.real_folder(run_dir / "tensorboard")
-        self._writer = SummaryWriter(str(folder), purge_step=step + 1 if continued else None)
+        self._folder = rundir.real_folder(run_dir / "tensorboard")
+
+    def _tensorboard(self) -> SummaryWriter:
+        """The writer, a new one if the last one failed: it does not recover."""
+        if self._writer is None:
+            self._writer, self._purge_step = SummaryWriter(str(self._folder), purge_step=self._purge_step), None
+        return self._writer
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is None or self._file is None:
+        if self._file is None:
             return
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
         with self._tolerant():
             self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **finite}) + "\n")
             self._file.flush()
-        with self._tolerant():
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
-            self._writer.flush()
+                self._tensorboard().add_scalar(tag, value, step)
+            self._tensorboard().flush()
+            self._failed = False
 
     def text(self, tag: str, text: str) -> None:
-        if self._writer is not None:
+        if self._file is not None:
             with self._tolerant():
-                self._writer.add_text(tag, "\n".join(f"    {line}" for line in redact(text).splitlines()))
+                self._tensorboard().add_text(tag, "\n".join(f"    {line}" for line in redact(text).splitlines()))
 
     def close(self) -> None:
         for file in (self._writer, self._file):
@@ -79,8 +80,8 @@ class Recorder:
             yield
         except OSError as error:
             if not self._failed:
-                self._say(f"metrics are no longer recorded, training goes on: {error}")
-            self._failed = True
+                self._say(f"metrics cannot be recorded, training goes on: {error}")
+            self._failed, self._writer = True, None
 
 
 def _step(line: str) -> float:

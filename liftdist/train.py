@@ -169,7 +169,8 @@ def _run(
     with together():
         if mesh.is_main:  # not before: what failed until here can be put right and started again
             prepare.describe_run(run_dir, text, mesh)
-        recorder = Recorder(run_dir, mesh.is_main, trainer.step, saved is not None or attempt.number > 1, console.say)
+        after = trainer.step if saved else None if attempt.number == 1 else -1
+        recorder = Recorder(run_dir, mesh.is_main, after, console.say)
     recorder.text("config", text)
     recorder.text("parameters", _parameter_counts(model, principal))
     console.say(

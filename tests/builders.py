@@ -1,5 +1,6 @@
 """Small models and configs for tests: real architectures with few weights."""
 
+import contextlib
 import hashlib
 import shutil
 from pathlib import Path
@@ -102,3 +103,12 @@ def global_digest(made: Trainer) -> str:
         found.add(digest.hexdigest())
     assert len(found) == 1, "replicas differ"
     return found.pop()
+
+
+def fill(disk: Path) -> Path:
+    """Leave no space on a small disk; returns the file to remove."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler

@@ -1,6 +1,5 @@
 """Checkpoints: exact on the same ranks, the same on any others, and never believed when something is wrong with them."""
 
-import contextlib
 import json
 import random
 import shutil
@@ -346,19 +345,6 @@ def test_replicas_that_differ_and_weights_that_are_not_finite_are_not_saved(tiny
 # Disks.
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m,nr_inodes=500", "tmpfs", folder], check=False, capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip(f"needs to mount a file system: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def on_a_bad_disk(mesh, config, disk):
     run_dir = disk / "run"
     attempt = claimed(run_dir)
@@ -371,10 +357,7 @@ def on_a_bad_disk(mesh, config, disk):
         return outcome.name if isinstance(outcome, Saved) else f"{type(outcome).__name__}: {outcome}"
 
     outcomes = {"good": step()}
-    filler = disk / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
+    filler = builders.fill(disk)
     outcomes["full"] = step()
     filler.unlink()
     outcomes["freed"] = step()

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from liftdist import config as configs
 from liftdist import prepare, train, trainer
 from liftdist.config import UserError
-from liftdist.metrics import Console
+from liftdist.metrics import Console, Recorder
 from liftdist.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -334,6 +334,25 @@ def test_curves_go_on_without_a_step_twice(tiny_model, tmp_path):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("checkpoint/blocked_seconds")] == [2, 4, 6]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_costs_curves_and_no_more(small_disk):
+    said = []
+    recorder = Recorder(small_disk, True, None, said.append)
+    for step in range(1, 4):
+        recorder.scalars(step, {"train/loss": 1.0})
+    filler = builders.fill(small_disk)
+    for step in range(4, 400):
+        recorder.scalars(step, {"train/loss": 1.0, "a/" + "long" * 20: 2.0})
+    filler.unlink()
+    for step in range(400, 403):
+        recorder.scalars(step, {"train/loss": 1.0})
+    recorder.close()
+    assert len(said) == 1
+    assert "metrics cannot be recorded, training goes on: [Errno 28]" in said[0]
+    lines = (small_disk / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[-3:]] == [400, 401, 402]
 
 
 def break_after(mesh, config, text, step):
