@@ -28,8 +28,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from liftdist import PrincipalWeights, checkpoint, rundir
-from liftdist.checkpoint import Checkpointer, Saved
 from liftdist.mesh import Mesh, gather
+from liftdist.saver import Checkpointer, Saved
 
 RANKS = 2
 

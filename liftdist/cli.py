@@ -25,12 +25,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"liftdist {__version__}")
         return
     if name not in COMMANDS:
-        print(_overview(), file=sys.stdout if name in ("--help", "-h") else sys.stderr)
-        sys.exit(0 if given and name in ("--help", "-h") else configs.EXIT_USER_ERROR)
+        asked = name in ("--help", "-h")
+        if not asked:
+            print(f"liftdist: unknown command {name!r}", file=sys.stderr)
+        print(_overview(), file=sys.stdout if asked else sys.stderr)
+        sys.exit(0 if asked else configs.EXIT_USER_ERROR)
     command = COMMANDS[name]
-    parser = argparse.ArgumentParser(
-        prog=f"liftdist {name}", description=f"{command.help[0].upper()}{command.help[1:]}."
-    )
+    about = f"{command.help[0].upper()}{command.help[1:]}."
+    parser = argparse.ArgumentParser(prog=f"liftdist {name}", description=about, epilog=command.epilog)
     command.arguments(parser)
     options = parser.parse_intermixed_args(given[1:])
     try:
@@ -45,6 +47,13 @@ class Command:
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], None]
+    epilog: str = ""
+
+
+_RUN_EPILOG = (
+    "The settings are listed in README.md. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or a file `stop-requested` in the run directory "
+    "make a run save and stop, with exit code 75: the same command continues it. Exit code 2: something you can put right."
+)
 
 
 def _overview() -> str:
@@ -59,7 +68,7 @@ def _overview() -> str:
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings in place of the file's")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings in place of the file's")
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: one for each GPU, or one)")
 
 
@@ -86,6 +95,9 @@ def _train(options: argparse.Namespace) -> None:
         if (free := rundir.next_free(run_dir)) != run_dir:
             print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
             overrides.append(f"run_dir={json.dumps(str(free))}")
+    else:
+        allowed = configs.allowed_changes(options.allow_changes, options.allow_state_changes)
+        preflight.check_changes(*configs.load(options.config, overrides), allowed)
     _launch(options.config, overrides, options.nproc, flags, training=True)
 
 
@@ -146,6 +158,13 @@ def _cache_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-dir", type=Path, default=Path(default), help=f"where digests are kept ({default})")
 
 
+def _check_output(path: Path) -> None:
+    if path.exists():
+        raise UserError(f"{path}: exists")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.absolute().parent}")
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="run directory, or a delta")
     parser.add_argument(
@@ -162,16 +181,17 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"{options.source}: no such run directory or delta")
     if options.source.is_file() and options.base is None:
         raise UserError(f"{options.source}: --base must name the folder of its base model")
-    if options.output.exists():
-        raise UserError(f"{options.output}: exists")
-    if not options.output.absolute().parent.is_dir():
-        raise UserError(f"{options.output}: {options.output.absolute().parent} is no folder")
+    if options.source.is_dir() and not (options.source / rundir.ATTEMPTS).is_dir():
+        raise UserError(f"{options.source}: is no run directory")
+    _check_output(options.output)
     from liftdist import delta, export
 
     if options.source.is_file():
         changes, base, dtype = delta.read(options.source), options.base, None
     else:
-        changes, base, dtype = export.of_run_dir(options.source, options.step, options.base)
+        changes, base, dtype = export.of_run_dir(
+            options.source, options.step, options.base, lambda line: print(line, file=sys.stderr)
+        )
     export.export(changes, base, options.output, options.format, options.cache_dir, dtype)
     print(options.output)
 
@@ -189,6 +209,8 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
 def _apply(options: argparse.Namespace) -> None:
     if not options.folder.is_dir():
         raise UserError(f"{options.folder}: no such folder")
+    if options.output:
+        _check_output(options.output)
     from liftdist import delta, export
 
     given = delta.read(options.delta)
@@ -211,6 +233,7 @@ def _diff(options: argparse.Namespace) -> None:
     for folder in (options.before, options.after):
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
+    _check_output(options.output)
     from liftdist import delta, weights
 
     base = weights.digest(options.before, options.cache_dir)
@@ -219,7 +242,9 @@ def _diff(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "train": Command("select the principal weights and train them; continue a run", _train_arguments, _train),
+    "train": Command(
+        "select the principal weights and train them; continue a run", _train_arguments, _train, _RUN_EPILOG
+    ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
     "export": Command("write what a run made: model, delta, adapter or patch", _export_arguments, _export),
     "apply": Command("apply a delta to a model folder, undo it, swap it for another", _apply_arguments, _apply),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import hashlib
 import math
 import os
 import re
@@ -278,6 +279,39 @@ def settings() -> Iterator[tuple[str, dataclasses.Field]]:
                 yield f"{top.name}.{leaf.name}", leaf
         else:
             yield top.name, top
+
+
+def allowed_changes(course: bool, state: bool) -> set[str]:
+    """The kinds of changes that the flags allow."""
+    return {kind for kind, allowed in ((COURSE, course or state), (STATE, state)) if allowed}
+
+
+def check_changes(changes: Sequence[tuple[str, str]], allowed: set[str], run_dir: Path) -> None:
+    """Raises ``UserError`` if there are changes, as ``(kind, text)``, of a kind that is not allowed."""
+    for flag, kind in ((ALLOW_STATE_CHANGES, STATE), (ALLOW_CHANGES, COURSE)):
+        refused = [redact(text) for found, text in changes if found == kind]
+        if refused and kind not in allowed:
+            raise UserError(
+                f"run_dir {run_dir}: made with other settings: {'; '.join(refused)}; {flag} goes on with them, "
+                f"--fresh starts again in a new directory, and command.txt holds the earlier command"
+            )
+
+
+def changed_settings(before: str, after: str) -> list[tuple[str, str]]:
+    """``(kind, text)`` of every setting that differs between two configs, as :func:`load` gives their text."""
+    kinds = {key: leaf.metadata["changes"] for key, leaf in settings()}
+    return [(kinds[key], f"{key}: {old} -> {new}") for key, old, new in differences(before, after)]
+
+
+def fingerprints(config: Config, text: str) -> dict[str, str]:
+    """For every setting that the environment gives, a short hash of its value, which tells whether it has changed."""
+    values = dict(_leaves(dataclasses.asdict(config)))
+    written = dict(_leaves(yaml.safe_load(text)))
+    return {
+        key: hashlib.sha256(repr(values[key]).encode()).hexdigest()[:8]
+        for key in values
+        if "${" in repr(written.get(key))
+    }
 
 
 def differences(before: str, after: str) -> list[tuple[str, Any, Any]]:

@@ -262,9 +262,9 @@ class BatchOrder:
             self._before.append(self._before[-1] + len(starts) - 1)
         return self._before[epoch]
 
-    def steps(self, epochs: int) -> int:
-        """Batches in ``epochs`` epochs."""
-        return -(-self._begin(epochs) // self._batch_size)
+    def steps(self, epochs: int, consumed: int = 0) -> int:
+        """Batches left in ``epochs`` epochs after ``consumed`` sequences."""
+        return max(0, -(-(self._begin(epochs) - consumed) // self._batch_size))
 
     def batch(self, consumed: int, epochs: int | None = None) -> list[list[int]]:
         """The global batch after ``consumed`` sequences, as lists of sample numbers; ends with ``epochs``."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import struct
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,14 +29,16 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
-from liftdist import rundir, weights
+from liftdist import files, weights
 from liftdist.checkpoint import Step
 from liftdist.config import UserError
 from liftdist.mesh import local_tensor, rows_of, together
 from liftdist.weights import DTYPES, ModelFolder
 
 FORMAT = "liftdist-delta-1"
+PATCH_FORMAT = "sparse-patch"
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -85,17 +88,19 @@ def of_run(step: Step, base: Path) -> Delta:
     Raises:
         UserError: ``base`` does not hold the parameters.
     """
-    files = ModelFolder(base)
+    stored_files = ModelFolder(base)
     names = {}
     for name in step.manifest["parameters"]:
-        stored = name if name in files.file_of else name.partition(".")[2]  # the base model's prefix may be absent
-        if stored not in files.file_of:
+        stored = (
+            name if name in stored_files.file_of else name.partition(".")[2]
+        )  # the base model's prefix may be absent
+        if stored not in stored_files.file_of:
             raise UserError(f"{base}: has no {name}, which the run trained")
         names[stored] = name
 
     def get(stored: str) -> Change:
         indices, values = step.touched(names[stored])
-        tensor = files.read(stored)
+        tensor = stored_files.read(stored)
         dtype = torch.promote_types(tensor.dtype, values.dtype)
         _check_fits(stored, indices, tensor.numel())
         before, after = tensor.flatten()[indices].to(dtype), values.to(dtype)
@@ -138,13 +143,18 @@ def read(path: Path) -> Delta:
     try:
         entries = weights.header(path)
         metadata = entries.get("__metadata__", {})
-        if metadata.get("format") != FORMAT:
-            raise ValueError("is not a delta that this version reads")
+        if (kind := metadata.get("format")) != FORMAT:
+            kind = "a sparse patch" if kind == PATCH_FORMAT else "another kind of safetensors file"
+            raise UserError(f"{path}: is {kind}, not a delta that this version reads")
         tensors = json.loads(metadata["tensors"])
         if _contents_digest(path) != metadata["sha256"]:
             raise ValueError("its contents do not have the hash they were written with")
+    except UserError:
+        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
+    except struct.error:
+        raise UserError(f"{path}: is empty or cut short") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: damaged: {error}") from None
     except Exception as error:
@@ -160,8 +170,10 @@ def read(path: Path) -> Delta:
         change = Change(tuple(about["shape"]), DTYPES[about["stored"]], indices, values, base)
         _check_fits(name, indices, int(torch.Size(change.shape).numel()))
         for part in (values, base):
-            if part is not None and (part.shape != indices.shape or not part.isfinite().all()):
-                raise ValueError(f"{name} holds a value that is not finite, or not as many as indices")
+            if part is not None and part.shape != indices.shape:
+                raise ValueError(f"{name}: has {part.numel()} values for {indices.numel()} indices")
+        if not _is_finite(values):
+            raise ValueError(f"{name}: holds a value that is not finite")
         return change
 
     delta = Delta(path, metadata["base"], list(tensors), get)
@@ -196,7 +208,7 @@ def changed(delta: Delta) -> Iterator[tuple[str, Change]]:
     for name in delta.names:
         change = delta.get(name)
         if change.indices.numel():
-            if not change.values.isfinite().all():
+            if not _is_finite(change.values):
                 raise UserError(f"{delta.origin}: {name} holds a value that is not finite")
             yield name, change
 
@@ -210,8 +222,8 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
         os.close(descriptor)
         try:
             save_file(tensors, temporary, metadata)
-            Path(temporary).chmod(0o644)
-            rundir.sync_file(Path(temporary))
+            Path(temporary).chmod(files.mode(0o666))
+            files.sync_file(Path(temporary))
             Path(temporary).rename(path)
         finally:
             Path(temporary).unlink(missing_ok=True)
@@ -262,9 +274,16 @@ def _from_gaps(coded: Tensor, count: int) -> Tensor:
     for place in range(int(lengths.max(initial=0))):
         chosen = lengths > place
         gaps[chosen] |= (raw[starts[chosen] + place].astype(np.int64) & 127) << (7 * place)
-    if count > 1 and gaps[1:].min() < 1:
+    indices = np.cumsum(gaps)
+    if count and (indices[0] < 0 or (count > 1 and (indices[1:] <= indices[:-1]).any())):
         raise ValueError("indices do not ascend")
-    return torch.from_numpy(np.cumsum(gaps))
+    return torch.from_numpy(indices)
+
+
+def _is_finite(values: Tensor) -> bool:
+    if not values.is_floating_point():
+        return True
+    return bool((values.float() if values.element_size() == 1 else values).isfinite().all())
 
 
 def _check_fits(name: str, indices: Tensor, size: int) -> None:
@@ -289,17 +308,19 @@ def edit(name: str, tensor: Tensor, undo: Change | None, apply: Change | None) -
         if change is not None and change.base is None and change is undo:
             raise UserError(f"{name}: the delta holds no base values: it cannot be undone")
     if undo is not None and undo.base is not None:
-        tensor = _replace(name, tensor.to(undo.values.dtype), undo.indices, undo.values, undo.base).to(undo.stored)
+        tensor = _replace(name, tensor.to(undo.values.dtype), undo.indices, undo.values, undo.base, "new values").to(
+            undo.stored
+        )
     if apply is not None:
-        tensor = _replace(name, tensor.to(apply.values.dtype), apply.indices, apply.base, apply.values)
+        tensor = _replace(name, tensor.to(apply.values.dtype), apply.indices, apply.base, apply.values, "base values")
     return tensor
 
 
-def _replace(name: str, tensor: Tensor, indices: Tensor, old: Tensor | None, new: Tensor) -> Tensor:
+def _replace(name: str, tensor: Tensor, indices: Tensor, old: Tensor | None, new: Tensor, what: str) -> Tensor:
     flat = tensor.flatten().clone()
     indices = indices.to(flat.device)
     if old is not None and not torch.equal(_bits(flat[indices]), _bits(old.to(flat.device))):
-        raise UserError(f"{name} does not hold the weights that the delta starts from")
+        raise UserError(f"{name} does not hold the {what} of the delta")
     flat[indices] = new.to(flat.device)
     return flat.view(tensor.shape)
 
@@ -317,6 +338,9 @@ def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | N
     Raises:
         UserError: the model does not hold a tensor, or not with the shape and weights that the delta starts from.
     """
+    for part in module.modules():
+        if isinstance(part, FSDPModule):
+            part.reshard()  # after a forward some parameters may be gathered copies
     params = dict(module.named_parameters())
     prefix = f"{getattr(module, 'base_model_prefix', '')}."
     names = {name: name if name in params else prefix + name for d in (apply, undo) if d for name in d.names}

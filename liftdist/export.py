@@ -5,6 +5,7 @@ A folder is written beside its place, file by file, and takes its name in one st
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -12,17 +13,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from liftdist import checkpoint, preflight, rundir, weights
+from liftdist import checkpoint, files, preflight, rundir, weights
 from liftdist import delta as deltas
 from liftdist.config import UserError
 from liftdist.delta import Delta
@@ -42,39 +44,48 @@ def change_folder(
     Raises:
         UserError: the folder is not the model that the delta starts from, or cannot be replaced in one step.
     """
-    files = ModelFolder(folder)
+    stored = ModelFolder(folder)
     deltas.check_same_base(apply, undo)
     for delta in (apply, undo):
         for name in delta.names if delta else ():
-            if name not in files.file_of:
+            if name not in stored.file_of:
                 raise UserError(f"{folder}: has no {name}, which {delta.origin if delta else ''} changes")
     started_from = apply or undo
     assert started_from is not None
-    found = weights.digest(folder, cache_dir) if undo is None else _digest_without(files, undo)
+    try:
+        found = weights.digest(folder, cache_dir) if undo is None else _digest_without(stored, undo)
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     if found != started_from.base:
         what = f"differs in more than {undo.origin} changed from" if undo else "is another model than"
         raise UserError(
             f"{folder}: {what} the base of {started_from.origin} ({found[:12]}, not {started_from.base[:12]})"
         )
-    for name in files.file_of:  # before anything is written
-        deltas.edit(name, files.read(name), deltas.by_name(name, undo), deltas.by_name(name, apply))
+    for name in stored.file_of:  # before anything is written
+        changes = deltas.by_name(name, undo), deltas.by_name(name, apply)
+        if apply is not None and output is None and changes[1] is not None and changes[1].base is None:
+            raise UserError(f"{apply.origin}: holds no base values, so {folder} could not be restored; give --output")
+        try:
+            deltas.edit(name, stored.read(name), *changes)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
     target = output or folder.resolve()
 
     _rewrite(
-        files,
+        stored,
         target,
         lambda name, tensor: deltas.edit(name, tensor, deltas.by_name(name, undo), deltas.by_name(name, apply)),
-        lambda temporary: _copy_others(files, temporary),
+        lambda temporary: _copy_others(stored, temporary),
         replace=output is None,
     )
     return target
 
 
-def _digest_without(files: ModelFolder, undo: Delta) -> str:
+def _digest_without(stored: ModelFolder, undo: Delta) -> str:
     """What the digest of a folder would be with a delta undone."""
     tensors = {}
-    for name in files.file_of:
-        tensor = deltas.edit(name, files.read(name), deltas.by_name(name, undo), None).contiguous()
+    for name in stored.file_of:
+        tensor = deltas.edit(name, stored.read(name), deltas.by_name(name, undo), None).contiguous()
         dtype = next(key for key, known in DTYPES.items() if known == tensor.dtype)
         data = tensor.view(-1).view(torch.uint8).numpy()
         tensors[name] = (dtype, list(tensor.shape), hashlib.sha256(data.tobytes()).hexdigest())
@@ -82,7 +93,7 @@ def _digest_without(files: ModelFolder, undo: Delta) -> str:
 
 
 def _rewrite(
-    files: ModelFolder,
+    stored: ModelFolder,
     target: Path,
     edit: Callable[[str, Tensor], Tensor],
     finish: Callable[[Path], None],
@@ -97,55 +108,75 @@ def _rewrite(
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made = ""
-    with together():
+    with together(), _disk_errors(target):
         if rank == 0:
             if target.exists() and not replace:
                 raise UserError(f"{target}: exists")
-            try:
-                made = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
-            except OSError as error:
-                raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+            made = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+            if replace:
+                _check_exchange(Path(made), target)
     temporary = Path(gather(made)[0])
     try:
         members: dict[str, list[str]] = {}
-        for name, file in files.file_of.items():
+        for name, file in stored.file_of.items():
             members.setdefault(file, []).append(name)
         total = 0
-        with together():
-            try:
-                for file in sorted(members)[rank::ranks]:
-                    tensors = {name: edit(name, files.read(name)).contiguous() for name in members[file]}
-                    save_file(tensors, temporary / file, {"format": "pt"})
-                    rundir.sync_file(temporary / file)
-                    total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-                    del tensors
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{target}: cannot be written: {error}") from None
+        with together(), _disk_errors(target):
+            for file in sorted(members)[rank::ranks]:
+                tensors = {name: edit(name, stored.read(name)).contiguous() for name in members[file]}
+                save_file(tensors, temporary / file, {"format": "pt"})
+                total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+                del tensors
         total = sum(gather(total))
-        with together():
+        with together(), _disk_errors(target):
             if rank == 0:
-                if (files.folder / preflight.INDEX).exists():
-                    index = json.loads((files.folder / preflight.INDEX).read_text())
+                if (stored.folder / preflight.INDEX).exists():
+                    index = json.loads((stored.folder / preflight.INDEX).read_text())
                     if index.get("metadata", {}).get("total_size") == total:
-                        shutil.copyfile(files.folder / preflight.INDEX, temporary / preflight.INDEX)
+                        shutil.copyfile(stored.folder / preflight.INDEX, temporary / preflight.INDEX)
                     else:
                         index["metadata"] = index.get("metadata", {}) | {"total_size": total}
                         (temporary / preflight.INDEX).write_text(json.dumps(index, indent=2) + "\n")
                 finish(temporary)
                 for path in temporary.iterdir():
                     if path.is_file() and not path.is_symlink():
-                        path.chmod(0o644)
-                        rundir.sync_file(path)
-                temporary.chmod(0o755)
-                rundir.sync_folder(temporary)
+                        old = target / path.name
+                        path.chmod(old.stat().st_mode & 0o777 if replace and old.is_file() else files.mode(0o666))
+                        files.sync_file(path)
+                temporary.chmod(target.stat().st_mode & 0o777 if replace else files.mode(0o777))
+                files.sync_folder(temporary)
                 if replace:
                     _exchange(temporary, target)
                 else:
                     temporary.rename(target)
-                rundir.sync_folder(target.parent)
+                files.sync_folder(target.parent)
     finally:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what is left of a failure, or the replaced folder
+
+
+@contextlib.contextmanager
+def _disk_errors(target: Path) -> Iterator[None]:
+    """Turns an error of the disk into a ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {files.reason(error)}") from None
+    except SafetensorError as error:
+        raise UserError(f"{target}: cannot be written: {error}") from None
+
+
+def _check_exchange(folder: Path, target: Path) -> None:
+    """Raises ``UserError`` now, rather than when everything is written, where folders cannot be exchanged."""
+    pair = [folder / name for name in ("first", "second")]
+    for path in pair:
+        path.mkdir()
+    try:
+        _exchange(*pair)
+    except UserError as error:
+        raise UserError(str(error).replace(str(pair[1]), str(target))) from None
+    for path in pair:
+        path.rmdir()
 
 
 def _exchange(first: Path, second: Path) -> None:
@@ -162,15 +193,16 @@ def _exchange(first: Path, second: Path) -> None:
     raise UserError(f"{second}: cannot be replaced: {os.strerror(problem)}")
 
 
-def _copy_others(files: ModelFolder, target: Path) -> None:
+def _copy_others(stored: ModelFolder, target: Path) -> None:
     """Everything in a model folder but its weights."""
-    written = {*files.file_of.values(), preflight.INDEX}
-    for path in files.folder.iterdir():
-        if path.name not in written:
-            if path.is_dir() and not path.is_symlink():
-                shutil.copytree(path, target / path.name, symlinks=True)
-            else:
-                shutil.copy2(path, target / path.name)
+    written = {*stored.file_of.values(), preflight.INDEX}
+    for path in stored.folder.iterdir():
+        if path.name in written:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.copytree(path, target / path.name, symlinks=True)
+        elif path.exists():  # a link into a cache becomes the file that it names
+            shutil.copy2(path, target / path.name)
 
 
 def export_merged(delta: Delta, base: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -180,7 +212,7 @@ def export_merged(delta: Delta, base: Path, target: Path, dtype: torch.dtype | N
     Raises:
         UserError: ``target`` exists or cannot be written.
     """
-    files = ModelFolder(base)
+    stored = ModelFolder(base)
 
     def edit(name: str, tensor: Tensor) -> Tensor:
         tensor = deltas.edit(name, tensor, None, deltas.by_name(name, delta))
@@ -196,12 +228,13 @@ def export_merged(delta: Delta, base: Path, target: Path, dtype: torch.dtype | N
             config.pop("torch_dtype", None)  # the older name of the same
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
-    _rewrite(files, target, edit, finish)
+    _rewrite(stored, target, edit, finish)
 
 
 def export_shira(delta: Delta, base: Path, target: Path) -> None:
-    """Write a SHiRA adapter that ``peft.PeftModel.from_pretrained`` loads. It holds differences in float32, which add up to
-    the trained weights exactly in bf16, and to the last bit or two in float32.
+    """Write a SHiRA adapter that ``peft.PeftModel.from_pretrained`` loads. It holds differences in float32: they add up to
+    the trained weights to within the rounding of float32 at the larger of old and new value, which in bf16 is exact but
+    for weights that became thousands of times smaller.
 
     Raises:
         UserError: something else than weights of linear layers changed, or more of one than the format can hold.
@@ -240,14 +273,15 @@ def export_shira(delta: Delta, base: Path, target: Path) -> None:
     }
     if target.exists():
         raise UserError(f"{target}: exists")
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        deltas.save(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
-        (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        temporary.chmod(0o755)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with _disk_errors(target):
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+        try:
+            deltas.save(tensors, temporary / "adapter_model.safetensors", {"format": "pt"})
+            (temporary / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+            temporary.chmod(files.mode(0o777))
+            temporary.rename(target)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_patch(delta: Delta, path: Path) -> None:
@@ -259,7 +293,7 @@ def export_patch(delta: Delta, path: Path) -> None:
         tensors[f"{name}.indices"] = change.indices.to(torch.int32 if size < 2**31 else torch.int64)
         tensors[f"{name}.values"] = change.values
         shapes[name] = list(change.shape)
-    deltas.save(tensors, path, {"format": "sparse-patch", "base": delta.base, "shapes": json.dumps(shapes)})
+    deltas.save(tensors, path, {"format": deltas.PATCH_FORMAT, "base": delta.base, "shapes": json.dumps(shapes)})
 
 
 def export(
@@ -278,7 +312,9 @@ def export(
         export_patch(delta, target)
 
 
-def of_run_dir(run_dir: Path, number: int | None, base: Path | None) -> tuple[Delta, Path, torch.dtype]:
+def of_run_dir(
+    run_dir: Path, number: int | None, base: Path | None, say: Callable[[str], None] = lambda _: None
+) -> tuple[Delta, Path, torch.dtype]:
     """What a run has changed by a step, or by its newest checkpoint; its base model; the dtype it was trained in.
 
     Raises:
@@ -293,8 +329,15 @@ def of_run_dir(run_dir: Path, number: int | None, base: Path | None) -> tuple[De
         steps = {name: steps[name]}
     if not steps:
         raise UserError(f"{run_dir}: holds no checkpoint")
-    step = checkpoint.newest(run_dir, steps, 0, 1, print, set_aside=False)
+    step = checkpoint.newest(run_dir, steps, 0, 1, say, set_aside=False)
     assert step is not None
-    config = yaml.safe_load(step.manifest["config"])
-    folder = base or preflight.resolve_model(config["model"]["path"])
-    return deltas.of_run(step, folder), folder, getattr(torch, config["model"]["dtype"])
+    say(f"exporting {step.folder}")
+    if base is None:
+        try:
+            base = preflight.resolve_model(OmegaConf.create(step.manifest["config"]).model.path)
+        except OmegaConfBaseException as error:
+            raise UserError(f"{run_dir}: model.path: {str(error).splitlines()[0]}; give --base") from None
+        except UserError as error:
+            raise UserError(f"{error}; give --base") from None
+    dtype = next(iter(step.manifest["parameters"].values()))["dtype"]
+    return deltas.of_run(step, base), base, getattr(torch, dtype)

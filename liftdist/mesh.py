@@ -92,6 +92,8 @@ def start(config: MeshConfig) -> Iterator[Mesh]:
 def gather(value: Any, group: Group = None) -> list[Any]:
     """``value`` of every rank, by rank, on every rank; over ``group``, which then must hold all ranks."""
     if not dist.is_initialized():
+        if group is not None:
+            raise RuntimeError("the process group is gone")
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
@@ -109,9 +111,10 @@ def agree(flag: bool) -> bool:
 
 @contextmanager
 def together() -> Iterator[None]:
-    """An error inside, on any rank, is raised on every rank at the end of the block, the lowest rank's first.
+    """An error inside, on any rank, is raised on every rank at the end of the block.
 
-    The block must not hold collectives that a failed rank would miss.
+    If ranks have different ones, all raise of the same kind: a bug before a ``UserError`` before ``Stopped``, the lowest
+    rank's first. The block must not hold collectives that a failed rank would miss.
     """
     error: Exception | None = None
     try:
@@ -120,18 +123,16 @@ def together() -> Iterator[None]:
         error = caught
     if error is not None and not dist.is_initialized():
         raise error
-    kind = next((kind for kind in (UserError, Stopped) if isinstance(error, kind)), PeerError)
-    summaries = gather(None if error is None else (kind.__name__, f"{type(error).__name__}: {error}", str(error)))
-    for rank, summary in enumerate(summaries):
-        if summary is None:
-            continue
-        if error is not None:
-            raise error
-        name, long, short = summary
-        for known in (UserError, Stopped):
-            if name == known.__name__:
-                raise known(short)
-        raise PeerError(f"rank {rank} failed: {long}")
+    kinds = (PeerError, UserError, Stopped)
+    kind = next((number for number in (1, 2) if isinstance(error, kinds[number])), 0)
+    reports = gather(None if error is None else (kind, dist.get_rank(), f"{type(error).__name__}: {error}", str(error)))
+    found = [report for report in reports if report is not None]
+    if not found:
+        return
+    chosen, rank, long, short = min(found)
+    if error is not None and kind == chosen:
+        raise error
+    raise kinds[chosen](short if chosen else f"rank {rank} failed: {long}")
 
 
 def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from liftdist import rundir
+from liftdist import files
 from liftdist.config import redact
 
 GIB = 2**30
@@ -41,9 +41,9 @@ class Recorder:
         path = run_dir / "metrics.jsonl"
         if after is not None and path.exists() and not path.is_symlink():
             with path.open(encoding="utf-8") as earlier:
-                rundir.write(path, "".join(line for line in earlier if _step(line) <= after))
-        self._file = rundir.open_to_append(path)
-        self._folder = rundir.real_folder(run_dir / "tensorboard")
+                files.write(path, "".join(line for line in earlier if _step(line) <= after))
+        self._file = files.open_to_append(path)
+        self._folder = files.real_folder(run_dir / "tensorboard")
 
     def _tensorboard(self) -> SummaryWriter:
         """The writer, a new one if the last one failed: it does not recover."""

@@ -12,12 +12,13 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from liftdist import __version__, data, preflight, rundir, selection, weights
+from liftdist import __version__, data, files, preflight, selection, weights
 from liftdist import config as configs
 from liftdist import mesh as meshes
 from liftdist import model as models
@@ -86,8 +87,8 @@ def inputs(config: Config, console: Console, part: float = 0.0, pulse: Pulse | N
 
 def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
     """Write config, command and environment, without secrets, so that the folder explains itself."""
-    rundir.write(run_dir / "config.yaml", text)
-    with rundir.open_to_append(run_dir / "command.txt") as file:  # one line an attempt
+    files.write(run_dir / "config.yaml", text)
+    with files.open_to_append(run_dir / "command.txt") as file:  # one line an attempt
         file.write(_command() + "\n")
     environment = {
         "liftdist": __version__,
@@ -101,7 +102,7 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
         "mesh": {"dp_replicate": mesh.device_mesh.size(0), "dp_shard": mesh.device_mesh.size(1)},
         "variables": {k: configs.redact(v) for k, v in sorted(os.environ.items()) if k.startswith(SHOWN_ENVIRONMENT)},
     }
-    rundir.write(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+    files.write(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
 def _command() -> str:
@@ -133,7 +134,7 @@ def principal(
     pulse = pulse or Pulse()
     model = models.load(folder, config.model, mesh, pulse.check)
     choice = config.selection
-    cached = _cached_selection(config, weights.digest(folder, Path(config.cache_dir)))
+    cached = _cached_selection(config, weights.digest(folder, Path(config.cache_dir), pulse.beat))
 
     def known(matrices: list[selection.Matrix]) -> list[Tensor] | None:
         if saved is not None:  # the state to be loaded brings its own
@@ -192,13 +193,12 @@ def _cached_selection(config: Config, digest: str) -> Path:
 
 
 def check_changes(
-    saved: Step, text: str, base: str, samples: data.Samples, allowed: set[str], console: Console
+    saved: Step, origin: dict[str, Any], samples: data.Samples, allowed: set[str], console: Console
 ) -> bool:
     """Compare what a checkpoint was made with to what is asked for now, and list the differences.
 
     Args:
-        text: the config, as :func:`liftdist.config.load` gives it.
-        base: digest of the base model.
+        origin: as :func:`origin` gives it.
         allowed: the kinds of changes that were allowed: ``config.COURSE``, ``config.STATE``.
 
     Returns:
@@ -207,30 +207,36 @@ def check_changes(
     Raises:
         UserError: a change that was not allowed.
     """
+    before = saved.manifest
+    found = configs.changed_settings(before["config"], origin["config"])
     kinds = {key: leaf.metadata["changes"] for key, leaf in configs.settings()}
-    found = [
-        (kinds[key], f"{key}: {old} -> {new}") for key, old, new in configs.differences(saved.manifest["config"], text)
-    ]
-    if saved.manifest["base"] != base:
-        found.append((configs.STATE, f"model.path: other weights ({saved.manifest['base'][:12]} -> {base[:12]})"))
-    if saved.manifest["data"] != samples.digest and not any(line.startswith("data.") for _, line in found):
+    for key, value in origin["from_environment"].items():
+        if before["from_environment"].get(key, value) != value:
+            found.append((kinds[key], f"{key}: another value from the environment"))
+    if before["base"] != origin["base"]:
+        found.append((configs.STATE, f"model.path: other weights ({before['base'][:12]} -> {origin['base'][:12]})"))
+    if before["data"] != origin["data"] and not any(line.startswith("data.") for _, line in found):
         found.append((configs.COURSE, f"data.path: other contents of {samples.path}"))
-    for flag, kind in ((configs.ALLOW_STATE_CHANGES, configs.STATE), (configs.ALLOW_CHANGES, configs.COURSE)):
-        refused = [line for found_kind, line in found if found_kind == kind]
-        if refused and kind not in allowed:
-            raise UserError(
-                f"run_dir {saved.folder.parent.parent}: made with other settings: {'; '.join(refused)}; "
-                f"{flag} goes on with them, --fresh starts again in a new directory"
-            )
+    configs.check_changes(found, allowed, saved.folder.parent.parent)
     if found:
         console.say("changed since the checkpoint: " + "; ".join(configs.redact(line) for _, line in found))
     return any(kind == configs.STATE for kind, _ in found)
 
 
-def select_only(config: Config, mesh: Mesh) -> None:
+def origin(config: Config, text: str, base: str, samples: data.Samples) -> dict[str, Any]:
+    """What a checkpoint says of where its state comes from; ``base`` is the digest of the base model."""
+    return {
+        "config": text,
+        "from_environment": configs.fingerprints(config, text),
+        "base": base,
+        "data": samples.digest,
+    }
+
+
+def select_only(config: Config, mesh: Mesh, pulse: Pulse) -> None:
     """Select the principal weights and keep them in the cache. Collective."""
     console = Console(mesh.is_main)
     with together():
         folder = preflight.resolve_model(config.model.path)
-    principal(config, folder, mesh, console)
+    principal(config, folder, mesh, console, pulse)
     console.say(f"kept in {_cached_selection(config, weights.digest(folder, Path(config.cache_dir)))}")

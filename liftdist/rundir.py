@@ -1,7 +1,7 @@
 """The run directory: who may write into it, and what earlier attempts left there.
 
     attempts/attempt-00000003.jsonl     one line an event, written by rank 0 of the third attempt at this run:
-        {"event": "claim", "job": ..., "process": ..., "accepts": {"step-00000100": sha256 of its manifest, ...}}
+        {"event": "claim", "nonce": ..., "job": ..., "process": ..., "accepts": {"step-00000100": sha256 of its manifest, ...}}
         {"event": "commit", "step": 200, ...}   {"event": "end", "outcome": "stopped", ...}
 
 An attempt claims the run by creating its file exclusively. The time of the file is its heartbeat: while it is fresh and the
@@ -17,16 +17,16 @@ import contextlib
 import json
 import os
 import platform
-import stat
+import secrets
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from liftdist import __version__
+from liftdist import __version__, files
 from liftdist.config import UserError
 
 HEARTBEAT = 5.0  # seconds between two touches of the attempt's file
@@ -44,21 +44,32 @@ class Superseded(UserError):
 
 
 def attempts(run_dir: Path) -> dict[int, list[Event]]:
-    """The events of every attempt that was claimed, by number. A line that was cut short is left out."""
+    """The events of every attempt, by number. A later line that was cut short is left out.
+
+    Raises:
+        UserError: a file is damaged or cannot be read: what it vouches for must not pass for absent.
+    """
     found: dict[int, list[Event]] = {}
     for number in _numbers(run_dir):
-        events: list[Event] = []
-        with contextlib.suppress(OSError, UnicodeDecodeError):
-            for line in _read(_path(run_dir, number)).splitlines():
-                with contextlib.suppress(ValueError):
-                    events.append(json.loads(line))
-        if events and events[0].get("event") == "claim":
-            found[number] = events
+        path = _path(run_dir, number)
+        try:
+            first, *others = files.read(path).splitlines() or [""]
+            claim = json.loads(first)
+            if claim["event"] != "claim" or claim["attempt"] != number:
+                raise ValueError("is not the claim of this attempt")
+        except OSError as error:
+            raise UserError(files.reason(error)) from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: damaged: {error}; --fresh starts again in a new directory") from None
+        found[number] = [claim]
+        for line in others:
+            with contextlib.suppress(ValueError):
+                found[number].append(json.loads(line))
     return found
 
 
 def _numbers(run_dir: Path) -> list[int]:
-    """The attempts whose files exist, be they whole or not, in order."""
+    """The attempts whose files exist, in order."""
     names = [path.stem.removeprefix("attempt-") for path in (run_dir / ATTEMPTS).glob("attempt-*.jsonl")]
     return sorted(int(name) for name in names if name.isdigit())
 
@@ -75,7 +86,9 @@ def check_free(run_dir: Path) -> None:
         ):
             raise UserError(f"run_dir {run_dir}: exists and holds no run; give another one (run_dir=...)")
         run_dir.mkdir(parents=True, exist_ok=True)
-        real_folder(run_dir / ATTEMPTS)
+        for name in (ATTEMPTS, "checkpoints", "tensorboard"):
+            files.check_real_folder(run_dir / name)
+        files.real_folder(run_dir / ATTEMPTS)
         with tempfile.TemporaryFile(dir=run_dir / ATTEMPTS) as file:
             now = os.fstat(file.fileno()).st_mtime  # by the clock of the file system, as heartbeats are
         history = attempts(run_dir)
@@ -93,7 +106,7 @@ def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> N
         return
     process, job = claim["process"], _job()
     if _is_gone(process) or (job and claim["job"] and job["id"] == claim["job"]["id"] and job != claim["job"]):
-        return  # the same job, started anew by its scheduler or by torchrun
+        return  # the same job, started anew by its scheduler
     name = f"job {claim['job']['id']}, " if claim["job"] else ""
     raise UserError(
         f"run_dir {run_dir}: in use by {name}process {process['pid']} on {process['host']} (attempt {claim['attempt']}, "
@@ -102,16 +115,10 @@ def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> N
 
 
 def _job() -> dict[str, str] | None:
-    """What started this process, and for which time."""
-    if "SLURM_JOB_ID" in os.environ:
-        times = f"{os.environ.get('SLURM_RESTART_COUNT', 0)}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        return {"id": f"slurm {os.environ['SLURM_JOB_ID']}", "time": times}
-    if os.environ.get("TORCHELASTIC_RUN_ID", "none") != "none":
-        return {
-            "id": f"torchrun {os.environ['TORCHELASTIC_RUN_ID']}",
-            "time": os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"),
-        }
-    return None
+    """The SLURM job of this process, and how often it was requeued."""
+    if "SLURM_JOB_ID" not in os.environ:
+        return None
+    return {"id": f"slurm {os.environ['SLURM_JOB_ID']}", "time": os.environ.get("SLURM_RESTART_COUNT", "0")}
 
 
 def _this_process() -> dict[str, Any]:
@@ -148,22 +155,33 @@ class Attempt:
 
     run_dir: Path
     number: int
+    nonce: str  # in the claim and in every checkpoint: a run directory that was removed and made anew is another one
     accepts: dict[str, str]  # checkpoints of earlier attempts, with the sha256 of their manifests
 
     def check_current(self) -> None:
         """Raises :class:`Superseded` if a newer attempt has claimed the run, ``OSError`` if the claim is gone."""
         newest = max(_numbers(self.run_dir), default=0)
+        if _path(self.run_dir, self.number + 1).exists():  # asked for by name: a list of names may be an old one
+            newest = max(newest, self.number + 1)
         if newest > self.number:
             raise Superseded(
                 f"run_dir {self.run_dir}: attempt {newest} has taken over from this one, attempt {self.number}"
             )
-        _path(self.run_dir, self.number).stat()
+        if not self._is_mine():
+            raise Superseded(f"run_dir {self.run_dir}: was removed and made anew by another run")
+
+    def _is_mine(self) -> bool:
+        """Raises ``OSError`` if the claim is gone."""
+        with os.fdopen(os.open(_path(self.run_dir, self.number), os.O_RDONLY | os.O_NOFOLLOW)) as file:
+            return f'"{self.nonce}"' in file.readline()
 
     def note(self, event: str, **fields: Any) -> None:
-        """Append an event; says nothing when that fails, as no decision depends on it."""
+        """Append an event. Says nothing when that fails: whatever is decided by events must bear that one is missing."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
-        with contextlib.suppress(OSError), open_to_append(_path(self.run_dir, self.number), create=False) as file:
-            file.write(line + "\n")
+        with contextlib.suppress(OSError):
+            if self._is_mine():
+                with files.open_to_append(_path(self.run_dir, self.number), create=False) as file:
+                    file.write(f"\n{line}\n")  # the line before may have been cut short
 
     @contextlib.contextmanager
     def heartbeat(self) -> Iterator[None]:
@@ -173,6 +191,8 @@ class Attempt:
         def beat() -> None:
             while not ended.wait(HEARTBEAT):
                 with contextlib.suppress(OSError):
+                    if not self._is_mine():
+                        return
                     os.utime(_path(self.run_dir, self.number), follow_symlinks=False)
 
         thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
@@ -195,23 +215,20 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
     """
     while True:
         check_free(run_dir)
-        attempt = Attempt(run_dir, max(_numbers(run_dir), default=0) + 1, accepts(attempts(run_dir)))
+        number = max(_numbers(run_dir), default=0) + 1
+        attempt = Attempt(run_dir, number, secrets.token_hex(8), accepts(attempts(run_dir)))
         event = {
             "event": "claim",
             "attempt": attempt.number,
+            "nonce": attempt.nonce,
             "time": round(time.time(), 3),
             "version": __version__,
             "job": _job(),
             "process": _this_process(),
             "accepts": attempt.accepts,
         }
-        path = _path(run_dir, attempt.number)
         try:
-            with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "w") as file:
-                file.write(json.dumps(event) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            sync_folder(path.parent)
+            files.create(_path(run_dir, number), json.dumps(event) + "\n")
         except FileExistsError:
             continue  # somebody was faster: alive, or dead by now
         except OSError as error:
@@ -244,57 +261,3 @@ def next_free(run_dir: Path) -> Path:
         number += 1
         candidate = run_dir.with_name(f"{run_dir.name}-{number}")
     return candidate
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing where somebody may have planted a symbolic link: none is followed.
-
-
-def real_folder(path: Path) -> Path:
-    """Create a folder if need be. Raises ``UserError`` if something else has its name."""
-    with contextlib.suppress(FileExistsError):
-        path.mkdir(0o755)
-    if not stat.S_ISDIR(path.lstat().st_mode):
-        raise UserError(f"{path}: is not a folder; symbolic links inside a run directory are not followed")
-    return path
-
-
-def write(path: Path, text: str) -> None:
-    """Write a file anew, as a whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def open_to_append(path: Path, create: bool = True) -> TextIO:
-    """Open a file at its end. Raises ``OSError`` for a symbolic link."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-    return os.fdopen(os.open(path, flags, 0o644), "a", encoding="utf-8")
-
-
-def _read(path: Path) -> str:
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
-        return file.read()
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sync_file(path: Path) -> None:
-    """Make the contents of a file survive a crash of the machine."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -18,10 +18,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from liftdist import files
 from liftdist.config import STOP_SIGNALS
-from liftdist.rundir import STOP_REQUESTED, real_folder
+from liftdist.rundir import STOP_REQUESTED
 
 _PR_SET_PDEATHSIG = 1
+_LAST_WORDS = 8.0  # seconds from the end of patience to the end of the process
 _FILE_INTERVAL = 1.0  # seconds between two looks for the file that asks to stop
 
 
@@ -42,6 +44,11 @@ class StopRequests:
                 signal.signal(number, self._received)
             elif signal.getsignal(number) == self._received:
                 signal.signal(number, signal.SIG_DFL)
+
+    def ignore(self) -> None:
+        """Take no notice of signals any more: this process is ending."""
+        for name in STOP_SIGNALS:
+            signal.signal(signal.Signals[name], signal.SIG_IGN)
 
     def _received(self, number: int, _: object) -> None:
         self.reason = self.reason or signal.Signals(number).name
@@ -170,23 +177,26 @@ class Watchdog:
             ended.set()
 
     def _bite(self) -> None:
+        # the file system may be what hangs: this rank ends all the same
+        threading.Timer(_LAST_WORDS, os._exit, (1,)).start()
+        message = f"liftdist: rank {self._rank}: no progress for {self._seconds:.0f} s (train.hang_timeout)"
+        print(f"{message}; stacks in {self._folder}", file=sys.stderr, flush=True)
         try:
-            real_folder(self._folder)
+            files.real_folder(self._folder)
             descriptor = os.open(self._stacks(self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             with os.fdopen(descriptor, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            # the others bite within a quarter of the time, and their machines' clocks do not matter
-            time.sleep(min(5.0, 1.0 + self._seconds / 4))
+            time.sleep(_LAST_WORDS / 2)  # the others bite in the meantime
             stuck = [rank for rank in range(self._ranks) if self._stacks(rank).exists()]
-            if self._rank == stuck[0]:
-                silent = sorted(set(range(self._ranks)) - set(stuck))
-                absent = (
-                    f"; no sign of rank {', '.join(map(str, silent))}: stopped, or its machine is gone"
-                    if silent
-                    else ""
+            silent = sorted(set(range(self._ranks)) - set(stuck))
+            if self._rank == stuck[0] and silent:
+                names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
+                print(
+                    f"liftdist: {len(stuck)} of {self._ranks} ranks wait; no sign of rank {names}: "
+                    f"stopped, or its machine is gone",
+                    file=sys.stderr,
+                    flush=True,
                 )
-                message = f"no progress for {self._seconds:.0f} s (train.hang_timeout): {len(stuck)} of {self._ranks} ranks wait"
-                print(f"liftdist: {message}, their stacks are in {self._folder}{absent}", file=sys.stderr, flush=True)
         finally:
             os._exit(1)
 

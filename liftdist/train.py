@@ -27,15 +27,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from liftdist import checkpoint, delta, export, preflight, prepare, rundir, weights
+from liftdist import checkpoint, delta, export, files, preflight, prepare, rundir, weights
 from liftdist import config as configs
 from liftdist import mesh as meshes
-from liftdist.checkpoint import Checkpointer
 from liftdist.config import Config, UserError
 from liftdist.mesh import Mesh, PeerError, Stopped, together
 from liftdist.metrics import GIB, Console, Recorder, memory
 from liftdist.principal import PrincipalWeights
 from liftdist.rundir import Attempt
+from liftdist.saver import Checkpointer
 from liftdist.trainer import Trainer, evaluate
 
 
@@ -49,21 +49,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(flag, action="store_true", help=help)
     options = parser.parse_intermixed_args(arguments)
     signals.die_with_parent()
-    allowed = {configs.COURSE} if options.allow_changes else set()
-    allowed |= {configs.COURSE, configs.STATE} if options.allow_state_changes else set()
+    allowed = configs.allowed_changes(options.allow_changes, options.allow_state_changes)
     try:
         config, text = configs.load(options.config, options.overrides)
         STOP.catch(config.train.stop_signals)
         with meshes.start(config.mesh) as mesh:
             if options.select_only:
-                prepare.select_only(config, mesh)
+                prepare.select_only(config, mesh, signals.Pulse(STOP))
             else:
                 train(config, mesh, text, allowed)
     except UserError as error:
         _say(str(error))
         _leave(configs.EXIT_USER_ERROR)
     except Stopped as reason:
-        _say(f"stopped ({reason}); the same command continues")
+        typed = json.loads(os.environ.get("LIFTDIST_COMMAND", "[]"))
+        how = (
+            f"the same command with run_dir={config.run_dir}, without --fresh,"
+            if "--fresh" in typed
+            else "the same command"
+        )
+        _say(f"stopped ({reason}); {how} continues")
         _leave(configs.EXIT_STOPPED)
     except PeerError:
         _leave(1)  # the rank that failed shows its traceback
@@ -80,6 +85,7 @@ def _say(message: str) -> None:
 
 def _leave(code: int) -> None:
     """Exit. The launcher learns the code from a file, as torchrun makes every code 1 and prints a report of its own."""
+    STOP.ignore()
     status = os.environ.get("LIFTDIST_STATUS_FILE")
     if status:
         Path(status).write_text(str(code))
@@ -109,6 +115,7 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str]) -> None:
     claimed: Attempt | None = None
     with together():
         preflight.check_cache_dir(config)
+    with together():
         if mesh.is_main:
             claimed = rundir.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
             STOP.watch(run_dir)
@@ -127,7 +134,7 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str]) -> None:
         outcome = {"outcome": "stopped", "reason": str(reason)}
         if mesh.is_main:
             with contextlib.suppress(OSError):
-                rundir.write(run_dir / rundir.STOPPED, json.dumps(outcome | {"attempt": attempt.number}) + "\n")
+                files.write(run_dir / rundir.STOPPED, json.dumps(outcome | {"attempt": attempt.number}) + "\n")
             STOP.done()
         raise
     except BaseException as error:
@@ -146,12 +153,13 @@ def _run(
     with together():
         inputs = prepare.inputs(config, console, mesh.rank / mesh.world_size, pulse)
     shards = mesh.device_mesh.size(1)
-    saved = checkpoint.newest(run_dir, attempt.accepts, mesh.rank % shards, shards, console.say)
-    base = weights.digest(inputs.folder, Path(config.cache_dir))
+    saved = checkpoint.newest(run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=pulse.beat)
+    base = weights.digest(inputs.folder, Path(config.cache_dir), pulse.beat)
+    origin = prepare.origin(config, text, base, inputs.samples)
     select_anew = False
     if saved is not None:
         with together():
-            select_anew = prepare.check_changes(saved, text, base, inputs.samples, allowed, console)
+            select_anew = prepare.check_changes(saved, origin, inputs.samples, allowed, console)
     model, principal = prepare.principal(config, inputs.folder, mesh, console, pulse, saved)
     model.train()
     trainer = Trainer(config, mesh, inputs, model, principal, pulse.beat)
@@ -163,7 +171,10 @@ def _run(
         if select_anew:
             principal.refresh(trainer.optimizer)
         console.say(
-            f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number})"
+            f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
+            f"learning rate {trainer.schedule.get_last_lr()[0]:.3g}"
+            if trainer.step < trainer.steps
+            else f"nothing is left to train: step {trainer.step} of {trainer.steps} is done"
         )
     checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
     with together():
@@ -177,14 +188,15 @@ def _run(
         f"{trainer.steps} steps of {config.train.batch_size} sequences on {mesh.world_size} ranks "
         f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}"
     )
-    run = _Loop(
-        trainer, recorder, console, checkpointer, pulse, {"config": text, "base": base, "data": inputs.samples.digest}
-    )
+    run = _Loop(trainer, recorder, console, checkpointer, pulse, origin)
     try:
         run.to_the_end()
     except Stopped as reason:
         console.say(f"{reason}: saving step {trainer.step}")
         run.save_last()
+        raise
+    except (UserError, PeerError):  # all ranks are here: what is being written may be finished
+        checkpointer.wait(pulse.beat)
         raise
     finally:
         recorder.close()
@@ -209,7 +221,10 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
 
 def _is_exported(run_dir: Path, step: int, mesh: Mesh) -> bool:
     """Whether an earlier attempt exported this very step. Collective."""
-    events = [event for events in rundir.attempts(run_dir).values() for event in events] if mesh.is_main else []
+    events: list[rundir.Event] = []
+    with together():
+        if mesh.is_main:
+            events = [event for events in rundir.attempts(run_dir).values() for event in events]
     exports = [event["step"] for event in events if event["event"] == "export"]
     return meshes.agree(bool(exports) and exports[-1] == step and (run_dir / "export").is_dir())
 
@@ -224,7 +239,7 @@ class _Loop:
         console: Console,
         checkpointer: Checkpointer,
         pulse: signals.Pulse,
-        origin: dict[str, str],
+        origin: dict[str, Any],
     ) -> None:
         self.trainer, self.recorder, self.console = trainer, recorder, console
         self.checkpointer, self.pulse, self.origin = checkpointer, pulse, origin
@@ -280,11 +295,11 @@ class _Loop:
     def _save(self) -> None:
         """Begin to save the state as it is, unless that was done already."""
         trainer = self.trainer
+        began = time.perf_counter()
+        self.checkpointer.wait(self.pulse.beat)  # until then ranks may know different things of the save before
+        self._report_save()
         if self.checkpointer.last_step == trainer.step:
             return
-        began = time.perf_counter()
-        self.checkpointer.wait(self.pulse.beat)
-        self._report_save()
         state = trainer.principal.state_dict(trainer.optimizer)
         self.checkpointer.save(
             state, trainer.principal.matrices, self.origin | {"step": trainer.step, "state": trainer.state()}

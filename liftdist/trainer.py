@@ -71,6 +71,9 @@ def evaluate(
     return (totals[0] / totals[1]).item()
 
 
+LARGEST_NORM: float = torch.finfo(torch.float32).max ** 0.5
+
+
 class Trainer:
     """The state of a run and one optimizer step of it.
 
@@ -103,9 +106,7 @@ class Trainer:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        name = "constant_with_warmup" if optimizer.schedule == "constant" else optimizer.schedule
-        warmup = round(optimizer.warmup_ratio * self.steps)
-        self.schedule = get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
+        self.schedule = self._make_schedule()
         self.watch = Stopwatch(mesh.device)
         self.step = 0
         self.consumed = 0  # sequences, over all ranks and epochs: with the seed, the whole data state
@@ -113,6 +114,12 @@ class Trainer:
         self.skipped_in_a_row = 0
         self.problem: str | None = None  # why the last step was skipped
         self.evaluated = -1  # the step after which the last evaluation was made
+
+    def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        settings = self.config.optimizer
+        name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        warmup = round(settings.warmup_ratio * self.steps)
+        return get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
 
     def state(self) -> dict[str, Any]:
         """The part of the state that is alike on all ranks, as plain numbers."""
@@ -122,7 +129,7 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluated": self.evaluated,
-            "seed": self.config.train.seed,
+            "seed": self.config.train.seed,  # with step and rank: the random state
             "optimizer": self.principal.scalar_states(self.optimizer),
         }
 
@@ -131,6 +138,9 @@ class Trainer:
         self.principal.load_state_dict(tensors, self.optimizer, state["optimizer"])
         self.step, self.consumed, self.evaluated = state["step"], state["consumed"], state["evaluated"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if self.epochs is not None:  # the batch size, or the data, may be another now
+            self.steps = self.step + self.order.steps(self.epochs, self.consumed)
+            self.schedule = self._make_schedule()
         if self.step:
             position = {"last_epoch": self.step - 1, "_step_count": self.step + 1}
             self.schedule.load_state_dict(self.schedule.state_dict() | position)
@@ -178,8 +188,13 @@ class Trainer:
             self.principal.reduce_gradients(loss_and_labels[1].float())
             norm = self.principal.clip_grad_norm_(self.config.optimizer.max_grad_norm)
         mean_loss = (loss_and_labels[0] / loss_and_labels[1]).item()
-        figures |= {"train/loss": mean_loss, "train/lr": self.schedule.get_last_lr()[0], "train/grad_norm": norm.item()}
-        finite = math.isfinite(mean_loss) and math.isfinite(norm.item())  # sums over all ranks: all see the same
+        figures |= {
+            "train/loss": mean_loss,
+            "train/lr": float(self.schedule.get_last_lr()[0]),
+            "train/grad_norm": norm.item(),
+        }
+        # sums over all ranks, so that all see the same; Adam squares the gradient, in float32
+        finite = math.isfinite(mean_loss) and norm.item() < LARGEST_NORM
         if finite:
             self.skipped_in_a_row = 0
             with self.watch("update"):
@@ -216,7 +231,7 @@ class Trainer:
         where = [self.inputs.samples.where(sample) for sample in samples]
         problem = (
             f"loss {figures['train/loss']}, gradient norm {figures['train/grad_norm']}; "
-            f"gradient not finite in {_some(matrices)}; samples {_some(where)}"
+            f"gradient not finite in {_some(matrices) or 'no matrix'}; samples {_some(where)}"
         )
         if self.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise UserError(
@@ -228,4 +243,4 @@ class Trainer:
 
 def _some(names: list[str]) -> str:
     """The first few of ``names``."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "") if names else "no matrix"
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -12,7 +12,7 @@ import hashlib
 import json
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,9 @@ DTYPES = {
     "I32": torch.int32,
     "I16": torch.int16,
     "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # by the names that safetensors gives them
@@ -58,12 +61,12 @@ class ModelFolder:
                 raise ValueError(f"{preflight.INDEX} names {odd[0]}, outside the folder")
             self._headers = {file: header(folder / file) for file in files}
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise UserError(f"model.path {folder}: damaged weights: {error}") from None
+            raise UserError(f"{folder}: damaged weights: {error}") from None
         self.file_of = {
             name: file for file, entries in self._headers.items() for name in entries if name != "__metadata__"
         }
         if (folder / preflight.INDEX).exists() and (missing := sorted(set(index) - set(self.file_of))):
-            raise UserError(f"model.path {folder}: {missing[0]} is not in the file that {preflight.INDEX} names")
+            raise UserError(f"{folder}: {missing[0]} is not in the file that {preflight.INDEX} names")
 
     def info(self, name: str) -> dict[str, Any]:
         """``dtype`` and ``shape`` of a tensor as its file states them, with the byte range ``data_offsets``."""
@@ -109,16 +112,17 @@ def header(path: Path) -> dict[str, Any]:
     return entries
 
 
-def digest(folder: Path, cache_dir: Path) -> str:
+def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> str:
     """sha256 over name, dtype, shape and sha256 of every tensor of ``folder``: the same weights, the same digest.
 
-    Every rank hashes its share of the tensors; remembered in ``cache_dir`` by path, size and time. Collective.
+    Every rank hashes its share of the tensors and calls ``beat`` while it does; remembered in ``cache_dir`` by path, size and
+    times. Collective.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with together():
         files = ModelFolder(folder)
         paths = [folder / file for file in sorted(set(files.file_of.values()))]
-        stats = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+        stats = [(path.name, (s := path.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path in paths]
         key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:24]
         remembered = cache_dir.expanduser() / "digests" / key
         known = remembered.read_text() if remembered.exists() else ""
@@ -129,6 +133,7 @@ def digest(folder: Path, cache_dir: Path) -> str:
         state = hashlib.sha256()
         for piece in files.data(name):
             state.update(piece)
+            beat()
         return name, state.hexdigest()
 
     with together():

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liftdist import checkpoint, prepare
+from liftdist import checkpoint, prepare, saver
 from liftdist.config import Config
 from liftdist.mesh import gather
 from liftdist.metrics import Console
@@ -79,9 +79,9 @@ def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Tra
     return made
 
 
-def save(made: Trainer, checkpointer: checkpoint.Checkpointer) -> checkpoint.Saved | Exception | None:
+def save(made: Trainer, checkpointer: saver.Checkpointer) -> saver.Saved | Exception | None:
     """Save a trainer's state and wait for the outcome. Collective."""
-    origin = {"config": "", "base": "", "data": "", "step": made.step, "state": made.state()}
+    origin = {"step": made.step, "state": made.state()}
     checkpointer.save(made.principal.state_dict(made.optimizer), made.principal.matrices, origin)
     checkpointer.wait()
     return checkpointer.take_outcome()

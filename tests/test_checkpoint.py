@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from test_data import write_records
 
-from liftdist import checkpoint, rundir
-from liftdist.checkpoint import Checkpointer, Saved
+from liftdist import checkpoint, rundir, saver
 from liftdist.config import UserError
 from liftdist.mesh import gather
+from liftdist.saver import Checkpointer, Saved
 
 STEPS, REFRESH = 20, 7
 SETTINGS = {
@@ -32,6 +32,15 @@ def claimed(run_dir):
     return rundir.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
 
 
+def claimed_by_all(mesh, run_dir):
+    return gather(claimed(run_dir) if mesh.is_main else None)[0]
+
+
+def first_attempt(run_dir):
+    """Attempt 1, as the process that claimed it would hold it."""
+    return rundir.Attempt(run_dir, 1, rundir.attempts(run_dir)[1][0]["nonce"], {})
+
+
 def newest(mesh, run_dir, accepts, say=print):
     shards = mesh.device_mesh.size(1)
     return checkpoint.newest(run_dir, accepts, mesh.rank % shards, shards, say)
@@ -43,10 +52,7 @@ def newest(mesh, run_dir, accepts, say=print):
 
 def stopped_everywhere(mesh, config, run_dir):
     """Save after every step of one run; then continue from each of them to the end."""
-    attempt = rundir.Attempt(run_dir, 1, {})
-    if mesh.is_main:
-        claimed(run_dir)
-    torch.distributed.barrier()
+    attempt = claimed_by_all(mesh, run_dir)
     trainer = builders.trainer(mesh, config)
     saver = Checkpointer(attempt, mesh, 100, None)
     losses, digests = [], []
@@ -73,13 +79,11 @@ def test_a_run_stopped_at_any_step_continues_to_the_bit(tiny_model, tmp_path):
 
 def save_after(mesh, config, run_dir, steps, more):
     """Train, save, and train on."""
-    if mesh.is_main:
-        claimed(run_dir)
-    torch.distributed.barrier()
+    attempt = claimed_by_all(mesh, run_dir)
     trainer = builders.trainer(mesh, config)
     for _ in range(steps):
         trainer.run_step()
-    assert isinstance(builders.save(trainer, Checkpointer(rundir.Attempt(run_dir, 1, {}), mesh, 1, None)), Saved)
+    assert isinstance(builders.save(trainer, Checkpointer(attempt, mesh, 1, None)), Saved)
     return builders.global_digest(trainer), [trainer.run_step()["train/loss"] for _ in range(more)]
 
 
@@ -122,8 +126,7 @@ def test_saved_on_any_world_loaded_on_any_other(others, tiny_model, tmp_path):
 
 def save_two(mesh, config, run_dir):
     """Two checkpoints, after steps 1 and 2; what the second holds."""
-    attempt = claimed(run_dir) if mesh.is_main else None
-    attempt = gather(attempt)[0]
+    attempt = claimed_by_all(mesh, run_dir)
     trainer = builders.trainer(mesh, config)
     saver = Checkpointer(attempt, mesh, 5, None)
     outcomes = []
@@ -230,6 +233,67 @@ def test_damaged_steps_are_set_aside_and_older_ones_used(run_dir):
     assert "none of its checkpoints is whole" in problem  # gone is no fresh start, either
 
 
+def see_another_disk(mesh, run_dir, elsewhere):
+    """Rank 1 has no file of the run, as if its machine had not mounted the file system."""
+    problem, said = load_newest(mesh, run_dir if mesh.is_main else elsewhere)
+    return str(problem), said
+
+
+def test_a_rank_that_cannot_see_the_files_damages_nothing(run_dir, tmp_path):
+    before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    shutil.copytree(run_dir / "attempts", tmp_path / "elsewhere" / "attempts")
+    for problem, said in ranks.run(2, see_another_disk, run_dir, tmp_path / "elsewhere"):
+        assert "rank 0 finds it whole: is run_dir the same folder on every machine?" in problem
+        assert "(rank 1)" in problem
+        assert not said
+    assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == before
+
+
+def test_a_copy_of_a_checkpoint_is_neither_believed_nor_removed(run_dir, tiny_model, tmp_path):
+    backup = run_dir / "checkpoints" / "step-00000002-backup"
+    shutil.copytree(run_dir / "checkpoints" / "step-00000002", backup)
+    renamed = run_dir / "checkpoints" / "step-00000009"
+    shutil.copytree(run_dir / "checkpoints" / "step-00000002", renamed)
+    assert sorted(accepted_in(run_dir)) == ["step-00000001", "step-00000002"]
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    ranks.run(2, keep_some, config, run_dir)
+    assert backup.is_dir()
+    assert renamed.is_dir()
+
+
+def test_checkpoints_without_an_attempt_are_no_fresh_start(run_dir):
+    attempt = run_dir / "attempts" / "attempt-00000001.jsonl"
+    text = attempt.read_text()
+    attempt.write_text("{" + text[2:])
+    (problem, _), _ = ranks.run(2, load_newest, run_dir)
+    assert "attempt-00000001.jsonl: damaged" in problem
+    attempt.unlink()
+    (problem, _), _ = ranks.run(2, load_newest, run_dir)
+    assert "holds checkpoints, but no attempt" in problem
+
+
+def replaced(mesh, config, run_dir):
+    """A run directory is removed and made anew by another run while this one works."""
+    old = claimed(run_dir)
+    trainer = builders.trainer(mesh, config)
+    writer = Checkpointer(old, mesh, 1, None)
+    trainer.run_step()
+    names = [builders.save(trainer, writer).name]
+    shutil.rmtree(run_dir)
+    claimed(run_dir)
+    trainer.run_step()
+    names.append(str(builders.save(trainer, writer)))
+    return names
+
+
+def test_a_run_directory_made_anew_is_another_one(tiny_model, tmp_path):
+    config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
+    ((first, second),) = ranks.run(1, replaced, config, tmp_path / "run")
+    assert first == "step-00000001"
+    assert "was removed and made anew by another run" in second
+    assert accepted_in(tmp_path / "run") == {}
+
+
 def test_a_pickle_is_never_run_and_a_symbolic_link_never_followed(run_dir, tmp_path):
     import pickle
 
@@ -256,12 +320,15 @@ def test_a_pickle_is_never_run_and_a_symbolic_link_never_followed(run_dir, tmp_p
 def test_what_an_older_attempt_writes_is_not_believed(run_dir):
     before = accepted_in(run_dir)
     assert sorted(before) == ["step-00000001", "step-00000002"]
-    old = rundir.Attempt(run_dir, 1, {})
+    old = first_attempt(run_dir)
     old.note("end", outcome="failed")
     new = claimed(run_dir)
     assert (new.number, new.accepts) == (2, before)
-    old_step = run_dir / "checkpoints" / "step-00000003"
-    shutil.copytree(run_dir / "checkpoints" / "step-00000002", old_step)  # attempt 1 goes on writing
+    folder = shutil.copytree(run_dir / "checkpoints" / "step-00000002", run_dir / "checkpoints" / "step-00000003")
+    manifest = json.loads((folder / "manifest.json").read_text()) | {"step": 3}  # attempt 1 goes on writing
+    del manifest["sha256"]
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": checkpoint.manifest_digest(manifest)}))
+    assert checkpoint.open_step(folder).number == 3
     assert accepted_in(run_dir) == before
     with pytest.raises(rundir.Superseded, match="attempt 2 has taken over from this one, attempt 1"):
         old.check_current()
@@ -270,7 +337,7 @@ def test_what_an_older_attempt_writes_is_not_believed(run_dir):
 
 def commit_over_a_leftover(mesh, config, run_dir):
     """Attempt 2 writes a step that attempt 1 wrote after it had been replaced; attempt 1 may not write any more."""
-    old = rundir.Attempt(run_dir, 1, {})
+    old = first_attempt(run_dir)
     attempt = claimed(run_dir)
     trainer = builders.trainer(mesh, config)
     for _ in range(3):
@@ -284,7 +351,7 @@ def test_an_attempt_commits_over_what_an_older_one_left(run_dir, tiny_model, tmp
     config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
     left_over = run_dir / "checkpoints" / "step-00000003"
     shutil.copytree(run_dir / "checkpoints" / "step-00000002", left_over)
-    rundir.Attempt(run_dir, 1, {}).note("end", outcome="failed")
+    first_attempt(run_dir).note("end", outcome="failed")
     ((refused, name),) = ranks.run(1, commit_over_a_leftover, config, run_dir)
     assert "attempt 2 has taken over" in refused
     assert name == "step-00000003"
@@ -295,8 +362,7 @@ def test_an_attempt_commits_over_what_an_older_one_left(run_dir, tiny_model, tmp
 
 
 def keep_some(mesh, config, run_dir):
-    attempt = claimed(run_dir) if mesh.is_main else None
-    attempt = gather(attempt)[0]
+    attempt = claimed_by_all(mesh, run_dir)
     trainer = builders.trainer(mesh, config)
     saver = Checkpointer(attempt, mesh, 2, None)
     left = []
@@ -320,8 +386,7 @@ def test_old_steps_go_but_for_the_marked(tiny_model, tmp_path):
 
 
 def diverge(mesh, config, run_dir):
-    attempt = claimed(run_dir) if mesh.is_main else None
-    attempt = gather(attempt)[0]
+    attempt = claimed_by_all(mesh, run_dir)
     trainer = builders.trainer(mesh, config)
     saver = Checkpointer(attempt, mesh, 2, None)
     trainer.run_step()
@@ -401,23 +466,23 @@ def test_a_save_does_not_hold_up_training(tiny_model, tmp_path):
 
 def save_on_a_slow_disk(mesh, config, run_dir):
     """Steps go on while a file is being written; the outcome comes later."""
-    write = checkpoint._write_file
+    write = saver._write_file
 
     def slow(path, state):
         time.sleep(1.0)
         return write(path, state)
 
-    checkpoint._write_file = slow
+    saver._write_file = slow
     trainer = builders.trainer(mesh, config)
-    saver = Checkpointer(claimed(run_dir), mesh, 2, None)
+    writer = Checkpointer(claimed(run_dir), mesh, 2, None)
     trainer.run_step()
     state = trainer.principal.state_dict(trainer.optimizer)
-    saver.save(state, trainer.principal.matrices, {"step": 1, "state": trainer.state()})
+    writer.save(state, trainer.principal.matrices, {"step": 1, "state": trainer.state()})
     trainer.run_step()
     trainer.run_step()
-    busy, first = saver.busy, saver.take_outcome()
-    saver.wait()
-    return busy, first, trainer.step, saver.take_outcome().name
+    busy, first = writer.busy, writer.take_outcome()
+    writer.wait()
+    return busy, first, trainer.step, writer.take_outcome().name
 
 
 def test_the_manifest_is_plain_and_whole(two_steps):

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_data import write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liftdist import checkpoint, cli, delta, export, preflight, rundir, weights
+from liftdist import cli, delta, export, preflight, rundir, saver, weights
 from liftdist import model as models
 from liftdist.config import ModelConfig, UserError
 
@@ -117,6 +117,10 @@ def test_a_changed_weight_costs_about_five_bytes(folders, deltas, tmp_path):
     out = tmp_path / "out"
     liftdist("apply", tmp_path / "slim", folders[0], "--output", out, "--cache-dir", deltas[2])
     assert contents(out) == contents(folders[1])
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    said = liftdist("apply", tmp_path / "slim", copy, "--cache-dir", deltas[2], code=2)
+    assert "holds no base values" in said
+    assert "give --output" in said
     assert "cannot be undone" in liftdist("apply", tmp_path / "slim", out, "--undo", "--cache-dir", deltas[2], code=2)
 
 
@@ -154,15 +158,19 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
     renamed = {"tensors": json.dumps({key.replace("layers.1", "layers.7"): value for key, value in about.items()})}
     one_name = f"{name}.gaps"
     for problem, path in (
-        ("model.safetensors.index.json: not a safetensors file|damaged", folders[0] / preflight.INDEX),
+        ("not a safetensors file|damaged|cut short", folders[0] / preflight.INDEX),
         ("No such file", tmp_path / "none"),
-        ("damaged|not a safetensors file", tmp_path / "empty"),
+        ("is empty or cut short", tmp_path / "empty"),
+        ("is another kind of safetensors file, not a delta", next(folders[0].glob("*.safetensors"))),
         ("damaged: short has", tmp_path / "short"),
         ("do not have the hash", tmp_path / "flipped"),
         ("not finite", rewrite(one, tmp_path / "nan", **{f"{name}.values": values})),
         ("out of range", rewrite(one, tmp_path / "beyond", **{one_name: delta._to_gaps(beyond)})),
         ("do not ascend", rewrite(one, tmp_path / "twice", **{one_name: twice})),
-        ("number of indices", rewrite(one, tmp_path / "few", **{one_name: delta._to_gaps(change.indices[:-9])})),
+        (
+            "number of indices|values for",
+            rewrite(one, tmp_path / "few", **{one_name: delta._to_gaps(change.indices[:-9])}),
+        ),
         ("the delta is for", rewrite(one, tmp_path / "shape", other_shape)),
         ("damaged|layers.7", rewrite(one, tmp_path / "name", renamed)),
         ("is another model than the base", rewrite(one, tmp_path / "base", {"base": "0" * 64})),
@@ -189,7 +197,7 @@ def test_apply_undo_and_swap_on_a_folder_are_exact(folders, deltas, tmp_path):
     at = ("--cache-dir", cache)
     liftdist("apply", one, folder, *at)
     assert contents(folder) == contents(first)
-    assert "does not hold the weights" in liftdist("apply", two, folder, "--undo", *at, code=2)
+    assert "does not hold the new values of the delta" in liftdist("apply", two, folder, "--undo", *at, code=2)
     assert contents(folder) == contents(first)
     liftdist("apply", two, folder, "--instead-of", one, *at)
     assert contents(folder) == contents(second)
@@ -237,6 +245,8 @@ def on_a_sharded_model(mesh, base, first, second, one, two):
     outcomes = [equals(base)]
     export_errors = []
     for apply, undo, expected in ((one, None, first), (two, one, second), (None, two, base)):
+        with torch.no_grad():
+            model(torch.ones(1, 3, dtype=torch.int64))  # leaves gathered copies of some parameters
         delta.change_module(model, apply, undo)
         outcomes.append(equals(expected))
     for apply, undo in ((None, one), (two, one)):
@@ -253,7 +263,7 @@ def test_apply_undo_and_swap_on_a_model_in_memory_are_exact(world_size, folders,
     for outcomes, errors in ranks.run(world_size, on_a_sharded_model, *folders, *deltas[:2]):
         assert outcomes == [True] * 5
         assert len(errors) == 2
-        assert all("does not hold the weights that the delta starts from" in error for error in errors)
+        assert all("does not hold the new values of the delta" in error for error in errors)
 
 
 def test_a_plain_module_and_one_loaded_in_another_dtype(folders, deltas):
@@ -312,10 +322,10 @@ def a_run(mesh, config):
         trainer.run_step()
     base = weights.digest(trainer.inputs.folder, Path(config.run_dir).parent / "cache")
     text = json.dumps({"model": {"path": config.model.path, "dtype": config.model.dtype}})
-    saver = checkpoint.Checkpointer(attempt, mesh, 1, None)
+    writer = saver.Checkpointer(attempt, mesh, 1, None)
     origin = {"config": text, "base": base, "data": "", "step": trainer.step, "state": trainer.state()}
-    saver.save(trainer.principal.state_dict(trainer.optimizer), trainer.principal.matrices, origin)
-    saver.wait()
+    writer.save(trainer.principal.state_dict(trainer.optimizer), trainer.principal.matrices, origin)
+    writer.wait()
     return {name: param.full_tensor().detach().clone() for name, param in trainer.model.named_parameters()}
 
 

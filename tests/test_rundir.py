@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from liftdist import rundir
+from liftdist import files, rundir
 from liftdist.config import UserError
 
 
@@ -109,11 +109,16 @@ def test_the_heartbeat_keeps_a_claim_fresh(tmp_path, monkeypatch):
     assert path.stat().st_mtime == 0  # it ends with the block
 
 
-def test_a_claim_that_was_cut_short_counts_as_taken_and_as_nothing_more(tmp_path):
-    claim(tmp_path / "run").note("end", outcome="failed")
-    (tmp_path / "run" / "attempts" / "attempt-00000002.jsonl").write_text('{"event": "cl')
-    assert claim(tmp_path / "run").number == 3
-    assert sorted(rundir.attempts(tmp_path / "run")) == [1, 3]
+def test_a_damaged_claim_is_an_error_and_a_damaged_event_is_left_out(tmp_path):
+    attempt = claim(tmp_path / "run")
+    path = tmp_path / "run" / "attempts" / "attempt-00000001.jsonl"
+    with path.open("a") as file:
+        file.write('{"event": "comm')  # the disk was full
+    attempt.note("end", outcome="failed")
+    assert [event["event"] for event in rundir.attempts(tmp_path / "run")[1]] == ["claim", "end"]
+    path.write_text(path.read_text()[3:])
+    with pytest.raises(UserError, match=r"attempt-00000001.jsonl: damaged: .*--fresh starts again"):
+        claim(tmp_path / "run")
 
 
 def test_a_folder_that_holds_no_run_is_refused(tmp_path):
@@ -128,17 +133,22 @@ def test_symbolic_links_inside_a_run_directory_are_not_followed(tmp_path):
     run_dir, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
     run_dir.mkdir()
     elsewhere.mkdir()
-    (run_dir / "attempts").symlink_to(elsewhere)
-    with pytest.raises(UserError, match="symbolic links inside a run directory are not followed"):
-        rundir.check_free(run_dir)
+    for name in ("attempts", "checkpoints", "tensorboard"):
+        (run_dir / "attempts").mkdir(exist_ok=True)
+        if name == "attempts":
+            (run_dir / name).rmdir()
+        (run_dir / name).symlink_to(elsewhere)
+        with pytest.raises(UserError, match=f"{name}: is not a folder; symbolic links inside a run directory are not"):
+            rundir.check_free(run_dir)
+        (run_dir / name).unlink()
     assert not any(elsewhere.iterdir())
     victim = tmp_path / "victim"
     victim.write_text("precious")
     link = tmp_path / "link"
     link.symlink_to(victim)
     with pytest.raises(OSError, match="symbolic links"):
-        rundir.open_to_append(link)
-    rundir.write(link, "new")  # takes the name; what it pointed to stays as it was
+        files.open_to_append(link)
+    files.write(link, "new")  # takes the name; what it pointed to stays as it was
     assert (victim.read_text(), link.read_text(), link.is_symlink()) == ("precious", "new", False)
 
 

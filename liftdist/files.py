@@ -1,0 +1,99 @@
+"""Writing files that are whole or absent, and never through a symbolic link that somebody planted.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+from typing import TextIO
+
+from liftdist.config import UserError
+
+
+def real_folder(path: Path) -> Path:
+    """Create a folder if need be. Raises ``UserError`` if something else has its name."""
+    with contextlib.suppress(FileExistsError):
+        path.mkdir()
+    check_real_folder(path)
+    return path
+
+
+def check_real_folder(path: Path) -> None:
+    """Raises ``UserError`` if ``path`` exists and is a symbolic link or a file."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISDIR(path.lstat().st_mode):
+            raise UserError(f"{path}: is not a folder; symbolic links inside a run directory are not followed")
+
+
+def write(path: Path, text: str) -> None:
+    """Write a file anew, as a whole or not at all."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode(0o666))
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def create(path: Path, text: str) -> None:
+    """Write a file that must not exist; whoever sees it sees all of it. Raises ``FileExistsError``."""
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), mode(0o666))
+        os.link(temporary, path)  # unlike a rename, fails if the name is taken
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def open_to_append(path: Path, create: bool = True) -> TextIO:
+    """Open a file at its end. Raises ``OSError`` for a symbolic link."""
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
+
+
+def read(path: Path) -> str:
+    """The text of a file. Raises ``OSError`` for a symbolic link, ``ValueError`` for what is no text."""
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+        return file.read()
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder survive a crash of the machine."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sync_file(path: Path) -> None:
+    """Make the contents of a file survive a crash of the machine."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def mode(permissions: int) -> int:
+    """``permissions`` of something new, less what the user's umask takes away."""
+    status = Path("/proc/self/status").read_text()
+    umask = next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:"))
+    return permissions & ~int(umask, 8)
+
+
+def reason(error: OSError) -> str:
+    """What went wrong with which file, in one line."""
+    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
