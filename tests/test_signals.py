@@ -17,7 +17,7 @@ from test_data import write_records
 from liftdist import checkpoint, lowrank, rundir, saver, signals, train, trainer, weights
 from liftdist import config as configs
 from liftdist.config import UserError
-from liftdist.mesh import Stopped
+from liftdist.mesh import Stopped, together
 
 PHASES = ("forward", "accumulation", "evaluation", "refresh", "save", "selection", "loading")
 
@@ -197,6 +197,50 @@ def test_a_step_that_goes_wrong_on_one_rank_changes_nothing_on_any(diverging, tm
     assert f"samples {tmp_path}/records.jsonl:" in stopped
 
 
+def with_large_gradients(mesh, config):
+    """Gradients whose squares are beyond float32, in step 2: finite, and yet poison for Adam's second moment."""
+    original, calls = trainer.token_losses, 0
+
+    def losses(model, batch):
+        nonlocal calls
+        calls += 1
+        loss = original(model, batch)
+        if (calls + 1) // 2 == 2:
+            loss.register_hook(lambda gradient: gradient * 1e25)
+        return loss
+
+    trainer.token_losses = losses
+    config.optimizer.max_grad_norm = None
+    return run_once(mesh, config)
+
+
+def test_a_gradient_whose_square_overflows_is_no_step(diverging, tmp_path):
+    assert ranks.run(2, with_large_gradients, diverging) == ["finished"] * 2
+    assert files_of(tmp_path / "run")[0] == 8
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/skipped_steps"] for line in lines if "train/loss" in line] == [0] + [1] * 7
+
+
+def together_differently(mesh):
+    """Ranks that have different errors at once all raise of one kind."""
+    kinds = {0: UserError("mine"), 1: Stopped("SIGTERM"), 2: None}
+    seen = []
+    for errors in (kinds, kinds | {2: ZeroDivisionError("a bug")}):
+        try:
+            with together():
+                if errors[mesh.rank] is not None:
+                    raise errors[mesh.rank]
+        except Exception as error:
+            seen.append(f"{type(error).__name__}: {error}")
+    return seen
+
+
+def test_ranks_with_different_errors_raise_of_one_kind():
+    for rank, seen in enumerate(ranks.run(3, together_differently)):
+        bug = "ZeroDivisionError: a bug" if rank == 2 else "PeerError: rank 2 failed: ZeroDivisionError: a bug"
+        assert seen == ["UserError: mine", bug]
+
+
 def test_a_gradient_that_is_not_finite_names_its_samples(diverging, tmp_path):
     diverging.train.max_skipped_steps = 0
     end, _ = ranks.run(2, with_bad_numbers, diverging, "gradient", (1,))
@@ -333,15 +377,44 @@ def run_to(mesh, config, step):
     return json.dumps({name: entry["sha256"] for name, entry in files.items()})
 
 
-def test_no_rank_outlives_its_agent(tiny_model, tmp_path):
+@pytest.mark.parametrize("through", ["torchrun", "liftdist"])
+def test_no_rank_outlives_its_agent(through, tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"), steps=100000)
-    job = torchrun(config, "--standalone")
+    job = torchrun(config, "--standalone") if through == "torchrun" else command(config)
     read_until(job, "training 2/")
     pids = ranks_of(config)
     assert sorted(pids) == [0, 1]
     job.kill()
     assert seconds_until(lambda: not any(map(is_alive, pids.values())), 10) < 5
     job.communicate()
+
+
+def command(config):
+    """Start a job of two ranks by the command, in a session of its own, as a terminal does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "liftdist.cli", "train", str(config), "--nproc", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_signals_to_every_process_of_a_job_stop_it_once(tiny_model, tmp_path):
+    """As schedulers send them: to the command, to torchrun and to the ranks, one after the other and again."""
+    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"), steps=100000)
+    job = command(config)
+    read_until(job, "training 2/")
+    agent = int(Path(f"/proc/{ranks_of(config)[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for pid in (agent, *ranks_of(config).values(), job.pid):
+            os.kill(pid, number)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 75, said
+    assert said.count("liftdist: stopped (SIG") == 1  # whichever of them is handled first
+    assert "Traceback" not in said
+    assert files_of(tmp_path / "run")[0] >= 2
 
 
 def test_a_rank_that_hangs_is_reported_with_the_stacks_of_the_others(tiny_model, tmp_path):

@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: the command, real torchrun ranks, the run directory, and what goes wrong."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from liftdist import config as configs
 from liftdist import prepare, train, trainer
 from liftdist.config import UserError
+from liftdist.mesh import Stopped
 from liftdist.metrics import Console, Recorder
 from liftdist.trainer import Trainer
 
@@ -315,6 +317,50 @@ def test_changed_settings_are_named_and_need_to_be_allowed(tiny_model, tmp_path)
     records.write_text(records.read_text() + '{"prompt": "one more", "completion": "yes"}\n')
     ((end,), _) = ranks.run(2, change_settings, (*settings(6, optimizer__lr=1e-4, selection__density=0.06)[:2], ()), [])
     assert "data.path: other contents of" in end
+
+
+def test_another_batch_size_sees_the_rest_of_the_data_and_no_more(tiny_model, tmp_path):
+    file = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    ends = []
+    for batch, stop in ((4, 5), (8, 7), (3, None)):  # 40 records
+        overrides = ["train.steps=null", "train.epochs=1", f"train.batch_size={batch}", "train.export=false"]
+        ranks.run(1, run_until, *configs.load(file, overrides), stop)
+        ends.append(
+            [
+                (line["step"], line["train/sequences"])
+                for line in metrics_of(configs.load(file)[0])
+                if "train/loss" in line
+            ][-1]
+        )
+    assert ends == [(5, 20), (7, 36), (9, 40)]  # five batches of 4, two of 8, then 3 and 1
+
+
+def run_until(mesh, config, text, step):
+    """A run that is asked to stop after ``step``."""
+    original = trainer.Trainer.run_step
+
+    def run_step(self):
+        figures = original(self)
+        if self.step == step:
+            train.STOP.reason = "enough"
+        return figures
+
+    trainer.Trainer.run_step = run_step
+    with contextlib.suppress(Stopped):
+        train.train(config, mesh, text, {configs.COURSE})
+
+
+def test_a_value_from_the_environment_that_changed_is_noticed(tiny_model, tmp_path, monkeypatch):
+    file = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    overrides = ["optimizer.lr=${oc.env:RATE}", "train.export=false", "train.steps=2"]
+    monkeypatch.setenv("RATE", "0.001")
+    first = *configs.load(file, overrides), ()
+    monkeypatch.setenv("RATE", "0.5")
+    second = *configs.load(file, overrides), ()
+    assert first[1] == second[1]
+    (ends,) = ranks.run(1, change_settings, first, [first, second])
+    assert ends[:2] == [2, 2]
+    assert "optimizer.lr: another value from the environment" in ends[2]
 
 
 def test_curves_go_on_without_a_step_twice(tiny_model, tmp_path):
