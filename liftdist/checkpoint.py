@@ -95,9 +95,8 @@ class Step:
         if missing := sorted(set(saved) - {matrix.name for matrix in matrices}):
             raise UserError(f"{self.folder}: holds {missing[0]}, which is not trained now; its weights would be lost")
         shards = len(matrices[0].row_bounds) - 1
-        files = self.overlapping(matrices[0].shard, shards)
         parts: dict[str, list[Tensor]] = {}
-        for name in files:
+        for name in self.overlapping(matrices[0].shard, shards):
             with safe_open(self.folder / name, framework="pt") as file:
                 for matrix in matrices:
                     if matrix.name in saved:

@@ -163,27 +163,13 @@ class Checkpointer:
             def commit() -> str:
                 if not self._is_main:
                     return ""
-                files = {
+                manifest["files"] = {
                     entry["name"]: {key: entry[key] for key in ("shard", "bytes", "sha256")}
                     for entry in sorted(entries, key=lambda entry: entry["shard"])
                     if "name" in entry
                 }
-                manifest["files"] = files
                 manifest["row_bounds"] = {str(m.param.shape[0]): list(m.row_bounds) for m in matrices}
-                manifest["parameters"] = {
-                    m.name: {
-                        "shape": list(m.param.shape),
-                        "dtype": str(m.param.dtype).removeprefix("torch."),
-                        "principal": principal,
-                        "dropped": dropped,
-                        "keys": {
-                            key.removeprefix(f"{m.name}/"): str(tensor.dtype).removeprefix("torch.")
-                            for key, tensor in state.items()
-                            if key.rpartition("/")[0] == m.name
-                        },
-                    }
-                    for m, (principal, dropped) in zip(matrices, counts.tolist(), strict=True)
-                }
+                manifest["parameters"] = _parameters(matrices, counts, state)
                 return self._commit(temporary, manifest)
 
             committed = agreed(commit)[0]
@@ -232,6 +218,24 @@ class Checkpointer:
                 self.attempt.note("remove", folder=name)
                 del self._steps[name]
                 shutil.rmtree(folder.rename(folder.with_name(f".{name}-removed-{self.attempt.number}")))
+
+
+def _parameters(matrices: Sequence[Matrix], counts: Tensor, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a manifest says of every matrix; ``counts`` is ``[matrices, 2]``, its principal and dropped weights."""
+    keys: dict[str, dict[str, str]] = {}
+    for key, tensor in state.items():
+        name, _, kind = key.rpartition("/")
+        keys.setdefault(name, {})[kind] = str(tensor.dtype).removeprefix("torch.")
+    return {
+        matrix.name: {
+            "shape": list(matrix.param.shape),
+            "dtype": str(matrix.param.dtype).removeprefix("torch."),
+            "principal": principal,
+            "dropped": dropped,
+            "keys": keys[matrix.name],
+        }
+        for matrix, (principal, dropped) in zip(matrices, counts.tolist(), strict=True)
+    }
 
 
 def _describe(error: Exception) -> tuple[str, str]:
