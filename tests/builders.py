@@ -91,7 +91,7 @@ def global_digest(made: Trainer) -> str:
     """sha256 of the state of all ranks, in the order of the whole matrices: the same on any world size. Collective."""
     state = made.principal.state_dict(made.optimizer)
     state |= {f"{m.name}/weights": m.rows_local.reshape(-1) for m in made.principal.matrices}
-    mine = {key: tensor.contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in state.items()}
+    mine = {key: tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in state.items()}
     shards = made.mesh.device_mesh.size(1)
     replicas = gather(mine)
     replicas = [replicas[first : first + shards] for first in range(0, len(replicas), shards)]

@@ -50,8 +50,8 @@ def newest(mesh, run_dir, accepts, say=print):
 # Exactness.
 
 
-def stopped_everywhere(mesh, config, run_dir):
-    """Save after every step of one run; then continue from each of them to the end."""
+def stopped_everywhere(mesh, config, run_dir, stops):
+    """Save after every step of one run; then continue from those in ``stops`` to the end."""
     attempt = claimed_by_all(mesh, run_dir)
     trainer = builders.trainer(mesh, config)
     saver = Checkpointer(attempt, mesh, 100, None)
@@ -61,7 +61,7 @@ def stopped_everywhere(mesh, config, run_dir):
         digests.append(builders.global_digest(trainer))
         assert isinstance(builders.save(trainer, saver), Saved)
     resumed = []
-    for step in range(1, STEPS):
+    for step in stops:
         trainer = builders.trainer(mesh, config, checkpoint.open_step(run_dir / f"checkpoints/step-{step:08d}"))
         loaded = builders.global_digest(trainer)
         more = [trainer.run_step()["train/loss"] for _ in range(STEPS - step)]
@@ -69,11 +69,19 @@ def stopped_everywhere(mesh, config, run_dir):
     return losses, digests, resumed
 
 
-def test_a_run_stopped_at_any_step_continues_to_the_bit(tiny_model, tmp_path):
+@pytest.mark.parametrize(
+    "stops",
+    [
+        (1, REFRESH - 1, REFRESH, 2 * REFRESH - 1, STEPS - 1),  # epochs end inside steps 7, 14 and 20
+        pytest.param(range(1, STEPS), marks=pytest.mark.slow),
+    ],
+    ids=["some", "every"],
+)
+def test_a_run_stopped_at_any_step_continues_to_the_bit(stops, tiny_model, tmp_path):
     config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
-    for losses, digests, resumed in ranks.run(2, stopped_everywhere, config, tmp_path / "run"):
+    for losses, digests, resumed in ranks.run(2, stopped_everywhere, config, tmp_path / "run", stops):
         assert len(set(digests)) == STEPS
-        for step, run in enumerate(resumed, 1):
+        for step, run in zip(stops, resumed, strict=True):
             assert run == (digests[step - 1], losses[step:], digests[-1]), step
 
 
@@ -102,19 +110,20 @@ def accepted_in(run_dir):
     return checkpoint.accepted(run_dir, rundir.attempts(run_dir))
 
 
-@pytest.mark.parametrize("others", [1, pytest.param(len(WORLDS), marks=pytest.mark.slow)])
-def test_saved_on_any_world_loaded_on_any_other(others, tiny_model, tmp_path):
-    """Each world loads what ``others`` of the worlds have saved."""
+@pytest.mark.parametrize(
+    "worlds", [("1", "3", "2x2"), pytest.param(tuple(WORLDS), marks=pytest.mark.slow)], ids=["some", "all"]
+)
+def test_saved_on_any_world_loaded_on_any_other(worlds, tiny_model, tmp_path):
     steps, more = 8, 10  # a refresh before and one after
     config = builders.config(tiny_model, write_records(tmp_path / "records.jsonl"), tmp_path, **SETTINGS)
     straight = {
-        world: ranks.run(size, save_after, config, tmp_path / world, steps, more, dp_replicate=replicas)[0]
-        for world, (size, replicas) in WORLDS.items()
+        world: ranks.run(
+            WORLDS[world][0], save_after, config, tmp_path / world, steps, more, dp_replicate=WORLDS[world][1]
+        )[0]
+        for world in worlds
     }
-    names = list(WORLDS)
-    for number, (size, replicas) in enumerate(WORLDS.values()):
-        chosen = [names[(number + 2 + shift) % len(names)] for shift in range(others)]
-        for rank in ranks.run(size, load_some, config, tmp_path, chosen, steps, more, dp_replicate=replicas):
+    for size, replicas in (WORLDS[world] for world in worlds):
+        for rank in ranks.run(size, load_some, config, tmp_path, worlds, steps, more, dp_replicate=replicas):
             for world, (digest, losses) in rank.items():
                 assert digest == straight[world][0]
                 assert losses == pytest.approx(straight[world][1], rel=1e-5)

@@ -1,6 +1,7 @@
 """What only a GPU shows: streams, NCCL, device placement. One GPU is enough."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -51,3 +52,21 @@ def test_a_run_on_a_gpu(dtype, tiny_model, tmp_path):
     assert all(line["memory_gib/device_peak/rank0"] > 0 for line in lines if "train/loss" in line)
     losses = [line["eval/loss"] for line in lines if "eval/loss" in line]
     assert losses[-1] < losses[0]
+
+
+def test_a_run_on_a_gpu_continues_to_the_bit(tiny_model, tmp_path):
+    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    last = tmp_path / "run" / "checkpoints" / "step-00000005"
+    hashes = []
+    for _ in range(2):
+        run = command(
+            "train", config, "model.dtype=bfloat16", "train.deterministic=true", "train.export=false",
+            "checkpoint.interval=1", "checkpoint.keep=9", environment={"CUDA_VISIBLE_DEVICES": "0"},
+        )  # fmt: skip
+        assert run.returncode == 0, run.stdout
+        files = json.loads((last / "manifest.json").read_text())["files"]
+        hashes.append([entry["sha256"] for entry in files.values()])
+        for step in (4, 5):  # as if it had been killed after step 3
+            shutil.rmtree(last.with_name(f"step-{step:08d}"))
+    assert "continuing after step 3 of 5" in run.stdout
+    assert hashes[0] == hashes[1]

@@ -418,13 +418,13 @@ def test_signals_to_every_process_of_a_job_stop_it_once(tiny_model, tmp_path):
 
 
 def test_a_rank_that_hangs_is_reported_with_the_stacks_of_the_others(tiny_model, tmp_path):
-    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"), steps=100000, hang_timeout=4)
+    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"), steps=100000, hang_timeout=3)
     job = torchrun(config, "--standalone")
     read_until(job, "training 2/")
     pids = ranks_of(config)
     os.kill(pids[1], signal.SIGSTOP)
     try:
-        said = read_until(job, "no progress for 4 s") + read_until(job, "ranks wait")
+        said = read_until(job, "no progress for 3 s") + read_until(job, "ranks wait")
     finally:
         os.kill(pids[1], signal.SIGKILL)
     job.communicate(timeout=60)

@@ -254,10 +254,12 @@ def test_a_run_goes_on_where_it_was_stopped(tiny_model, tmp_path):
     assert command("train", config, "--nproc", 1).returncode == 0
     assert not (tmp_path / "run" / "stopped").exists()
     assert len((tmp_path / "run" / "command.txt").read_text().splitlines()) == 1  # of those that came to train
-    fresh = command("train", config, "--nproc", 1, "--fresh", "train.steps=1", "train.export=false")
-    assert fresh.returncode == 0, fresh.stdout
+    fresh = command("train", config, "--nproc", 1, "--fresh", "model.path=none")
     assert f"run_dir {tmp_path}/run is taken; starting in {tmp_path}/run-2" in fresh.stdout
-    assert (tmp_path / "run-2" / "checkpoints" / "step-00000001").is_dir()
+    assert (tmp_path / "run-2" / "attempts").is_dir()
+    changed = command("train", config, "--nproc", 1, "train.steps=9")  # before ranks are started
+    assert "train.steps: 5 -> 9; --allow-changes goes on with them" in user_error(changed)
+    assert len(changed.stdout.splitlines()) == 1
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000005"]
 
 
