@@ -99,7 +99,10 @@ def of_run(step: Step, base: Path) -> Delta:
         names[stored] = name
 
     def get(stored: str) -> Change:
-        indices, values = step.touched(names[stored])
+        try:
+            indices, values = step.touched(names[stored])
+        except FileNotFoundError:
+            raise UserError(f"{step.folder}: was removed meanwhile; a file named keep in it keeps it") from None
         tensor = stored_files.read(stored)
         dtype = torch.promote_types(tensor.dtype, values.dtype)
         _check_fits(stored, indices, tensor.numel())

@@ -418,3 +418,11 @@ def test_a_float32_run_of_a_bf16_model_loses_nothing(folders, tmp_path):
         applied, tmp_path / "cache", undo=delta.read(tmp_path / "delta"), output=tmp_path / "undone"
     )
     assert contents(undone) == contents(base)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_exported_is_named(trained, folders, tmp_path):
+    run_dir = shutil.copytree(trained[0] / "run", tmp_path / "run")
+    changes, _, _ = export.of_run_dir(run_dir, None, folders[0])
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(UserError, match="step-00000005: was removed meanwhile; a file named keep in it keeps it"):
+        changes.get(changes.names[0])

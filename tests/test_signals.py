@@ -377,7 +377,7 @@ def run_to(mesh, config, step):
     return json.dumps({name: entry["sha256"] for name, entry in files.items()})
 
 
-@pytest.mark.parametrize("through", ["torchrun", "liftdist"])
+@pytest.mark.parametrize("through", ["torchrun", pytest.param("liftdist", marks=pytest.mark.slow)])
 def test_no_rank_outlives_its_agent(through, tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"), steps=100000)
     job = torchrun(config, "--standalone") if through == "torchrun" else command(config)
