@@ -14,12 +14,9 @@ costs about 5 bytes a changed weight, and 3 without base values.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,9 +88,7 @@ def of_run(step: Step, base: Path) -> Delta:
     stored_files = ModelFolder(base)
     names = {}
     for name in step.manifest["parameters"]:
-        stored = (
-            name if name in stored_files.file_of else name.partition(".")[2]
-        )  # the base model's prefix may be absent
+        stored = name if name in stored_files.file_of else name.partition(".")[2]  # without the base model's prefix
         if stored not in stored_files.file_of:
             raise UserError(f"{base}: has no {name}, which the run trained")
         names[stored] = name
@@ -148,20 +143,16 @@ def read(path: Path) -> Delta:
         metadata = entries.get("__metadata__", {})
         if (kind := metadata.get("format")) != FORMAT:
             kind = "a sparse patch" if kind == PATCH_FORMAT else "another kind of safetensors file"
-            raise UserError(f"{path}: is {kind}, not a delta that this version reads")
+            raise ValueError(f"is {kind}, not a delta that this version reads")
         tensors = json.loads(metadata["tensors"])
         if _contents_digest(path) != metadata["sha256"]:
             raise ValueError("its contents do not have the hash they were written with")
-    except UserError:
-        raise
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except struct.error:
         raise UserError(f"{path}: is empty or cut short") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged: {error}") from None
-    except Exception as error:
-        raise UserError(f"{path}: not a safetensors file: {error}") from None
+        raise UserError(f"{path}: damaged, or no delta: {error}") from None
 
     def get(name: str) -> Change:
         about = tensors[name]
@@ -200,9 +191,14 @@ def write(delta: Delta, path: Path, with_base: bool = True) -> None:
         tensors[f"{name}.gaps"], tensors[f"{name}.values"] = _to_gaps(change.indices), change.values
         if with_base and change.base is not None:
             tensors[f"{name}.base"] = change.base
-        stored = next(key for key, dtype in DTYPES.items() if dtype == change.stored)
+        stored = weights.dtype_name(change.stored)
         about[name] = {"shape": list(change.shape), "stored": stored, "count": change.indices.numel()}
-    metadata = {"format": FORMAT, "base": delta.base, "tensors": json.dumps(about), "sha256": _digest(tensors)}
+    metadata = {
+        "format": FORMAT,
+        "base": delta.base,
+        "tensors": json.dumps(about),
+        "sha256": weights.digest_of(sorted(tensors.items())),
+    }
     save(tensors, path, metadata)
 
 
@@ -221,30 +217,18 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
     if path.exists():
         raise UserError(f"{path}: exists")
     try:
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-        os.close(descriptor)
-        try:
+        with files.written_beside(path) as temporary:
             save_file(tensors, temporary, metadata)
-            Path(temporary).chmod(files.mode(0o666))
-            files.sync_file(Path(temporary))
-            Path(temporary).rename(path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+            temporary.chmod(files.mode(0o666))
+            files.sync_file(temporary)
+            temporary.rename(path)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: cannot be written: {error}") from None
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
-    state = hashlib.sha256()
-    for name in sorted(tensors):
-        state.update(f"{name} {tensors[name].dtype} {list(tensors[name].shape)}".encode())
-        state.update(tensors[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
-
-
 def _contents_digest(path: Path) -> str:
     with safe_open(path, framework="pt") as file:
-        return _digest({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  (not a mapping)
+        return weights.digest_of((name, file.get_tensor(name)) for name in sorted(file.keys()))
 
 
 def _to_gaps(indices: Tensor) -> Tensor:

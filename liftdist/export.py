@@ -29,7 +29,7 @@ from liftdist import delta as deltas
 from liftdist.config import UserError
 from liftdist.delta import Delta
 from liftdist.mesh import gather, together
-from liftdist.weights import DTYPES, ModelFolder
+from liftdist.weights import ModelFolder
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
 
@@ -46,29 +46,25 @@ def change_folder(
     """
     stored = ModelFolder(folder)
     deltas.check_same_base(apply, undo)
-    for delta in (apply, undo):
-        for name in delta.names if delta else ():
-            if name not in stored.file_of:
-                raise UserError(f"{folder}: has no {name}, which {delta.origin if delta else ''} changes")
     started_from = apply or undo
     assert started_from is not None
-    try:
+    for name in [name for delta in (apply, undo) if delta for name in delta.names]:
+        if name not in stored.file_of:
+            raise UserError(f"{folder}: has no {name}, which {started_from.origin} changes")
+    try:  # everything that is wrong, before anything is written
         found = weights.digest(folder, cache_dir) if undo is None else _digest_without(stored, undo)
+        if found != started_from.base:
+            what = f"differs in more than {undo.origin} changed from" if undo else "is another model than"
+            raise UserError(f"{what} the base of {started_from.origin} ({found[:12]}, not {started_from.base[:12]})")
+        for name in apply.names if apply else ():
+            change = started_from.get(name)
+            if output is None and change.base is None:
+                raise UserError(
+                    f"{started_from.origin} holds no base values, so this could not be taken back; give --output"
+                )
+            deltas.edit(name, stored.read(name), deltas.by_name(name, undo), change)
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
-    if found != started_from.base:
-        what = f"differs in more than {undo.origin} changed from" if undo else "is another model than"
-        raise UserError(
-            f"{folder}: {what} the base of {started_from.origin} ({found[:12]}, not {started_from.base[:12]})"
-        )
-    for name in stored.file_of:  # before anything is written
-        changes = deltas.by_name(name, undo), deltas.by_name(name, apply)
-        if apply is not None and output is None and changes[1] is not None and changes[1].base is None:
-            raise UserError(f"{apply.origin}: holds no base values, so {folder} could not be restored; give --output")
-        try:
-            deltas.edit(name, stored.read(name), *changes)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
     target = output or folder.resolve()
 
     _rewrite(
@@ -85,10 +81,9 @@ def _digest_without(stored: ModelFolder, undo: Delta) -> str:
     """What the digest of a folder would be with a delta undone."""
     tensors = {}
     for name in stored.file_of:
-        tensor = deltas.edit(name, stored.read(name), deltas.by_name(name, undo), None).contiguous()
-        dtype = next(key for key, known in DTYPES.items() if known == tensor.dtype)
-        data = tensor.view(-1).view(torch.uint8).numpy()
-        tensors[name] = (dtype, list(tensor.shape), hashlib.sha256(data.tobytes()).hexdigest())
+        tensor = deltas.edit(name, stored.read(name), deltas.by_name(name, undo), None)
+        sha256 = hashlib.sha256(weights.bytes_of(tensor)).hexdigest()
+        tensors[name] = (weights.dtype_name(tensor.dtype), list(tensor.shape), sha256)
     return weights.combine(tensors)
 
 
@@ -212,7 +207,8 @@ def export_merged(delta: Delta, base: Path, target: Path, dtype: torch.dtype | N
     Raises:
         UserError: ``target`` exists or cannot be written.
     """
-    stored = ModelFolder(base)
+    with together():
+        stored = ModelFolder(base)
 
     def edit(name: str, tensor: Tensor) -> Tensor:
         tensor = deltas.edit(name, tensor, None, deltas.by_name(name, delta))

@@ -9,6 +9,7 @@ import contextlib
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -32,32 +33,31 @@ def check_real_folder(path: Path) -> None:
 
 def write(path: Path, text: str) -> None:
     """Write a file anew, as a whole or not at all."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode(0o666))
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with written_beside(path, text) as temporary:
+        temporary.replace(path)
 
 
 def create(path: Path, text: str) -> None:
     """Write a file that must not exist; whoever sees it sees all of it. Raises ``FileExistsError``."""
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with written_beside(path, text) as temporary:
+        os.link(temporary, path)  # unlike a rename, fails if the name is taken
+    sync_folder(path.parent)
+
+
+@contextlib.contextmanager
+def written_beside(path: Path, text: str = "") -> Iterator[Path]:
+    """A new file beside ``path``, under a name of its own, on the disk; removed at the end if it still has that name."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
             os.fchmod(file.fileno(), mode(0o666))
-        os.link(temporary, path)  # unlike a rename, fails if the name is taken
+        yield temporary
     finally:
-        Path(temporary).unlink(missing_ok=True)
-    sync_folder(path.parent)
+        temporary.unlink(missing_ok=True)
 
 
 def open_to_append(path: Path, create: bool = True) -> TextIO:

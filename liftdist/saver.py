@@ -8,7 +8,6 @@ Only what is left of the bar holds up training. The thread's collectives have a 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -26,13 +25,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from liftdist import checkpoint, files
+from liftdist import checkpoint, files, weights
 from liftdist.checkpoint import Step, step_number
 from liftdist.config import UserError
 from liftdist.mesh import Mesh, gather, together
 from liftdist.rundir import Attempt, Superseded
 from liftdist.selection import Matrix
-from liftdist.weights import header
 
 KEEP = "keep"  # a file of this name in a checkpoint keeps it from being removed
 
@@ -142,7 +140,7 @@ class Checkpointer:
                 _check_finite(state)
                 entry: dict[str, Any] = {"shard": shard}
                 if replicas > 1:
-                    entry["state"] = _state_digest(state)
+                    entry["state"] = weights.digest_of(sorted(state.items()))
                 if shard % replicas == replica:  # replicas hold the same: they share the work
                     if not temporary.is_dir():
                         raise OSError(f"{temporary} is not to be seen on this rank: run_dir must be shared by all")
@@ -239,9 +237,7 @@ def _parameters(matrices: Sequence[Matrix], counts: Tensor, state: Mapping[str, 
 
 
 def _describe(error: Exception) -> tuple[str, str]:
-    if isinstance(error, OSError) and error.filename:
-        return "OSError", f"{error.filename}: {error.strerror}"
-    return type(error).__name__, str(error)
+    return type(error).__name__, files.reason(error) if isinstance(error, OSError) else str(error)
 
 
 def _check_finite(state: Mapping[str, Tensor]) -> None:
@@ -265,15 +261,7 @@ def _write_file(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
             for key, tensor in state.items():
                 if not torch.equal(saved.get_tensor(key), tensor):
                     raise OSError(f"{path}: the disk does not hold what was written")
-        header(path)
+        weights.header(path)
         return {"bytes": path.stat().st_size, "sha256": checkpoint.sha256_of(path)}
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None
-
-
-def _state_digest(state: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        digest.update(key.encode())
-        digest.update(state[key].contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -11,8 +11,7 @@ import contextlib
 import hashlib
 import json
 import struct
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from liftdist import preflight
+from liftdist import files, preflight
 from liftdist.config import UserError
 from liftdist.mesh import gather, together
 
@@ -54,12 +53,12 @@ class ModelFolder:
         try:
             if (folder / preflight.INDEX).exists():
                 index = json.loads((folder / preflight.INDEX).read_text())["weight_map"]
-                files = sorted(set(index.values()))
+                names = sorted(set(index.values()))
             else:
-                files = [preflight.WEIGHTS]
-            if odd := [file for file in files if Path(file).name != file]:
+                names = [preflight.WEIGHTS]
+            if odd := [name for name in names if Path(name).name != name]:
                 raise ValueError(f"{preflight.INDEX} names {odd[0]}, outside the folder")
-            self._headers = {file: header(folder / file) for file in files}
+            self._headers = {name: header(folder / name) for name in names}
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
             raise UserError(f"{folder}: damaged weights: {error}") from None
         self.file_of = {
@@ -120,8 +119,8 @@ def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: Non
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with together():
-        files = ModelFolder(folder)
-        paths = [folder / file for file in sorted(set(files.file_of.values()))]
+        stored = ModelFolder(folder)
+        paths = [folder / file for file in sorted(set(stored.file_of.values()))]
         stats = [(path.name, (s := path.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path in paths]
         key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()[:24]
         remembered = cache_dir.expanduser() / "digests" / key
@@ -131,23 +130,20 @@ def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: Non
 
     def hash_tensor(name: str) -> tuple[str, str]:
         state = hashlib.sha256()
-        for piece in files.data(name):
+        for piece in stored.data(name):
             state.update(piece)
             beat()
         return name, state.hexdigest()
 
     with together():
-        mine = sorted(files.file_of)[rank::ranks]
+        mine = sorted(stored.file_of)[rank::ranks]
         with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
             hashes = dict(pool.map(hash_tensor, mine))
     merged = {name: value for share in gather(hashes) for name, value in share.items()}
-    result = combine({name: (files.info(name)["dtype"], files.info(name)["shape"], merged[name]) for name in merged})
+    result = combine({name: (stored.info(name)["dtype"], stored.info(name)["shape"], merged[name]) for name in merged})
     with contextlib.suppress(OSError):  # only a shortcut
         remembered.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=remembered.parent, delete=False) as file:
-            file.write(result)
-        Path(file.name).chmod(0o644)
-        Path(file.name).rename(remembered)
+        files.write(remembered, result)
     return result
 
 
@@ -155,3 +151,22 @@ def combine(tensors: Mapping[str, tuple[str, list[int], str]]) -> str:
     """The digest of a model from the dtype, as safetensors names it, shape and sha256 of each of its tensors."""
     lines = [f"{name} {dtype} {shape} {sha256}" for name, (dtype, shape, sha256) in sorted(tensors.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over name, dtype, shape and bytes of tensors, in the order in which they come."""
+    state = hashlib.sha256()
+    for name, tensor in tensors:
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        state.update(bytes_of(tensor))
+    return state.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The memory of a tensor on the host, row-major."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)

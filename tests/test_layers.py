@@ -23,7 +23,7 @@ ALLOWED = {
     "signals": {"files", "mesh", "rundir"},
     "selection": {"mesh"},
     "principal": {"mesh", "lowrank", "selection"},
-    "weights": {"mesh", "preflight"},
+    "weights": {"files", "mesh", "preflight"},
     "model": {"mesh", "preflight", "weights"},
     "checkpoint": {"files", "mesh", "rundir", "selection"},
     "saver": {"checkpoint", "files", "mesh", "rundir", "selection", "weights"},
