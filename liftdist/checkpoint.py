@@ -34,12 +34,10 @@ from torch import Tensor
 from liftdist import files, rundir
 from liftdist.config import UserError
 from liftdist.mesh import gather, row_bounds, together
-from liftdist.rundir import Event
+from liftdist.rundir import CHECKPOINTS, MANIFEST, Event
 from liftdist.selection import Matrix
 
 FORMAT = 1
-FOLDER = "checkpoints"
-MANIFEST = "manifest.json"
 _STEP = re.compile(r"step-(\d{8,})")
 _PIECE = 1 << 22
 
@@ -190,7 +188,7 @@ def accepted(run_dir: Path, history: Mapping[int, list[Event]]) -> dict[str, str
     Raises:
         UserError: there are checkpoints, and no attempt that vouches for them.
     """
-    folders = [folder for folder in (run_dir / FOLDER).glob("step-*") if _STEP.fullmatch(folder.name)]
+    folders = [folder for folder in (run_dir / CHECKPOINTS).glob("step-*") if _STEP.fullmatch(folder.name)]
     if not history:
         if folders:
             raise UserError(
@@ -232,7 +230,7 @@ def newest(
     is_main = not dist.is_initialized() or dist.get_rank() == 0
     reasons: list[str] = []
     for name in gather(sorted(accepts, key=step_number, reverse=True) if is_main else [])[0]:
-        folder = run_dir / FOLDER / name
+        folder = run_dir / CHECKPOINTS / name
         step: Step | None = None
         reason: str | None = None
         with together():

@@ -10,9 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, preflight, rundir
+from liftdist import __version__, changes, preflight, rundir
 from liftdist import config as configs
-from liftdist.config import UserError
+from liftdist.config import Config, UserError
 
 FORMATS = ("hf", "delta", "shira", "patch")
 
@@ -77,8 +77,8 @@ def _train_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
     )
-    for flag, help in configs.CHANGE_FLAGS.items():
-        parser.add_argument(flag, action="store_true", help=help)
+    for flag, (_, help) in changes.FLAGS.items():
+        parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
 
 
 def _select_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,36 +86,39 @@ def _select_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prefetch", action="store_true", help="fetch and check model and data, start nothing")
 
 
+def _check_started(config: Config, nproc: int | None, training: bool) -> None:
+    if nproc is not None and nproc < 1:
+        raise UserError(f"--nproc must be at least 1, got {nproc}")
+    preflight.check(config, nproc, training)
+
+
 def _train(options: argparse.Namespace) -> None:
-    config, _ = configs.load(options.config, options.overrides)
-    flags = [flag for flag in configs.CHANGE_FLAGS if getattr(options, flag[2:].replace("-", "_"))]
     overrides = list(options.overrides)
+    config, text = configs.load(options.config, overrides)
     if options.fresh:
         run_dir = Path(config.run_dir).expanduser()
         if (free := rundir.next_free(run_dir)) != run_dir:
             print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
             overrides.append(f"run_dir={json.dumps(str(free))}")
-    else:
-        allowed = configs.allowed_changes(options.allow_changes, options.allow_state_changes)
-        preflight.check_changes(*configs.load(options.config, overrides), allowed)
-    _launch(options.config, overrides, options.nproc, flags, training=True)
+            config, text = configs.load(options.config, overrides)
+    changes.check_settings(config, text, changes.allowed_by(options.flags))
+    _check_started(config, options.nproc, training=True)
+    _launch(config, options.nproc, [*options.flags, options.config, *overrides])
 
 
 def _select(options: argparse.Namespace) -> None:
     if options.prefetch:
         _prefetch(options)
     else:
-        _launch(options.config, options.overrides, options.nproc, ["--select-only"], training=False)
+        config, _ = configs.load(options.config, options.overrides)
+        _check_started(config, options.nproc, training=False)
+        _launch(config, options.nproc, ["--select-only", options.config, *options.overrides])
 
 
-def _launch(path: str, overrides: list[str], nproc: int | None, flags: list[str], training: bool) -> None:
-    """Check, then become ``launch/torchrun``."""
-    if nproc is not None and nproc < 1:
-        raise UserError(f"--nproc must be at least 1, got {nproc}")
-    config, _ = configs.load(path, overrides)
-    preflight.check(config, nproc, training)
+def _launch(config: Config, nproc: int | None, arguments: list[str]) -> None:
+    """Become ``launch/torchrun``."""
     preflight.resolve_model(config.model.path)  # one process fetches what all ranks will read
-    command = [str(launcher()), *(["--nproc", str(nproc)] if nproc is not None else []), *flags, path, *overrides]
+    command = [str(launcher()), *(["--nproc", str(nproc)] if nproc is not None else []), *arguments]
     sys.stdout.flush()
     os.execve(
         "/usr/bin/env",
@@ -187,12 +190,12 @@ def _export(options: argparse.Namespace) -> None:
     from liftdist import delta, export
 
     if options.source.is_file():
-        changes, base, dtype = delta.read(options.source), options.base, None
+        made, base, dtype = delta.read(options.source), options.base, None
     else:
-        changes, base, dtype = export.of_run_dir(
+        made, base, dtype = export.of_run_dir(
             options.source, options.step, options.base, lambda line: print(line, file=sys.stderr)
         )
-    export.export(changes, base, options.output, options.format, options.cache_dir, dtype)
+    export.export(made, base, options.output, options.format, options.cache_dir, dtype)
     print(options.output)
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import math
 import os
 import re
@@ -27,15 +26,10 @@ EXIT_STOPPED = 75  # exit code of a run that stopped when asked to: the same com
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 
 
-# what a changed setting changes in a run that continues
+# what a changed setting changes in a run that continues, see changes.py
 NOTHING = "nothing"  # that the losses would show, but for the order of summation
 COURSE = "course"  # how training goes on from here
 STATE = "state"  # what the saved state means
-ALLOW_CHANGES, ALLOW_STATE_CHANGES = "--allow-changes", "--allow-state-changes"
-CHANGE_FLAGS = {
-    ALLOW_CHANGES: "continue a run with other data, batch size, steps or optimizer settings",
-    ALLOW_STATE_CHANGES: "continue it even with another base model, dtype or selection: principal weights are selected anew",
-}
 
 
 class UserError(ValueError):
@@ -281,63 +275,21 @@ def settings() -> Iterator[tuple[str, dataclasses.Field]]:
             yield top.name, top
 
 
-def allowed_changes(course: bool, state: bool) -> set[str]:
-    """The kinds of changes that the flags allow."""
-    return {kind for kind, allowed in ((COURSE, course or state), (STATE, state)) if allowed}
-
-
-def check_changes(changes: Sequence[tuple[str, str]], allowed: set[str], run_dir: Path) -> None:
-    """Raises ``UserError`` if there are changes, as ``(kind, text)``, of a kind that is not allowed."""
-    for flag, kind in ((ALLOW_STATE_CHANGES, STATE), (ALLOW_CHANGES, COURSE)):
-        refused = [redact(text) for found, text in changes if found == kind]
-        if refused and kind not in allowed:
-            raise UserError(
-                f"run_dir {run_dir}: made with other settings: {'; '.join(refused)}; {flag} goes on with them, "
-                f"--fresh starts again in a new directory, and command.txt holds the earlier command"
-            )
-
-
-def changed_settings(before: str, after: str) -> list[tuple[str, str]]:
-    """``(kind, text)`` of every setting that differs between two configs, as :func:`load` gives their text."""
-    kinds = {key: leaf.metadata["changes"] for key, leaf in settings()}
-    return [(kinds[key], f"{key}: {old} -> {new}") for key, old, new in differences(before, after)]
-
-
-def fingerprints(config: Config, text: str) -> dict[str, str]:
-    """For every setting that the environment gives, a short hash of its value, which tells whether it has changed."""
-    values = dict(_leaves(dataclasses.asdict(config)))
-    written = dict(_leaves(yaml.safe_load(text)))
-    return {
-        key: hashlib.sha256(repr(values[key]).encode()).hexdigest()[:8]
-        for key in values
-        if "${" in repr(written.get(key))
-    }
-
-
-def differences(before: str, after: str) -> list[tuple[str, Any, Any]]:
-    """``(key, old value, new value)`` of every setting that differs between two configs, as :func:`load` gives their text."""
-    old, new = (dict(_leaves(yaml.safe_load(text))) for text in (before, after))
-    return [(key, old[key], new[key]) for key, _ in settings() if key in old and key in new and old[key] != new[key]]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """``(dotted key, value)`` of every setting in a config as nested mappings."""
     for key, value in tree.items():
         if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
 
 def settings_table() -> str:
     """The table of settings in README.md."""
-    defaults = Config()
+    defaults = dict(leaves(dataclasses.asdict(Config())))
     rows = ["| setting | default | meaning |", "|---|---|---|"]
     for key, leaf in settings():
-        default = (
-            getattr(defaults, key)
-            if "." not in key
-            else getattr(getattr(defaults, key.split(".")[0]), key.split(".")[1])
-        )
+        default = defaults[key]
         if default == MISSING:
             shown = "required"
         elif default is None:
@@ -416,10 +368,9 @@ _LISTS = {
 
 
 def _validate(config: Config, where: Any) -> None:
+    values = dict(leaves(dataclasses.asdict(config)))
     for key, leaf in settings():
-        value: Any = config
-        for part in key.split("."):
-            value = getattr(value, part)
+        value = values[key]
         for item in value if isinstance(value, list) else [value]:
             problem = _problem(item, leaf.metadata)
             if problem:

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from liftdist import files
 from liftdist.config import redact
+from liftdist.rundir import TENSORBOARD
 
 GIB = 2**30
 
@@ -43,7 +44,7 @@ class Recorder:
             with path.open(encoding="utf-8") as earlier:
                 files.write(path, "".join(line for line in earlier if _step(line) <= after))
         self._file = files.open_to_append(path)
-        self._folder = files.real_folder(run_dir / "tensorboard")
+        self._folder = files.real_folder(run_dir / TENSORBOARD)
 
     def _tensorboard(self) -> SummaryWriter:
         """The writer, a new one if the last one failed: it does not recover."""

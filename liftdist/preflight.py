@@ -11,7 +11,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from liftdist import config as configs
 from liftdist import records, rundir
 from liftdist.config import Config, UserError
 
@@ -91,24 +90,6 @@ def check_cache_dir(config: Config) -> None:
         tempfile.TemporaryFile(dir=cache_dir).close()
     except OSError as error:
         raise UserError(f"cache_dir {cache_dir}: cannot be written: {error.strerror}") from None
-
-
-def check_changes(config: Config, text: str, allowed: set[str]) -> None:
-    """Compare the settings with those of the run's newest checkpoint, before anything is started.
-
-    Raises:
-        UserError: some have changed, and that was not allowed.
-    """
-    run_dir = Path(config.run_dir).expanduser()
-    events = [event for events in rundir.attempts(run_dir).values() for event in events if event["event"] == "commit"]
-    if not events:
-        return
-    try:
-        manifest = json.loads((run_dir / "checkpoints" / events[-1]["folder"] / "manifest.json").read_text())
-        changes = configs.changed_settings(manifest["config"], text)
-    except (OSError, ValueError, KeyError):
-        return  # what is damaged is said when it is read
-    configs.check_changes(changes, allowed, run_dir)
 
 
 def check(config: Config, ranks: int | None, training: bool) -> None:

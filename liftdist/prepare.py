@@ -12,7 +12,6 @@ import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,6 @@ from liftdist import __version__, data, files, preflight, selection, weights
 from liftdist import config as configs
 from liftdist import mesh as meshes
 from liftdist import model as models
-from liftdist.checkpoint import Step
 from liftdist.config import Config, UserError
 from liftdist.mesh import Mesh, together
 from liftdist.metrics import Console
@@ -124,20 +122,21 @@ def _git_state() -> str | None:
 def principal(
     config: Config,
     folder: Path,
+    base: str,
     mesh: Mesh,
     console: Console,
     pulse: Pulse | None = None,
-    saved: Step | None = None,
+    from_checkpoint: bool = False,
 ) -> tuple[PreTrainedModel, PrincipalWeights]:
-    """The sharded model with its base weights, and its principal weights: those of a checkpoint, else those in the cache,
-    else selected now. Collective."""
+    """The sharded model with its base weights, and its principal weights: those in the cache, else selected now, or none yet
+    where a checkpoint brings them. ``base`` is the digest of the folder's weights. Collective."""
     pulse = pulse or Pulse()
     model = models.load(folder, config.model, mesh, pulse.check)
     choice = config.selection
-    cached = _cached_selection(config, weights.digest(folder, Path(config.cache_dir), pulse.beat))
+    cached = _cached_selection(config, base)
 
     def known(matrices: list[selection.Matrix]) -> list[Tensor] | None:
-        if saved is not None:  # the state to be loaded brings its own
+        if from_checkpoint:
             return [torch.empty(0, dtype=torch.int32, device=matrix.rows_local.device) for matrix in matrices]
         indices = None
         try:
@@ -149,7 +148,7 @@ def principal(
         return None if meshes.agree(indices is None) else indices
 
     kept: dict[str, Tensor] = {}
-    if saved is None:
+    if not from_checkpoint:
         console.say(f"selecting principal weights ({choice.method}, filter rank {choice.filter_rank})")
     started = time.perf_counter()
     with console.progress("selecting", "matrix") as progress:
@@ -192,51 +191,11 @@ def _cached_selection(config: Config, digest: str) -> Path:
     return Path(config.cache_dir).expanduser() / "selections" / key
 
 
-def check_changes(
-    saved: Step, origin: dict[str, Any], samples: data.Samples, allowed: set[str], console: Console
-) -> bool:
-    """Compare what a checkpoint was made with to what is asked for now, and list the differences.
-
-    Args:
-        origin: as :func:`origin` gives it.
-        allowed: the kinds of changes that were allowed: ``config.COURSE``, ``config.STATE``.
-
-    Returns:
-        Whether the saved state means something else now: principal weights must then be selected anew.
-
-    Raises:
-        UserError: a change that was not allowed.
-    """
-    before = saved.manifest
-    found = configs.changed_settings(before["config"], origin["config"])
-    kinds = {key: leaf.metadata["changes"] for key, leaf in configs.settings()}
-    for key, value in origin["from_environment"].items():
-        if before["from_environment"].get(key, value) != value:
-            found.append((kinds[key], f"{key}: another value from the environment"))
-    if before["base"] != origin["base"]:
-        found.append((configs.STATE, f"model.path: other weights ({before['base'][:12]} -> {origin['base'][:12]})"))
-    if before["data"] != origin["data"] and not any(line.startswith("data.") for _, line in found):
-        found.append((configs.COURSE, f"data.path: other contents of {samples.path}"))
-    configs.check_changes(found, allowed, saved.folder.parent.parent)
-    if found:
-        console.say("changed since the checkpoint: " + "; ".join(configs.redact(line) for _, line in found))
-    return any(kind == configs.STATE for kind, _ in found)
-
-
-def origin(config: Config, text: str, base: str, samples: data.Samples) -> dict[str, Any]:
-    """What a checkpoint says of where its state comes from; ``base`` is the digest of the base model."""
-    return {
-        "config": text,
-        "from_environment": configs.fingerprints(config, text),
-        "base": base,
-        "data": samples.digest,
-    }
-
-
 def select_only(config: Config, mesh: Mesh, pulse: Pulse) -> None:
     """Select the principal weights and keep them in the cache. Collective."""
     console = Console(mesh.is_main)
     with together():
         folder = preflight.resolve_model(config.model.path)
-    principal(config, folder, mesh, console, pulse)
-    console.say(f"kept in {_cached_selection(config, weights.digest(folder, Path(config.cache_dir)))}")
+    base = weights.digest(folder, Path(config.cache_dir), pulse.beat)
+    principal(config, folder, base, mesh, console, pulse)
+    console.say(f"kept in {_cached_selection(config, base)}")

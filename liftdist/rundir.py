@@ -32,7 +32,8 @@ from liftdist.config import UserError
 HEARTBEAT = 5.0  # seconds between two touches of the attempt's file
 LEASE = 90.0  # seconds after which an attempt that was not touched is dead; file systems cache times for up to 60
 
-ATTEMPTS = "attempts"
+ATTEMPTS, CHECKPOINTS, TENSORBOARD = "attempts", "checkpoints", "tensorboard"  # folders
+MANIFEST = "manifest.json"  # of a checkpoint
 STOP_REQUESTED = "stop-requested"  # a file by which anybody may ask the run to stop
 STOPPED = "stopped"  # says why a run stopped before its end
 
@@ -86,7 +87,7 @@ def check_free(run_dir: Path) -> None:
         ):
             raise UserError(f"run_dir {run_dir}: exists and holds no run; give another one (run_dir=...)")
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (ATTEMPTS, "checkpoints", "tensorboard"):
+        for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD):
             files.check_real_folder(run_dir / name)
         files.real_folder(run_dir / ATTEMPTS)
         with tempfile.TemporaryFile(dir=run_dir / ATTEMPTS) as file:

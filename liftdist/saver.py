@@ -29,7 +29,7 @@ from liftdist import checkpoint, files, weights
 from liftdist.checkpoint import Step, step_number
 from liftdist.config import UserError
 from liftdist.mesh import Mesh, gather, together
-from liftdist.rundir import Attempt, Superseded
+from liftdist.rundir import CHECKPOINTS, MANIFEST, Attempt, Superseded
 from liftdist.selection import Matrix
 
 KEEP = "keep"  # a file of this name in a checkpoint keeps it from being removed
@@ -58,7 +58,7 @@ class Checkpointer:
         self.last_step = loaded.number if loaded else None  # newest that is committed or being written
         with together():
             if self._is_main:
-                folder = files.real_folder(attempt.run_dir / checkpoint.FOLDER)
+                folder = files.real_folder(attempt.run_dir / CHECKPOINTS)
                 for left_over in folder.glob(".step-*"):
                     shutil.rmtree(left_over, ignore_errors=True)
 
@@ -108,7 +108,7 @@ class Checkpointer:
         shards = len(matrices[0].row_bounds) - 1
         replicas = self._ranks // shards
         replica, shard = divmod(self._rank, shards)
-        folder = self.attempt.run_dir / checkpoint.FOLDER
+        folder = self.attempt.run_dir / CHECKPOINTS
         started = time.perf_counter()
 
         def agreed(work: Callable[[], Any]) -> list[Any]:
@@ -188,7 +188,7 @@ class Checkpointer:
     def _commit(self, temporary: Path, manifest: dict[str, Any]) -> str:
         """Make a written folder visible under its name."""
         manifest["sha256"] = checkpoint.manifest_digest(manifest)
-        with (temporary / checkpoint.MANIFEST).open("x", encoding="utf-8") as file:
+        with (temporary / MANIFEST).open("x", encoding="utf-8") as file:
             json.dump(manifest, file, sort_keys=True, indent=1)
             file.flush()
             os.fsync(file.fileno())
@@ -208,7 +208,7 @@ class Checkpointer:
         if len(kept) < self._keep:
             return
         for name in [name for name in self._steps if -1 < step_number(name) < step_number(kept[0])]:
-            folder = self.attempt.run_dir / checkpoint.FOLDER / name
+            folder = self.attempt.run_dir / CHECKPOINTS / name
             if (folder / KEEP).exists():
                 continue
             with contextlib.suppress(OSError, Superseded):

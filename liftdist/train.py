@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from liftdist import checkpoint, delta, export, files, preflight, prepare, rundir, weights
+from liftdist import changes, checkpoint, delta, export, files, preflight, prepare, rundir, weights
 from liftdist import config as configs
 from liftdist import mesh as meshes
 from liftdist.config import Config, UserError
 from liftdist.mesh import Mesh, PeerError, Stopped, together
 from liftdist.metrics import GIB, Console, Recorder, memory
 from liftdist.principal import PrincipalWeights
-from liftdist.rundir import Attempt
+from liftdist.rundir import CHECKPOINTS, Attempt
 from liftdist.saver import Checkpointer
 from liftdist.trainer import Trainer, evaluate
 
@@ -45,11 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--select-only", action="store_true", help="select the principal weights, keep them, stop")
-    for flag, help in configs.CHANGE_FLAGS.items():
-        parser.add_argument(flag, action="store_true", help=help)
+    for flag, (_, help) in changes.FLAGS.items():
+        parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
     options = parser.parse_intermixed_args(arguments)
     signals.die_with_parent()
-    allowed = configs.allowed_changes(options.allow_changes, options.allow_state_changes)
     try:
         config, text = configs.load(options.config, options.overrides)
         STOP.catch(config.train.stop_signals)
@@ -57,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.select_only:
                 prepare.select_only(config, mesh, signals.Pulse(STOP))
             else:
-                train(config, mesh, text, allowed)
+                train(config, mesh, text, changes.allowed_by(options.flags))
     except UserError as error:
         _say(str(error))
         _leave(configs.EXIT_USER_ERROR)
@@ -101,7 +100,7 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str]) -> None:
 
     Args:
         text: the config as it is kept in the run directory.
-        allowed: kinds of changes that a run which continues may have, see :func:`prepare.check_changes`.
+        allowed: kinds of changes that a run which continues may have, see :mod:`liftdist.changes`.
 
     Raises:
         Stopped: as asked; what was trained is saved.
@@ -155,12 +154,15 @@ def _run(
     shards = mesh.device_mesh.size(1)
     saved = checkpoint.newest(run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=pulse.beat)
     base = weights.digest(inputs.folder, Path(config.cache_dir), pulse.beat)
-    origin = prepare.origin(config, text, base, inputs.samples)
-    select_anew = False
-    if saved is not None:
-        with together():
-            select_anew = prepare.check_changes(saved, origin, inputs.samples, allowed, console)
-    model, principal = prepare.principal(config, inputs.folder, mesh, console, pulse, saved)
+    origin = changes.origin(config, text, base, inputs.samples.digest)
+    first = meshes.gather(origin)[0]
+    with together():
+        changes.check_alike(origin, first, mesh.rank)
+        changed = changes.between(saved.manifest, origin) if saved else []
+        changes.refuse(changed, allowed, run_dir)
+    if changed:
+        console.say("changed since the checkpoint: " + "; ".join(configs.redact(line) for _, line in changed))
+    model, principal = prepare.principal(config, inputs.folder, base, mesh, console, pulse, saved is not None)
     model.train()
     trainer = Trainer(config, mesh, inputs, model, principal, pulse.beat)
     if saved is not None:
@@ -168,7 +170,7 @@ def _run(
             tensors = saved.read(principal.matrices)
         trainer.restore(saved.manifest["state"], tensors)
         del tensors
-        if select_anew:
+        if configs.STATE in {kind for kind, _ in changed}:  # the state means something else now
             principal.refresh(trainer.optimizer)
         console.say(
             f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
@@ -209,11 +211,11 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
     target = run_dir / "export"
     if not _is_exported(run_dir, trainer.step, trainer.mesh):
         with together():
-            step = checkpoint.open_step(run_dir / checkpoint.FOLDER / f"step-{trainer.step:08d}")
-            changes = delta.of_run(step, base)
+            step = checkpoint.open_step(run_dir / CHECKPOINTS / f"step-{trainer.step:08d}")
+            trained = delta.of_run(step, base)
             if trainer.mesh.is_main and target.exists():  # of a shorter run, which was continued
                 target.rename(rundir.next_free(target))
-        export.export_merged(changes, base, target, trainer.model.dtype)
+        export.export_merged(trained, base, target, trainer.model.dtype)
         if trainer.mesh.is_main:
             attempt.note("export", step=trainer.step)
     console.say(f"fine-tuned model in {target}")

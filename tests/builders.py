@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liftdist import checkpoint, prepare, saver
+from liftdist import checkpoint, prepare, saver, weights
 from liftdist.config import Config
 from liftdist.mesh import gather
 from liftdist.metrics import Console
@@ -71,7 +71,10 @@ def _inputs(key: str, settings: Config) -> Inputs:
 def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Trainer:
     """What a run sets up before its first step, from a checkpoint or from the start. Collective."""
     inputs = _inputs(repr(settings), settings)
-    model, principal = prepare.principal(settings, inputs.folder, mesh, Console(False), saved=saved)
+    base = weights.digest(inputs.folder, Path(settings.cache_dir))
+    model, principal = prepare.principal(
+        settings, inputs.folder, base, mesh, Console(False), from_checkpoint=saved is not None
+    )
     model.train()
     made = Trainer(settings, mesh, inputs, model, principal)
     if saved is not None:

@@ -15,8 +15,9 @@ ALLOWED = {
     "records": set(),
     "files": set(),
     "rundir": {"files"},
+    "changes": {"rundir"},
     "data": {"records"},
-    "metrics": {"files"},
+    "metrics": {"files", "rundir"},
     "lowrank": set(),
     "preflight": {"records", "rundir"},
     "mesh": set(),
@@ -31,14 +32,14 @@ ALLOWED = {
     "export": {"checkpoint", "delta", "files", "mesh", "preflight", "rundir", "weights"},
     "trainer": {"data", "mesh", "metrics", "principal"},
     "prepare": {
-        "checkpoint", "data", "files", "mesh", "metrics", "model", "preflight", "principal", "selection", "signals",
+        "data", "files", "mesh", "metrics", "model", "preflight", "principal", "selection", "signals",
         "trainer", "weights",
     },
     "train": {
-        "checkpoint", "delta", "export", "files", "mesh", "metrics", "preflight", "prepare", "principal", "rundir", "saver",
-        "signals", "trainer", "weights",
+        "changes", "checkpoint", "delta", "export", "files", "mesh", "metrics", "preflight", "prepare", "principal",
+        "rundir", "saver", "signals", "trainer", "weights",
     },
-    "cli": {"delta", "export", "metrics", "model", "preflight", "prepare", "rundir", "weights"},
+    "cli": {"changes", "delta", "export", "metrics", "model", "preflight", "prepare", "rundir", "weights"},
 }  # fmt: skip
 
 
@@ -61,7 +62,7 @@ def test_imports_run_downward(module):
     assert imported(module) <= ALLOWED[module] | {"config"}
 
 
-@pytest.mark.parametrize("module", ["cli", "config", "records", "data", "preflight", "rundir", "signals"])
+@pytest.mark.parametrize("module", ["changes", "cli", "config", "records", "data", "preflight", "rundir", "signals"])
 def test_starts_without_torch(module):
     code = f"import sys, liftdist.{module}; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

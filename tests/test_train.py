@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,11 +18,10 @@ from test_data import write_records
 from transformers import AutoModelForCausalLM
 
 from liftdist import config as configs
-from liftdist import prepare, train, trainer
+from liftdist import prepare, train, trainer, weights
 from liftdist.config import UserError
 from liftdist.mesh import Stopped
 from liftdist.metrics import Console, Recorder
-from liftdist.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -227,7 +227,9 @@ def counts(mesh, config, folder):
     from liftdist import lowrank
 
     lowrank.select = None
-    _, principal = prepare.principal(config, folder, mesh, Console(False))
+    _, principal = prepare.principal(
+        config, folder, weights.digest(folder, Path(config.cache_dir)), mesh, Console(False)
+    )
     return principal.values.numel()
 
 
@@ -318,7 +320,7 @@ def test_changed_settings_are_named_and_need_to_be_allowed(tiny_model, tmp_path)
 
     records.write_text(records.read_text() + '{"prompt": "one more", "completion": "yes"}\n')
     ((end,), _) = ranks.run(2, change_settings, (*settings(6, optimizer__lr=1e-4, selection__density=0.06)[:2], ()), [])
-    assert "data.path: other contents of" in end
+    assert "data.path: other contents of the same name" in end
 
 
 def test_another_batch_size_sees_the_rest_of_the_data_and_no_more(tiny_model, tmp_path):
@@ -363,6 +365,23 @@ def test_a_value_from_the_environment_that_changed_is_noticed(tiny_model, tmp_pa
     (ends,) = ranks.run(1, change_settings, first, [first, second])
     assert ends[:2] == [2, 2]
     assert "optimizer.lr: another value from the environment" in ends[2]
+
+
+def in_another_environment(mesh, file, overrides):
+    """How a run ends when rank 1 has another value in its environment."""
+    os.environ["RATE"] = "0.5" if mesh.rank else "0.001"
+    config, text = configs.load(file, overrides)
+    try:
+        train.train(config, mesh, text, set())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_start_from_something_else_are_named(tiny_model, tmp_path):
+    file = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    for end in ranks.run(2, in_another_environment, file, ["optimizer.lr=${oc.env:RATE}", "train.steps=1"]):
+        assert re.fullmatch(r"rank 1 on .* has other environment than rank 0", end)
 
 
 def test_curves_go_on_without_a_step_twice(tiny_model, tmp_path):
@@ -425,17 +444,14 @@ def break_after(mesh, config, text, step):
 
 
 def losses_of(mesh, config):
-    inputs = prepare.inputs(config, Console(False))
-    model, principal = prepare.principal(config, inputs.folder, mesh, Console(False))
-    model.train()
-    trainer = Trainer(config, mesh, inputs, model, principal)
-    figures = [trainer.run_step() for _ in range(trainer.steps)]
+    made = builders.trainer(mesh, config)
+    figures = [made.run_step() for _ in range(made.steps)]
     return dict(
         losses=[f["train/loss"] for f in figures],
         lrs=[f["train/lr"] for f in figures],
         norms=[f["train/grad_norm"] for f in figures],
-        values=principal.values.detach().clone(),
-        sequences=trainer.consumed,
+        values=made.principal.values.detach().clone(),
+        sequences=made.consumed,
     )
 
 

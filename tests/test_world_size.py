@@ -12,7 +12,6 @@ from liftdist import model as models
 from liftdist import prepare, selection
 from liftdist.mesh import gather
 from liftdist.metrics import Console
-from liftdist.trainer import Trainer
 
 STEPS, REFRESH = 20, 7
 SETTINGS = {
@@ -34,10 +33,8 @@ def global_masks(principal):
 
 def run_training(mesh, model_folder, data, folder):
     config = builders.config(model_folder, data, folder, **SETTINGS)
-    console = Console(False)
-    inputs = prepare.inputs(config, console)
-    model, principal = prepare.principal(config, inputs.folder, mesh, console)
-    trainer = Trainer(config, mesh, inputs, model, principal)
+    trainer = builders.trainer(mesh, config)
+    model, principal = trainer.model, trainer.principal
     masks, losses, dense, traffic, flat_bytes = [global_masks(principal)], [], [], [], []
     for _ in range(STEPS):
         counter = ranks.Traffic()
