@@ -26,29 +26,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from liftdist import lowrank, selection
+from liftdist import lowrank, reductions, selection
 from liftdist.config import UserError
 from liftdist.mesh import Group, all_reduce_sum, local_tensor
+from liftdist.reductions import Unit
 from liftdist.selection import Criterion, Matrix
-
-
-class _Unit:
-    """One FSDP module: its gradients come out of one reduction, as views of one buffer."""
-
-    def __init__(self, others: Callable[[Tensor], None] | None) -> None:
-        self._others = others  # a hook that was there before
-        self.reduced: Tensor | None = None  # [padded rows of all its trained parameters] in the reduction's dtype
-        self.slots = 0  # trained matrices of the module
-        self.waiting = 0  # of them, not collected yet
-
-    def keep(self, reduced: Tensor) -> None:
-        if self._others is not None:
-            self._others(reduced)
-        # FSDP casts the reduced buffer to the dtype of the parameters right after this hook, then fires the
-        # parameters' own hooks: until then the buffer is what holds the gradient unrounded
-        if reduced.is_cuda:
-            reduced.record_stream(torch.cuda.current_stream(reduced.device))
-        self.reduced, self.waiting = reduced, self.slots
 
 
 @dataclass
@@ -58,7 +40,7 @@ class _Slot:
     matrix: Matrix
     indices: Tensor  # [k_local] int32, into this rank's rows
     begin: int
-    unit: _Unit | None
+    unit: Unit | None
     past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, a bit for each weight that was principal before
 
     @property
@@ -145,7 +127,7 @@ class PrincipalWeights:
         self._progress = progress
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
-        units = self._watch_reductions()
+        units = reductions.watch(self._fsdp_modules, [matrix.param for matrix in self.matrices])
         indices = initial_indices(self.matrices) if initial_indices else None
         indices = indices if indices is not None else self.select(on_selected)
         self._slots = self._lay_out(indices, [units.get(id(matrix.param)) for matrix in self.matrices])
@@ -175,7 +157,7 @@ class PrincipalWeights:
     def reduce_gradients(self, divisor: Tensor | float | None = None) -> None:
         """Sum the flat gradient over the replicas and divide it: by ``divisor``, or by the number of replicas."""
         for unit in {id(slot.unit): slot.unit for slot in self._slots if slot.unit}.values():
-            unit.reduced = None  # of a module of which some matrix took no part in the backward
+            unit.drop()  # of a module of which some matrix took no part in the backward
         grad = self._attached_grad()
         all_reduce_sum(grad, self.replicate_group)
         if divisor is None:
@@ -323,25 +305,7 @@ class PrincipalWeights:
         self._grad = torch.zeros_like(values)
         self.values.grad = self._grad
 
-    def _watch_reductions(self) -> dict[int, _Unit]:
-        """Keep each FSDP module's reduced gradients before they are rounded; the unit of each trained parameter."""
-        trained = {id(matrix.param): matrix.param for matrix in self.matrices if isinstance(matrix.param, DTensor)}
-        of_param: dict[int, _Unit] = {}
-        of_state: dict[int, _Unit] = {}  # modules that were given to one fully_shard() together are reduced together
-        for module in reversed(self._fsdp_modules):  # inner modules come later and own their parameters
-            owned = [id(p) for p in module.parameters() if id(p) in trained and id(p) not in of_param]
-            if not owned:
-                continue
-            state = module._get_fsdp_state()
-            if id(state) not in of_state:
-                of_state[id(state)] = unit = _Unit(getattr(state._fsdp_param_group, "_all_reduce_hook", None))
-                if any(trained[key].dtype != torch.float32 for key in owned):
-                    module.set_all_reduce_hook(unit.keep)
-            of_param.update(dict.fromkeys(owned, of_state[id(state)]))
-            of_state[id(state)].slots += len(owned)
-        return of_param
-
-    def _lay_out(self, indices: Sequence[Tensor], units: Sequence[_Unit | None]) -> list[_Slot]:
+    def _lay_out(self, indices: Sequence[Tensor], units: Sequence[Unit | None]) -> list[_Slot]:
         slots, begin = [], 0
         for matrix, chosen, unit in zip(self.matrices, indices, units, strict=True):
             slots.append(_Slot(matrix, chosen, begin, unit))
@@ -368,13 +332,8 @@ class PrincipalWeights:
         if dense is None:
             return
         source = local_tensor(dense)
-        unit = slot.unit
-        if unit is not None and unit.reduced is not None:
-            # the rounded gradient is a view of the rounded buffer, at the same place as the unrounded one
-            source = unit.reduced.narrow(0, source.storage_offset(), source.numel())
-            unit.waiting -= 1
-            if unit.waiting == 0:
-                unit.reduced = None
+        if slot.unit is not None:
+            source = slot.unit.unrounded(source)
         self._attached_grad()[slot.span] += source.reshape(-1).index_select(0, slot.indices)
 
     def _element_states(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[dict, str]]:

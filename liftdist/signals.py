@@ -22,6 +22,8 @@ from liftdist import files
 from liftdist.config import STOP_SIGNALS
 from liftdist.rundir import STOP_REQUESTED
 
+Progress = Callable[[int, int], None]  # called with what is done and all there is to do
+
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 8.0  # seconds from the end of patience to the end of the process
 _FILE_INTERVAL = 1.0  # seconds between two looks for the file that asks to stop
@@ -128,23 +130,21 @@ class Pulse:
         """Have all ranks hear of an error of this one at the next boundary."""
         self._stop.failure = self._stop.failure or error
 
-    def checking(self, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def checking(self, progress: Progress) -> Progress:
         """``progress`` with a check each time."""
+        return _both(progress, self.check)
 
-        def both(done: int, total: int) -> None:
-            progress(done, total)
-            self.check()
-
-        return both
-
-    def at_boundaries(self, progress: Callable[[int, int], None]) -> Callable[[int, int], None]:
+    def at_boundaries(self, progress: Progress) -> Progress:
         """``progress`` with a boundary each time. Collective."""
+        return _both(progress, self.boundary)
 
-        def both(done: int, total: int) -> None:
-            progress(done, total)
-            self.boundary()
 
-        return both
+def _both(progress: Progress, then: Callable[[], None]) -> Progress:
+    def both(done: int, total: int) -> None:
+        progress(done, total)
+        then()
+
+    return both
 
 
 class Watchdog:
