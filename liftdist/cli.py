@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, changes, preflight, rundir
+from liftdist import __version__, changes, launcher, preflight, rundir, submit
 from liftdist import config as configs
 from liftdist.config import Config, UserError
 
@@ -69,27 +69,31 @@ def _overview() -> str:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings in place of the file's")
-    parser.add_argument("--nproc", type=int, help="ranks on this machine (default: one for each GPU, or one)")
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    launcher.arguments(parser)
     parser.add_argument(
         "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
     )
+    _change_arguments(parser)
+
+
+def _change_arguments(parser: argparse.ArgumentParser) -> None:
     for flag, (_, help) in changes.FLAGS.items():
         parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
 
 
 def _select_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
+    launcher.arguments(parser)
     parser.add_argument("--prefetch", action="store_true", help="fetch and check model and data, start nothing")
 
 
-def _check_started(config: Config, nproc: int | None, training: bool) -> None:
-    if nproc is not None and nproc < 1:
-        raise UserError(f"--nproc must be at least 1, got {nproc}")
-    preflight.check(config, nproc, training)
+def _check_started(config: Config, options: argparse.Namespace, training: bool) -> None:
+    launcher.check(options)
+    preflight.check(config, options.nproc and options.nproc * (options.nnodes or 1), training)
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -102,8 +106,8 @@ def _train(options: argparse.Namespace) -> None:
             overrides.append(f"run_dir={json.dumps(str(free))}")
             config, text = configs.load(options.config, overrides)
     changes.check_settings(config, text, changes.allowed_by(options.flags))
-    _check_started(config, options.nproc, training=True)
-    _launch(config, options.nproc, [*options.flags, options.config, *overrides])
+    _check_started(config, options, training=True)
+    _launch(config, options, [*options.flags, options.config, *overrides])
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -111,24 +115,14 @@ def _select(options: argparse.Namespace) -> None:
         _prefetch(options)
     else:
         config, _ = configs.load(options.config, options.overrides)
-        _check_started(config, options.nproc, training=False)
-        _launch(config, options.nproc, ["--select-only", options.config, *options.overrides])
+        _check_started(config, options, training=False)
+        _launch(config, options, ["--select-only", options.config, *options.overrides])
 
 
-def _launch(config: Config, nproc: int | None, arguments: list[str]) -> None:
-    """Become ``launch/torchrun``."""
+def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
     preflight.resolve_model(config.model.path)  # one process fetches what all ranks will read
-    command = [str(launcher()), *(["--nproc", str(nproc)] if nproc is not None else []), *arguments]
-    sys.stdout.flush()
-    os.execve(
-        "/usr/bin/env",
-        ["env", "bash", *command],
-        {
-            **os.environ,
-            "LIFTDIST_PYTHON": sys.executable,
-            "LIFTDIST_COMMAND": json.dumps(["liftdist", *sys.argv[1:]]),
-        },
-    )
+    os.environ["LIFTDIST_COMMAND"] = json.dumps(["liftdist", *sys.argv[1:]])
+    sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments))
 
 
 def _prefetch(options: argparse.Namespace) -> None:
@@ -143,13 +137,29 @@ def _prefetch(options: argparse.Namespace) -> None:
     console.say(f"model {config.model.path}: {len(files.file_of)} tensors in {inputs.folder}")
 
 
-def launcher() -> Path:
-    """``launch/torchrun``: beside the package in a checkout, inside it when installed."""
-    package = Path(__file__).resolve().parent
-    for folder in (package, package.parent):
-        if (folder / "launch" / "torchrun").is_file():
-            return folder / "launch" / "torchrun"
-    raise UserError(f"launch/torchrun is missing beside {package}: install liftdist again")
+# ---------------------------------------------------------------------------------------------------------------------
+# Jobs.
+
+
+def _submit_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    submit.arguments(parser)
+    _change_arguments(parser)
+
+
+def _run_dir_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_dir", type=Path, help="run directory of a submitted run, or of an array of them")
+
+
+def _logs_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_dir_argument(parser)
+    parser.add_argument("-f", "--follow", action="store_true", help="go on while the job runs")
+    parser.add_argument("--rank", type=int, help="output of this rank (that of rank 0 is the job's)")
+
+
+def _cancel_arguments(parser: argparse.ArgumentParser) -> None:
+    _run_dir_argument(parser)
+    parser.add_argument("--now", action="store_true", help="do not wait until running jobs have saved")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -249,6 +259,14 @@ COMMANDS = {
         "select the principal weights and train them; continue a run", _train_arguments, _train, _RUN_EPILOG
     ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
+    "submit": Command("train as a job of a SLURM cluster", _submit_arguments, lambda o: submit.submit(o)),
+    "status": Command("how the jobs of a run are and why", _run_dir_argument, lambda o: submit.status(o.run_dir)),
+    "logs": Command(
+        "what the newest job of a run prints", _logs_arguments, lambda o: submit.logs(o.run_dir, o.follow, o.rank)
+    ),
+    "cancel": Command(
+        "have the jobs of a run save and end", _cancel_arguments, lambda o: submit.cancel(o.run_dir, o.now)
+    ),
     "export": Command("write what a run made: model, delta, adapter or patch", _export_arguments, _export),
     "apply": Command("apply a delta to a model folder, undo it, swap it for another", _apply_arguments, _apply),
     "diff": Command("write the delta between two model folders", _diff_arguments, _diff),

@@ -45,10 +45,11 @@ def _setting(
     at_most: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    pattern: str | None = None,
     changes: str = COURSE,
 ) -> Any:
     metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below)
-    metadata["changes"] = changes
+    metadata |= dict(pattern=pattern, changes=changes)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -186,6 +187,43 @@ class MeshConfig:
         return self.dp_replicate, shard
 
 
+def _slurm(default: Any, help: str, **bounds: Any) -> Any:
+    return _setting(default, help, changes=NOTHING, **bounds)
+
+
+# what SLURM takes as a name, a list of nodes, a feature expression, a time: nothing else reaches its commands
+NAME = r"[A-Za-z0-9_@+.,][A-Za-z0-9_@+.,-]*"
+NODES = r"[A-Za-z0-9_.,\[\]][A-Za-z0-9_.,\[\]-]*"
+FEATURES = r"[A-Za-z0-9_.,&|*()\[\]@:][A-Za-z0-9_.,&|*()\[\]@:-]*"
+TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
+OPTION = r"--[a-z][a-z-]*(=[A-Za-z0-9_@%+.,:/=\[\]-]*)?"
+
+
+@dataclass
+class SlurmConfig:
+    nodes: int = _slurm(1, "nodes of a job", at_least=1)
+    gpus_per_node: int | None = _slurm(None, "GPUs to ask for on each node, and a rank for each", at_least=1)
+    ranks_per_node: int | None = _slurm(None, "ranks on each node where that is not a rank for each GPU", at_least=1)
+    cpus_per_task: int | None = _slurm(None, "CPUs to ask for on each node, for all its ranks", at_least=1)
+    time: str | None = _slurm(None, "time limit, as SLURM takes it: `12:00:00`, `2-00:00:00`, or minutes", pattern=TIME)
+    partition: str | None = _slurm(None, "partition", pattern=NAME)
+    account: str | None = _slurm(None, "account", pattern=NAME)
+    qos: str | None = _slurm(None, "quality of service", pattern=NAME)
+    constraint: str | None = _slurm(None, "features that nodes must have", pattern=FEATURES)
+    reservation: str | None = _slurm(None, "reservation", pattern=NAME)
+    exclude: str | None = _slurm(None, "nodes to leave out", pattern=NODES)
+    options: list[str] = _slurm([], "more options of sbatch, each as `--name=value`", pattern=OPTION)
+    container: str | None = _slurm(None, "image to run in")
+    container_runtime: str = _slurm("pyxis", "what runs the image", choices=("pyxis", "apptainer"))
+    signal_lead: int = _slurm(
+        300, "seconds before the time limit at which the run is told to save and stop", at_least=10
+    )
+    max_restarts: int = _slurm(1, "times that crashed ranks are started again inside a job", at_least=0)
+    max_preemptions: int = _slurm(100, "times that a preempted job is requeued", at_least=0)
+    max_time_limits: int = _slurm(100, "times that a job at its time limit is requeued", at_least=0)
+    max_node_failures: int = _slurm(10, "times that a job is requeued because of a node", at_least=0)
+
+
 @dataclass
 class Config:
     run_dir: str = _setting(
@@ -201,6 +239,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
@@ -244,14 +283,16 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]:
     except yaml.MarkedYAMLError as error:  # what a loader minds and a parser does not: a key given twice
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: {error.problem}") from None
+    if (written := _time_as_written(root)) is not None:
+        config.slurm.time = written
     for override in overrides:
-        key, equals, _ = override.partition("=")
+        key, equals, value = override.partition("=")
         if not equals or not key:
             raise UserError(f"override {override!r}: expected key=value")
         _check_key(key, f"override {override!r}")
         origin[key] = f"override {override!r}: {key}"
         try:
-            config.merge_with_dotlist([override])
+            config.merge_with_dotlist([f"{key}='{value}'" if re.fullmatch(_CLOCK, value) else override])
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise UserError(f"{origin[key]}: {_explain(error, key)}") from None
     try:
@@ -321,6 +362,7 @@ def _redacted(value: Any) -> Any:
     return redact(value) if isinstance(value, str) else value
 
 
+_CLOCK = r"\d+:\d\d(:\d\d)?"
 _SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
 _HARMLESS_NAME = re.compile(r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|SLURM_\w+")
 _REFERENCE = re.compile(r"oc\.env:\s*(\w+)")
@@ -333,6 +375,17 @@ def _key_lines(node: yaml.Node | None, prefix: str = "") -> Iterator[tuple[str, 
             name = f"{prefix}{key.value}"
             yield name, key.start_mark.line + 1
             yield from _key_lines(value, f"{name}.")
+
+
+def _time_as_written(root: yaml.MappingNode) -> str | None:
+    """``slurm.time`` where YAML would read a number in base 60: 12:00:00 as 43200, which are minutes to SLURM."""
+    sections = {key.value: value for key, value in root.value}
+    section = sections.get("slurm")
+    if isinstance(section, yaml.MappingNode):
+        for key, value in section.value:
+            if key.value == "time" and isinstance(value, yaml.ScalarNode) and re.fullmatch(_CLOCK, value.value):
+                return str(value.value)
+    return None
 
 
 def _check_key(key: str, where: str) -> None:
@@ -364,6 +417,7 @@ _LISTS = {
     "selection.modules": '["*.mlp.*"]',
     "optimizer.betas": "[0.9, 0.95]",
     "train.stop_signals": "[SIGTERM, SIGUSR1]",
+    "slurm.options": '["--mail-type=END"]',
 }
 
 
@@ -408,6 +462,8 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
         if bounds["choices"] and value not in bounds["choices"]:
             near = difflib.get_close_matches(value, bounds["choices"], n=1)
             return f"must be one of {', '.join(bounds['choices'])}" + (f" (did you mean {near[0]}?)" if near else "")
+        if bounds["pattern"] and not re.fullmatch(bounds["pattern"], value, re.ASCII):
+            return "is not of a form that SLURM takes"
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"

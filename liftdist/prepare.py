@@ -110,7 +110,7 @@ def _command() -> str:
 
 
 def _git_state() -> str | None:
-    if not (Path(__file__).parent.parent / "launch" / "torchrun").exists():
+    if not (Path(__file__).parent.parent / "pyproject.toml").exists():
         return None  # installed: a repository around it is somebody else's
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
     try:

@@ -32,7 +32,7 @@ from liftdist.config import UserError
 HEARTBEAT = 5.0  # seconds between two touches of the attempt's file
 LEASE = 90.0  # seconds after which an attempt that was not touched is dead; file systems cache times for up to 60
 
-ATTEMPTS, CHECKPOINTS, TENSORBOARD = "attempts", "checkpoints", "tensorboard"  # folders
+ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboard", "logs"  # folders
 MANIFEST = "manifest.json"  # of a checkpoint
 STOP_REQUESTED = "stop-requested"  # a file by which anybody may ask the run to stop
 STOPPED = "stopped"  # says why a run stopped before its end
@@ -87,7 +87,7 @@ def check_free(run_dir: Path) -> None:
         ):
             raise UserError(f"run_dir {run_dir}: exists and holds no run; give another one (run_dir=...)")
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD):
+        for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS):
             files.check_real_folder(run_dir / name)
         files.real_folder(run_dir / ATTEMPTS)
         with tempfile.TemporaryFile(dir=run_dir / ATTEMPTS) as file:
@@ -100,14 +100,19 @@ def check_free(run_dir: Path) -> None:
         raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
 
 
+def logs(run_dir: Path, start: str) -> Path:
+    """The folder for what nodes and ranks tell in one start of a job, ``logs/START``; created if need be."""
+    return files.real_folder(files.real_folder(run_dir / LOGS) / start)
+
+
 def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> None:
     claim = events[0]
     silent = now - path.stat().st_mtime
     if any(event.get("event") == "end" for event in events) or silent > LEASE:
         return
-    process, job = claim["process"], _job()
-    if _is_gone(process) or (job and claim["job"] and job["id"] == claim["job"]["id"] and job != claim["job"]):
-        return  # the same job, started anew by its scheduler
+    process = claim["process"]
+    if _is_gone(process) or _is_earlier(claim["job"], claim.get("launch")):
+        return
     name = f"job {claim['job']['id']}, " if claim["job"] else ""
     raise UserError(
         f"run_dir {run_dir}: in use by {name}process {process['pid']} on {process['host']} (attempt {claim['attempt']}, "
@@ -116,10 +121,27 @@ def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> N
 
 
 def _job() -> dict[str, str] | None:
-    """The SLURM job of this process, and how often it was requeued."""
+    """The SLURM job of this process, and which start of it."""
     if "SLURM_JOB_ID" not in os.environ:
         return None
-    return {"id": f"slurm {os.environ['SLURM_JOB_ID']}", "time": os.environ.get("SLURM_RESTART_COUNT", "0")}
+    return {"id": f"slurm {os.environ['SLURM_JOB_ID']}", "time": slurm_start(os.environ)}
+
+
+def slurm_start(environ: Mapping[str, str]) -> str:
+    """Which start of its SLURM job a process belongs to: how often that was requeued and, then, restarted: ``2.0``."""
+    return f"{environ.get('SLURM_RESTART_COUNT', '0')}.{environ.get('LIFTDIST_TRY', '0')}"
+
+
+def _is_earlier(job: Mapping[str, str] | None, launch: str | None) -> bool:
+    """Whether a claim is of an earlier start of this job, or of this very start, whose ranks were started again since."""
+    mine = _job()
+    if launch is not None and launch == os.environ.get("LIFTDIST_LAUNCH"):
+        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun has ended the ranks before
+    if mine is None or job is None:
+        return False
+    if mine["id"] == job["id"]:
+        return mine["time"] != job["time"]  # requeued, or restarted by its batch script
+    return job["id"] == f"slurm {os.environ.get('LIFTDIST_AFTER_JOB')}"  # which this one was made to wait for
 
 
 def _this_process() -> dict[str, Any]:
@@ -225,6 +247,7 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
             "time": round(time.time(), 3),
             "version": __version__,
             "job": _job(),
+            "launch": os.environ.get("LIFTDIST_LAUNCH"),
             "process": _this_process(),
             "accepts": attempt.accepts,
         }

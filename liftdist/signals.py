@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from liftdist import files
+from liftdist import failures, files
 from liftdist.config import STOP_SIGNALS
 from liftdist.rundir import STOP_REQUESTED
 
@@ -179,8 +179,9 @@ class Watchdog:
     def _bite(self) -> None:
         # the file system may be what hangs: this rank ends all the same
         threading.Timer(_LAST_WORDS, os._exit, (1,)).start()
-        message = f"liftdist: rank {self._rank}: no progress for {self._seconds:.0f} s (train.hang_timeout)"
-        print(f"{message}; stacks in {self._folder}", file=sys.stderr, flush=True)
+        message = f"no progress for {self._seconds:.0f} s (train.hang_timeout); stacks in {self._folder}"
+        print(f"liftdist: rank {self._rank}: {message}", file=sys.stderr, flush=True)
+        failures.say(message, failures.LOST_PEERS)
         try:
             files.real_folder(self._folder)
             descriptor = os.open(self._stacks(self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)

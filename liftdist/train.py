@@ -8,10 +8,11 @@ The same command continues a run that was stopped, killed or preempted, from its
 
 from __future__ import annotations
 
-from liftdist import signals
+from liftdist import failures, signals
 
 STOP = signals.StopRequests()
 if __name__ == "__main__":
+    failures.start()
     STOP.catch()  # the imports below take seconds in which a signal must not be lost, nor taken for a crash
 
 import argparse
@@ -49,17 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
     options = parser.parse_intermixed_args(arguments)
     signals.die_with_parent()
+    met = False  # whether the others are there, and end alike
     try:
         config, text = configs.load(options.config, options.overrides)
         STOP.catch(config.train.stop_signals)
         with meshes.start(config.mesh) as mesh:
+            met = True
             if options.select_only:
                 prepare.select_only(config, mesh, signals.Pulse(STOP))
             else:
                 train(config, mesh, text, changes.allowed_by(options.flags))
     except UserError as error:
-        _say(str(error))
-        _leave(configs.EXIT_USER_ERROR)
+        if not failures.say(str(error), failures.USER_ERROR):
+            _say(str(error))
+        _leave(configs.EXIT_USER_ERROR, met)
     except Stopped as reason:
         typed = json.loads(os.environ.get("LIFTDIST_COMMAND", "[]"))
         how = (
@@ -69,10 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         _say(f"stopped ({reason}); {how} continues")
         _leave(configs.EXIT_STOPPED)
-    except PeerError:
-        _leave(1)  # the rank that failed shows its traceback
-    except Exception:
-        sys.excepthook(*sys.exc_info())
+    except PeerError as error:
+        failures.say(str(error), failures.LOST_PEERS)
+        sys.exit(1)  # the rank that failed shows its traceback
+    except BaseException as error:  # SystemExit, too: a rank that left early would pass for one that has finished
+        if not failures.record(error) or failures.is_apart():  # else the launcher or the job shows what came first
+            sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(1)  # at once: threads and libraries would wait for peers that may be gone
 
@@ -82,13 +88,13 @@ def _say(message: str) -> None:
         print(f"liftdist: {configs.redact(message)}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int) -> None:
-    """Exit. The launcher learns the code from a file, as torchrun makes every code 1 and prints a report of its own."""
+def _leave(code: int, all_do: bool = True) -> None:
+    """Exit. The launcher learns the code from a file, as torchrun makes every code 1, and starts again what may restart."""
     STOP.ignore()
     status = os.environ.get("LIFTDIST_STATUS_FILE")
     if status:
         Path(status).write_text(str(code))
-        sys.exit(0)
+        sys.exit(0 if all_do else code)
     if code == configs.EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         sys.exit(0)  # torchrun would start again what was asked to stop
     time.sleep(1.0 if int(os.environ.get("LOCAL_RANK", 0)) else 0.0)  # let the speaking rank finish its line
