@@ -459,6 +459,13 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
     if isinstance(value, str):
         if not value:
             return "must not be empty"
+        if "\0" in value:
+            return "must not hold a null character"
+        if value.startswith("~"):
+            try:
+                Path(value).expanduser()
+            except RuntimeError:
+                return "names the home folder of nobody"
         if bounds["choices"] and value not in bounds["choices"]:
             near = difflib.get_close_matches(value, bounds["choices"], n=1)
             return f"must be one of {', '.join(bounds['choices'])}" + (f" (did you mean {near[0]}?)" if near else "")

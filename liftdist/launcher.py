@@ -18,6 +18,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import logging
 import os
 import platform
 import re
@@ -38,7 +39,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from liftdist import config as configs
-from liftdist import failures, files, rundir
+from liftdist import failures, files, rundir, scheduler
 from liftdist.config import Config, UserError
 from liftdist.failures import Failure
 
@@ -127,7 +128,7 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
     if "LIFTDIST_HEAD" in environ:  # the batch script has looked for a free port
         head, port = split_endpoint(environ["LIFTDIST_HEAD"])
     else:
-        names = node_names(environ["SLURM_STEP_NODELIST"])
+        names = scheduler.node_names(environ["SLURM_STEP_NODELIST"])
         head = resolve(names[0]) if rank else outgoing_address(resolve(names[1]))
         port = PORTS[(int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])) % len(PORTS)]
     if rank == 0:
@@ -228,15 +229,6 @@ def free_port(seed: int) -> int:
             check_port("127.0.0.1", port)
             return port
     raise UserError(f"no free port from {PORTS.start} to {PORTS.stop} on {platform.node()}")
-
-
-def node_names(nodelist: str) -> list[str]:
-    """The names in SLURM's short form, ``node[1-3,7]``."""
-    command = ["scontrol", "show", "hostnames", nodelist]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError) as error:
-        raise UserError(f"nodes {nodelist}: scontrol cannot name them: {error}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -383,6 +375,10 @@ def _become_torchrun(
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+        for logger in logging.root.manager.loggerDict.values():  # torch may have been imported before
+            for handler in getattr(logger, "handlers", ()):
+                if isinstance(handler, logging.StreamHandler):
+                    handler.setStream(sys.stderr)
         if environment.get("TORCH_CPP_LOG_LEVEL") != quiet:
             del os.environ["TORCH_CPP_LOG_LEVEL"]  # ranks keep their warnings
         try:

@@ -252,3 +252,11 @@ def parse_table(text: str) -> list[Job]:
         id, task, state, nodes, reason = line.split("|", 4)
         found.append(Job(f"{id}_{task}" if task.isdigit() else id, state, nodes, reason))
     return found
+
+
+def node_names(nodelist: str) -> list[str]:
+    """The names in SLURM's short form, ``node[1-3,7]``. Raises ``UserError``."""
+    done = run(["scontrol", "show", "hostnames", nodelist])
+    if done.returncode:
+        raise UserError(f"nodes {nodelist}: {done.stderr.strip()}")
+    return done.stdout.split()

@@ -59,10 +59,13 @@ def submit(options: argparse.Namespace) -> None:
     overrides = list(options.overrides)
     for name in SETTINGS:
         if (value := getattr(options, name)) is not None:
+            _check_word(f"--{name.replace('_', '-')}", value)
             overrides.append(f"slurm.{name}={value if value.isdigit() else json.dumps(value)}")
     words = [*options.flags, options.config, *overrides]
     if options.chain < 1:
         raise UserError(f"--chain must be at least 1, got {options.chain}")
+    for name in ("job_name", "array", "dependency"):
+        _check_word(f"--{name.replace('_', '-')}", getattr(options, name))
     points = job.sweep(options.sweep)
     array = options.array or (f"0-{len(points) - 1}" if options.sweep else None)
     if array is not None and options.chain > 1:
@@ -96,6 +99,11 @@ def submit(options: argparse.Namespace) -> None:
         f"liftdist status {shlex.quote(str(base))} shows how it goes; liftdist logs -f, liftdist cancel",
         file=sys.stderr,
     )
+
+
+def _check_word(option: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):  # argparse makes a list of `--option=--`
+        raise UserError(f"{option}: must have a value")
 
 
 def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool) -> Path:

@@ -18,6 +18,7 @@ if __name__ == "__main__":
 import argparse
 import contextlib
 import json
+import math
 import os
 import sys
 import time
@@ -251,6 +252,8 @@ class _Loop:
     ) -> None:
         self.trainer, self.recorder, self.console = trainer, recorder, console
         self.checkpointer, self.pulse, self.origin = checkpointer, pulse, origin
+        self._step_seconds = 0.0
+        self._lead = float(os.environ.get("LIFTDIST_LEAD", "inf"))  # seconds from a scheduler's warning to its end
 
     def to_the_end(self) -> None:
         """All steps that are left. Raises ``Stopped``, between steps or inside an evaluation, where all ranks agreed to."""
@@ -272,6 +275,7 @@ class _Loop:
                     elapsed = time.perf_counter() - began
                     figures |= rank_figures(trainer, elapsed, trainer.step - first, tokens)
                     self.recorder.scalars(trainer.step, figures)
+                    self._step_seconds = figures["time/step"]
                     left = figures["time/step"] * (trainer.steps - trainer.step)
                     progress.step(trainer.step, trainer.steps, _note(figures), left)
                     began, first, tokens = time.perf_counter(), trainer.step, 0.0
@@ -334,9 +338,20 @@ class _Loop:
             self.pulse.fail(outcome)
         elif outcome is not None:
             self.console.say(f"checkpoint {outcome.name}")
+            self._check_lead(outcome.seconds)
             self.recorder.scalars(
                 self.trainer.step, {"checkpoint/seconds": outcome.seconds, "checkpoint/gib": outcome.bytes / GIB}
             )
+
+    def _check_lead(self, save_seconds: float) -> None:
+        """Say once if a job would end before it has saved: a save may be under way, and the step, when the warning comes."""
+        needed = self._step_seconds + 2 * save_seconds
+        if needed > self._lead:
+            self.console.say(
+                f"the warning comes {self._lead:.0f} s before the time limit, but a step and two saves take {needed:.0f} s: "
+                f"set slurm.signal_lead={math.ceil(2 * needed)}"
+            )
+            self._lead = math.inf
 
 
 def rank_figures(trainer: Trainer, elapsed: float, steps: int, tokens: float) -> dict[str, float]:

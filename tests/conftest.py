@@ -66,3 +66,23 @@ def small_disk(tmp_path):
         pytest.skip(f"needs to mount a file system: {mounted.stderr.decode().strip()}")
     yield folder
     subprocess.run(["umount", "-l", folder], check=True)
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """A SLURM cluster of real daemons on this machine, six nodes with an address each; all tests share it."""
+    command = [ROOT / "slurm" / "cluster", "--dir", "/tmp/liftdist-slurm-tests", "--network", "10.78.0"]
+    subprocess.run([*command, "down"], check=False, capture_output=True)  # of tests that were killed
+    started = subprocess.run(
+        [*command, "up", "6", "--slurmd-timeout", "8"], check=False, capture_output=True, text=True
+    )
+    if started.returncode:
+        problem = started.stderr.strip()
+        assert "LIFTDIST_TEST_SLURM" not in os.environ, problem
+        pytest.skip(problem)
+    before = os.environ.copy()
+    os.environ["SLURM_CONF"] = "/tmp/liftdist-slurm-tests/slurm.conf"
+    yield lambda *words: subprocess.run([*command, *words], check=True, capture_output=True, text=True).stdout
+    os.environ.clear()
+    os.environ.update(before)
+    subprocess.run([*command, "down"], check=True, capture_output=True)

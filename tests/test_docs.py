@@ -21,7 +21,7 @@ def test_the_table_of_settings_is_generated():
 def test_every_config_is_valid_and_starts_with_its_command(path):
     config, _ = configs.load(path)
     first = path.read_text().splitlines()[0]
-    assert first.startswith(("# liftdist train configs/", "# torchrun "))
+    assert first.startswith(("# liftdist train configs/", "# liftdist submit configs/"))
     words = shlex.split(first[2:].split("    ")[0])
     assert f"configs/{path.name}" in words
     assert config.run_dir == f"runs/{path.stem}"

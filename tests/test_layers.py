@@ -41,7 +41,7 @@ ALLOWED = {
         "changes", "checkpoint", "delta", "export", "failures", "files", "mesh", "metrics", "preflight", "prepare", "principal",
         "rundir", "saver", "signals", "trainer", "weights",
     },
-    "launcher": {"failures", "files", "rundir"},
+    "launcher": {"failures", "files", "rundir", "scheduler"},
     "scheduler": set(),
     "job": {"changes", "failures", "files", "launcher", "preflight", "rundir", "scheduler"},
     "submit": {"changes", "job", "preflight", "rundir", "scheduler"},

@@ -1,0 +1,46 @@
+"""Put on PYTHONPATH: the rank of ``FAULT=rank:step:kind`` fails when it is about to take that step.
+
+``SLOW`` are seconds by which every step is longer, ``SLOW_FIRST`` by which those before the first requeue are.
+"""
+
+import os
+import signal
+import sys
+import time
+
+SLOW = float(os.environ.get("SLOW" if "SLURM_RESTART_COUNT" in os.environ else "SLOW_FIRST", os.environ.get("SLOW", 0)))
+RANK, STEP, KIND = (os.environ.get("FAULT", "") + "::").split(":")[:3]
+
+
+def fail():
+    if KIND == "bug":
+        raise ZeroDivisionError("a bug in this rank")
+    if KIND == "leave":
+        os._exit(0)
+    if KIND == "exit":
+        sys.exit(0)
+    if KIND == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Finder:
+    """Patches the trainer while ``liftdist.prepare`` is imported, which is after it."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "liftdist.prepare":
+            sys.meta_path.remove(self)
+            from liftdist import trainer
+
+            run_step = trainer.Trainer.run_step
+
+            def faulty(self):
+                time.sleep(SLOW)
+                if os.environ.get("RANK") == RANK and self.step + 1 == int(STEP):
+                    fail()
+                return run_step(self)
+
+            trainer.Trainer.run_step = faulty
+
+
+if "RANK" in os.environ and (KIND or SLOW):
+    sys.meta_path.insert(0, Finder())

@@ -1,0 +1,266 @@
+"""``liftdist submit`` before anything is queued: what it composes, what it refuses, and that no word of it is ever run."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_data import write_records
+from test_signals import write_config
+
+from liftdist import cli, job, scheduler, submit
+from liftdist import config as configs
+from liftdist.config import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    return write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+
+
+def run(*words):
+    """A command of the user's, in this process; its exit code and what it printed."""
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            cli.main([str(word) for word in words])
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+    return code, said.getvalue()
+
+
+def test_the_command_can_be_pasted(config, tmp_path):
+    words = ["--nodes=4", "--gpus-per-node=8", "--time=12:00:00", "--partition=gpu", "--exclude=bad[1-3]", "--dry-run"]
+    code, said = run("submit", config, "train.seed=7", f"run_dir={tmp_path}/my run", *words)
+    assert code == 0
+    command = shlex.split(said)
+    assert command[0] == "env"
+    at = command.index("sbatch")
+    script = command.index(str(ROOT / "slurm" / "train.sbatch"))
+    assert set(command[at + 1 : script]) == {
+        "--parsable", "--requeue", "--job-name=my_run", "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8",
+        "--time=12:00:00", "--partition=gpu", "--exclude=bad[1-3]", "--open-mode=append", "--signal=B:USR1@300",
+        f"--output={tmp_path}/my run/logs/slurm-%j.out",
+    }  # fmt: skip
+    assert command[script + 1 : script + 4] == [str(config), "train.seed=7", f"run_dir={tmp_path}/my run"]
+    assert not (tmp_path / "my run").exists()
+    again, echoed = run("submit", *command[script + 1 :], "--dry-run")
+    assert (again, shlex.split(echoed)) == (0, command)  # the settings say all
+
+
+def test_arrays_and_sweeps(config, tmp_path):
+    code, said = run("submit", config, "--sweep=optimizer.lr=1e-3,1e-4", "--sweep=train.seed=1,2", "--dry-run")
+    assert code == 0
+    assert "--array=0-3" in said
+    words = ["--sweep", "optimizer.lr=1e-3,1e-4", "--sweep", "train.seed=1,2", str(config)]
+    resolved = [job.of_task(words, index) for index in range(4)]
+    assert [words[1:3] for words in resolved] == [
+        [f"optimizer.lr={lr}", f"train.seed={seed}"] for lr in ("1e-3", "1e-4") for seed in (1, 2)
+    ]
+    assert len({words[3] for words in resolved}) == 4  # a run directory each
+    with pytest.raises(UserError, match="array index 4: the sweep has 4 values"):
+        job.of_task(words, 4)
+    with pytest.raises(UserError, match="needs a job array"):
+        job.of_task(words, None)
+    assert submit._indices("0-6:3,9%2") == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--sweep=optimizer.lr"], "expected key=a,b,c"),
+        (["--sweep=optimizer.lr=1e-3,"], "expected key=a,b,c"),
+        (["--sweep=optimizer.rl=1,2"], "unknown key 'optimizer.rl'"),
+        (["--nodes=two"], "slurm.nodes"),
+        (["--nodes=0"], "must be at least 1"),
+        (["--time=soon"], "slurm.time: is not of a form that SLURM takes"),
+        (["--chain=0"], "--chain must be at least 1"),
+        (["--chain=2", "--array=0-1"], "not with a job array"),
+        (["--array=0-99999"], "more than 1000 tasks"),
+        (["--nodes=3", "mesh.dp_replicate=2"], "3 ranks cannot be 2 replicas"),
+        (["data.path=no-such.jsonl"], "no such file"),
+        (["model.path=./no-such"], "no such folder"),
+        (["train.stpes=3"], "did you mean 'train.steps'"),
+        (['slurm.options=["--wrap=touch x"]'], "is not of a form that SLURM takes"),
+    ],
+)
+def test_mistakes_fail_before_anything_is_queued(words, problem, config):
+    code, said = run("submit", config, *words)
+    assert code == 2
+    assert said.startswith("liftdist: ")
+    assert problem in said
+    assert said.count("\n") == 1
+
+
+def test_slurm_is_asked_before_a_job_is_queued(cluster, config, tmp_path):
+    for words, problem in (
+        (["--nodes=99"], "Requested node configuration is not available"),
+        (["--partition=nope"], "invalid partition specified: nope"),
+    ):
+        code, said = run("submit", config, *words)
+        assert code == 2, said
+        assert problem in said
+    assert not (tmp_path / "run" / "jobs.jsonl").exists()
+
+
+def hostile(canary):
+    """Strings that would run something, or pass for something else, where a word is not taken as a word."""
+    commands = [f"touch {canary}", f"touch${{IFS}}{canary}", f">{canary}"]
+    frames = [
+        "$({})", "`{}`", "; {};", "| {}", "|| {}", "&& {}", "& {} &", "\n{}\n", "'; {}; '", '"; {}; "', "x$({})y", "$(({}))",
+        "<({})", ">({})", "x\r\n{}\r\n", "\\$({})", "'$({})'", '"$({})"', "${{x:-$({})}}", "*; {}", "--wrap={}", "-{}",
+        "--output=/dev/null;{}", "%j$({})", "../$({})", "~$({})", "!{}", "#SBATCH --wrap={}", "x #{}", "a b;{}", "$'\\n'{}",
+        "\t{}", "=$({})", "a=$({})", "{{a,$({})}}", "$IFS$({})", "x\\\n{}",
+    ]  # fmt: skip
+    plain = [
+        "..",
+        "../..",
+        "-",
+        "--",
+        "--help",
+        "-J",
+        "/",
+        "",
+        " ",
+        "%",
+        "%j",
+        "~",
+        "*",
+        "?",
+        "[",
+        "\\",
+        "'",
+        '"',
+        "\u202e",
+        "é",
+    ]
+    return [frame.format(command) for frame in frames for command in commands] + plain
+
+
+PLACES = {
+    "--partition": "--partition={}",
+    "--container": "--container={}",
+    "--job-name": "--job-name={}",
+    "--array": "--array={}",
+    "--dependency": "--dependency={}",
+    "--sweep": "--sweep=data.subset={},x",
+    "option": 'slurm.options=["--comment={}"]',
+    "run_dir": "run_dir={}",
+    "value": "data.subset={}",
+    "key": "{}=1",
+    "config": None,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_word_is_ever_run(place, cluster, config, tmp_path, monkeypatch):
+    """Over a hundred hostile strings in every place: refused, or handed on as a word, to SLURM too."""
+    canary = tmp_path / "canary"
+    monkeypatch.chdir(tmp_path)
+    strings = hostile("canary")
+    assert len(strings) > 100
+    accepted = 0
+    for text in strings:
+        words = [config, PLACES[place].format(text)] if PLACES[place] else [f"./{text}"]
+        code, said = run("submit", *words, "--dry-run")
+        if code == 0 and said.startswith("env "):
+            accepted += 1
+            assert any(text in word for word in shlex.split(said)) or place in ("config", "option")
+            pasted = said.replace(" sbatch ", " sbatch --test-only ", 1)
+            subprocess.run(["bash", "-c", pasted], check=False, capture_output=True, timeout=60)
+        else:
+            assert code == 2, (text, said)
+            assert "Traceback" not in said
+    assert not canary.exists()
+    assert accepted >= {"run_dir": 40, "value": 60, "container": 80}.get(place.removeprefix("--"), 0)
+
+
+def test_only_what_slurm_takes_reaches_its_options():
+    """The settings that become options of sbatch; two of them are tried through the command above."""
+    bounds = {key: leaf.metadata for key, leaf in configs.settings() if key.startswith("slurm.")}
+    free = {"slurm.container", "slurm.container_runtime"}
+    texts = {key for key, bound in bounds.items() if bound["pattern"]}
+    numbers = {key for key, leaf in configs.settings() if key in bounds and "int" in str(leaf.type)}
+    assert texts | numbers | free == set(bounds)
+    for key in texts:
+        for text in hostile("canary"):
+            taken = configs._problem(text, bounds[key]) is None
+            assert not taken or re.fullmatch(r"[A-Za-z0-9_@%+.,:/=\[\]()*&|-]+", text, re.ASCII), (key, text)
+
+
+def test_a_job_with_hostile_names_trains(cluster, config, tmp_path):
+    """Past the submission: in the batch script, on the nodes, in the log's name."""
+    run_dir = tmp_path / "a b$(touch canary)`touch canary`'\"; touch canary; %j#&|"
+    words = ["train.steps=2", "train.export=false", f"run_dir={json.dumps(str(run_dir))}", "data.split=$(touch canary)"]
+    code, said = run("submit", config, *words)
+    assert code == 0, said
+    id = re.search(r"^job (\d+)", said, re.M)[1]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        subprocess.run(
+            [sys.executable, "-m", "liftdist.cli", "logs", "-f", run_dir], timeout=90, check=True, capture_output=True
+        )
+    assert "finished at step 2" in run_dir.joinpath("logs", f"slurm-{id}.out").read_text()
+    assert not [path for path in (ROOT, tmp_path, Path.cwd()) if (path / "canary").exists()]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What SLURM answers.
+
+SHOWN = """JobId=12 ArrayJobId=11 ArrayTaskId=3 JobName=x JobState=FAILED Restarts=9
+   UserId=u(0) GroupId=u(0) MCS_label=N/A
+   JobState=RUNNING Reason=None Dependency=(null)
+   Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode=0:0
+   RunTime=00:00:04 TimeLimit=1-00:10:00 TimeMin=N/A
+   StartTime=2026-11-22T10:17:12 EndTime=2026-11-23T10:27:12 Deadline=N/A
+   PreemptEligibleTime=2026-11-22T10:17:12 PreemptTime=None
+   NodeList=node[2-3]
+   Comment=liftdist: preempted JobState=COMPLETED
+   StdOut=/a b/slurm-12.out
+"""
+
+
+def test_fields_of_a_job_are_not_those_that_a_user_wrote():
+    fields = scheduler.fields(SHOWN)
+    assert fields["JobState"] == "RUNNING"
+    assert fields["Restarts"] == "2"
+    assert fields["StdOut"] == "/a b/slurm-12.out"
+    assert fields["Comment"] == "liftdist: preempted JobState=COMPLETED"
+    assert fields["TimeLimit"] == "1-00:10:00"
+
+
+def test_tables_of_jobs():
+    table = "11|3|RUNNING|node[2-3]|None\n11|4|PENDING||Resources\n12|N/A|CANCELLED|node1|a|b\n"
+    found = scheduler.parse_table(table)
+    assert [known.id for known in found] == ["11_3", "11_4", "12"]
+    assert [known.has_ended for known in found] == [False, False, True]
+    assert found[2].reason == "a|b"
+
+
+def test_who_is_asked_when_squeue_has_forgotten(cluster, tmp_path):
+    """The first of squeue, sacct and scontrol that answers; here without the first, and there is no accounting."""
+    queued = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true", "--job-name=x JobState=COMPLETED"]
+    id = subprocess.run(queued, capture_output=True, text=True, check=True).stdout.strip()
+    assert [(known.id, known.state) for known in scheduler.jobs([id, "999999"])] == [(id, "PENDING")]
+    assert [(known.id, known.state) for known in scheduler._scontrol([id])] == [(id, "PENDING")]
+    assert scheduler._sacct([id]) == []
+    subprocess.run(["scancel", id], check=True)
+
+
+def test_without_slurm_there_is_one_line(config, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    code, said = run("submit", config)
+    assert (code, said) == (2, "liftdist: sbatch: not found; this is no machine of a SLURM cluster\n")
+
+
+def test_the_lead_of_the_warning_is_what_was_asked(config):
+    assert "--signal=B:USR1@90" in run("submit", config, "slurm.signal_lead=90", "--dry-run")[1]
+    assert os.environ.get("LIFTDIST_LEAD") is None
