@@ -215,10 +215,15 @@ class SlurmConfig:
     options: list[str] = _slurm([], "more options of sbatch, each as `--name=value`", pattern=OPTION)
     container: str | None = _slurm(None, "image to run in")
     container_runtime: str = _slurm("pyxis", "what runs the image", choices=("pyxis", "apptainer"))
+    container_mounts: list[str] = _slurm(
+        [], "folders that the container sees, besides the current one and the home folder"
+    )
     signal_lead: int = _slurm(
         300, "seconds before the time limit at which the run is told to save and stop", at_least=10
     )
-    max_restarts: int = _slurm(1, "times that crashed ranks are started again inside a job", at_least=0)
+    max_restarts: int = _slurm(
+        1, "times in a row, without a new checkpoint, that crashed ranks are started again", at_least=0
+    )
     max_preemptions: int = _slurm(100, "times that a preempted job is requeued", at_least=0)
     max_time_limits: int = _slurm(100, "times that a job at its time limit is requeued", at_least=0)
     max_node_failures: int = _slurm(10, "times that a job is requeued because of a node", at_least=0)
@@ -418,6 +423,7 @@ _LISTS = {
     "optimizer.betas": "[0.9, 0.95]",
     "train.stop_signals": "[SIGTERM, SIGUSR1]",
     "slurm.options": '["--mail-type=END"]',
+    "slurm.container_mounts": "[/scratch]",
 }
 
 

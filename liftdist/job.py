@@ -23,7 +23,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -36,7 +36,7 @@ from liftdist.config import Config, UserError
 JOBS = "jobs.jsonl"  # in the run directory: what its jobs did and why, one line an event
 PROBLEMS = "problems.json"  # in the folder of logs: what the check of the nodes found
 SILENT = 4 * launcher.HEARTBEAT  # seconds without a sign of life after which a node is taken for dead
-CHECK_TIMEOUT = 30.0  # seconds that nodes have to find each other
+CHECK_TIMEOUT = 120.0  # seconds that nodes have to find each other
 SLURMD_PORT = 6818  # where nodes listen unless SLURM says otherwise
 PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time limit", "node failure"  # causes to requeue a job
 COMPARED = ("liftdist", "torch", "transformers")
@@ -104,7 +104,7 @@ def _load(arguments: Sequence[str]) -> tuple[Config, str, set[str]]:
 def note(run_dir: Path, event: str, **fields: Any) -> None:
     """Append an event to the history."""
     with files.open_to_append(run_dir / JOBS) as file:
-        file.write(json.dumps({"event": event, "time": round(time.time(), 3), **fields}) + "\n")
+        file.write(f"\n{json.dumps({'event': event, 'time': round(time.time(), 3), **fields})}\n")
 
 
 def history(run_dir: Path) -> list[Event]:
@@ -141,13 +141,13 @@ def refusal(config: Config, events: Sequence[Event], family: str, cause: str, st
         TIME_LIMIT: ("slurm.max_time_limits", config.slurm.max_time_limits),
         NODE_FAILURE: ("slurm.max_node_failures", config.slurm.max_node_failures),
     }
-    requeues = [e for e in events if e["event"] == "end" and e["family"] == family and e["action"] == "requeue"]
     setting, bound = bounds[cause]
-    spent = sum(event["cause"] == cause for event in requeues)
-    if spent >= bound:
-        return f"requeued {spent} times for this, as often as {setting} allows"
-    if requeues and step <= requeues[-1]["step"]:
-        return f"no step was saved since it was requeued at step {requeues[-1]['step']}"
+    of_cause = [e for e in events if e["event"] == "end" and e["family"] == family and e["cause"] == cause]
+    before = [event for event in of_cause if event["action"] in ("requeue", "nothing")]  # by itself, or by SLURM
+    if len(before) >= bound:
+        return f"requeued {len(before)} times for this, as often as {setting} allows"
+    if before and step <= before[-1]["step"]:
+        return f"no step was saved since it was last requeued for this, at step {before[-1]['step']}"
     return None
 
 
@@ -169,15 +169,24 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
     config, text, allowed = _load(resolved)
     run_dir = Path(config.run_dir).expanduser()
     changes.check_settings(config, text, allowed)
-    start = _this_start()
-    events = history(run_dir)
-    step = committed_step(run_dir)
-    _check_chain(events)
-    _close_the_last_start(config, run_dir, events, start, step)
-    preflight.check(config, ranks_per_node(config) * len(nodes), training=True)
+    start, step = _this_start(), committed_step(run_dir)
+    try:
+        _check_chain(history(run_dir))
+        _check_requeued(config, run_dir, start, step)
+        preflight.check(config, ranks_per_node(config) * len(nodes), training=True)
+    except UserError as error:
+        if (run_dir / JOBS).exists():  # those that wait for this job must hear of it
+            note(run_dir, "end", **start, cause=None, action="fail", step=step, message=str(error))
+        raise
     head = launcher.outgoing_address(launcher.resolve(nodes[1])) if len(nodes) > 1 else "127.0.0.1"
     port = launcher.free_port(int(os.environ["SLURM_JOB_ID"]) * 7)
     logs = rundir.logs(run_dir, start_name(start))
+    for path in logs.iterdir():  # of another cluster, where a job had this number
+        path.unlink()
+    given = next(word for word in resolved if not word.startswith("--"))
+    kept = logs / "config.yaml"  # whoever edits his file now means another run
+    files.write(kept, Path(given).read_text())
+    resolved[resolved.index(given)] = str(kept)
     output = str(Path("/proc/self/fd/2").readlink())
     note(run_dir, "start", **start, nodes=list(nodes), step=step, log=output if output.startswith("/") else None)
     return [str(run_dir), str(logs), f"[{head}]:{port}" if ":" in head else f"{head}:{port}", *resolved]
@@ -196,21 +205,28 @@ def _check_chain(events: Sequence[Event]) -> None:
         raise UserError(f"job {before}, before this one, failed: {ends[-1]['message']}; this one does not try again")
 
 
-def _close_the_last_start(config: Config, run_dir: Path, events: list[Event], start: Event, step: int) -> None:
-    """A start that could not note its end was killed with its node, or preempted without warning, and requeued by SLURM."""
+def _check_requeued(config: Config, run_dir: Path, start: Event, step: int) -> None:
+    """Where SLURM requeued the job by itself: bound that, too.
+
+    A start that could not note its end was killed with its node, or preempted without warning.
+    """
+    events = history(run_dir)
     mine = [event for event in events if event.get("job") == start["job"] and event["event"] in ("start", "end")]
-    if not mine or mine[-1]["event"] != "start":
+    if not mine:
         return
-    problem = refusal(config, events, start["family"], NODE_FAILURE, step)
-    lost = {key: mine[-1][key] for key in ("job", "start", "family")}
-    silent = _unheard(mine[-1]["nodes"], rundir.logs(run_dir, start_name(lost)))
-    of = f", {', '.join(silent)} first" if silent else ""
-    message = f"ended without a word at step {step}{of}: a node was lost, or the job was killed"
-    action = "fail" if problem else "requeue"
-    note(run_dir, "end", **lost, cause=NODE_FAILURE, action=action, step=step, message=message)
-    if problem:
-        raise UserError(f"start {start_name(lost)} {message}; {problem}")
-    print(f"liftdist: start {start_name(lost)} {message}", file=sys.stderr)
+    last = mine[-1]
+    before = [event for event in events if event is not last]
+    if last["event"] == "start":
+        silent = _unheard(last["nodes"], rundir.logs(run_dir, start_name(last)))
+        of = f", {', '.join(silent)} first" if silent else ""
+        message = f"ended without a word at step {step}{of}: a node was lost, or the job was killed"
+        lost = {key: last[key] for key in ("job", "start", "family")}
+        note(run_dir, "end", **lost, cause=NODE_FAILURE, action="nothing", step=step, message=message)
+        print(f"liftdist: start {start_name(last)} {message}", file=sys.stderr)
+    elif last["action"] != "nothing" or last["cause"] != NODE_FAILURE:
+        return
+    if problem := refusal(config, before, start["family"], NODE_FAILURE, step):
+        raise UserError(f"requeued by SLURM after a node was lost; {problem}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -221,25 +237,24 @@ def check(nodes: Sequence[str], logs: Path, head: str) -> list[tuple[str, str]]:
     """On every node at once: the head hears of each of them, and says which are not fit.
 
     Returns:
-        On the head ``(node, problem)`` of those that are not; elsewhere nothing.
+        On the head ``(node, problem)`` of those to do without; elsewhere nothing.
 
     Raises:
-        UserError: this node is not fit.
+        UserError: this node does not reach the head; nodes differ in what is installed, or do not see the run directory.
     """
     facts = _facts(logs)
     address, port = launcher.split_endpoint(head)
     if int(os.environ["SLURM_NODEID"]):
         _report(facts, address, port)
         return []
-    heard = _hear(facts, port, len(nodes))
-    problems = [(name, f"no word within {CHECK_TIMEOUT:.0f} s") for name in nodes if name not in heard]
-    mine = heard[facts["node"]]
+    heard = _hear(facts, port, nodes)
     for name, said in heard.items():
-        problems += [(name, said["problem"])] if said["problem"] else []
         for key in ("python", *COMPARED):
-            if said[key] != mine[key]:
-                problems.append((name, f"{key} {said[key]}, but {mine[key]} on {facts['node']}"))
-    return problems
+            if said[key] != facts[key]:
+                raise UserError(f"{name} has {key} {said[key]}, but {facts['node']} has {facts[key]}")
+        if said["problem"]:
+            raise UserError(f"{name}: {said['problem']}")
+    return [(name, f"no word within {CHECK_TIMEOUT:.0f} s") for name in nodes if name not in heard]
 
 
 def _facts(logs: Path) -> dict[str, Any]:
@@ -253,11 +268,8 @@ def _facts(logs: Path) -> dict[str, Any]:
             facts[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             facts[name] = "not installed"
-    wanted, visible = os.environ.get("SLURM_GPUS_ON_NODE", ""), len(list(Path("/dev").glob("nvidia[0-9]*")))
     if not logs.is_dir():
         facts["problem"] = f"does not see {logs}: the run directory must be on a shared file system"
-    elif wanted.isdigit() and 0 < visible < int(wanted):
-        facts["problem"] = f"{visible} GPUs, but {wanted} were asked for"
     return facts
 
 
@@ -278,23 +290,24 @@ def _report(facts: dict[str, Any], address: str, port: int) -> None:
             time.sleep(0.2)
 
 
-def _hear(facts: dict[str, Any], port: int, count: int) -> dict[str, dict[str, Any]]:
+def _hear(facts: dict[str, Any], port: int, nodes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """What each node says, by name; on the head."""
     heard = {facts["node"]: facts}
     family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     connections = []
     with socket.create_server(
-        ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=count
+        ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=len(nodes)
     ) as server:
         ends = time.monotonic() + CHECK_TIMEOUT
-        while len(heard) < count and (left := ends - time.monotonic()) > 0:
+        while len(heard) < len(nodes) and (left := ends - time.monotonic()) > 0:
             server.settimeout(left)
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
                 connection, _ = server.accept()
                 connections.append(connection)
                 connection.settimeout(5)
                 said = json.loads(connection.makefile().readline(10_000))
-                heard[said["node"]] = said
+                if said["node"] in nodes:
+                    heard[said["node"]] = said
         for connection in connections:
             connection.close()
     return heard
@@ -333,11 +346,14 @@ def end(
         assert verdict.cause is not None
         problem = refusal(config, events, start["family"], verdict.cause, step)
         if problem:
-            verdict = Verdict("fail", f"{verdict.message}; not requeued: {problem}", 1, verdict.cause)
+            verdict = replace(verdict, action="fail", message=f"{verdict.message}; not requeued: {problem}")
     elif verdict.action == "restart":
-        restarts = sum(event.get("action") == "restart" and event["family"] == start["family"] for event in events)
-        if restarts >= config.slurm.max_restarts:
-            verdict = Verdict("fail", verdict.message, 1)
+        in_a_row = [e for e in events if e.get("action") == "restart" and e["family"] == start["family"]]
+        if sum(event["step"] == step for event in in_a_row) >= config.slurm.max_restarts:
+            verdict = replace(verdict, action="fail")
+    if verdict.exclude:  # besides those that were left out before
+        known = scheduler.fields(said).get("ExcNodeList", "(null)")
+        verdict = replace(verdict, exclude=[*([known] if known != "(null)" else []), *verdict.exclude])
     fields = dict(cause=verdict.cause, action=verdict.action, step=step, message=verdict.message)
     note(run_dir, "end", **start, **fields, exclude=verdict.exclude)
     return verdict
@@ -358,25 +374,30 @@ def _judge(
     if outcome == "finished":
         return Verdict("done", f"finished at step {step}", 0)
     known = scheduler.fields(said)
+    time_limit = Verdict("requeue", f"time limit, saved step {step}", 1, TIME_LIMIT)
+    if "JobState" not in known:  # this node may be the one that is cut off, and the job run elsewhere by now
+        if outcome == "stopped" and warned and not terminated:
+            return time_limit
+        return Verdict("nothing", f"SLURM does not answer at step {step}, and decides by itself", 1)
     if int(known.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
         lost = silent_nodes(nodes, logs, said)
         without = f" without {', '.join(lost)}" if lost else ""
         return Verdict("nothing", f"requeued by SLURM at step {step}{without}", 0, NODE_FAILURE if lost else None, lost)
     if found and found[0].kind == failures.USER_ERROR:
         return Verdict("fail", found[0].error, configs.EXIT_USER_ERROR)
-    preempted = known.get("PreemptTime", "None") not in ("None", "Unknown")
-    silent = [] if outcome == "stopped" else silent_nodes(nodes, logs, said)
-    if preempted:
+    if known.get("PreemptTime", "None") not in ("None", "Unknown"):
         return Verdict("requeue", f"preempted, saved step {step}", 1, PREEMPTED)
-    if silent:
-        return Verdict("requeue", f"lost {', '.join(silent)} at step {step}", 1, NODE_FAILURE, silent)
     crashed = outcome != "stopped" and bool(found) and found[0].kind == failures.BUG
-    if not crashed and (warned or (terminated and _is_over(known))):
-        return Verdict("requeue", f"time limit, saved step {step}", 1, TIME_LIMIT)
-    if terminated:
-        return Verdict("nothing", f"cancelled, saved step {step}", 1)
-    if outcome == "stopped":
-        return Verdict("fail", f"stopped as asked, saved step {step}", configs.EXIT_STOPPED)
+    if not crashed:
+        silent = [] if outcome == "stopped" else silent_nodes(nodes, logs, said)
+        if silent:
+            return Verdict("requeue", f"lost {', '.join(silent)} at step {step}", 1, NODE_FAILURE, silent)
+        if _is_over(known) if terminated else warned:
+            return time_limit
+        if terminated:
+            return Verdict("nothing", f"cancelled, saved step {step}", 1)
+        if outcome == "stopped":
+            return Verdict("fail", f"stopped as asked, saved step {step}", configs.EXIT_STOPPED)
     summary = failures.summary(found) or launcher.last_words(sorted(logs.glob("node-*.torchrun.log")))
     return Verdict("restart", summary, 1)
 
@@ -407,7 +428,8 @@ def _is_over(said: Mapping[str, str]) -> bool:
 def silent_nodes(nodes: Sequence[str], logs: Path, said: str) -> list[str]:
     """Nodes that are gone: not heard of, out of reach, or down by SLURM's word."""
     gone = {name for name, problem in _preflight_problems(logs) if problem}
-    gone.update(_unheard(nodes, logs, _now(logs)))
+    with contextlib.suppress(FileNotFoundError):
+        gone.update(_unheard(nodes, logs, (logs / "now").stat().st_mtime))  # touched when the training step ended
     addresses = {}
     for block in re.split(r"(?m)^(?=NodeName=)", said):
         found = {
@@ -434,14 +456,7 @@ def _unheard(nodes: Sequence[str], logs: Path, now: float | None = None) -> list
     if not heard:
         return []
     newest = now if now is not None else max((when for when in heard.values() if when < math.inf), default=0.0)
-    return [name for index, name in enumerate(nodes) if newest - heard.get(index, -math.inf) > SILENT]
-
-
-def _now(folder: Path) -> float:
-    """The time by the clock of the file system, as heartbeats are."""
-    probe = folder / "now"
-    probe.touch()
-    return probe.stat().st_mtime
+    return [name for index, name in enumerate(nodes) if newest - heard.get(index, math.inf) > SILENT]
 
 
 def _answers(address: str, port: int) -> bool:
@@ -477,7 +492,8 @@ def main(given: Sequence[str] | None = None) -> None:
             logs = Path(os.environ[failures.LOGS])
             if problems := check(nodes, logs, os.environ["LIFTDIST_HEAD"]):
                 files.write(logs / PROBLEMS, json.dumps(problems))
-                raise UserError("\nliftdist: ".join(f"{name} is not fit: {problem}" for name, problem in problems))
+                print(*(f"liftdist: {name}: {problem}" for name, problem in problems), sep="\n", file=sys.stderr)
+                sys.exit(1)
         elif command == "end":
             warned, terminated, *arguments = rest
             logs, said = Path(os.environ[failures.LOGS]), sys.stdin.read()
@@ -492,7 +508,11 @@ def main(given: Sequence[str] | None = None) -> None:
             exclude, script, *arguments = rest
             answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, os.environ["LIFTDIST_LEAD"])
     except UserError as error:
-        print(f"liftdist: {configs.redact(str(error))}", file=sys.stderr)
+        text = configs.redact(str(error))
+        print(f"liftdist: {text}", file=sys.stderr)
+        if command == "check" and not int(os.environ["SLURM_NODEID"]):
+            failed = failures.Failure(0, 0, platform.node(), time.time(), text, kind=failures.USER_ERROR)
+            failures.write(Path(os.environ[failures.LOGS]), failed)
         sys.exit(configs.EXIT_USER_ERROR)
     sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in answer))
 

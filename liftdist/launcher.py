@@ -64,7 +64,7 @@ class Place:
     port: int = 0
     id: str = ""  # of this start of this job, the same on all nodes and never used again
     address: str = ""  # of this node, as the others reach it
-    in_slurm: bool = False
+    in_job: bool = False  # started by the batch script, which decides by what nodes and ranks leave behind
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,9 +123,10 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
         raise UserError(f"{tasks} tasks on {nodes} nodes: start one a node, srun --ntasks-per-node=1")
     start = start_name(*this_job(environ))
     rank = int(environ["SLURM_NODEID"])
+    in_job = failures.LOGS in environ
     if nodes == 1:
-        return Place(id=start, in_slurm=True)
-    if "LIFTDIST_HEAD" in environ:  # the batch script has looked for a free port
+        return Place(id=start, in_job=True) if in_job else Place()
+    if in_job:  # the batch script has looked for a free port
         head, port = split_endpoint(environ["LIFTDIST_HEAD"])
     else:
         names = scheduler.node_names(environ["SLURM_STEP_NODELIST"])
@@ -133,7 +134,7 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
         port = PORTS[(int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])) % len(PORTS)]
     if rank == 0:
         check_port(head, port)
-    return Place(nodes, rank, head, port, start, head if rank == 0 else outgoing_address(head), in_slurm=True)
+    return Place(nodes, rank, head, port, start, head if rank == 0 else outgoing_address(head), in_job)
 
 
 def this_job(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
@@ -242,7 +243,7 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
         The exit code: a rank's own for what it knows (2, 75), 0, or torchrun's. In SLURM torchrun's alone, which is 0 where
         all ranks ended alike: a bad exit would end the other nodes, and ``run_dir`` tells how the run ended.
     """
-    nproc = options.nproc or (config.slurm.ranks_per_node if where.in_slurm else None) or _gpus()
+    nproc = options.nproc or (config.slurm.ranks_per_node if where.in_job else None) or _gpus()
     logs: Path | None = None
     if where.id:
         logs = rundir.logs(Path(config.run_dir).expanduser(), where.id)
@@ -255,10 +256,10 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
         files.write(report, json.dumps({"host": platform.node()}))
         torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), "-m", "liftdist.train", *command]
         with _heartbeat(report):
-            code = _supervise(torchrun, environment, agent_log, folder, where.in_slurm)
+            code = _supervise(torchrun, environment, agent_log, folder, where.in_job)
         known = _status(status)
         files.write(report, json.dumps({"host": platform.node(), "ended": time.time(), "code": known or code}))
-        if where.in_slurm:
+        if where.in_job:
             if code:
                 (folder / FAILED).touch()
             return code
@@ -281,7 +282,7 @@ def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]
     if where.nnodes == 1:
         return [*composed, "--standalone"]
     head = f"[{where.head}]" if ":" in where.head else where.head
-    conf = {"is_host": where.node_rank == 0, "join_timeout": JOIN_TIMEOUT_SLURM if where.in_slurm else JOIN_TIMEOUT}
+    conf = {"is_host": where.node_rank == 0, "join_timeout": JOIN_TIMEOUT_SLURM if where.in_job else JOIN_TIMEOUT}
     return [
         *composed,
         f"--nnodes={where.nnodes}",
@@ -294,7 +295,7 @@ def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]
 
 
 def _environment(nproc: int, where: Place, folder: Path, logs: Path | None) -> dict[str, str]:
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if where.in_slurm else 0
+    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if where.in_job else 0
     cores = cores or len(os.sched_getaffinity(0))
     environment = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),  # several ranks share the cores of one machine
@@ -323,7 +324,7 @@ def _scratch(logs: Path | None) -> Iterator[Path]:
             yield Path(folder)
 
 
-def _supervise(torchrun: list[str], environment: dict[str, str], log: Path, folder: Path, in_slurm: bool) -> int:
+def _supervise(torchrun: list[str], environment: dict[str, str], log: Path, folder: Path, in_job: bool) -> int:
     """Run torchrun in a session of its own, hand signals to its ranks, and return its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
@@ -341,7 +342,7 @@ def _supervise(torchrun: list[str], environment: dict[str, str], log: Path, fold
                 print("liftdist: stopping; interrupt once more to end without saving", file=sys.stderr, flush=True)
             elif interrupts >= _INTERRUPTS:
                 os.kill(child, signal.SIGKILL)
-        if in_slurm:
+        if in_job:
             return  # which has signalled the ranks itself
         for task in Path(f"/proc/{child}/task").glob("*/children"):
             with contextlib.suppress(OSError):
@@ -466,8 +467,13 @@ def main(given: Sequence[str] | None = None) -> None:
         config, _ = configs.load(words[0], words[1:])
         code = launch(config, options, place(config, options), command)
     except UserError as error:
-        print(f"liftdist: {configs.redact(str(error))}", file=sys.stderr)
+        text = configs.redact(str(error))
+        print(f"liftdist: {text}", file=sys.stderr)
         code = configs.EXIT_USER_ERROR
+        if failures.LOGS in os.environ:  # for the batch script
+            node = int(os.environ["SLURM_NODEID"])
+            failed = Failure(-1 - node, 0, platform.node(), time.time(), text, kind=failures.USER_ERROR)
+            failures.write(Path(os.environ[failures.LOGS]), failed)
     sys.exit(code)
 
 

@@ -92,6 +92,7 @@ def sbatch(
             "exclude": slurm.exclude,
             "array": array,
             "dependency": dependency,
+            "export": "ALL",
             "open-mode": "append",
             "output": _pattern(log / ("slurm-%A_%a.out" if array else "slurm-%j.out")),
             "signal": f"B:USR1@{slurm.signal_lead}",
@@ -113,7 +114,8 @@ def again(said: str, exclude: str, batch_script: str, arguments: Sequence[str], 
             "nodes": environ["SLURM_JOB_NUM_NODES"],
             "ntasks-per-node": 1,
             "cpus-per-task": environ.get("SLURM_CPUS_PER_TASK"),
-            "gpus-per-node": environ.get("SLURM_GPUS_PER_NODE"),
+            "gpus-per-node": environ.get("SLURM_GPUS_PER_NODE") or environ.get("SLURM_GPUS_ON_NODE"),
+            "mem": environ.get("SLURM_MEM_PER_NODE"),
             "time": fields(said).get("TimeLimit"),
             "partition": environ.get("SLURM_JOB_PARTITION"),
             "account": environ.get("SLURM_JOB_ACCOUNT"),
@@ -123,6 +125,7 @@ def again(said: str, exclude: str, batch_script: str, arguments: Sequence[str], 
             "exclude": exclude or None,
             "array": environ.get("SLURM_ARRAY_TASK_ID"),
             "dependency": f"afterany:{environ['SLURM_JOB_ID']}",
+            "export": "ALL",
             "open-mode": "append",
             "output": _pattern(Path(fields(said).get("StdOut", "liftdist.out"))),
             "signal": f"B:USR1@{lead}",
@@ -140,7 +143,8 @@ def _named(options: Mapping[str, object]) -> list[str]:
 
 def container(slurm: SlurmConfig) -> list[str]:
     """The options of the batch script for a container."""
-    return [f"--{slurm.container_runtime}", slurm.container] if slurm.container else []
+    mounts = ["--mounts", ",".join(slurm.container_mounts)] if slurm.container_mounts else []
+    return [f"--{slurm.container_runtime}", slurm.container, *mounts] if slurm.container else []
 
 
 def _pattern(path: Path) -> str:
@@ -196,53 +200,64 @@ def fields(said: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in said.splitlines():
         free = re.match(r"\s*(Comment|Command|WorkDir|Std(?:Out|Err|In)|AdminComment|SystemComment)=(.*)", line)
-        named = re.match(r"\s*(JobId)=(\S+)", line)
+        named = re.match(r"\s*JobId=", line)
         if free:
             found.setdefault(free[1], free[2])
-        elif named:
-            found.setdefault(named[1], named[2])
         else:
-            for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", line):
+            known = line.partition(" JobName=")[0] if named else line
+            for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", known):
                 found.setdefault(key, value)
     return found
 
 
 def jobs(ids: Iterable[str]) -> list[Job]:
     """The state of these jobs, and of each task of those that are arrays: by the first of ``squeue``, ``sacct`` and ``scontrol``
-    that knows each."""
+    that knows each.
+
+    Raises:
+        UserError: SLURM does not answer.
+    """
     found: list[Job] = []
+    problems: list[str] = []
     for ask in (_squeue, _sacct, _scontrol):
         known = {name for job in found for name in (job.id, job.id.partition("_")[0])}
-        left = [id for id in dict.fromkeys(ids) if id not in known]
-        if left:
-            found += ask(left)
+        for id in dict.fromkeys(ids):
+            if id not in known:
+                done, jobs_of = ask(id)
+                found += jobs_of
+                if (
+                    done.returncode and "Invalid job id" not in done.stderr and ask is not _sacct
+                ):  # which may be switched off
+                    problems.append(_reason(done.stderr))
+    if problems and not found:
+        raise UserError(f"SLURM does not answer: {problems[0]}")
     return found
 
 
-def _squeue(ids: Sequence[str]) -> list[Job]:
-    found = []
-    for id in ids:  # one that is forgotten would make it fail for all
-        command = ["squeue", "--noheader", "--array", "--states=all", f"--jobs={id}", "--format=%F|%K|%T|%N|%r"]
-        found += parse_table(run(command).stdout)
-    return found
+_Answer = tuple[subprocess.CompletedProcess[str], list[Job]]
 
 
-def _sacct(ids: Sequence[str]) -> list[Job]:
+def _squeue(id: str) -> _Answer:
+    done = run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={id}", "--format=%F|%K|%T|%N|%r"])
+    return done, parse_table(done.stdout)
+
+
+def _sacct(id: str) -> _Answer:
     form = "--format=JobID,State,NodeList"
-    done = run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", form])
+    done = run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={id}", form])
     rows = [line.split("|") for line in done.stdout.splitlines() if not done.returncode]
-    return [Job(row[0], row[1].split()[0], row[2]) for row in rows if len(row) == 3 and row[1]]
+    return done, [Job(row[0], row[1].split()[0], row[2]) for row in rows if len(row) == 3 and row[1]]
 
 
-def _scontrol(ids: Sequence[str]) -> list[Job]:
+def _scontrol(id: str) -> _Answer:
     found = []
-    for id in ids:
-        for block in re.split(r"\n\s*\n", run(["scontrol", "show", "job", id]).stdout):
-            said = fields(block)
-            if "JobState" in said:
-                task = f"{said['ArrayJobId']}_{said.get('ArrayTaskId')}" if "ArrayJobId" in said else said["JobId"]
-                found.append(Job(task, said["JobState"], said.get("NodeList", ""), said.get("Reason", "")))
-    return found
+    done = run(["scontrol", "show", "job", id])
+    for block in re.split(r"\n\s*\n", done.stdout):
+        said = fields(block)
+        if "JobState" in said:
+            task = f"{said['ArrayJobId']}_{said.get('ArrayTaskId')}" if "ArrayJobId" in said else said["JobId"]
+            found.append(Job(task, said["JobState"], said.get("NodeList", ""), said.get("Reason", "")))
+    return done, found
 
 
 def parse_table(text: str) -> list[Job]:

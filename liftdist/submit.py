@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from liftdist import changes, job, preflight, rundir, scheduler
+from liftdist import changes, files, job, preflight, rundir, scheduler
 from liftdist import config as configs
 from liftdist.config import Config, UserError
 from liftdist.scheduler import Job
@@ -86,6 +86,11 @@ def submit(options: argparse.Namespace) -> None:
         return
     scheduler.test_only(command, environment)
     logs.mkdir(parents=True, exist_ok=True)  # SLURM does not, and a job without it fails without a word
+    kept = (
+        logs.absolute() / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
+    )  # the job's, whatever becomes of the file
+    files.write(kept, Path(options.config).read_text())
+    script_words[script_words.index(options.config)] = str(kept)
     for link in range(options.chain, 0, -1):
         command = scheduler.sbatch(config, script_words, name, logs, array, dependency)
         id = scheduler.submit(command, environment | ({"LIFTDIST_NEXT": "yes"} if link > 1 else {}))
@@ -151,6 +156,8 @@ def _environment(config: Config) -> dict[str, str]:
     kept["LIFTDIST_COMMAND"] = json.dumps(["liftdist", *sys.argv[1:]])
     if config.slurm.container is None:
         kept["LIFTDIST_PYTHON"] = sys.executable
+    elif "LIFTDIST_CONTAINER_PYTHON" in os.environ:
+        kept["LIFTDIST_CONTAINER_PYTHON"] = os.environ["LIFTDIST_CONTAINER_PYTHON"]
     return kept
 
 

@@ -54,7 +54,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     met = False  # whether the others are there, and end alike
     try:
         config, text = configs.load(options.config, options.overrides)
-        STOP.catch(config.train.stop_signals)
+        # SIGUSR2 is how the batch script of a SLURM job passes on a warning
+        STOP.catch([*config.train.stop_signals, *(["SIGUSR2"] if failures.LOGS in os.environ else [])])
         with meshes.start(config.mesh) as mesh:
             met = True
             if options.select_only:

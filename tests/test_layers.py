@@ -44,7 +44,7 @@ ALLOWED = {
     "launcher": {"failures", "files", "rundir", "scheduler"},
     "scheduler": set(),
     "job": {"changes", "failures", "files", "launcher", "preflight", "rundir", "scheduler"},
-    "submit": {"changes", "job", "preflight", "rundir", "scheduler"},
+    "submit": {"changes", "files", "job", "preflight", "rundir", "scheduler"},
     "cli": {
         "changes", "delta", "export", "launcher", "metrics", "model", "preflight", "prepare", "rundir", "submit",
         "weights",

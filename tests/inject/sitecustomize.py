@@ -1,6 +1,6 @@
 """Put on PYTHONPATH: the rank of ``FAULT=rank:step:kind`` fails when it is about to take that step.
 
-``SLOW`` are seconds by which every step is longer, ``SLOW_FIRST`` by which those before the first requeue are.
+``SLOW=seconds:starts`` makes every step so much longer, in the first starts of a SLURM job.
 """
 
 import os
@@ -8,7 +8,8 @@ import signal
 import sys
 import time
 
-SLOW = float(os.environ.get("SLOW" if "SLURM_RESTART_COUNT" in os.environ else "SLOW_FIRST", os.environ.get("SLOW", 0)))
+SLOW, _, STARTS = os.environ.get("SLOW", "0").partition(":")
+SLOW = float(SLOW) if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(STARTS or 99) else 0.0
 RANK, STEP, KIND = (os.environ.get("FAULT", "") + "::").split(":")[:3]
 
 
