@@ -217,7 +217,7 @@ def test_a_bug_fails_once_with_one_summary_and_a_cancelled_job_saves(config, tmp
     assert failing.ends == [(None, "restart"), (None, "fail")]
     assert failing.log.count("failed first: ZeroDivisionError: a bug in this rank") == 2
     assert failing.log.count("Traceback (most recent call last)") == 2  # one for each time it failed
-    assert "continuing after step [1-5]0" in failing.log
+    assert "continuing after step 10" in failing.log
     assert re.fullmatch(
         r"liftdist: rank 1 on node\d failed first: ZeroDivisionError: a bug in this rank", failing.comment
     )
