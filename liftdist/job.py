@@ -35,7 +35,7 @@ from liftdist.config import Config, UserError
 
 JOBS = "jobs.jsonl"  # in the run directory: what its jobs did and why, one line an event
 PROBLEMS = "problems.json"  # in the folder of logs: what the check of the nodes found
-SILENT = 4 * launcher.HEARTBEAT  # seconds without a sign of life after which a node is taken for dead
+SILENT = 4 * rundir.HEARTBEAT  # seconds without a sign of life after which a node is taken for dead
 CHECK_TIMEOUT = 120.0  # seconds that nodes have to find each other
 SLURMD_PORT = 6818  # where nodes listen unless SLURM says otherwise
 PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time limit", "node failure"  # causes to requeue a job

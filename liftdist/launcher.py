@@ -29,7 +29,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -44,7 +43,6 @@ from liftdist.config import Config, UserError
 from liftdist.failures import Failure
 
 FAILED = "failed"  # a file in the folder of logs: ranks of some node have failed
-HEARTBEAT = 5.0  # seconds between two signs of life of a node
 DEFAULT_PORT = 29400
 PORTS = range(20000, 32000)  # below the range from which systems take ports for outgoing connections
 JOIN_TIMEOUT, JOIN_TIMEOUT_SLURM = 600, 180  # seconds that nodes wait for each other: started by people, by SLURM
@@ -255,7 +253,7 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
         agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
         files.write(report, json.dumps({"host": platform.node()}))
         torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), "-m", "liftdist.train", *command]
-        with _heartbeat(report):
+        with rundir.beating(lambda: os.utime(report)):
             code = _supervise(torchrun, environment, agent_log, folder, where.in_job)
         known = _status(status)
         files.write(report, json.dumps({"host": platform.node(), "ended": time.time(), "code": known or code}))
@@ -405,23 +403,6 @@ def _record_death(folder: Path, rank: int, failure: Any) -> None:
         text = f"exit code {failure.exitcode}"
     kind = failures.LOST_PEERS if failure.exitcode == -signal.SIGTERM else failures.BUG  # torchrun ends the others
     failures.write(folder, Failure(rank, 0, platform.node(), float(failure.timestamp), text, "", kind))
-
-
-@contextlib.contextmanager
-def _heartbeat(report: Path) -> Iterator[None]:
-    ended = threading.Event()
-
-    def beat() -> None:
-        while not ended.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):
-                os.utime(report)
-
-    thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
 
 
 def _status(path: Path) -> int | None:

@@ -29,7 +29,7 @@ from typing import Any
 from liftdist import __version__, files
 from liftdist.config import UserError
 
-HEARTBEAT = 5.0  # seconds between two touches of the attempt's file
+HEARTBEAT = 5.0  # seconds between two signs of life, of an attempt or of a node: touches of its file
 LEASE = 90.0  # seconds after which an attempt that was not touched is dead; file systems cache times for up to 60
 
 ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboard", "logs"  # folders
@@ -206,25 +206,33 @@ class Attempt:
                 with files.open_to_append(_path(self.run_dir, self.number), create=False) as file:
                     file.write(f"\n{line}\n")  # the line before may have been cut short
 
-    @contextlib.contextmanager
-    def heartbeat(self) -> Iterator[None]:
-        """Show that this attempt is alive, from a thread of its own."""
-        ended = threading.Event()
+    def heartbeat(self) -> contextlib.AbstractContextManager[None]:
+        """Show that this attempt is alive."""
 
         def beat() -> None:
-            while not ended.wait(HEARTBEAT):
-                with contextlib.suppress(OSError):
-                    if not self._is_mine():
-                        return
-                    os.utime(_path(self.run_dir, self.number), follow_symlinks=False)
+            if self._is_mine():
+                os.utime(_path(self.run_dir, self.number), follow_symlinks=False)
 
-        thread = threading.Thread(target=beat, name="heartbeat", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
+        return beating(beat)
+
+
+@contextlib.contextmanager
+def beating(beat: Callable[[], None]) -> Iterator[None]:
+    """Call ``beat`` every ``HEARTBEAT`` seconds while the block runs, from a thread of its own. It may raise ``OSError``."""
+    ended = threading.Event()
+
+    def run() -> None:
+        while not ended.wait(HEARTBEAT):
+            with contextlib.suppress(OSError):
+                beat()
+
+    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, str]]) -> Attempt:
