@@ -232,7 +232,7 @@ def beating(beat: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()
+        thread.join(HEARTBEAT)  # a file system that hangs must not hold the end
 
 
 def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, str]]) -> Attempt:
