@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "liftdist"
 
 #: what a module may import of the package, besides config
 ALLOWED = {
-    "config": set(),
+    "schema": set(),
+    "config": {"schema"},
     "records": set(),
     "files": set(),
     "rundir": {"files"},
