@@ -30,6 +30,12 @@ FLAGS = {
 Change = tuple[str, str]
 
 
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of a command as words, of which the config is the first, and flags."""
+    flags = [word for word in arguments if word.startswith("--")]
+    return [word for word in arguments if not word.startswith("--")], flags
+
+
 def allowed_by(flags: Sequence[str]) -> set[str]:
     """The kinds of changes that ``flags`` allow: who allows another meaning of the state allows another course."""
     kinds = {FLAGS[flag][0] for flag in flags}

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
-import fcntl
 import json
 import logging
 import os
@@ -24,8 +23,6 @@ import platform
 import re
 import shutil
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import tempfile
@@ -37,19 +34,16 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from liftdist import changes, failures, files, network, rundir, scheduler
 from liftdist import config as configs
-from liftdist import failures, files, rundir, scheduler
 from liftdist.config import Config, UserError
 from liftdist.failures import Failure
 
 FAILED = "failed"  # a file in the folder of logs: ranks of some node have failed
-DEFAULT_PORT = 29400
-PORTS = range(20000, 32000)  # below the range from which systems take ports for outgoing connections
 JOIN_TIMEOUT, JOIN_TIMEOUT_SLURM = 600, 180  # seconds that nodes wait for each other: started by people, by SLURM
 SHUTDOWN_TIMEOUT = 60  # seconds from torchrun's SIGTERM for a rank to its SIGKILL
 _INTERRUPTS = 3  # that end everything without saving
 _PR_SET_PDEATHSIG = 1
-_SIOCGIFADDR = 0x8915
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nproc", type=int, help="ranks on this machine (default: one for each GPU, or one)")
     parser.add_argument("--nnodes", type=int, help="machines, when started by hand on each (default: 1)")
     parser.add_argument("--node-rank", type=int, default=0, help="number of this machine; the head is 0")
-    parser.add_argument("--head", metavar="HOST[:PORT]", help=f"the machine with --node-rank 0 (port {DEFAULT_PORT})")
+    parser.add_argument(
+        "--head", metavar="HOST[:PORT]", help=f"the machine with --node-rank 0 (port {network.DEFAULT_PORT})"
+    )
     parser.add_argument("--max-restarts", type=int, default=0, help="times that ranks are started again after a crash")
 
 
@@ -104,14 +100,14 @@ def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str
         return Place()
     if options.head is None:
         raise UserError(f"--nnodes {nnodes} needs --head HOST[:PORT], the machine with --node-rank 0")
-    name, port = split_endpoint(options.head)
-    head = resolve(name)
-    if is_loopback(head) and name != head and options.node_rank == 0:
+    name, port = network.split_endpoint(options.head)
+    head = network.resolve(name)
+    if network.is_loopback(head) and name != head and options.node_rank == 0:
         raise UserError(f"--head {name}: is {head} on this machine; give the address by which the others reach it")
     if options.node_rank == 0:
-        check_port(head, port)
+        network.check_port(head, port)
     attempt = len(rundir.attempts(Path(config.run_dir).expanduser())) + 1
-    own = head if options.node_rank == 0 else outgoing_address(head)
+    own = head if options.node_rank == 0 else network.outgoing_address(head)
     return Place(nnodes, options.node_rank, head, port, f"{name}-{port}-{attempt}", own)
 
 
@@ -119,115 +115,20 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
     nodes, tasks = int(environ["SLURM_STEP_NUM_NODES"]), int(environ["SLURM_STEP_NUM_TASKS"])
     if nodes != tasks:
         raise UserError(f"{tasks} tasks on {nodes} nodes: start one a node, srun --ntasks-per-node=1")
-    start = start_name(*this_job(environ))
+    start = rundir.start_name(*rundir.this_job(environ))
     rank = int(environ["SLURM_NODEID"])
     in_job = failures.LOGS in environ
     if nodes == 1:
         return Place(id=start, in_job=True) if in_job else Place()
     if in_job:  # the batch script has looked for a free port
-        head, port = split_endpoint(environ["LIFTDIST_HEAD"])
+        head, port = network.split_endpoint(environ["LIFTDIST_HEAD"])
     else:
         names = scheduler.node_names(environ["SLURM_STEP_NODELIST"])
-        head = resolve(names[0]) if rank else outgoing_address(resolve(names[1]))
-        port = PORTS[(int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])) % len(PORTS)]
+        head = network.resolve(names[0]) if rank else network.outgoing_address(network.resolve(names[1]))
+        port = network.PORTS[(int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])) % len(network.PORTS)]
     if rank == 0:
-        check_port(head, port)
-    return Place(nodes, rank, head, port, start, head if rank == 0 else outgoing_address(head), in_job)
-
-
-def this_job(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The SLURM job of this process, an array task as ``12_3``; and its start: how often it was requeued, then restarted."""
-    job = environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_TASK_ID" in environ:
-        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    return job, rundir.slurm_start(environ)
-
-
-def start_name(job: str, start: str) -> str:
-    """The name of one start of a job: of its folder of logs, and of its rendezvous."""
-    return f"{job}-{start}"
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Names, addresses, interfaces, ports.
-
-
-def split_endpoint(text: str) -> tuple[str, int]:
-    """``HOST``, ``HOST:PORT``, ``ADDRESS6`` or ``[ADDRESS6]:PORT`` as host and port. Raises ``UserError``."""
-    match = re.fullmatch(r"\[([0-9a-fA-F:.%\w]+)\](?::(\d+))?|([\w.-]+)(?::(\d+))?|([0-9a-fA-F:]+(?:%\w+)?)", text)
-    port = int((match[2] or match[4] or DEFAULT_PORT) if match else 0)
-    if match is None or text.startswith("-") or not 0 < port < 65536:
-        raise UserError(f"head {text!r}: must be HOST[:PORT], or [ADDRESS]:PORT for IPv6")
-    return match[1] or match[3] or match[5], port
-
-
-def resolve(name: str) -> str:
-    """The address of a host. Raises ``UserError``: falling back to this machine would make every node a job of its own."""
-    try:
-        return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
-    except OSError as error:
-        raise UserError(f"head {name}: {platform.node()} cannot resolve it: {error.strerror or error}") from None
-
-
-def is_loopback(address: str) -> bool:
-    return address.startswith("127.") or address == "::1"
-
-
-def outgoing_address(peer: str) -> str:
-    """The address of this machine that ``peer`` sees. Nothing is sent. Raises ``UserError``: there is no way to it."""
-    family = socket.AF_INET6 if ":" in peer else socket.AF_INET
-    try:
-        with socket.socket(family, socket.SOCK_DGRAM) as probe:
-            probe.connect((peer, 9))
-            return str(probe.getsockname()[0])
-    except OSError as error:
-        raise UserError(f"{platform.node()} has no way to {peer}: {error.strerror}") from None
-
-
-def interface_of(address: str) -> str | None:
-    """The network interface that has ``address``."""
-    if ":" in address:
-        packed = socket.inet_pton(socket.AF_INET6, address.partition("%")[0]).hex()
-        for line in Path("/proc/net/if_inet6").read_text().splitlines():
-            if line.startswith(packed):
-                return line.split()[-1]
-        return None
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        for _, name in socket.if_nameindex():
-            with contextlib.suppress(OSError):
-                reply = fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
-                if socket.inet_ntoa(reply[20:24]) == address:
-                    return name
-    return None
-
-
-def check_port(address: str, port: int) -> None:
-    """Raises ``UserError`` unless this machine has ``address`` and can listen on ``port``."""
-    family = socket.AF_INET6 if ":" in address else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, 0))
-        except OSError:
-            raise UserError(f"head {address}: is no address of this machine, {platform.node()}") from None
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("", port))
-        except OSError as error:
-            raise UserError(
-                f"port {port} on {platform.node()}: {error.strerror}; give another, --head HOST:PORT"
-            ) from None
-
-
-def free_port(seed: int) -> int:
-    """A port of ``PORTS`` on which nobody listens; jobs with different seeds begin to look at different places."""
-    for offset in range(len(PORTS)):
-        port = PORTS[(seed + offset) % len(PORTS)]
-        with contextlib.suppress(UserError):
-            check_port("127.0.0.1", port)
-            return port
-    raise UserError(f"no free port from {PORTS.start} to {PORTS.stop} on {platform.node()}")
+        network.check_port(head, port)
+    return Place(nodes, rank, head, port, start, head if rank == 0 else network.outgoing_address(head), in_job)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -305,7 +206,7 @@ def _environment(nproc: int, where: Place, folder: Path, logs: Path | None) -> d
     if logs:
         environment["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(logs / "nccl-rank-")
         environment["LIFTDIST_LOGS"] = str(logs)
-    interface = interface_of(where.address) if where.nnodes > 1 else None
+    interface = network.interface_of(where.address) if where.nnodes > 1 else None
     if interface:  # gloo takes the host's own name, which may be 127.0.1.1
         environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
     merged = environment | os.environ
@@ -441,7 +342,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="launch/torchrun", description=main.__doc__, allow_abbrev=False)
     arguments(parser)
     options, command = parser.parse_known_args(given)
-    words = [word for word in command if not word.startswith("--")]
+    words, _ = changes.split(command)
     try:
         if not words:
             raise UserError("launch/torchrun: needs a config")

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from liftdist import changes, files, job, preflight, rundir, scheduler
+from liftdist import changes, files, history, job, preflight, rundir, scheduler
 from liftdist import config as configs
 from liftdist.config import Config, UserError
 from liftdist.scheduler import Job
@@ -94,10 +94,10 @@ def submit(options: argparse.Namespace) -> None:
     for link in range(options.chain, 0, -1):
         command = scheduler.sbatch(config, script_words, name, logs, array, dependency)
         id = scheduler.submit(command, environment | ({"LIFTDIST_NEXT": "yes"} if link > 1 else {}))
-        job.note(base, "submit", job=id, array=array, log=str(logs.absolute()))
+        history.note(base, "submit", job=id, array=array, log=str(logs.absolute()))
         for index, run_dir in runs.items():
             if index is not None:
-                job.note(run_dir, "submit", job=f"{id}_{index}", log=str(logs.absolute()))
+                history.note(run_dir, "submit", job=f"{id}_{index}", log=str(logs.absolute()))
             print(f"job {id}{'' if index is None else f'_{index}'}  run directory {run_dir}")
         dependency, environment = f"afterany:{id}", environment | {"LIFTDIST_AFTER_JOB": id}
     print(
@@ -116,10 +116,9 @@ def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool)
     if index is not None:
         os.environ["SLURM_ARRAY_TASK_ID"] = str(index)  # which a config may refer to
     resolved = job.of_task(words, index)
-    given = [word for word in resolved if not word.startswith("--")]
+    given, flags = changes.split(resolved)
     config, text = configs.load(given[0], given[1:])
     run_dir = Path(config.run_dir).expanduser()
-    flags = [word for word in resolved if word.startswith("--")]
     changes.check_settings(config, text, changes.allowed_by(flags))
     ranks = base.slurm.ranks_per_node or base.slurm.gpus_per_node or 1
     config.mesh.layout(base.slurm.nodes * ranks)
@@ -167,14 +166,14 @@ def _environment(config: Config) -> dict[str, str]:
 
 def _ids(run_dir: Path) -> list[str]:
     """The jobs of a run, by their own word and by that of who submitted them; the newest last."""
-    return list(dict.fromkeys(event["job"] for event in job.history(run_dir) if "job" in event))
+    return list(dict.fromkeys(event["job"] for event in history.read(run_dir) if "job" in event))
 
 
 def _runs(folder: Path) -> list[Path]:
     """The run directory, or those of an array below it. Raises ``UserError``: no job has worked there."""
-    if not (folder / job.JOBS).is_file():
+    if not (folder / history.JOBS).is_file():
         raise UserError(f"{folder}: no job was submitted for it")
-    below = [path.parent for path in folder.glob(f"*/{job.JOBS}")]
+    below = [path.parent for path in folder.glob(f"*/{history.JOBS}")]
     return sorted(below, key=lambda path: (len(path.name.partition("-")[0]), path.name)) or [folder]
 
 
@@ -186,29 +185,29 @@ def status(folder: Path) -> None:
 
 def _status(run_dir: Path) -> Iterator[str]:
     yield f"run      {run_dir}"
-    events = job.history(run_dir)
+    events = history.read(run_dir)
     known = {found.id: found for id in _ids(run_dir)[-5:] for found in scheduler.jobs([id])}
     for found in known.values():
         reason = f"  ({found.reason})" if found.reason not in ("", "None") and not found.has_ended else ""
         yield f"job      {found.id}  {found.state}{f'  {found.nodes}' if found.nodes else ''}{reason}"
     starts = [event for event in events if event["event"] == "start"]
-    ends = {job.start_name(event): event for event in events if event["event"] == "end"}
+    ends = {history.start_name(event): event for event in events if event["event"] == "end"}
     for start in starts:
-        yield _start_line(start, ends.get(job.start_name(start)))
+        yield _start_line(start, ends.get(history.start_name(start)))
     figures = _figures(run_dir)
     if "train/loss" in figures:
         of = f" of {figures['steps']}" if figures.get("steps") else ""
         speed = figures.get("throughput/tokens_per_second") or 0.0
         yield f"step     {figures['step']}{of}  loss {figures['train/loss'] or math.nan:.4f}  {speed:.0f} tokens/s"
-    if step := job.committed_step(run_dir):
+    if step := history.committed_step(run_dir):
         yield f"saved    step {step}"
-    if starts and (ended := ends.get(job.start_name(starts[-1]))) and ended["action"] == "fail":
+    if starts and (ended := ends.get(history.start_name(starts[-1]))) and ended["action"] == "fail":
         yield f"failure  {ended['message']}"
 
 
-def _start_line(start: job.Event, ended: job.Event | None) -> str:
+def _start_line(start: history.Event, ended: history.Event | None) -> str:
     when = time.strftime("%d %b %H:%M", time.localtime(start["time"]))
-    line = f"start    {job.start_name(start)}  {when}  {', '.join(start['nodes'])}  from step {start['step']}"
+    line = f"start    {history.start_name(start)}  {when}  {', '.join(start['nodes'])}  from step {start['step']}"
     if ended is None:
         return line
     then = {"requeue": "; requeued", "restart": "; restarted", "fail": "; given up"}.get(ended["action"], "")
@@ -232,7 +231,7 @@ def _figures(run_dir: Path) -> dict[str, Any]:
 
 def _log(run_dir: Path) -> tuple[str, Path] | None:
     """The newest job of a run, and the file of its output."""
-    for event in reversed(job.history(run_dir)):
+    for event in reversed(history.read(run_dir)):
         if event["event"] == "start" and event.get("log"):
             return event["job"], Path(event["log"])
         if event["event"] == "submit" and not event.get("array"):

@@ -14,7 +14,7 @@ from test_data import write_records
 from test_signals import files_of, run_once, write_config
 
 from liftdist import config as configs
-from liftdist import failures, launcher
+from liftdist import failures, network
 from liftdist.config import UserError
 from liftdist.failures import Failure
 
@@ -42,7 +42,7 @@ def on_one_machine(mesh, config, *overrides):
 
 
 def free_endpoint(address):
-    return f"[{address}]:{launcher.free_port(os.getpid())}" if ":" in address else f"{address}:{launcher.free_port(7)}"
+    return f"[{address}]:{network.free_port(os.getpid())}" if ":" in address else f"{address}:{network.free_port(7)}"
 
 
 def test_two_nodes_by_hand_do_what_two_ranks_of_one_do(config, tmp_path):
@@ -107,7 +107,7 @@ def test_the_first_failure_is_no_teardown():
     ],
 )
 def test_endpoints(text, expected):
-    assert launcher.split_endpoint(text) == expected
+    assert network.split_endpoint(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -115,23 +115,23 @@ def test_endpoints(text, expected):
 )
 def test_endpoints_that_are_none(text):
     with pytest.raises(UserError, match="must be HOST"):
-        launcher.split_endpoint(text)
+        network.split_endpoint(text)
 
 
 def test_addresses_and_ports():
     with pytest.raises(UserError, match="cannot resolve it"):
-        launcher.resolve("no-such-host.invalid")
-    assert launcher.outgoing_address("127.0.0.1") == "127.0.0.1"
-    assert launcher.interface_of("127.0.0.1") == "lo"
-    assert launcher.interface_of("::1") == "lo"
-    assert launcher.interface_of("203.0.113.9") is None
-    port = launcher.free_port(3)
+        network.resolve("no-such-host.invalid")
+    assert network.outgoing_address("127.0.0.1") == "127.0.0.1"
+    assert network.interface_of("127.0.0.1") == "lo"
+    assert network.interface_of("::1") == "lo"
+    assert network.interface_of("203.0.113.9") is None
+    port = network.free_port(3)
     with socket.create_server(("", port)):
-        assert launcher.free_port(3) != port
+        assert network.free_port(3) != port
         with pytest.raises(UserError, match=f"port {port} on .*: Address already in use"):
-            launcher.check_port("127.0.0.1", port)
+            network.check_port("127.0.0.1", port)
     with pytest.raises(UserError, match="is no address of this machine"):
-        launcher.check_port("203.0.113.9", port)
+        network.check_port("203.0.113.9", port)
 
 
 @pytest.mark.parametrize(

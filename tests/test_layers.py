@@ -42,10 +42,15 @@ ALLOWED = {
         "changes", "checkpoint", "delta", "export", "failures", "files", "mesh", "metrics", "preflight", "prepare", "principal",
         "rundir", "saver", "signals", "trainer", "weights",
     },
-    "launcher": {"failures", "files", "rundir", "scheduler"},
+    "network": set(),
     "scheduler": set(),
-    "job": {"changes", "failures", "files", "launcher", "preflight", "rundir", "scheduler"},
-    "submit": {"changes", "files", "job", "preflight", "rundir", "scheduler"},
+    "launcher": {"changes", "failures", "files", "network", "rundir", "scheduler"},
+    "history": {"files", "rundir"},
+    "health": {"network", "rundir"},
+    "job": {
+        "changes", "failures", "files", "health", "history", "launcher", "network", "preflight", "rundir", "scheduler",
+    },
+    "submit": {"changes", "files", "history", "job", "preflight", "rundir", "scheduler"},
     "cli": {
         "changes", "delta", "export", "launcher", "metrics", "model", "preflight", "prepare", "rundir", "submit",
         "weights",

@@ -14,7 +14,7 @@ from test_data import write_records
 from test_signals import files_of, run_once, write_config
 
 from liftdist import config as configs
-from liftdist import job, rundir, scheduler
+from liftdist import history, rundir, scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 INJECT = ROOT / "tests" / "inject"
@@ -66,7 +66,7 @@ class Submitted:
     @property
     def ends(self):
         """How each start ended: ``(cause, action)``."""
-        return [(event["cause"], event["action"]) for event in job.history(self.run_dir) if event["event"] == "end"]
+        return [(event["cause"], event["action"]) for event in history.read(self.run_dir) if event["event"] == "end"]
 
     @property
     def comment(self):
@@ -159,7 +159,7 @@ def test_one_task_of_an_array_is_requeued_alone(config, tmp_path):
     while any(not known.has_ended for known in scheduler.jobs([array])):
         assert time.monotonic() - began < 120
         time.sleep(0.5)
-    causes = [[e["cause"] for e in job.history(folder) if e["event"] == "end"] for folder in folders]
+    causes = [[e["cause"] for e in history.read(folder) if e["event"] == "end"] for folder in folders]
     assert causes == [[None], ["time limit", None]]
     rates = [configs.load(folder / "config.yaml")[0].optimizer.lr for folder in folders]
     assert rates == [1e-3, 5e-3]
@@ -192,7 +192,7 @@ def test_a_node_that_dies_and_one_that_is_cut_off(cluster, config, tmp_path):
     finally:
         cluster("join", lost)
         cluster("start", dead)
-    starts = [event for event in job.history(dying.run_dir) if event["event"] == "start"]
+    starts = [event for event in history.read(dying.run_dir) if event["event"] == "start"]
     assert dead not in starts[1]["nodes"]
     accepted = set(json.dumps(rundir.attempts(dying.run_dir)[2][0]["accepts"]).split('"'))
     assert {f"step-{event['step']:08d}" for event in committed if event["event"] == "commit"} <= accepted
@@ -257,8 +257,8 @@ def test_where_requeueing_is_disabled_a_job_is_submitted_again(config, tmp_path)
     first = submitted.stdout.strip()
     wait_until(lambda: "training 3/" in (tmp_path / f"{first}.out").read_text(), tmp_path / f"{first}.out")
     subprocess.run(["scancel", "--batch", "--signal=USR1", first], check=True)
-    wait_until(lambda: len(job.history(tmp_path / "run")) == 4)
-    assert [event["family"] for event in job.history(tmp_path / "run")] == [first] * 4
+    wait_until(lambda: len(history.read(tmp_path / "run")) == 4)
+    assert [event["family"] for event in history.read(tmp_path / "run")] == [first] * 4
     assert files_of(tmp_path / "run")[0] == STEPS
 
 
