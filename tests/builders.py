@@ -8,13 +8,20 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liftdist import checkpoint, prepare, saver, weights
+from liftdist import checkpoint, prepare, rundir, saver, weights
 from liftdist.config import Config
 from liftdist.mesh import gather
 from liftdist.metrics import Console
 from liftdist.trainer import Inputs, Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+STEPS, REFRESH = 20, 7
+SETTINGS = {
+    "optimizer": dict(lr=5e-3, warmup_ratio=0.1, max_grad_norm=5.0),
+    "selection": dict(refresh_interval=REFRESH),
+    "train": dict(steps=STEPS, batch_size=6, micro_batch_size=2, seed=3),  # 40 records: epochs end inside steps
+}
 
 
 def llama(folder: Path, tokenizer_from: Path | None = None, model_type: str = "llama", **sizes) -> Path:
@@ -115,3 +122,31 @@ def fill(disk: Path) -> Path:
         while True:
             file.write(bytes(4096))
     return filler
+
+
+def claimed(run_dir):
+    return rundir.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
+
+
+def claimed_by_all(mesh, run_dir):
+    return gather(claimed(run_dir) if mesh.is_main else None)[0]
+
+
+def first_attempt(run_dir):
+    """Attempt 1, as the process that claimed it would hold it."""
+    return rundir.Attempt(run_dir, 1, rundir.attempts(run_dir)[1][0]["nonce"], {})
+
+
+def newest(mesh, run_dir, accepts, say=print):
+    shards = mesh.device_mesh.size(1)
+    return checkpoint.newest(run_dir, accepts, mesh.rank % shards, shards, say)
+
+
+def accepted_in(run_dir):
+    return checkpoint.accepted(run_dir, rundir.attempts(run_dir))
+
+
+def verified(folder):
+    step = checkpoint.open_step(folder)
+    step.verify(step.manifest["files"])
+    return step
