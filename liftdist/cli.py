@@ -74,13 +74,13 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     launcher.arguments(parser)
-    parser.add_argument(
-        "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
-    )
     _change_arguments(parser)
 
 
 def _change_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
+    )
     for flag, (_, help) in changes.FLAGS.items():
         parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
 
@@ -97,17 +97,26 @@ def _check_started(config: Config, options: argparse.Namespace, training: bool) 
 
 
 def _train(options: argparse.Namespace) -> None:
-    overrides = list(options.overrides)
-    config, text = configs.load(options.config, overrides)
-    if options.fresh:
-        run_dir = Path(config.run_dir).expanduser()
-        if (free := rundir.next_free(run_dir)) != run_dir:
-            print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
-            overrides.append(f"run_dir={json.dumps(str(free))}")
-            config, text = configs.load(options.config, overrides)
+    _make_fresh(options)
+    config, text = configs.load(options.config, options.overrides)
     changes.check_settings(config, text, changes.allowed_by(options.flags))
     _check_started(config, options, training=True)
-    _launch(config, options, [*options.flags, options.config, *overrides])
+    _launch(config, options, [*options.flags, options.config, *options.overrides])
+
+
+def _make_fresh(options: argparse.Namespace) -> None:
+    """With ``--fresh``, give the run a directory that is free, beside the one that it names."""
+    if not options.fresh:
+        return
+    run_dir = Path(configs.load(options.config, options.overrides)[0].run_dir).expanduser()
+    if (free := rundir.next_free(run_dir)) != run_dir:
+        print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
+        options.overrides.append(f"run_dir={json.dumps(str(free))}")
+
+
+def _submit(options: argparse.Namespace) -> None:
+    _make_fresh(options)
+    submit.submit(options)
 
 
 def _select(options: argparse.Namespace) -> None:
@@ -259,7 +268,7 @@ COMMANDS = {
         "select the principal weights and train them; continue a run", _train_arguments, _train, _RUN_EPILOG
     ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
-    "submit": Command("train as a job of a SLURM cluster", _submit_arguments, lambda o: submit.submit(o)),
+    "submit": Command("train as a job of a SLURM cluster", _submit_arguments, _submit),
     "status": Command("how the jobs of a run are and why", _run_dir_argument, lambda o: submit.status(o.run_dir)),
     "logs": Command(
         "what the newest job of a run prints", _logs_arguments, lambda o: submit.logs(o.run_dir, o.follow, o.rank)

@@ -16,6 +16,7 @@ from liftdist.config import Config
 
 JOBS = "jobs.jsonl"  # in the run directory
 PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time limit", "node failure"  # causes to requeue a job
+ASKED = "asked to stop"  # the cause of an end that is no failure
 
 Event = dict[str, Any]
 

@@ -67,6 +67,8 @@ def sweep(given: Sequence[str]) -> list[list[str]]:
     axes = []
     for text in given:
         key, equals, values = text.partition("=")
+        if key == "run_dir" or key.startswith("slurm."):
+            raise UserError(f"--sweep {text!r}: all tasks of an array are alike in {key}")
         if not key or not equals or not values or "" in values.split(","):
             raise UserError(f"--sweep {text!r}: expected key=a,b,c")
         axes.append([f"{key}={value}" for value in values.split(",")])
@@ -222,7 +224,8 @@ def _judge(
     if outcome == "finished":
         return Verdict("done", f"finished at step {step}", 0)
     known = scheduler.fields(said)
-    time_limit = Verdict("requeue", f"time limit, saved step {step}", 1, history.TIME_LIMIT)
+    saved = f"saved step {step}" if step else "before anything was saved"
+    time_limit = Verdict("requeue", f"time limit, {saved}", 1, history.TIME_LIMIT)
     if "JobState" not in known:  # this node may be the one that is cut off, and the job run elsewhere by now
         if outcome == "stopped" and warned and not terminated:
             return time_limit
@@ -236,7 +239,7 @@ def _judge(
     if found and found[0].kind == failures.USER_ERROR:
         return Verdict("fail", found[0].error, configs.EXIT_USER_ERROR)
     if known.get("PreemptTime", "None") not in ("None", "Unknown"):
-        return Verdict("requeue", f"preempted, saved step {step}", 1, history.PREEMPTED)
+        return Verdict("requeue", f"preempted, {saved}", 1, history.PREEMPTED)
     crashed = outcome != "stopped" and bool(found) and found[0].kind == failures.BUG
     if not crashed:
         silent = [] if outcome == "stopped" else health.silent(nodes, logs, said)
@@ -245,9 +248,9 @@ def _judge(
         if _is_over(known) if terminated else warned:
             return time_limit
         if terminated:
-            return Verdict("nothing", f"cancelled, saved step {step}", 1)
+            return Verdict("nothing", f"cancelled, {saved}", 1)
         if outcome == "stopped":
-            return Verdict("fail", f"stopped as asked, saved step {step}", configs.EXIT_STOPPED)
+            return Verdict("fail", f"stopped as asked, {saved}", configs.EXIT_STOPPED, history.ASKED)
     summary = failures.summary(found) or launcher.last_words(sorted(logs.glob("node-*.torchrun.log")))
     return Verdict("restart", summary, 1)
 
@@ -264,15 +267,12 @@ def _outcome(run_dir: Path, start: history.Event) -> str | None:
 
 def _is_over(said: Mapping[str, str]) -> bool:
     """Whether the job's time limit has passed."""
-    limit = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d+):(\d+)", said.get("TimeLimit", ""))
+    limit = scheduler.seconds(said.get("TimeLimit", ""))
     try:
         began = datetime.fromisoformat(said.get("StartTime", "")).timestamp()
     except ValueError:
         return False
-    if limit is None:
-        return False
-    days, hours, minutes, seconds = (int(part or 0) for part in limit.groups())
-    return time.time() >= began + 86400 * days + 3600 * hours + 60 * minutes + seconds - 1
+    return limit is not None and time.time() >= began + limit - 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------

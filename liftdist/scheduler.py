@@ -218,19 +218,19 @@ def jobs(ids: Iterable[str]) -> list[Job]:
         UserError: SLURM does not answer.
     """
     found: list[Job] = []
-    problems: list[str] = []
+    problem: str | None = None
     for ask in (_squeue, _sacct, _scontrol):
         known = {name for job in found for name in (job.id, job.id.partition("_")[0])}
         for id in dict.fromkeys(ids):
-            if id not in known:
-                done, jobs_of = ask(id)
-                found += jobs_of
-                if (
-                    done.returncode and "Invalid job id" not in done.stderr and ask is not _sacct
-                ):  # which may be switched off
-                    problems.append(_reason(done.stderr))
-    if problems and not found:
-        raise UserError(f"SLURM does not answer: {problems[0]}")
+            if id in known or (problem and ask is not _sacct):  # which asks another daemon than the others
+                continue
+            done, jobs_of = ask(id)
+            found += jobs_of
+            unknown = re.search(r"Invalid job id|Job \S+ not found", done.stderr + done.stdout)
+            if done.returncode and not unknown and ask is not _sacct:  # which may be switched off
+                problem = _reason(done.stderr)
+    if problem and not found:
+        raise UserError(f"SLURM does not answer: {problem}")
     return found
 
 
@@ -267,6 +267,19 @@ def parse_table(text: str) -> list[Job]:
         id, task, state, nodes, reason = line.split("|", 4)
         found.append(Job(f"{id}_{task}" if task.isdigit() else id, state, nodes, reason))
     return found
+
+
+def seconds(text: str) -> int | None:
+    """A time as SLURM writes it: ``minutes``, ``[hours:]minutes:seconds``, ``days-hours[:minutes[:seconds]]``. None: no limit."""
+    days, dash, clock = text.rpartition("-")
+    if not re.fullmatch(r"\d+(:\d+){0,2}", clock) or (dash and not days.isdigit()):
+        return None
+    parts = [int(part) for part in clock.split(":")]
+    if dash:
+        hours, minutes, rest = (*parts, 0, 0)[:3]
+    else:
+        hours, minutes, rest = {1: (0, *parts, 0), 2: (0, *parts), 3: tuple(parts)}[len(parts)]
+    return 86400 * int(days or 0) + 3600 * hours + 60 * minutes + rest
 
 
 def node_names(nodelist: str) -> list[str]:

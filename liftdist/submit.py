@@ -30,6 +30,7 @@ SETTINGS = (
     "nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time", "partition", "account", "qos", "constraint",
     "reservation", "exclude", "container",
 )  # fmt: skip
+_COARSE = 60  # seconds by which SLURM's warning may come early
 _POLL = 2.0  # seconds between two looks at a job that is followed
 
 
@@ -61,7 +62,6 @@ def submit(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None:
             _check_word(f"--{name.replace('_', '-')}", value)
             overrides.append(f"slurm.{name}={value if value.isdigit() else json.dumps(value)}")
-    words = [*options.flags, options.config, *overrides]
     if options.chain < 1:
         raise UserError(f"--chain must be at least 1, got {options.chain}")
     for name in ("job_name", "array", "dependency"):
@@ -71,8 +71,13 @@ def submit(options: argparse.Namespace) -> None:
     if array is not None and options.chain > 1:
         raise UserError("--chain: not with a job array")
     indices = _indices(array) if array else [None]
-    script_words = [*(word for sweep in options.sweep for word in ("--sweep", sweep)), *words]
+    if array:
+        os.environ["SLURM_ARRAY_TASK_ID"] = str(indices[0])  # which a config may refer to
     config, _ = configs.load(options.config, overrides)
+    _check_folder(Path(config.run_dir).expanduser(), array is not None)
+    _check_time(config)
+    sweeps = (word for sweep in options.sweep for word in ("--sweep", sweep))
+    script_words = [*sweeps, *options.flags, options.config, *overrides]
     runs = {index: _check(config, script_words, index, options.dry_run) for index in indices}
     base = Path(config.run_dir).expanduser()
     name = options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "_", base.name).lstrip("-.")[:64] or "liftdist"
@@ -109,6 +114,24 @@ def submit(options: argparse.Namespace) -> None:
 def _check_word(option: str, value: Any) -> None:
     if value is not None and not isinstance(value, str):  # argparse makes a list of `--option=--`
         raise UserError(f"{option}: must have a value")
+
+
+def _check_folder(folder: Path, array: bool) -> None:
+    """Raises ``UserError``: a run directory that is to hold those of an array, or the other way round."""
+    for event in history.read(folder):
+        if event["event"] == "submit" and bool(event.get("array")) != array:
+            raise UserError(f"run_dir {folder}: holds {'a run' if array else 'the runs of an array'}; give another")
+
+
+def _check_time(config: Config) -> None:
+    """Raises ``UserError``: a job that would be told to stop as soon as it begins."""
+    slurm = config.slurm
+    limit = scheduler.seconds(slurm.time) if slurm.time else None
+    if limit is not None and limit <= slurm.signal_lead + _COARSE:
+        raise UserError(
+            f"slurm.time={slurm.time}: {limit} s, of which the last slurm.signal_lead={slurm.signal_lead} s, and up to "
+            f"{_COARSE} more, are for saving: nothing is left for training"
+        )
 
 
 def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool) -> Path:
@@ -186,8 +209,12 @@ def status(folder: Path) -> None:
 def _status(run_dir: Path) -> Iterator[str]:
     yield f"run      {run_dir}"
     events = history.read(run_dir)
-    known = {found.id: found for id in _ids(run_dir)[-5:] for found in scheduler.jobs([id])}
-    for found in known.values():
+    known: list[Job] = []
+    try:
+        known = scheduler.jobs(_ids(run_dir)[-5:])
+    except UserError as error:  # the rest is known without it
+        yield f"job      {error}"
+    for found in known:
         reason = f"  ({found.reason})" if found.reason not in ("", "None") and not found.has_ended else ""
         yield f"job      {found.id}  {found.state}{f'  {found.nodes}' if found.nodes else ''}{reason}"
     starts = [event for event in events if event["event"] == "start"]
@@ -201,7 +228,8 @@ def _status(run_dir: Path) -> Iterator[str]:
         yield f"step     {figures['step']}{of}  loss {figures['train/loss'] or math.nan:.4f}  {speed:.0f} tokens/s"
     if step := history.committed_step(run_dir):
         yield f"saved    step {step}"
-    if starts and (ended := ends.get(history.start_name(starts[-1]))) and ended["action"] == "fail":
+    ended = ends.get(history.start_name(starts[-1])) if starts else None
+    if ended and ended["action"] == "fail" and ended["cause"] != history.ASKED:
         yield f"failure  {ended['message']}"
 
 
@@ -211,6 +239,7 @@ def _start_line(start: history.Event, ended: history.Event | None) -> str:
     if ended is None:
         return line
     then = {"requeue": "; requeued", "restart": "; restarted", "fail": "; given up"}.get(ended["action"], "")
+    then = "" if ended["cause"] == history.ASKED else then
     without = f" without {', '.join(ended['exclude'])}" if ended.get("exclude") else ""
     return f"{line}: {ended['message'].splitlines()[0]}{then}{without}"
 
@@ -253,9 +282,15 @@ def logs(folder: Path, follow: bool, rank: int | None) -> None:
         if not starts:
             raise UserError(f"{folder}: no output of rank {rank}; that of rank 0 is in the log of the job")
         path = starts[-1]
+    with contextlib.suppress(KeyboardInterrupt):
+        _follow(path, id if follow else None)
+
+
+def _follow(path: Path, id: str | None) -> None:
+    """Print ``path``, and what is added to it while job ``id`` runs."""
     at = 0
     while True:
-        ended = not follow or all(known.has_ended for known in scheduler.jobs([id]))
+        ended = id is None or all(known.has_ended for known in scheduler.jobs([id]))
         with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
             at = min(at, file.seek(0, os.SEEK_END))
             file.seek(at)

@@ -12,7 +12,7 @@ import pytest
 from test_data import write_records
 from test_signals import write_config
 
-from liftdist import cli, job, scheduler, submit
+from liftdist import cli, history, job, scheduler, submit
 from liftdist import config as configs
 from liftdist.config import UserError
 
@@ -69,6 +69,8 @@ def test_arrays_and_sweeps(config, tmp_path):
         job.of_task(words, 4)
     with pytest.raises(UserError, match="needs a job array"):
         job.of_task(words, None)
+    code, said = run("submit", config, "train.seed=${oc.env:SLURM_ARRAY_TASK_ID}", "--array=1-2", "--dry-run")
+    assert (code, "train.seed=${oc.env:SLURM_ARRAY_TASK_ID}" in shlex.split(said)) == (0, True)
     assert submit._indices("0-6:3,9%2") == [0, 3, 6, 9]
 
 
@@ -80,6 +82,9 @@ def test_arrays_and_sweeps(config, tmp_path):
         (["--sweep=optimizer.rl=1,2"], "unknown key 'optimizer.rl'"),
         (["--nodes=two"], "slurm.nodes"),
         (["--nodes=0"], "must be at least 1"),
+        (["--sweep=slurm.nodes=1,2"], "all tasks of an array are alike in slurm.nodes"),
+        (["--sweep=run_dir=a,b"], "all tasks of an array are alike in run_dir"),
+        (["--time=6"], "nothing is left for training"),
         (["--time=soon"], "slurm.time: is not of a form that SLURM takes"),
         (["--chain=0"], "--chain must be at least 1"),
         (["--chain=2", "--array=0-1"], "not with a job array"),
@@ -231,6 +236,24 @@ def test_fields_of_a_job_are_not_those_that_a_user_wrote():
     assert fields["TimeLimit"] == "1-00:10:00"
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90", 5400), ("1:30", 90), ("12:00:00", 43200), ("2-0", 172800), ("2-1:30", 178200), ("1-00:00:01", 86401),
+        ("UNLIMITED", None), ("", None),
+    ],
+)  # fmt: skip
+def test_times(text, expected):
+    assert scheduler.seconds(text) == expected
+
+
+def test_a_folder_holds_a_run_or_those_of_an_array(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    history.note(tmp_path / "run", "submit", job="1", array="0-1", log=str(tmp_path))
+    code, said = run("submit", config, f"run_dir={tmp_path}/run")
+    assert (code, said) == (2, f"liftdist: run_dir {tmp_path}/run: holds the runs of an array; give another\n")
+
+
 def test_tables_of_jobs():
     table = "11|3|RUNNING|node[2-3]|None\n11|4|PENDING||Resources\n12|N/A|CANCELLED|node1|a|b\n"
     found = scheduler.parse_table(table)
@@ -243,7 +266,7 @@ def test_who_is_asked_when_squeue_has_forgotten(cluster, tmp_path):
     """The first of squeue, sacct and scontrol that answers; here without the first, and there is no accounting."""
     queued = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true", "--job-name=x JobState=COMPLETED"]
     id = subprocess.run(queued, capture_output=True, text=True, check=True).stdout.strip()
-    assert [(known.id, known.state) for known in scheduler.jobs([id, "999999"])] == [(id, "PENDING")]
+    assert [(known.id, known.state) for known in scheduler.jobs([id, "999999", f"{id}_7"])] == [(id, "PENDING")]
     assert [(known.id, known.state) for known in scheduler._scontrol(id)[1]] == [(id, "PENDING")]
     assert scheduler._sacct(id)[1] == []
     subprocess.run(["scancel", id], check=True)
