@@ -161,6 +161,7 @@ def principal(
             modules=choice.modules,
             replicate_group=mesh.replicate_group,
             initial_indices=known,
+            sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             progress=pulse.at_boundaries(progress),
             on_selected=lambda name, indices: kept.__setitem__(name, indices.cpu()),
         )

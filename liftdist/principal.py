@@ -80,6 +80,7 @@ class PrincipalWeights:
             sharded, and none where it is sharded over all ranks.
         initial_indices: a function from the matrices to ``[k_local]`` int32 for each, to skip the first selection;
             it may return None, on all ranks alike.
+        sparse_reduce_scatter: exchange only principal entries of the gradients between the shards of FSDP2, not all.
         progress: called with matrices selected and in all.
         on_selected: called at the first selection, on the rank that factored a matrix, with its name and all its indices.
 
@@ -99,6 +100,7 @@ class PrincipalWeights:
         criterion: Criterion | None = None,
         replicate_group: Group = None,
         initial_indices: Callable[[list[Matrix]], list[Tensor] | None] | None = None,
+        sparse_reduce_scatter: bool = True,
         progress: Callable[[int, int], None] | None = None,
         on_selected: Callable[[str, Tensor], None] | None = None,
     ) -> None:
@@ -127,10 +129,10 @@ class PrincipalWeights:
         self._progress = progress
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
-        units = reductions.watch(self._fsdp_modules, [matrix.param for matrix in self.matrices])
+        units = reductions.watch(self._fsdp_modules, list(trained.values()), sparse_reduce_scatter)
         indices = initial_indices(self.matrices) if initial_indices else None
         indices = indices if indices is not None else self.select(on_selected)
-        self._slots = self._lay_out(indices, [units.get(id(matrix.param)) for matrix in self.matrices])
+        self._use(self._lay_out(indices, [units.get(id(matrix.param)) for matrix in self.matrices]))
         self.values = nn.Parameter(self._read_shards())
         self._grad = torch.zeros_like(self.values)
         self.values.grad = self._grad
@@ -204,7 +206,7 @@ class PrincipalWeights:
         """
         states = self._element_states(optimizer)
         old_slots, old_values = self._slots, self.values.detach()
-        self._slots = self._lay_out(self.select(), [slot.unit for slot in old_slots])
+        self._use(self._lay_out(self.select(), [slot.unit for slot in old_slots]))
         for old, new in zip(old_slots, self._slots, strict=True):
             new.past = old.past_and_present()
         # [k_local] where each new entry stood in the old vector, -1 if it did not
@@ -271,7 +273,7 @@ class PrincipalWeights:
                 matrix.rows_local.view(-1).index_copy_(0, dropped, values)
                 new.past = _Slot(matrix, dropped, 0, None).past_and_present()
             slots.append(new)
-        self._slots = slots
+        self._use(slots)
 
         def flat(key: str) -> Tensor:
             return torch.cat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
@@ -311,6 +313,12 @@ class PrincipalWeights:
             slots.append(_Slot(matrix, chosen, begin, unit))
             begin += chosen.numel()
         return slots
+
+    def _use(self, slots: list[_Slot]) -> None:
+        self._slots = slots
+        for slot in slots:
+            if slot.unit is not None:
+                slot.unit.choose(slot.matrix.param, slot.indices)
 
     def _read_shards(self) -> Tensor:
         """``[k_local]`` float32, the model's own values of the principal weights."""

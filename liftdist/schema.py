@@ -164,6 +164,9 @@ class CheckpointConfig:
 class MeshConfig:
     dp_replicate: int = _setting(1, "replicas of the sharded model, usually one a node", at_least=1, changes=NOTHING)
     dp_shard: int = _setting(-1, "ranks that share one replica; -1: all that are left", at_least=-1, changes=NOTHING)
+    sparse_reduce_scatter: bool = _setting(
+        True, "exchange only principal entries of the gradients inside a replica, too", changes=NOTHING
+    )
     timeout_minutes: float = _setting(10.0, "a collective that takes longer ends the job", above=0, changes=NOTHING)
 
     def layout(self, world_size: int) -> tuple[int, int]:

@@ -25,7 +25,7 @@ ALLOWED = {
     "mesh": set(),
     "signals": {"failures", "files", "mesh", "rundir"},
     "selection": {"mesh"},
-    "reductions": set(),
+    "reductions": {"mesh"},
     "principal": {"mesh", "lowrank", "reductions", "selection"},
     "weights": {"files", "mesh", "preflight"},
     "model": {"mesh", "preflight", "weights"},

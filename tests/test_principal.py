@@ -299,6 +299,7 @@ def on_two_ranks(mesh):
         bf16=unrounded_gradient(mesh),
         together=unrounded_gradient(mesh, together=True),
         averaged=averages(mesh),
+        sparse=sparse_and_dense(mesh),
         memory=memory_of_a_step(mesh),
         mixed=mixed_layouts(mesh),
     )
@@ -338,6 +339,45 @@ def unrounded_gradient(mesh, together=False):
     held = [s.unit.reduced for s in principal._slots if s.unit.reduced is not None]
     left = [p.grad is not None for p in model.parameters()]
     return dict(exact=found, rounded=rounded, held=len(held), left=left, others=len(others))
+
+
+class Skips(nn.Module):
+    """Two layers, the second of which is left out on demand."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 65, bias=False), nn.Linear(65, 64)
+
+    def forward(self, inputs, skip):
+        inputs = torch.tanh(self.first(inputs))
+        return inputs if skip else self.second(inputs)
+
+
+def sparse_and_dense(mesh):
+    """Of both exchanges: the flat gradient of two micro-batches, the bytes reduced, and the gradient after a refresh."""
+    found = {}
+    for skip, sparse in itertools.product((False, True), (False, True)):
+        torch.manual_seed(1)
+        model = Skips().to(torch.bfloat16)
+        fully_shard(model, mesh=mesh.shard_mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        principal = make(model, density=0.05, sparse_reduce_scatter=sparse)
+        inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(mesh.rank)).to(torch.bfloat16)
+        traffic = ranks.Traffic()
+        with traffic:
+            for micro in range(2):
+                model(inputs + micro, skip and micro == 0).float().square().mean().backward()
+        grad, before = principal.values.grad.clone(), [indices.clone() for indices in principal.indices]
+        group = mesh.shard_mesh.get_group().group_name
+        reduced = sum(count[1] for name, count in traffic.by_group[group].items() if "reduce_scatter" in name)
+        with torch.no_grad():
+            for matrix in principal.matrices:
+                matrix.rows_local.copy_(matrix.rows_local.flip(1))
+        principal.refresh()
+        principal.drop_gradients()
+        assert not all(map(torch.equal, before, principal.indices))
+        model(inputs, False).float().square().mean().backward()
+        found[skip, sparse] = grad, reduced, principal.values.grad.clone()
+    return found
 
 
 def averages(mesh):
@@ -401,6 +441,19 @@ def test_the_gradient_is_never_rounded_after_the_reduction(two_ranks):
             assert rank[way]["held"] == 0
             assert not any(rank[way]["left"])
             assert rank[way]["others"] == 1  # a hook that was there before is still called
+
+
+def test_the_sparse_exchange_sums_as_the_dense_one_does(two_ranks):
+    for rank in two_ranks:
+        for skip in (False, True):  # with a parameter that takes no part in one of two backwards, too
+            (grad, reduced, later), (sparse, sparse_reduced, sparse_later) = (
+                rank["sparse"][skip, sparse] for sparse in (False, True)
+            )
+            assert torch.equal(grad, sparse)
+            assert torch.equal(later, sparse_later)
+            assert (grad != 0).double().mean() > 0.95
+            assert (later != 0).double().mean() > 0.95
+            assert sparse_reduced < (0.5 if skip else 0.08) * reduced
 
 
 def test_matrices_must_be_sharded_alike(two_ranks):
