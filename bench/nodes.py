@@ -39,10 +39,11 @@ from liftdist import config as configs
 from liftdist import data, prepare, weights
 from liftdist import mesh as meshes
 from liftdist import model as models
+from liftdist.loss import token_losses
 from liftdist.mesh import Mesh
 from liftdist.metrics import Console
 from liftdist.principal import principal_parameters
-from liftdist.trainer import Trainer, token_losses
+from liftdist.trainer import Trainer
 
 NODES, RANKS_PER_NODE = 2, 2
 CONFIG = "configs/quickstart.yaml"

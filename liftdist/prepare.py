@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from liftdist import __version__, data, files, preflight, selection, weights
+from liftdist import __version__, data, files, loss, preflight, selection, weights
 from liftdist import config as configs
 from liftdist import mesh as meshes
 from liftdist import model as models
@@ -167,6 +167,8 @@ def principal(
         )
     if meshes.agree(bool(kept)) and not selection.write(cached, kept):
         console.say(f"selection not kept: cache_dir {config.cache_dir} is not shared by all ranks")
+    if not meshes.agree(not loss.is_plain(model, mesh.device)):
+        loss.in_chunks(model)
     total = sum(matrix.param.numel() for matrix in chosen.matrices)
     everything = sum(param.numel() for param in model.parameters())
     console.say(

@@ -9,7 +9,6 @@ a few counters are the whole state besides the weights and the optimizer's.
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from liftdist import data
 from liftdist.config import Config, UserError
+from liftdist.loss import token_losses
 from liftdist.mesh import Mesh, gather
 from liftdist.metrics import Stopwatch
 from liftdist.principal import PrincipalWeights
@@ -39,21 +38,6 @@ class Inputs:
     eval_samples: data.Samples | None
 
 
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Sum of the losses of all labelled tokens of a micro-batch, float32.
-
-    Logits are computed for labelled places alone, where the model can.
-    """
-    labels = batch["labels"]
-    places = (labels != data.IGNORED).any(0).nonzero().squeeze(1)
-    if not places.numel():
-        places = places.new_zeros(1)
-    chosen = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, **chosen).logits
-    logits, labels = logits if chosen else logits[:, places], labels[:, places]
-    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=data.IGNORED, reduction="sum")
-
-
 @torch.no_grad()
 def evaluate(
     model: nn.Module, samples: data.Samples, config: Config, mesh: Mesh, boundary: Callable[[], None] = lambda: None
@@ -64,11 +48,17 @@ def evaluate(
     totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
     for micro in data.deal(everything, samples.lengths, mesh.rank, mesh.world_size, config.train.micro_batch_size):
         boundary()
-        batch = {key: value.to(mesh.device) for key, value in data.collate(samples, micro).items()}
-        totals += torch.stack([token_losses(model, batch).double(), (batch["labels"] != data.IGNORED).sum()])
+        batch = _to_device(data.collate(samples, micro), mesh)
+        totals[0] += token_losses(model, batch)
+        totals[1] += int((batch["labels"] != data.IGNORED).sum())
     model.train()
     dist.all_reduce(totals)
     return (totals[0] / totals[1]).item()
+
+
+def _to_device(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """A batch with the labels left on the host, where they are looked at."""
+    return {key: value if key == "labels" else value.to(mesh.device) for key, value in batch.items()}
 
 
 LARGEST_NORM: float = torch.finfo(torch.float32).max ** 0.5
@@ -172,16 +162,14 @@ class Trainer:
         tokens = 0
         for micro in micro_batches:
             with self.watch("data"):
-                batch = {
-                    key: value.to(self.mesh.device) for key, value in data.collate(self.inputs.samples, micro).items()
-                }
+                batch = _to_device(data.collate(self.inputs.samples, micro), self.mesh)
                 tokens += sum(int(lengths[sample]) for sequence in micro for sample in sequence)
             with self.watch("forward_backward"):
                 loss = token_losses(self.model, batch)
                 loss.backward()
-                labelled = (batch["labels"] != data.IGNORED).sum()
                 micro_losses.append(loss.detach())
-                loss_and_labels += torch.stack([loss.detach().double(), labelled])
+                loss_and_labels[0] += loss.detach()
+                loss_and_labels[1] += int((batch["labels"] != data.IGNORED).sum())
             self._beat()
         with self.watch("exchange"):
             dist.all_reduce(loss_and_labels)

@@ -33,9 +33,10 @@ ALLOWED = {
     "saver": {"checkpoint", "files", "mesh", "rundir", "selection", "weights"},
     "delta": {"checkpoint", "files", "mesh", "weights"},
     "export": {"checkpoint", "delta", "files", "mesh", "preflight", "rundir", "weights"},
-    "trainer": {"data", "mesh", "metrics", "principal"},
+    "loss": {"data"},
+    "trainer": {"data", "loss", "mesh", "metrics", "principal"},
     "prepare": {
-        "data", "files", "mesh", "metrics", "model", "preflight", "principal", "selection", "signals",
+        "data", "files", "loss", "mesh", "metrics", "model", "preflight", "principal", "selection", "signals",
         "trainer", "weights",
     },
     "train": {
