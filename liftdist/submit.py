@@ -30,7 +30,6 @@ SETTINGS = (
     "nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time", "partition", "account", "qos", "constraint",
     "reservation", "exclude", "container",
 )  # fmt: skip
-_COARSE = 60  # seconds by which SLURM's warning may come early
 _POLL = 2.0  # seconds between two looks at a job that is followed
 
 
@@ -127,10 +126,10 @@ def _check_time(config: Config) -> None:
     """Raises ``UserError``: a job that would be told to stop as soon as it begins."""
     slurm = config.slurm
     limit = scheduler.seconds(slurm.time) if slurm.time else None
-    if limit is not None and limit <= slurm.signal_lead + _COARSE:
+    if limit is not None and limit <= slurm.signal_lead:
         raise UserError(
-            f"slurm.time={slurm.time}: {limit} s, of which the last slurm.signal_lead={slurm.signal_lead} s, and up to "
-            f"{_COARSE} more, are for saving: nothing is left for training"
+            f"slurm.time={slurm.time}: the last slurm.signal_lead={slurm.signal_lead} seconds of it are for saving, "
+            "nothing is left for training"
         )
 
 

@@ -235,7 +235,9 @@ def test_a_bug_fails_once_with_one_summary_and_a_cancelled_job_saves(config, tmp
 @pytest.mark.slow
 def test_scancel_saves_what_it_can_and_a_time_limit_without_warning_is_survived(config, tmp_path):
     cancelled = Submitted(config, tmp_path / "cancelled", SLOW="0.1")
-    late = Submitted(config, tmp_path / "late", "--time=1", 'slurm.options=["--signal=B:URG@10"]', SLOW="0.7")
+    late = Submitted(
+        config, tmp_path / "late", "--time=1", "slurm.signal_lead=30", 'slurm.options=["--signal=B:URG@10"]', SLOW="0.7"
+    )
     cancelled.wait_for("training 3/")
     subprocess.run(["scancel", cancelled.id], check=True)
     assert cancelled.wait_for_state("CANCELLED") == "CANCELLED"

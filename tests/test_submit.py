@@ -84,7 +84,7 @@ def test_arrays_and_sweeps(config, tmp_path):
         (["--nodes=0"], "must be at least 1"),
         (["--sweep=slurm.nodes=1,2"], "all tasks of an array are alike in slurm.nodes"),
         (["--sweep=run_dir=a,b"], "all tasks of an array are alike in run_dir"),
-        (["--time=6"], "nothing is left for training"),
+        (["--time=5"], "nothing is left for training"),
         (["--time=soon"], "slurm.time: is not of a form that SLURM takes"),
         (["--chain=0"], "--chain must be at least 1"),
         (["--chain=2", "--array=0-1"], "not with a job array"),
