@@ -114,6 +114,23 @@ def _make_fresh(options: argparse.Namespace) -> None:
         options.overrides.append(f"run_dir={json.dumps(str(free))}")
 
 
+def _plan_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument("--nodes", type=int, help="nodes (default: slurm.nodes)")
+    parser.add_argument("--gpus-per-node", type=int, help="ranks on each (default: slurm.gpus_per_node, or 8)")
+    parser.add_argument("--gpu", help="what they are: a100-80, h100, ...")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one (default: that of --gpu)")
+    parser.add_argument("--link-gbps", type=float, default=100.0, help="Gbit/s of a node's network (default: 100)")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON, in bytes and seconds")
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from liftdist import plan  # imports torch
+
+    for line in plan.run(options):
+        print(line, flush=True)
+
+
 def _submit(options: argparse.Namespace) -> None:
     _make_fresh(options)
     submit.submit(options)
@@ -268,6 +285,7 @@ COMMANDS = {
         "select the principal weights and train them; continue a run", _train_arguments, _train, _RUN_EPILOG
     ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
+    "plan": Command("memory, traffic and time of a run, before it is submitted", _plan_arguments, _plan),
     "submit": Command("train as a job of a SLURM cluster", _submit_arguments, _submit),
     "status": Command("how the jobs of a run are and why", _run_dir_argument, lambda o: submit.status(o.run_dir)),
     "logs": Command(

@@ -62,7 +62,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None
         files = ModelFolder(folder)
         model = build(hf_config, config)
         names = match(model, files)
-    _shard(model, config, mesh)
+    shard(model, config, mesh)
     model.to_empty(device=mesh.device)
     model.tie_weights()
     with together():
@@ -159,7 +159,8 @@ def match(model: PreTrainedModel, files: ModelFolder) -> dict[str, str]:
     return names
 
 
-def _shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
+def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
+    """Cut the parameters by rows with FSDP2, each decoder layer a unit. Gradients are summed in float32."""
     if config.activation_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}

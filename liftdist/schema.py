@@ -216,6 +216,9 @@ class SlurmConfig:
     signal_lead: int = _slurm(
         300, "seconds before the time limit at which the run is told to save and stop", at_least=10
     )
+    gpu_memory: float | None = _slurm(
+        None, "GiB of a GPU's memory: what cannot fit, by `liftdist plan`, is not submitted", above=0
+    )
     max_restarts: int = _slurm(
         1, "times in a row, without a new checkpoint, that crashed ranks are started again", at_least=0
     )

@@ -144,6 +144,10 @@ def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool)
     changes.check_settings(config, text, changes.allowed_by(flags))
     ranks = base.slurm.ranks_per_node or base.slurm.gpus_per_node or 1
     config.mesh.layout(base.slurm.nodes * ranks)
+    if base.slurm.gpu_memory is not None:
+        from liftdist import plan  # imports torch
+
+        plan.check_fits(config, base.slurm.nodes, ranks)
     if not dry_run:
         preflight.check(config, base.slurm.nodes * ranks, training=True)
         preflight.resolve_model(config.model.path)

@@ -45,16 +45,18 @@ ALLOWED = {
     },
     "network": set(),
     "scheduler": set(),
+    "memory": {"mesh"},
+    "plan": {"loss", "lowrank", "memory", "mesh", "model", "principal", "selection"},
     "launcher": {"changes", "failures", "files", "network", "rundir", "scheduler"},
     "history": {"files", "rundir"},
     "health": {"network", "rundir"},
     "job": {
         "changes", "failures", "files", "health", "history", "launcher", "network", "preflight", "rundir", "scheduler",
     },
-    "submit": {"changes", "files", "history", "job", "preflight", "rundir", "scheduler"},
+    "submit": {"changes", "files", "history", "job", "plan", "preflight", "rundir", "scheduler"},
     "cli": {
-        "changes", "delta", "export", "launcher", "metrics", "model", "preflight", "prepare", "rundir", "submit",
-        "weights",
+        "changes", "delta", "export", "launcher", "metrics", "model", "plan", "preflight", "prepare", "rundir",
+        "submit", "weights",
     },
 }  # fmt: skip
 

@@ -1,0 +1,153 @@
+"""One whole step of models that fit nowhere, on ranks that do not exist: what is exchanged and held, against the planner.
+
+python -m bench scale [--models 8b 70b 405b] [--ranks 8 64 1024] [--out FILE]
+
+One process is rank 0 of a process group of the ``fake`` backend; tensors have shapes and no memory. Real are all else: the
+sharding, the hooks, the exchange, the optimizer. Indices are spread evenly, as the planner assumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from transformers import AutoConfig
+
+from bench.traffic import Traffic
+from liftdist import loss, lowrank, plan, selection
+from liftdist import model as models
+from liftdist.config import Config
+from liftdist.memory import LiveBytes
+from liftdist.mesh import Mesh
+from liftdist.principal import PrincipalWeights
+
+LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
+FEW = 64  # bytes of collectives that carry a few numbers: a norm, a count
+MODELS = {
+    "8b": dict(LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
+    "70b": dict(LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    "405b": dict(LLAMA, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128),
+}
+
+
+def settings(ranks: int, replicas: int, **mesh) -> Config:
+    """A batch of one sequence a rank and micro-batch, two of them."""
+    config = Config(run_dir="none")
+    config.selection.density = 0.05
+    config.data.max_length = 2048
+    config.train.micro_batch_size, config.train.batch_size = 1, 2 * ranks
+    config.model.activation_checkpointing = True
+    config.mesh.dp_replicate = replicas
+    for key, value in mesh.items():
+        setattr(config.mesh, key, value)
+    return config
+
+
+def step(shape: dict, config: Config, ranks: int) -> dict:
+    """Rank 0's collectives, by axis, and its peak of live bytes, in one step; and what the planner says of them."""
+    replicas, shards = config.mesh.layout(ranks)
+    hf_config = AutoConfig.for_model("llama", **shape)
+    dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
+    try:
+        device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
+        mesh = Mesh(torch.device("cpu"), device_mesh)
+        model = models.build(hf_config, config.model)
+        size = plan.sizes(model, config.selection.modules)
+        models.shard(model, config.model, mesh)
+        live, traffic = LiveBytes(), Traffic()
+        with FakeTensorMode(allow_non_fake_inputs=True), live:
+            model.to_empty(device="cpu")
+            model.train()
+            principal = PrincipalWeights(
+                model,
+                density=config.selection.density,
+                modules=config.selection.modules,
+                replicate_group=mesh.replicate_group,
+                initial_indices=lambda matrices: [
+                    torch.zeros(-(-matrix.num_selected // shards), dtype=torch.int32) for matrix in matrices
+                ],
+                sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
+            )
+            for slot in principal._slots:
+                if slot.unit is not None:  # what the ranks would agree on
+                    slot.unit._width = sum(indices.numel() for indices in slot.unit._indices.values())
+            optimizer = torch.optim.AdamW([principal.values], fused=True)
+            loss.in_chunks(model)
+            tokens = torch.zeros((config.train.micro_batch_size, config.data.max_length), dtype=torch.int64)
+            places = torch.arange(config.data.max_length)
+            optimizer.step()  # makes its state
+            live.peak = live.now
+            with traffic:
+                for _ in range(plan.micro_batches(config, ranks)):
+                    model.chunked_loss(tokens, None, places, tokens).backward()
+                principal.reduce_gradients(1.0)
+                principal.clip_grad_norm_(None)
+                optimizer.step()
+                principal.scatter()
+        groups = {device_mesh.get_group(axis).group_name: axis for axis in ("dp_replicate", "dp_shard")}
+        measured = {
+            f"{groups[name]} {operation}": counts
+            for name, found in traffic.by_group.items()
+            for operation, counts in found.items()
+            if counts[1] > FEW * counts[0]
+        }
+    finally:
+        dist.destroy_process_group()
+    planned_collectives: dict[str, list[int]] = {}
+    for one in plan.traffic(size, config, replicas, shards):
+        counts = planned_collectives.setdefault(f"{one.axis} {one.operation}", [0, 0])
+        counts[0] += one.calls
+        counts[1] += one.payload
+    planned = plan.memory(size, config, shards, plan.activations(hf_config, config))
+    return {
+        "collectives": measured,
+        "planned_collectives": planned_collectives,
+        "peak": live.peak,
+        "planned_peak": plan.peak(planned | {"selecting": 0, "once principal": 0}),
+    }
+
+
+def balance(shape: dict, ranks: int) -> dict[str, float]:
+    """The work of the owner who has most to factor, over the larger of the mean and the largest matrix."""
+    size = plan.sizes(models.build(AutoConfig.for_model("llama", **shape), Config(run_dir="none").model), ["*"])
+    costs = [lowrank.cost(m, n, 64, "fast") for m, n in size.trained]
+    loads = [0.0] * ranks
+    for cost, owner in zip(costs, selection.deal(costs, ranks), strict=True):
+        loads[owner] += cost
+    return {"matrices_a_rank": len(costs) / ranks, "ratio": max(loads) / max(sum(costs) / ranks, max(costs))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    results = {}
+    for name in options.models:
+        for ranks in options.ranks:
+            for replicas in (1, ranks // 8) if ranks > 8 else (1,):
+                began = time.perf_counter()
+                found = step(MODELS[name], settings(ranks, replicas), ranks)
+                took = time.perf_counter() - began
+                key = f"{name}, {replicas} x {ranks // replicas}"
+                results[key] = found | {"balance": balance(MODELS[name], ranks)}
+                same = "as planned" if found["collectives"] == found["planned_collectives"] else "NOT AS PLANNED"
+                print(
+                    f"{key:16s} peak {found['peak'] / 2**30:8.2f} GiB, planned {found['planned_peak'] / 2**30:8.2f}; "
+                    f"collectives {same}; fullest owner {results[key]['balance']['ratio']:.3f} ({took:.0f} s)",
+                    flush=True,
+                )
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
