@@ -15,10 +15,8 @@ Bytes are those that the link's interface counts, both ways; start, selection an
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
-import platform
 import signal
 import statistics
 import subprocess
@@ -35,6 +33,7 @@ import torch.distributed as dist
 import transformers
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+from bench import measure
 from liftdist import config as configs
 from liftdist import data, prepare, weights
 from liftdist import mesh as meshes
@@ -111,7 +110,7 @@ def carried(mesh: Mesh, step: Callable[[], object]) -> int:
     return sum(meshes.gather(sum(counts)))
 
 
-def measure(step: Callable[[], object], steps: int) -> dict[str, float]:
+def timed(step: Callable[[], object], steps: int) -> dict[str, float]:
     dist.barrier()
     before, began = traffic(), time.perf_counter()
     for _ in range(steps):
@@ -131,8 +130,8 @@ def take_turns(
             subprocess.run(limit.split(), check=True)
         rounds = links[link] = {"dense": [], "liftdist": []}
         for number in range(options.rounds):
-            rounds["dense"].append(measure(dense.run_step, options.steps))
-            rounds["liftdist"].append(measure(trainer.run_step, options.steps))
+            rounds["dense"].append(timed(dense.run_step, options.steps))
+            rounds["liftdist"].append(timed(trainer.run_step, options.steps))
             last = ", ".join(f"{side} {found[-1]['seconds']:.2f} s" for side, found in rounds.items())
             console.say(f"{link}, round {number + 1} of {options.rounds}: {last} a step")
     return links
@@ -168,10 +167,7 @@ def rank(options: argparse.Namespace) -> None:
         links = take_turns(options, console, dense, trainer)
     if os.environ["RANK"] != "0":
         return
-    names = [s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
     results = {
-        "device": f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
         "model": inputs.folder.name,
         "density": config.selection.density,
         "filter_rank": config.selection.filter_rank,
@@ -183,8 +179,7 @@ def rank(options: argparse.Namespace) -> None:
         "rounds": links,
     }
     report(results)
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    measure.write(results, options.out)
     ratio = min(found["bytes"]["ratio"] for found in results["results"].values())
     if ratio < AIM:
         sys.exit(f"bench nodes: liftdist sends 1/{ratio:.1f} of the bytes, not 1/{AIM}")
@@ -202,7 +197,7 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
 
 
 def report(results: dict) -> None:
-    print(f"{results['device']}, torch {results['torch']}; {results['layout']}")
+    print(f"{measure.machine()}, torch {torch.__version__}; {results['layout']}")
     print(f"{results['model']}, density {results['density']}, filter rank {results['filter_rank']}")
     print(f"{'a step':32s} {'dense':>13s} {'liftdist':>13s} {'ratio':>7s}")
     counted = results["all_reduced_bytes"]

@@ -4,12 +4,12 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
+#: what operations are called, by what their operators' names begin with
+OPERATIONS = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
+
 
 class Traffic(TorchDispatchMode):
     """Counts collectives and the bytes a rank puts into them, by process group: ``{group: {operation: [calls, bytes]}}``."""
-
-    #: by the name of the operator
-    OPERATIONS = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
 
     def __init__(self) -> None:
         super().__init__()
@@ -21,9 +21,7 @@ class Traffic(TorchDispatchMode):
             name = dist.ProcessGroup.unbox(group).group_name
             operation = function.__name__.split(".")[0].strip("_").removesuffix("_")
             sent = arguments[1] if operation in ("reduce_scatter_base", "allgather_base") else arguments[0]
-            operation = next(
-                (known for start, known in self.OPERATIONS.items() if operation.startswith(start)), operation
-            )
+            operation = next((known for start, known in OPERATIONS.items() if operation.startswith(start)), operation)
             tensors = sent if isinstance(sent, list | tuple) else [sent]
             entry = self.by_group.setdefault(name, {}).setdefault(operation, [0, 0])
             entry[0] += 1

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from liftdist.data import IGNORED
 
-CHUNK_LOGITS = 2**26  # logits of a chunk; a few float32 copies of them exist at once
+CHUNK_LOGITS = 2**25  # logits of a chunk; about 14 B each exist at once
 
 
 class _ChunkedLoss(torch.autograd.Function):

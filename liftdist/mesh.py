@@ -25,6 +25,10 @@ from liftdist.config import MeshConfig, UserError
 
 Group = dist.ProcessGroup | None  # None: this process alone
 
+# by their names since torch 2.12, or before
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 class PeerError(RuntimeError):
     """Another rank failed, and reports why; this one only stops with it."""

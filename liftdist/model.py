@@ -66,7 +66,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None
     model.to_empty(device=mesh.device)
     model.tie_weights()
     with together():
-        _compute_buffers(model)
+        compute_buffers(model)
         _fill(model, files, names, check)
         _verify(model, files, names, random.Random(mesh.rank))
     return model
@@ -161,8 +161,7 @@ def match(model: PreTrainedModel, files: ModelFolder) -> dict[str, str]:
 
 def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
     """Cut the parameters by rows with FSDP2, each decoder layer a unit. Gradients are summed in float32."""
-    if config.activation_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    recompute(model, config)
     options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     for layer in decoder_layers(model):
         if config.compile:
@@ -175,7 +174,14 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
-def _compute_buffers(model: PreTrainedModel) -> None:
+def recompute(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Have each decoder layer recomputed in backward, where the config says so."""
+    if config.activation_checkpointing:  # the older name is that of transformers 5.17
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
     """Fill the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does."""
     stored = set(tensors(model))
     for name, module in model.named_modules():

@@ -5,7 +5,7 @@ For S shards, R replicas, P parameters of which N are trained, density d, all on
     weights      2 P / S                            and the root whole: embedding, head, norm
     principal    20 d N / S                         values, gradient, two moments 16 B; indices 4 B
     once principal  N / (8 S)                       a bit, from the first refresh on
-    layers       2 layers gathered, one layer's gradient in bf16 and as float32 to be reduced
+    layers       one layer gathered, and of one more its gradient, in bf16 and as float32 to be reduced
     activations  what one layer keeps for its backward, times layers; found by running two layers on fake tensors
 
 What travels is counted as a ring sends it: all-gather and reduce-scatter of n bytes n (S - 1) / S, all-reduce twice that.
@@ -135,21 +135,18 @@ class Activations(NamedTuple):
 
     fixed: int  # whatever the number of layers
     layer: int  # for each layer, from its forward to its backward
+    loss: int  # besides, while the loss is computed
     backward: int  # besides, while one layer's backward runs
-
-    def total(self, layers: int) -> int:
-        return self.fixed + layers * self.layer + self.backward
 
 
 def activations(hf_config: Any, config: Config) -> Activations:
     """Of the real model with one and two layers, run forward and backward on tensors that hold no memory."""
-    kept, peaks = [], []
+    kept, losses, backwards = [], [], []
     for layers in (1, 2):
         live = LiveBytes()
         with FakeTensorMode(allow_non_fake_inputs=True), live:
             model = models.build(_with_layers(hf_config, layers), config.model).to_empty(device="cpu").train()
-            if config.model.activation_checkpointing:
-                model.gradient_checkpointing_enable({"use_reentrant": False})
+            models.recompute(model, config.model)
             trained = {id(param) for param in principal_parameters(model, config.selection.modules).values()}
             for param in model.parameters():
                 param.requires_grad_(id(param) in trained)
@@ -157,15 +154,16 @@ def activations(hf_config: Any, config: Config) -> Activations:
                     param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
             shape = (config.train.micro_batch_size, config.data.max_length)
             tokens = torch.zeros(shape, dtype=torch.int64)
-            before = live.now
+            before = live.peak = live.now
             loss.in_chunks(model)
             total = model.chunked_loss(tokens, None, torch.arange(shape[1]), tokens)
             kept.append(live.now - before)
+            losses.append(live.peak - live.now)
             live.peak = live.now
             total.backward()
-            peaks.append(live.peak - before)
+            backwards.append(live.peak - before - kept[-1])
     layer = kept[1] - kept[0]
-    return Activations(kept[0] - layer, layer, peaks[1] - kept[1])
+    return Activations(kept[0] - layer, layer, losses[1], backwards[1])
 
 
 def _with_layers(hf_config: Any, layers: int) -> Any:
@@ -193,9 +191,12 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         if config.selection.refresh_interval
         else 0,
         "root, whole": size.itemsize * size.root.padded(shards) * shards,
-        # the next layer is gathered while one is computed; its gradients are there as computed, and to be reduced
-        "layers, whole": 2 * gathered + (size.itemsize + 4) * reduced + 4 * reduced // shards,
-        "activations": kept.total(len(size.layers)),
+        # the next layer is gathered while one is computed; that one is gone when its gradients are copied to be reduced
+        "layers, whole": gathered
+        + max(gathered + size.itemsize * reduced, (size.itemsize + 4) * reduced + 4 * reduced // shards),
+        "activations": kept.fixed + len(size.layers) * kept.layer,
+        "computing": kept.backward,
+        "loss": kept.loss,
         # gathered, in float32, scored, and the row blocks of its selection
         "selecting": (2 * size.itemsize if shards > 1 else 0) * whole + 12 * whole,
     }
@@ -204,8 +205,10 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
 def peak(parts: dict[str, int]) -> int:
     """Bytes at the worst moment of a run: training, or selecting."""
     held = parts["weights"] + parts["principal"] + parts["once principal"]
-    training = parts["root, whole"] + parts["layers, whole"] + parts["activations"]
-    return held + max(training, parts["selecting"])
+    backward = parts["layers, whole"] + parts["computing"]
+    training = parts["root, whole"] + parts["activations"] + max(backward, parts["loss"])
+    gathering = 2 * parts["root, whole"]  # at the beginning: as it arrived, and as it is used
+    return held + max(training, gathering, parts["selecting"])
 
 
 def _selected(size: Sizes, config: Config) -> list[int]:
@@ -342,9 +345,11 @@ def _hf_config(config: Config) -> Any:
 
 
 def _shard_counts(gpus_per_node: int) -> Iterator[int]:
-    """Ranks of one replica, from few to many: some of a node, or whole nodes."""
+    """Ranks of one replica, from few to many: some of a node, or whole nodes, twice as many each time."""
     yield from range(1, gpus_per_node)
-    yield from range(gpus_per_node, MOST_SHARDS + 1, gpus_per_node)
+    while gpus_per_node <= MOST_SHARDS:
+        yield gpus_per_node
+        gpus_per_node *= 2
 
 
 def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, result: dict[str, Any]) -> dict[str, float]:
@@ -390,7 +395,7 @@ def _verdict(found: dict[str, Any]) -> str:
         "no number of shards makes it fit: set model.activation_checkpointing=true, or lower train.micro_batch_size"
     )
     if found["smallest"] is not None:
-        advice = f"it needs {found['smallest']} or more shards"
+        advice = f"it needs {found['smallest']} shards"
     return f"does not fit: {_gib(found['peak'])} of {_gib(found['usable'])} on {found['layout']['dp_shard']} shards; {advice}"
 
 
@@ -405,8 +410,8 @@ def _gib(size: float) -> str:
 def run(options: argparse.Namespace) -> Iterator[str]:
     """A plan, line by line; ends with code 1 where the run does not fit. Raises ``UserError``."""
     config, _ = configs.load(options.config, options.overrides)
-    nodes = options.nodes or config.slurm.nodes
-    gpus_per_node = options.gpus_per_node or config.slurm.gpus_per_node or 8
+    nodes = config.slurm.nodes if options.nodes is None else options.nodes
+    gpus_per_node = config.slurm.gpus_per_node or 8 if options.gpus_per_node is None else options.gpus_per_node
     for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node), ("--link-gbps", options.link_gbps)):
         if value <= 0:
             raise UserError(f"{name} must be above 0, got {value}")
@@ -432,7 +437,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     yield "{:.2f} G parameters, {:.1f} M principal in {} matrices".format(*counts)
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
-        note = "   before training, in place of the three above" if name == "selecting" else ""
+        notes = {"loss": "in place of layers and computing", "selecting": "in place of all since root"}
+        note = f"   {notes[name]}" if name in notes else ""
         yield f"  {name:16s}{_gib(size):>12s}{note}"
     yield f"  {'at the worst':16s}{_gib(found['peak']):>12s}"
     if found["fits"] is not None:

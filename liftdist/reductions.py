@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
-from liftdist.mesh import row_bounds
+from liftdist.mesh import all_gather_single, reduce_scatter_single, row_bounds
 
 
 class Unit:
@@ -84,18 +84,18 @@ class Unit:
         width = self._widest(group, output_tensor.device)
         # a parameter took no part in the backward, on all ranks alike; or there is nothing to gain
         if row != self._row or row >= 2**31 or width * (4 + size) >= row * size:
-            dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group)
+            reduce_scatter_single(output_tensor, input_tensor, op=op, group=group)
             return
         output_tensor.zero_()
         if width == 0:
             return
         mine = torch.cat([self._indices[key] + offset for key, offset in self._offsets.items()])
         where = mine.new_empty(shards * width)
-        dist.all_gather_into_tensor(where, nn.functional.pad(mine, (0, width - mine.numel())), group=group)
+        all_gather_single(where, nn.functional.pad(mine, (0, width - mine.numel())), group=group)
         rows = torch.arange(shards, device=where.device).mul_(row).repeat_interleave(width)
         what = input_tensor.index_select(0, rows.add_(where))
         received = what.new_empty(width)
-        dist.reduce_scatter_tensor(received, what, op=op, group=group)
+        reduce_scatter_single(received, what, op=op, group=group)
         output_tensor.index_copy_(0, mine.long(), received[: mine.numel()])
 
     def _widest(self, group: Any, device: torch.device) -> int:

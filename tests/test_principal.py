@@ -9,6 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
+from bench.traffic import Traffic
 from liftdist import PrincipalWeights
 
 
@@ -362,7 +363,7 @@ def sparse_and_dense(mesh):
         fully_shard(model, mesh=mesh.shard_mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
         principal = make(model, density=0.05, sparse_reduce_scatter=sparse)
         inputs = torch.randn(8, 64, generator=torch.Generator().manual_seed(mesh.rank)).to(torch.bfloat16)
-        traffic = ranks.Traffic()
+        traffic = Traffic()
         with traffic:
             for micro in range(2):
                 model(inputs + micro, skip and micro == 0).float().square().mean().backward()

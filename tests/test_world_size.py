@@ -8,6 +8,7 @@ from reference import DenseLift, linear_of
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from bench.traffic import Traffic
 from liftdist import model as models
 from liftdist import prepare, selection
 from liftdist.mesh import gather
@@ -37,7 +38,7 @@ def run_training(mesh, model_folder, data, folder):
     model, principal = trainer.model, trainer.principal
     masks, losses, dense, traffic, flat_bytes = [global_masks(principal)], [], [], [], []
     for _ in range(STEPS):
-        counter = ranks.Traffic()
+        counter = Traffic()
         with counter:
             losses.append(trainer.run_step()["train/loss"])
         dense.append(sum(param.grad is not None for param in model.parameters()))
@@ -152,8 +153,8 @@ def test_only_the_flat_gradient_travels_between_replicas(runs, world):
         for number, step in enumerate(rank["between_replicas"], 1):
             # a refresh sends indices, too; where the replicas are all ranks, loss and label count (16 B) use their group
             if number % REFRESH:
-                assert list(step) == ["allreduce"]
-                assert step["allreduce"][1] - rank["flat_bytes"][number - 1] == (16 if world == "replicas" else 0)
+                assert list(step) == ["all_reduce"]
+                assert step["all_reduce"][1] - rank["flat_bytes"][number - 1] == (16 if world == "replicas" else 0)
 
 
 def test_replicas_stay_equal(runs):

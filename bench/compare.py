@@ -1,0 +1,164 @@
+"""The same model, batch and sharding, trained by what a user would run instead, side by side: bench/contenders.py.
+
+    python -m bench compare [--ranks 2] [--rows 2] [--length 128] [--rounds 5] [--synthetic 8b] [--out FILE]
+
+Every contender is set up, takes two steps, and is taken away before the next: they would not fit together. The steps timed
+are taken in several visits, in turn, so that what disturbs one disturbs all. Bytes are tensors, on rank 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from bench import contenders, measure
+from bench.scale import MODELS
+from bench.traffic import Traffic
+from liftdist import mesh as meshes
+from liftdist.config import Config
+from liftdist.memory import LiveBytes
+from liftdist.mesh import Mesh
+
+COMPARED = ("full", "lora", "masked", "liftdist")
+
+
+def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh) -> dict[str, Any]:
+    """One visit to a contender."""
+    gc.collect()
+    live = LiveBytes()
+    began = time.perf_counter()
+    with live:
+        model = make_model(options, mesh.device)
+        for param in model.parameters():
+            live.add(param)
+        loaded = time.perf_counter()
+        contender = contenders.KINDS[kind](model, config, mesh)
+        set_up = time.perf_counter() - loaded
+        del model
+        batches = contenders.batches(
+            contender.model.config.vocab_size, options.rows, options.length, mesh.device, seed=mesh.rank
+        )
+
+        def step() -> None:
+            contender.forward_backward(next(batches))
+            contender.update()
+
+        step()  # makes the optimizer's state
+        live.peak = live.now
+        with Traffic() as traffic:
+            step()
+        peak, held = live.peak, live.now
+        tiny = contenders.batches(contender.model.config.vocab_size, 1, 2, mesh.device, seed=0)
+        live.peak = live.now
+        contender.forward_backward(next(tiny))
+        contender.update()
+        without_activations = live.peak
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    phases = {"forward_backward": [], "update": []}
+    for _ in range(options.steps):
+        batch = next(batches)
+        phases["forward_backward"].append(measure.seconds(lambda batch=batch: contender.forward_backward(batch)))
+        phases["update"].append(measure.seconds(contender.update))
+    return {
+        "load_s": loaded - began,
+        "set_up_s": set_up,
+        "forward_backward_s": statistics.median(phases["forward_backward"]),
+        "update_s": statistics.median(phases["update"]),
+        "peak_bytes": peak,
+        "held_bytes": held,
+        "without_activations_bytes": without_activations,
+        "device_peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "state_bytes": contender.state_bytes(),
+        "checkpoint_bytes": contender.checkpoint_bytes(),
+        "exchanged_bytes": {name: dict(found) for name, found in traffic.by_group.items()},
+        "loss": contender.forward_backward(next(batches)),
+    }
+
+
+def make_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
+    if options.synthetic:
+        return contenders.synthetic(MODELS[options.synthetic] | {"num_hidden_layers": options.layers}, device)
+    return contenders.load(options.model, device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--ranks", type=int, default=max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
+    )
+    parser.add_argument("--rows", type=int, default=2, help="sequences of a rank")
+    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=3, help="visits to each contender")
+    parser.add_argument("--steps", type=int, default=3, help="steps timed in a visit")
+    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
+    parser.add_argument("--layers", type=int, default=32, help="of a synthetic model")
+    parser.add_argument("--kinds", nargs="+", default=list(COMPARED), choices=list(contenders.KINDS))
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    measure.start_ranks("bench.compare", options.ranks)
+    config = Config(run_dir="none")
+    config.selection.density = 0.05
+    visits: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.kinds}
+    with meshes.start(config.mesh) as mesh:
+        for number in range(options.rounds):
+            for kind in options.kinds:
+                visits[kind].append(measured(kind, options, config, mesh))
+                if mesh.is_main:
+                    last = visits[kind][-1]
+                    print(
+                        f"round {number + 1}: {kind:9s} forward-backward {last['forward_backward_s']:.3f} s, "
+                        f"update {last['update_s']:.4f} s",
+                        flush=True,
+                    )
+        world = dist.get_world_size()
+    if os.environ["RANK"] == "0":
+        results = summary(visits, options.rows * options.length * world)
+        report(results)
+        measure.write(
+            {"ranks": world, "rows": options.rows, "length": options.length, "results": results, "visits": visits},
+            options.out,
+        )
+
+
+def summary(visits: dict[str, list[dict[str, Any]]], tokens: int) -> dict[str, dict[str, Any]]:
+    """Medians over the visits; bytes are those of the last."""
+    results = {}
+    for kind, found in visits.items():
+        result = dict(found[-1])
+        for key in ("set_up_s", "forward_backward_s", "update_s"):
+            result[key] = statistics.median(visit[key] for visit in found)
+        result["tokens_per_second"] = tokens / (result["forward_backward_s"] + result["update_s"])
+        result["sent_bytes"] = sum(size for group in result["exchanged_bytes"].values() for _, size in group.values())
+        results[kind] = result
+    return results
+
+
+def report(results: dict[str, dict[str, Any]]) -> None:
+    print(f"{measure.machine()}, torch {torch.__version__}")
+    rows = [
+        ("tokens/s", "tokens_per_second", 1, 0), ("set-up s", "set_up_s", 1, 1),
+        ("forward-backward s", "forward_backward_s", 1, 3), ("update s", "update_s", 1, 4),
+        ("peak MiB", "peak_bytes", 2**20, 0), ("held between steps", "held_bytes", 2**20, 0),
+        ("peak with 2 tokens", "without_activations_bytes", 2**20, 0), ("optimizer state MiB", "state_bytes", 2**20, 1),
+        ("checkpoint MiB", "checkpoint_bytes", 2**20, 1), ("into collectives MiB", "sent_bytes", 2**20, 1),
+        ("loss", "loss", 1, 4),
+    ]  # fmt: skip
+    print(f"{'':22s}" + "".join(f"{kind:>12s}" for kind in results))
+    for title, key, unit, digits in rows:
+        print(f"{title:22s}" + "".join(f"{result[key] / unit:12,.{digits}f}" for result in results.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,228 @@
+"""Ways to fine-tune the same model on the same batch under the same FSDP2 sharding.
+
+full      all weights: float32 shards, computing in bf16, fused AdamW                16 B a parameter
+lora      adapters of peft on all linear modules, as many weights as the others train
+masked    LIFT as its authors do it on one device: one full SVD after another, a bool mask and a dense gradient for each
+          matrix, Adam on the masked entries in a loop over parameters
+dense     liftdist's trained matrices with dense gradients and no hooks: what hooks are measured against
+liftdist  the library
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from liftdist import loss, selection
+from liftdist import model as models
+from liftdist.config import Config
+from liftdist.mesh import Mesh, local_tensor, rows_of
+from liftdist.principal import PrincipalWeights, principal_parameters
+
+LR = 1e-5
+
+
+class Contender:
+    """A sharded model that trains ``batch`` after ``batch``."""
+
+    policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+    optimizer: Any
+
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, sharded: bool = False) -> None:
+        self.config, self.mesh, self.sharded = config, mesh, sharded
+        self.model = self.prepare(model)
+        self.model.train()
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """Whatever comes before the first step."""
+        raise NotImplementedError
+
+    def shard(self, model: nn.Module, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
+        if self.sharded:
+            return model
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        for layer in models.decoder_layers(base):
+            fully_shard(layer, mesh=self.mesh.shard_mesh, mp_policy=policy or self.policy)
+        return fully_shard(model, mesh=self.mesh.shard_mesh, mp_policy=policy or self.policy)
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        logits = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
+        return loss.sum_of_losses(logits.flatten(0, 1), batch["labels"].to(logits.device).flatten())
+
+    def forward_backward(self, batch: dict[str, Tensor]) -> float:
+        """The mean loss of a micro-batch."""
+        mean = self.losses(batch) / batch["labels"].numel()
+        mean.backward()
+        return mean.item()
+
+    def update(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def state_bytes(self) -> int:
+        """Of the optimizer's state on this rank."""
+        states = self.optimizer.state.values()
+        return sum(local_tensor(t).nbytes for state in states for t in state.values() if isinstance(t, Tensor))
+
+    def checkpoint_bytes(self) -> int:
+        """What this rank must save to go on: trained weights and optimizer's state."""
+        return self.state_bytes() + sum(local_tensor(p).nbytes for p in self.model.parameters() if p.requires_grad)
+
+
+class Full(Contender):
+    def prepare(self, model: nn.Module) -> nn.Module:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        model = self.shard(model.float(), policy)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+        return model
+
+
+class Lora(Contender):
+    def prepare(self, model: nn.Module) -> nn.Module:
+        import peft
+
+        shapes = [param.shape for param in principal_parameters(model).values()]
+        budget = sum(selection.budget(shape, self.config.selection.density, None) for shape in shapes)
+        rank = round(budget / sum(m + n for m, n in shapes))
+        names = sorted({name.split(".")[-2] for name in principal_parameters(model)})
+        settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
+        # FSDP gathers a layer's parameters in one dtype
+        model = self.shard(peft.get_peft_model(model, settings, autocast_adapter_dtype=False))
+        trained = [param for param in model.parameters() if param.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+        return model
+
+
+class Dense(Contender):
+    def prepare(self, model: nn.Module) -> nn.Module:
+        self.shard(model)
+        trained = list(principal_parameters(model).values())
+        kept = {id(param) for param in trained}
+        for param in model.parameters():
+            param.requires_grad_(id(param) in kept)
+        self.trained = trained
+        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
+        return model
+
+
+class Masked(Dense):
+    def prepare(self, model: nn.Module) -> nn.Module:
+        model = super().prepare(model)
+        self.masks, self.moments, self.steps = [], [], 0
+        for param in self.trained:
+            whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
+            count = selection.budget(whole.shape, self.config.selection.density, None)
+            u, s, vh = torch.linalg.svd(whole.float(), full_matrices=False)
+            rank = self.config.selection.filter_rank
+            mask = torch.zeros(whole.numel(), dtype=torch.bool, device=whole.device)
+            mask[((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().flatten().topk(count).indices] = True
+            mask = mask.view_as(whole)
+            begin, end = rows_of(param)
+            self.masks.append(mask[begin:end].clone())
+            size = int(self.masks[-1].sum())
+            self.moments.append(torch.zeros(2, size, dtype=whole.dtype, device=whole.device))
+        return model
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.steps += 1
+        beta1, beta2, eps = 0.9, 0.95, 1e-6
+        scale = LR * math.sqrt(1 - beta2**self.steps) / (1 - beta1**self.steps)
+        for param, mask, (first, second) in zip(self.trained, self.masks, self.moments, strict=True):
+            weight, gradient = local_tensor(param), local_tensor(param.grad)[mask]
+            first.mul_(beta1).add_(gradient, alpha=1 - beta1)
+            second.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            weight[mask] = weight[mask] - scale * first / second.sqrt().add_(eps)
+            param.grad = None
+
+    def state_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.moments, *self.masks))
+
+
+class Liftdist(Contender):
+    def prepare(self, model: nn.Module) -> nn.Module:
+        self.shard(model)
+        choice = self.config.selection
+        self.principal = PrincipalWeights(
+            model, density=choice.density, filter_rank=choice.filter_rank, replicate_group=self.mesh.replicate_group
+        )
+        loss.in_chunks(model)
+        self.optimizer = torch.optim.AdamW([self.principal.values], lr=LR, weight_decay=0.0, fused=True)
+        return model
+
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        return loss.token_losses(self.model, batch)
+
+    def update(self) -> None:
+        self.principal.reduce_gradients()
+        self.optimizer.step()
+        self.principal.scatter()
+
+    def state_bytes(self) -> int:
+        return super().state_bytes() + sum(indices.nbytes for indices in self.principal.indices)
+
+    def checkpoint_bytes(self) -> int:
+        return self.state_bytes() + self.principal.values.nbytes
+
+
+KINDS: dict[str, type[Contender]] = {
+    "full": Full, "lora": Lora, "masked": Masked, "dense": Dense, "liftdist": Liftdist,
+}  # fmt: skip
+
+
+def load(folder: Any, device: torch.device) -> nn.Module:
+    """The whole model in bf16 on every rank; what it is cut from is gone after sharding."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
+    model.config.use_cache = False
+    return model
+
+
+def slow_spectrum(m: int, n: int, device: torch.device, power: float = 0.4, seed: int = 0) -> Tensor:
+    """``[m, n]`` float32 with singular values ``i ** -power``."""
+    generator = torch.Generator().manual_seed(seed)
+    if m < n:
+        return slow_spectrum(n, m, device, power, seed).T.contiguous()
+    u = torch.linalg.qr(torch.randn(m, n, generator=generator).to(device)).Q
+    v = torch.linalg.qr(torch.randn(n, n, generator=generator).to(device)).Q
+    return (u * torch.arange(1, n + 1, device=device).float() ** -power) @ v.T
+
+
+@torch.no_grad()
+def synthetic(shape: dict[str, Any], device: torch.device) -> nn.Module:
+    """A model of transformers' Llama in bf16 whose linear weights have the spectrum of :func:`slow_spectrum`."""
+    with torch.device(device), models.no_init_weights():
+        model = transformers.AutoModelForCausalLM.from_config(
+            transformers.AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16
+        )
+    made: dict[tuple[int, ...], Tensor] = {}  # one of a shape, rows in another order each time: the same spectrum
+    for number, param in enumerate(model.parameters()):
+        if param.ndim < 2:
+            param.fill_(1.0)
+        elif max(param.shape) > 4 * min(param.shape):
+            param.normal_(std=0.02)
+        else:
+            key = tuple(param.shape)
+            if key not in made:
+                made[key] = slow_spectrum(*key, device)
+                made[key] *= 0.02 * math.sqrt(param.numel()) / made[key].norm()
+            order = torch.randperm(key[0], generator=torch.Generator().manual_seed(number))
+            param.copy_(made[key][order.to(device)])
+    models.compute_buffers(model)
+    model.config.use_cache = False
+    return model
+
+
+def batches(vocabulary: int, rows: int, length: int, device: torch.device, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Random tokens, all of them labelled; labels on the host, as the trainer leaves them."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = torch.arange(length, device=device).expand(rows, -1)
+    while True:
+        tokens = torch.randint(0, vocabulary, (rows, length), generator=generator)
+        yield {"input_ids": tokens.to(device), "position_ids": positions, "labels": tokens.roll(-1, 1)}

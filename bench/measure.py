@@ -1,0 +1,73 @@
+"""What the benchmarks share: ranks to run on, clocks, and the words for what they ran on."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def machine() -> str:
+    """The processor, or the GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    names = [line.split(":")[1].strip() for line in lines if "model name" in line]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def start_ranks(module: str, ranks: int) -> None:
+    """Run this benchmark again as ``ranks`` processes, and end with them; inside one of them do nothing."""
+    if "RANK" in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
+        return
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)), "HF_HUB_OFFLINE": "1"}
+    sys.exit(subprocess.run([*torchrun, "-m", module, *sys.argv[1:]], env=environment, check=False).returncode)
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of a call, all ranks and the device at rest before and after."""
+    _rest()
+    began = time.perf_counter()
+    function()
+    _rest()
+    return time.perf_counter() - began
+
+
+def _rest() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def in_turn(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each, taken in turn round by round, so that what disturbs one disturbs all."""
+    found: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, side in sides.items():
+            found[name].append(seconds(side))
+    return found
+
+
+def ratio(rounds: dict[str, list[float]], over: str, under: str) -> float:
+    """The median over rounds of ``over / under``."""
+    return statistics.median(a / b for a, b in zip(rounds[over], rounds[under], strict=True))
+
+
+def write(results: dict[str, Any], out: Path | None) -> None:
+    """With what it was measured on, to ``out``."""
+    if out:
+        on = {"device": machine(), "torch": torch.__version__}
+        out.write_text(json.dumps(on | results, indent=1) + "\n")

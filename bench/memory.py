@@ -1,0 +1,79 @@
+"""Live bytes of a rank in one training step, against what the planner says.
+
+python -m bench memory [--ranks 2] [--rows 2] [--length 512] [--model FOLDER] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from bench import contenders, measure
+from liftdist import mesh as meshes
+from liftdist import model as models
+from liftdist import plan
+from liftdist.config import Config
+from liftdist.memory import LiveBytes
+from liftdist.mesh import Mesh
+
+
+def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
+    """A second step's peak, what is held between steps, and the plan for both."""
+    live = LiveBytes()
+    rows, length = config.train.micro_batch_size, config.data.max_length
+    with live:
+        model = models.load(folder, config.model, mesh)
+        for param in model.parameters():
+            live.add(param)
+        contender = contenders.Liftdist(model, config, mesh, sharded=True)
+        vocabulary = model.config.vocab_size
+        del model
+        given = contenders.batches(vocabulary, rows, length, mesh.device, seed=mesh.rank)
+        contender.forward_backward(next(given))
+        contender.update()
+        held = live.peak = live.now
+        contender.forward_backward(next(given))
+        contender.update()
+    hf_config = AutoConfig.from_pretrained(folder)
+    size = plan.sizes(contender.model, config.selection.modules)
+    parts = plan.memory(size, config, mesh.device_mesh.size(1), plan.activations(hf_config, config))
+    parts |= {"selecting": 0, "once principal": 0}  # of other moments of a run
+    return {"peak": live.peak, "held": held, "parts": parts, "planned": plan.peak(parts)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=2, help="sequences of a micro-batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    measure.start_ranks("bench.memory", options.ranks)
+    config = Config(run_dir="none")
+    config.selection.density = 0.05
+    config.train.micro_batch_size, config.data.max_length = options.rows, options.length
+    results: dict[str, Any] = {"ranks": options.ranks, "rows": options.rows, "length": options.length, "results": {}}
+    with meshes.start(config.mesh) as mesh:
+        for recomputed in (False, True):
+            config.model.activation_checkpointing = recomputed
+            found = meshes.gather(measured(options.model, config, mesh))
+            fullest = max(found, key=lambda one: one["peak"])
+            results["results"]["recomputed" if recomputed else "kept"] = fullest
+    if os.environ["RANK"] == "0":
+        print(f"{measure.machine()}, torch {torch.__version__}, {options.ranks} ranks; MiB")
+        for name, one in results["results"].items():
+            parts = ", ".join(f"{part} {size / 2**20:.0f}" for part, size in one["parts"].items() if size)
+            print(f"activations {name}: peak {one['peak'] / 2**20:.1f}, planned {one['planned'] / 2**20:.1f} ({parts})")
+        measure.write(results, options.out)
+
+
+if __name__ == "__main__":
+    main()
