@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -39,6 +39,9 @@ KRYLOV_CHECK = 3  # blocks between two looks
 KRYLOV_BREAKDOWN = 1e-5  # a new direction this much smaller than theta_1 is lost in float32 rounding
 KRYLOV_MAX_SHARE = 0.3  # a basis wider than this share of the smaller side costs more than ``eigh``
 SAMPLED_ROWS = 16  # rows in which the density of |W_r| around the threshold is measured
+CANDIDATE_ROWS = 32  # rows of which the threshold of a selection is guessed
+CANDIDATE_MARGIN = 1.3  # how many times more entries than wanted shall lie above the guess
+BLOCK = 2**24  # entries of a block of rows
 FACTORING_THREADS = 1  # fixed: another number of threads rounds differently and moves a few entries
 
 
@@ -78,34 +81,64 @@ def select(weight: Tensor, num_selected: int, filter_rank: int, method: str = "f
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     with torch.no_grad(), _reproducible(weight.device):
-        matrix = weight.float()
-        if not torch.isfinite(matrix.sum()):
-            raise ValueError("weight holds NaN or infinity")
-        if filter_rank >= min(matrix.shape):
-            return top_k(matrix.abs(), num_selected)
-        factors = _factor(matrix, num_selected, filter_rank, method, seed)
-        return top_k((factors.left @ factors.right.T).abs_(), num_selected)
+        scores_of = _scorer(weight.float(), num_selected, filter_rank, method, seed)
+        return top_k(scores_of, weight.shape, num_selected)
 
 
-def top_k(scores: Tensor, k: int) -> Tensor:
-    """Sorted flat indices (int64) of the ``k`` largest of ``scores`` (float32, none negative), ties to the lowest index.
+def _scorer(matrix: Tensor, num_selected: int, filter_rank: int, method: str, seed: int) -> Callable[[slice], Tensor]:
+    """``|W_r|`` of a slice of rows. Of ``matrix`` itself nothing is kept but where it is scored."""
+    if not torch.isfinite(matrix.sum()):
+        raise ValueError("weight holds NaN or infinity")
+    if filter_rank >= min(matrix.shape):
+        return lambda rows: matrix[rows].abs()
+    left, right, _ = _factor(matrix, num_selected, filter_rank, method, seed)
+    return lambda rows: (left[rows] @ right.T).abs_()
 
-    Bit patterns of non-negative floats order as the floats do: a histogram of their upper 17 bits finds the bin
-    that holds the threshold, and only that bin is sorted.
+
+def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) -> Tensor:
+    """Sorted flat indices (int64) of the ``k`` largest scores of an ``[m, n]`` matrix, ties to the lowest index.
+
+    A sample of rows says about where the threshold is. One pass, a block of rows at a time, keeps what lies above: little more
+    than ``k`` entries, of which the k-th is found. Nothing but a block exists whole.
+
+    Args:
+        scores_of: the scores of a slice of rows, ``[rows, n]`` float32, none negative.
     """
-    if scores.dtype != torch.float32:
-        raise ValueError(f"scores must be float32, got {scores.dtype}")
-    bits = scores.reshape(-1).view(torch.int32)
+    m, n = shape
+    sample = scores_of(slice(None, None, max(1, m // CANDIDATE_ROWS))).reshape(-1)
+    if sample.dtype != torch.float32:
+        raise ValueError(f"scores must be float32, got {sample.dtype}")
     if k == 0:
-        return bits.new_empty(0, dtype=torch.int64)
-    upper = bits >> 15
-    at_least = torch.bincount(upper, minlength=1 << 16).flip(0).cumsum(0).flip(0)  # entries in this bin or above
-    threshold_bin = int((at_least >= k).sum()) - 1
-    selected = upper > threshold_bin
-    candidates = (upper == threshold_bin).nonzero().squeeze(1)
-    above = int(at_least[threshold_bin + 1]) if threshold_bin + 1 < at_least.numel() else 0
-    selected[candidates[bits[candidates].argsort(descending=True, stable=True)[: k - above]]] = True
-    return selected.nonzero().squeeze(1)
+        return torch.empty(0, dtype=torch.int64, device=sample.device)
+    share = CANDIDATE_MARGIN * k / (m * n)
+    while True:
+        place = sample.numel() - int(share * sample.numel())
+        bound = sample.kthvalue(place).values if place >= 1 else sample.new_zeros(())
+        found = [_at_least(scores_of(slice(b, b + block)), bound, b * n) for b, block in _blocks(m, n)]
+        indices, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if indices.numel() >= k:
+            break
+        if place < 1:
+            raise ValueError("scores are not finite")
+        share *= 2  # the sample was not like the rest
+    kth = scores.kthvalue(scores.numel() - k + 1).values
+    selected = scores > kth
+    ties = (scores == kth).nonzero().squeeze(1)
+    selected[ties[: k - int(selected.sum())]] = True
+    return indices[selected]
+
+
+def _blocks(m: int, n: int) -> list[tuple[int, int]]:
+    """``(first row, rows)`` of the blocks of a matrix: of its shape alone, as products round by theirs."""
+    rows = max(1, BLOCK // n)
+    return [(begin, min(rows, m - begin)) for begin in range(0, m, rows)]
+
+
+def _at_least(scores: Tensor, bound: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Flat indices, plus ``offset``, and scores of the entries of a block that reach ``bound``."""
+    flat = scores.reshape(-1)
+    indices = (flat >= bound).nonzero().squeeze(1)
+    return indices + offset, flat[indices]
 
 
 def cost(m: int, n: int, filter_rank: int, method: str) -> float:

@@ -197,8 +197,8 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
         "loss": kept.loss,
-        # gathered, in float32, scored, and the row blocks of its selection
-        "selecting": (2 * size.itemsize if shards > 1 else 0) * whole + 12 * whole,
+        # this matrix and the next as gathered, and the rows sent for that; in float32; two blocks of scores
+        "selecting": (3 * size.itemsize if shards > 1 else 0) * whole + 4 * whole + 8 * min(whole, lowrank.BLOCK),
     }
 
 

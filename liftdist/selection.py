@@ -6,7 +6,7 @@
     4. return    the owner cuts the sorted indices at the row boundaries and sends each shard its own
     5. share     replicas tell each other what their owners found
 
-A rank holds at most one whole matrix to factor, and the rows it sends for one round. Knows nothing of SVD:
+A rank holds at most one whole matrix to factor, the next, and the rows it sends for that. Knows nothing of SVD:
 the criterion is a function.
 """
 
@@ -134,10 +134,16 @@ def select(
     rounds = max(map(len, queues))
     found: dict[int, Tensor] = {}
     failure: Exception | None = None
-    for turn in range(rounds):
-        wanted = [queue[turn] if turn < len(queue) else None for queue in queues[replica * shards :][:shards]]
+    turns = [
+        [queue[turn] if turn < len(queue) else None for queue in queues[replica * shards :][:shards]]
+        for turn in range(rounds)
+    ]
+    arriving = _start_gather(matrices, turns[0], shard, shard_group)
+    for turn, wanted in enumerate(turns):
         mine = wanted[shard]
-        whole = _gather_rows(matrices, wanted, mine, shard_group)
+        whole = arriving()
+        if turn + 1 < rounds:  # the next matrices travel while these are factored
+            arriving = _start_gather(matrices, turns[turn + 1], shard, shard_group)
         indices = torch.empty(0, dtype=torch.int64)
         if mine is not None and whole is not None and failure is None:
             try:  # the other ranks wait in the exchanges: go on, raise at the end
@@ -180,12 +186,13 @@ def _ascending_within(indices: Tensor, size: int) -> bool:
     return bool((indices[1:] > indices[:-1]).all()) and int(indices[0]) >= 0 and int(indices[-1]) < size
 
 
-def _gather_rows(
-    matrices: Sequence[Matrix], wanted: Sequence[int | None], mine: int | None, group: Group
-) -> Tensor | None:
-    """The whole of matrix ``mine``; each rank sends its rows of every wanted matrix to that matrix's owner."""
+def _start_gather(
+    matrices: Sequence[Matrix], wanted: Sequence[int | None], shard: int, group: Group
+) -> Callable[[], Tensor | None]:
+    """Begin to send this rank's rows of every wanted matrix to its owner; the result waits for the one this rank owns."""
+    mine = wanted[shard]
     if group is None:
-        return None if mine is None else matrices[mine].rows_local
+        return lambda: None if mine is None else matrices[mine].rows_local
     parts = [torch.empty(0) if item is None else matrices[item].rows_local for item in wanted]
     device = matrices[0].rows_local.device
     sent = torch.cat([part.reshape(-1).to(device).view(torch.uint8) for part in parts])
@@ -197,10 +204,15 @@ def _gather_rows(
         received_sizes = [(bounds[s + 1] - bounds[s]) * matrix.columns * itemsize for s in range(group.size())]
         whole = torch.empty(sum(received_sizes), dtype=torch.uint8, device=device)
     sent_sizes = [part.numel() * part.element_size() for part in parts]
-    dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group)
-    if mine is None:
-        return None
-    return whole.view(matrices[mine].rows_local.dtype).view(matrices[mine].param.shape)
+    work = dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group, async_op=True)
+
+    def arrived() -> Tensor | None:
+        nonlocal sent
+        work.wait()
+        sent = whole  # what was sent may go
+        return None if mine is None else whole.view(matrices[mine].rows_local.dtype).view(matrices[mine].param.shape)
+
+    return arrived
 
 
 def _return_indices(matrices: Sequence[Matrix], mine: int | None, indices: Tensor, group: Group) -> list[Tensor]:

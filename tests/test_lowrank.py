@@ -4,6 +4,11 @@ from reference import principal_mask
 from safetensors.torch import load_file
 
 from liftdist import lowrank
+from liftdist.memory import LiveBytes
+
+
+def top_k(scores, k):
+    return lowrank.top_k(lambda rows: scores[rows], scores.shape, k)
 
 
 def overlap(a, b):
@@ -11,8 +16,9 @@ def overlap(a, b):
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (252, 507), (507, 123), (123, 123)])
-@pytest.mark.parametrize("kind", ["random", "ties", "zeros", "denormals"])
-def test_top_k_is_a_stable_sort(shape, kind):
+@pytest.mark.parametrize("kind", ["random", "ties", "zeros", "denormals", "sampled rows large", "sampled rows zero"])
+def test_top_k_is_a_stable_sort(shape, kind, monkeypatch):
+    monkeypatch.setattr(lowrank, "BLOCK", 5000)  # the larger shapes have several blocks
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(shape, generator=generator)
     if kind == "ties":
@@ -21,9 +27,21 @@ def test_top_k_is_a_stable_sort(shape, kind):
         scores = torch.where(scores < 0.9, 0.0, scores)
     if kind == "denormals":
         scores = scores * 1e-40
+    if kind.startswith("sampled"):
+        scores[:: max(1, shape[0] // lowrank.CANDIDATE_ROWS)] *= 100 if "large" in kind else 0
     for k in {0, 1, scores.numel() // 20, scores.numel() // 2, scores.numel()}:
         expected = scores.flatten().argsort(descending=True, stable=True)[:k].sort().values
-        assert torch.equal(lowrank.top_k(scores, k), expected)
+        assert torch.equal(top_k(scores, k), expected)
+
+
+def test_a_selection_holds_no_second_matrix(monkeypatch):
+    monkeypatch.setattr(lowrank, "BLOCK", 2**16)
+    weight = torch.randn(1500, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with LiveBytes() as live:
+        lowrank.select(weight, round(0.05 * weight.numel()), 8)
+    whole, block = 4 * weight.numel(), 4 * 2**16
+    small = 4 * 300 * 300 * 4  # Gram matrix, its eigenvectors, and what eigh works with
+    assert live.peak < whole + 2 * block + small
 
 
 @pytest.mark.parametrize("shape", [(252, 507), (507, 123), (64, 64), (3, 200)])
@@ -52,13 +70,13 @@ def test_krylov_agrees_on_a_slow_spectrum(shape):
     weight = decaying(*shape, power=0.4)
     k = weight.numel() // 20
     exact = lowrank.exact_factors(weight, 32)
-    expected = lowrank.top_k((exact.left @ exact.right.T).abs(), k)
+    expected = top_k((exact.left @ exact.right.T).abs(), k)
     tall = weight if shape[0] > shape[1] else weight.T
     spaces = list(lowrank.krylov_factors(tall, 32, seed=0))
     assert spaces, "this size is what the Krylov space is for"
     for factors in spaces:
         product = (factors.left @ factors.right.T).abs()
-        miss = 1 - overlap(lowrank.top_k(product if tall is weight else product.T.contiguous(), k), expected)
+        miss = 1 - overlap(top_k(product if tall is weight else product.T.contiguous(), k), expected)
         assert lowrank.estimated_miss(factors, k) >= miss
     assert overlap(lowrank.select(weight, k, 32, "fast"), expected) > 0.999
 
@@ -80,10 +98,10 @@ def test_fast_agrees_on_every_matrix_of_a_real_model(smollm2):
         k = round(0.05 * weight.numel())
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         for rank, found in overlaps.items():
-            expected = lowrank.top_k(((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().float(), k)
+            expected = top_k(((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().float(), k)
             for factors in lowrank.fast_factors(weight, rank, seed=0):
                 estimate = lowrank.estimated_miss(factors, k)
-                chosen = lowrank.top_k((factors.left @ factors.right.T).abs(), k)
+                chosen = top_k((factors.left @ factors.right.T).abs(), k)
                 assert estimate >= 1 - overlap(chosen, expected), (name, rank)
                 if estimate <= lowrank.MISS_TOLERANCE:
                     break
@@ -123,13 +141,13 @@ def test_selection_does_not_depend_on_the_precision_outside():
         torch.backends.fp32_precision = "none"
         torch.set_float32_matmul_precision(old)
     with pytest.raises(ValueError, match="scores must be float32"):
-        lowrank.top_k(torch.ones(4, dtype=torch.bfloat16), 2)
+        top_k(torch.ones(4, 1, dtype=torch.bfloat16), 2)
 
 
 def test_a_matrix_of_low_rank_is_not_left_to_an_exhausted_krylov_space():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1300, 80, generator=generator) @ torch.randn(80, 900, generator=generator) / 80
-    exact = lowrank.top_k((lambda f: (f.left @ f.right.T).abs())(lowrank.exact_factors(weight, 16)), 58500)
+    exact = top_k((lambda f: (f.left @ f.right.T).abs())(lowrank.exact_factors(weight, 16)), 58500)
     assert overlap(lowrank.select(weight, 58500, 16), exact) > 0.998
 
 
