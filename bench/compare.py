@@ -40,15 +40,19 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
         for param in model.parameters():
             live.add(param)
         loaded = time.perf_counter()
-        contender = contenders.KINDS[kind](model, config, mesh)
+        contender = contenders.KINDS[kind](model, config, mesh, bf16=options.full_bf16)
         set_up = time.perf_counter() - loaded
         del model
         batches = contenders.batches(
             contender.model.config.vocab_size, options.rows, options.length, mesh.device, seed=mesh.rank
         )
 
+        def backward() -> None:
+            for _ in range(options.micro_batches):
+                contender.forward_backward(next(batches))
+
         def step() -> None:
-            contender.forward_backward(next(batches))
+            backward()
             contender.update()
 
         step()  # makes the optimizer's state
@@ -65,8 +69,7 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
         torch.cuda.reset_peak_memory_stats()
     phases = {"forward_backward": [], "update": []}
     for _ in range(options.steps):
-        batch = next(batches)
-        phases["forward_backward"].append(measure.seconds(lambda batch=batch: contender.forward_backward(batch)))
+        phases["forward_backward"].append(measure.seconds(backward))
         phases["update"].append(measure.seconds(contender.update))
     return {
         "load_s": loaded - began,
@@ -99,6 +102,8 @@ def main() -> None:
     )
     parser.add_argument("--rows", type=int, default=2, help="sequences of a rank")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
+    parser.add_argument("--full-bf16", action="store_true", help="full fine-tuning in bf16 throughout: 8 B a parameter")
     parser.add_argument("--rounds", type=int, default=3, help="visits to each contender")
     parser.add_argument("--steps", type=int, default=3, help="steps timed in a visit")
     parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
@@ -124,7 +129,7 @@ def main() -> None:
                     )
         world = dist.get_world_size()
     if os.environ["RANK"] == "0":
-        results = summary(visits, options.rows * options.length * world)
+        results = summary(visits, options.rows * options.length * options.micro_batches * world)
         report(results)
         measure.write(
             {"ranks": world, "rows": options.rows, "length": options.length, "results": results, "visits": visits},

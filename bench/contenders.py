@@ -35,8 +35,8 @@ class Contender:
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     optimizer: Any
 
-    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, sharded: bool = False) -> None:
-        self.config, self.mesh, self.sharded = config, mesh, sharded
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, sharded: bool = False, bf16: bool = False) -> None:
+        self.config, self.mesh, self.sharded, self.bf16 = config, mesh, sharded, bf16
         self.model = self.prepare(model)
         self.model.train()
 
@@ -44,13 +44,16 @@ class Contender:
         """Whatever comes before the first step."""
         raise NotImplementedError
 
+    def shard_mesh(self) -> Any:
+        return self.mesh.shard_mesh
+
     def shard(self, model: nn.Module, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
         if self.sharded:
             return model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         for layer in models.decoder_layers(base):
-            fully_shard(layer, mesh=self.mesh.shard_mesh, mp_policy=policy or self.policy)
-        return fully_shard(model, mesh=self.mesh.shard_mesh, mp_policy=policy or self.policy)
+            fully_shard(layer, mesh=self.shard_mesh(), mp_policy=policy or self.policy)
+        return fully_shard(model, mesh=self.shard_mesh(), mp_policy=policy or self.policy)
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
@@ -79,7 +82,7 @@ class Contender:
 class Full(Contender):
     def prepare(self, model: nn.Module) -> nn.Module:
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        model = self.shard(model.float(), policy)
+        model = self.shard(model if self.bf16 else model.float(), policy)
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
         return model
 
@@ -110,6 +113,13 @@ class Dense(Contender):
         self.trained = trained
         self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
         return model
+
+
+class Hybrid(Dense):
+    """Its replicas reduce whole gradients, too, as FSDP2 does it."""
+
+    def shard_mesh(self) -> Any:
+        return self.mesh.device_mesh
 
 
 class Masked(Dense):
@@ -173,7 +183,7 @@ class Liftdist(Contender):
 
 
 KINDS: dict[str, type[Contender]] = {
-    "full": Full, "lora": Lora, "masked": Masked, "dense": Dense, "liftdist": Liftdist,
+    "full": Full, "lora": Lora, "masked": Masked, "dense": Dense, "hybrid": Hybrid, "liftdist": Liftdist,
 }  # fmt: skip
 
 

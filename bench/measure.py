@@ -36,13 +36,18 @@ def start_ranks(module: str, ranks: int) -> None:
     sys.exit(subprocess.run([*torchrun, "-m", module, *sys.argv[1:]], env=environment, check=False).returncode)
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of a call, all ranks and the device at rest before and after."""
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    """Wall time of a call, all ranks and the device at rest before and after; and what it returned."""
     _rest()
     began = time.perf_counter()
-    function()
+    result = function()
     _rest()
-    return time.perf_counter() - began
+    return time.perf_counter() - began, result
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Wall time of a call, as :func:`timed`."""
+    return timed(function)[0]
 
 
 def _rest() -> None:
@@ -50,15 +55,6 @@ def _rest() -> None:
         torch.cuda.synchronize()
     if dist.is_initialized():
         dist.barrier()
-
-
-def in_turn(sides: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each, taken in turn round by round, so that what disturbs one disturbs all."""
-    found: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(rounds):
-        for name, side in sides.items():
-            found[name].append(seconds(side))
-    return found
 
 
 def ratio(rounds: dict[str, list[float]], over: str, under: str) -> float:

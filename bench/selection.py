@@ -1,19 +1,26 @@
 """The fast selection against the full SVD: time and overlap, on a real model and on large matrices.
 
-python -m bench selection [--model FOLDER] [--large] [--ranks 32 64 128] [--out FILE]
+python -m bench selection [--model FOLDER] [--large] [--ranks 32 64 128] [--processes 2] [--out FILE]
 
 CPU: process time of one thread, the two methods taken in turn on each matrix. GPU: wall time after a warm-up.
+With --processes, wall time of the whole model's selection on so many ranks, too, against one.
 """
 
 import argparse
-import json
-import platform
+import os
+import statistics
+import subprocess
+import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
+from bench import measure
+from bench.contenders import slow_spectrum
+from bench.scale import MODELS
 from liftdist import lowrank
 
 
@@ -37,12 +44,51 @@ def compare(weight: torch.Tensor, filter_rank: int) -> dict[str, float]:
     return {"fast_s": fast_s, "exact_s": exact_s, "overlap": overlap}
 
 
-def slow_spectrum(m: int, n: int, device: torch.device, power: float = 0.4) -> torch.Tensor:
-    """``[m, n]`` with singular values ``i ** -power``."""
-    generator = torch.Generator().manual_seed(0)
-    u = torch.linalg.qr(torch.randn(m, n, generator=generator).to(device)).Q
-    v = torch.linalg.qr(torch.randn(n, n, generator=generator).to(device)).Q
-    return (u * torch.arange(1, n + 1, device=device).float() ** -power) @ v.T
+def whole_model(name: str, filter_rank: int, device: torch.device) -> dict[str, float]:
+    """Seconds for the selection of all matrices, and for full SVDs of as many, by one of each shape."""
+    from bench.contenders import synthetic
+    from liftdist import PrincipalWeights
+
+    model = synthetic(MODELS[name], device)
+    principal = PrincipalWeights(model, density=0.05, filter_rank=filter_rank)
+    selecting = measure.seconds(principal.select)
+    shapes = Counter(tuple(matrix.param.shape) for matrix in principal.matrices)
+    samples = {tuple(matrix.param.shape): matrix.rows_local for matrix in principal.matrices}
+    full = sum(
+        count * measure.seconds(lambda shape=shape: torch.linalg.svd(samples[shape].float(), full_matrices=False))
+        for shape, count in shapes.items()
+    )
+    return {"matrices": len(principal.matrices), "fast_s": selecting, "svd_s": full, "ratio": full / selecting}
+
+
+def on_processes(options: argparse.Namespace) -> dict[str, object]:
+    """Wall time of the whole model's selection on one rank and on several, in turn; a thread each."""
+    taken: dict[int, list[float]] = {1: [], options.processes: []}
+    for _ in range(options.rounds):
+        for ranks, found in taken.items():
+            torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+            command = [*torchrun, "-m", "bench.selection", "--as-rank", "--model", str(options.model)]
+            said = subprocess.run(
+                command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True
+            )
+            found.append(float(said.stdout.split()[-1]))
+    ratios = [one / several for one, several in zip(taken[1], taken[options.processes], strict=True)]
+    return {"seconds": taken, "ratio": statistics.median(ratios)}
+
+
+def as_rank(folder: Path) -> None:
+    """Shard, then select; rank 0 prints the seconds."""
+    from bench import contenders
+    from liftdist import mesh as meshes
+    from liftdist.config import Config
+
+    config = Config(run_dir="none")
+    config.selection.density = 0.05
+    with meshes.start(config.mesh) as mesh:
+        side = contenders.Liftdist(contenders.load(folder, mesh.device), config, mesh)
+        taken = measure.seconds(side.principal.select)
+        if mesh.is_main:
+            print(taken)
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, float]:
@@ -63,17 +109,25 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--large", action="store_true", help="4096 x 4096 and 11008 x 4096, too (minutes)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64, 128])
+    parser.add_argument("--synthetic", choices=list(MODELS), help="a whole model of this shape; a full SVD of a sample")
+    parser.add_argument("--processes", type=int, help="time a selection on so many ranks against one")
+    parser.add_argument("--rounds", type=int, default=3, help="of that")
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
+    if options.as_rank:
+        as_rank(options.model)
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(1)
-    models = [s.split(":")[1].strip() for s in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in s]
-    on = (
-        torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{models[0] if models else platform.machine()}, one thread"
-    )
-    results: dict = {"device": on, "torch": torch.__version__, "density": 0.05, "results": {}}
+    results: dict = {"density": 0.05, "results": {}}
+    if options.synthetic:
+        for rank in options.ranks:
+            found = whole_model(options.synthetic, rank, device)
+            results["results"][f"{options.synthetic}, r={rank}"] = found
+            print(f"{options.synthetic}, r={rank}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
+        measure.write(results, options.out)
+        return
     weights = [w.to(device).float() for n, w in load_file(options.model / "model.safetensors").items() if "_proj" in n]
     for rank in options.ranks:
         compare(weights[0], rank)  # warm-up
@@ -82,15 +136,17 @@ def main() -> None:
         weight = slow_spectrum(m, n, device)
         for rank in options.ranks:
             results["results"][f"{m} x {n}, s_i ~ i^-0.4, r={rank}"] = summary([compare(weight, rank)])
-    print(f"{on}, torch {torch.__version__}")
+    print(f"{measure.machine()}, torch {torch.__version__}")
     print(f"{'':44s} {'exact s':>9s} {'fast s':>9s} {'ratio':>7s} {'overlap mean':>13s} {'worst':>9s}")
     for name, r in results["results"].items():
         print(
             f"{name:44s} {r['exact_s']:9.2f} {r['fast_s']:9.2f} {r['ratio']:7.2f} "
             f"{r['overlap_mean']:13.5f} {r['overlap_worst']:9.5f}"
         )
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    if options.processes:
+        results["processes"] = on_processes(options)
+        print(f"{options.processes} ranks against one: {results['processes']['ratio']:.2f} times faster")
+    measure.write(results, options.out)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,23 @@
-"""Bytes by collective and mesh axis."""
+"""Bytes by collective and mesh axis: dense hybrid sharding of FSDP2, gradients reduced in float32, against liftdist.
+
+python -m bench traffic [--ranks 4] [--replicas 2] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from bench import contenders, measure
+from liftdist import mesh as meshes
+from liftdist import plan
+from liftdist.config import Config
+from liftdist.mesh import Mesh
 
 #: what operations are called, by what their operators' names begin with
 OPERATIONS = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
@@ -27,3 +42,58 @@ class Traffic(TorchDispatchMode):
             entry[0] += 1
             entry[1] += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
         return function(*arguments, **(keywords or {}))
+
+
+def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh) -> dict[str, dict[str, list[int]]]:
+    """Rank 0's collectives in a step, by mesh axis and operation: calls, bytes put in, bytes sent in a ring."""
+    contender = contenders.KINDS[kind](contenders.load(options.model, mesh.device), config, mesh)
+    batch = next(contenders.batches(contender.model.config.vocab_size, 1, options.length, mesh.device, mesh.rank))
+    contender.forward_backward(batch)
+    contender.update()  # asks once how many entries the fullest shard has
+    traffic = Traffic()
+    with traffic:
+        contender.forward_backward(batch)
+        contender.update()
+    axes = {mesh.device_mesh.get_group(axis).group_name: axis for axis in ("dp_replicate", "dp_shard")}
+    found: dict[str, dict[str, list[int]]] = {}
+    for name, operations in traffic.by_group.items():
+        axis = axes.get(name, "world")
+        ranks = mesh.device_mesh[axis].size() if axis in axes.values() else mesh.world_size
+        for operation, (calls, payload) in operations.items():
+            sent = plan.Collective(axis, operation, calls, payload).sent(ranks)
+            found.setdefault(axis, {})[operation] = [calls, payload, sent]
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--replicas", type=int, default=2)
+    parser.add_argument("--length", type=int, default=16, help="tokens of the only sequence of a rank")
+    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    measure.start_ranks("bench.traffic", options.ranks)
+    config = Config(run_dir="none")
+    config.selection.density, config.mesh.dp_replicate = 0.05, options.replicas
+    with meshes.start(config.mesh) as mesh:
+        results = {kind: measured(kind, options, config, mesh) for kind in ("hybrid", "liftdist")}
+    if os.environ["RANK"] != "0":
+        return
+    print(f"{options.ranks // options.replicas} shards, {options.replicas} replicas; MB a rank sends in a step")
+    totals: dict[str, dict[str, int]] = {}
+    for kind, axes in results.items():
+        for axis, operations in axes.items():
+            totals.setdefault(axis, {})[kind] = sum(sent for _, _, sent in operations.values())
+            for operation, (calls, _, sent) in operations.items():
+                print(f"{kind:10s} {axis:13s} {operation:15s} {calls:5d} calls {sent / 1e6:12.3f}")
+    for axis, of in totals.items():
+        if min(of.get("hybrid", 0), of.get("liftdist", 0)) > 1000:
+            print(f"{axis}: liftdist sends {of['liftdist'] / of['hybrid']:.3f} of the bytes")
+    measure.write({"ranks": options.ranks, "replicas": options.replicas, "results": results}, options.out)
+
+
+if __name__ == "__main__":
+    main()

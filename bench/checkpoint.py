@@ -1,0 +1,72 @@
+"""What a checkpoint takes: bytes against those of full fine-tuning, and the time for which training waits.
+
+    python -m bench checkpoint [--ranks 2] [--rounds 3] [--model FOLDER] [--out FILE]
+
+Full fine-tuning would save float32 weights and two moments, 12 B a parameter.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from bench import contenders, measure
+from liftdist import checkpoint, rundir
+from liftdist import mesh as meshes
+from liftdist.config import Config
+from liftdist.saver import Checkpointer, Saved
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    measure.start_ranks("bench.checkpoint", options.ranks)
+    config = Config(run_dir="none")
+    config.selection.density = 0.05
+    found: dict[str, list[float]] = {"waiting": [], "saving": []}
+    with meshes.start(config.mesh) as mesh, tempfile.TemporaryDirectory(dir=".cache") as scratch:
+        run_dir = Path(meshes.gather(scratch)[0]) / "run"
+        claimed = rundir.claim(run_dir, lambda past: checkpoint.accepted(run_dir, past)) if mesh.is_main else None
+        side = contenders.Liftdist(contenders.load(options.model, mesh.device), config, mesh)
+        saver = Checkpointer(meshes.gather(claimed)[0], mesh, 2, None)
+        batch = next(contenders.batches(side.model.config.vocab_size, 1, 16, mesh.device, mesh.rank))
+        parameters = sum(param.numel() for param in side.model.parameters())
+        for step in range(1, options.rounds + 1):
+            side.forward_backward(batch)
+            side.update()
+            began = time.perf_counter()
+            state = side.principal.state_dict(side.optimizer)
+            saver.save(state, side.principal.matrices, {"step": step, "state": {"step": step}})
+            found["waiting"].append(time.perf_counter() - began)
+            saver.wait()
+            found["saving"].append(time.perf_counter() - began)
+            outcome = saver.take_outcome()
+            if not isinstance(outcome, Saved):
+                raise RuntimeError(f"not saved: {outcome}")
+            size = sum(path.stat().st_size for path in (run_dir / "checkpoints" / outcome.name).iterdir())
+        torch.distributed.barrier()
+    if os.environ["RANK"] == "0":
+        results = {key: statistics.median(values) for key, values in found.items()}
+        results |= {"bytes": size, "of_full": size / (12 * parameters)}
+        print(f"{measure.machine()}, torch {torch.__version__}, {options.ranks} ranks")
+        print(
+            f"{size / 1e6:.1f} MB, {results['of_full']:.4f} of full fine-tuning's; "
+            f"training waits {results['waiting']:.3f} s, saved after {results['saving']:.3f} s"
+        )
+        measure.write({"ranks": options.ranks, "results": results, "rounds": found}, options.out)
+
+
+if __name__ == "__main__":
+    main()

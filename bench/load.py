@@ -1,0 +1,62 @@
+"""How long a sharded model takes to load, and how much each rank reads.
+
+python -m bench load [--ranks 2] [--rounds 3] [--model FOLDER] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+from bench import measure
+from liftdist import mesh as meshes
+from liftdist import model as models
+from liftdist.config import Config
+from liftdist.mesh import local_tensor
+from liftdist.weights import ModelFolder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    measure.start_ranks("bench.load", options.ranks)
+    config, read = Config(run_dir="none"), 0
+    originals = {name: getattr(ModelFolder, name) for name in ("read", "row")}  # the second checks samples
+
+    def counting(name):
+        def wrapped(self, *arguments):
+            nonlocal read
+            tensor = originals[name](self, *arguments)
+            read += tensor.nbytes
+            return tensor
+
+        return wrapped
+
+    taken = []
+    with meshes.start(config.mesh) as mesh, mock.patch.multiple(ModelFolder, **{n: counting(n) for n in originals}):
+        for _ in range(options.rounds):
+            read = 0
+            seconds, model = measure.timed(lambda: models.load(options.model, config.model, mesh))
+            taken.append(seconds)
+            share = sum(local_tensor(tensor).nbytes for tensor in models.tensors(model).values())
+        ratio = max(meshes.gather(read / share))
+    if os.environ["RANK"] == "0":
+        found = {"seconds": statistics.median(taken), "read_over_share": ratio, "share_bytes": share}
+        print(f"{measure.machine()}, torch {torch.__version__}, {options.ranks} ranks")
+        print(f"{found['seconds']:.2f} s; a rank reads at most {ratio:.4f} x its share of {share / 2**20:.1f} MiB")
+        measure.write({"ranks": options.ranks, "results": found, "rounds": taken}, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""The phases of a step: what the hooks add to forward-backward, and the optimizer's phase against what others do there.
+
+    python -m bench step [--ranks 1] [--rows 2] [--length 256] [--rounds 7] [--synthetic 8b] [--out FILE]
+
+    forward-backward   liftdist against the same model, trained matrices and sharding with dense gradients and no hooks
+    optimizer          step and scatter, against fused AdamW on the same matrices, and against masked LIFT's loop
+
+Both sides are kept in memory and take turns. Update phases work on gradients that one backward has left.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+from pathlib import Path
+
+import torch
+
+from bench import compare, contenders, measure
+from bench.scale import MODELS
+from liftdist import mesh as meshes
+from liftdist.config import Config
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--rows", type=int, default=2, help="sequences of a rank")
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
+    parser.add_argument("--layers", type=int, default=32, help="of a synthetic model")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    options = parser.parse_args()
+    measure.start_ranks("bench.step", options.ranks)
+    config = Config(run_dir="none")
+    config.selection.density = 0.05
+    with meshes.start(config.mesh) as mesh:
+        sides = {}
+        for kind in ("dense", "masked", "liftdist"):
+            sides[kind] = contenders.KINDS[kind](compare.make_model(options, mesh.device), config, mesh)
+        sides["dense"].losses = sides["masked"].losses = lambda batch: contenders.loss.token_losses(dense.model, batch)
+        dense = sides["dense"]
+        contenders.loss.in_chunks(dense.model)  # the hooks alone are compared
+        vocabulary = dense.model.config.vocab_size
+        batch = next(contenders.batches(vocabulary, options.rows, options.length, mesh.device, mesh.rank))
+
+        def clear() -> None:
+            for param in dense.model.parameters():
+                param.grad = None
+            sides["liftdist"].principal.drop_gradients()
+
+        both = {kind: lambda kind=kind: sides[kind].forward_backward(batch) for kind in ("dense", "liftdist")}
+        for run in both.values():
+            run()
+        clear()
+        rounds: dict[str, list[float]] = {kind: [] for kind in both}
+        for number in range(options.rounds):
+            for kind in list(both) if number % 2 else reversed(list(both)):
+                rounds[kind].append(measure.seconds(both[kind]))
+            clear()
+
+        gradients = [torch.randn_like(param) for param in dense.trained]
+
+        def give(params: list[torch.nn.Parameter]) -> None:
+            for param, gradient in zip(params, gradients, strict=True):
+                param.grad = gradient
+
+        updates: dict[str, list[float]] = {kind: [] for kind in sides}
+        principal = sides["liftdist"].principal
+        for number in range(options.rounds + 1):
+            for kind, side in sides.items():
+                if kind != "liftdist":
+                    give(side.trained)
+                else:
+                    principal.values.grad.normal_()
+                taken = measure.seconds(side.optimizer.step if kind == "dense" else side.update)
+                if number:  # the first makes the state
+                    updates[kind].append(taken)
+    if os.environ["RANK"] != "0":
+        return
+    found = {
+        "hooks": measure.ratio(rounds, "liftdist", "dense"),
+        "update over fused AdamW": measure.ratio(updates, "liftdist", "dense"),
+        "masked update over liftdist's": measure.ratio(updates, "masked", "liftdist"),
+    }
+    medians = {f"forward-backward {kind}": statistics.median(taken) for kind, taken in rounds.items()}
+    medians |= {f"update {kind}": statistics.median(taken) for kind, taken in updates.items()}
+    print(f"{measure.machine()}, torch {torch.__version__}, {options.ranks} ranks")
+    for name, value in (medians | found).items():
+        print(f"{name:34s} {value:8.4f}{' s' if name in medians else ''}")
+    measure.write(
+        {"ranks": options.ranks, "rows": options.rows, "length": options.length, "ratios": found, "seconds": medians,
+         "rounds": {"forward_backward": rounds, "update": updates}},
+        options.out,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
