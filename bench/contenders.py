@@ -229,10 +229,12 @@ def synthetic(shape: dict[str, Any], device: torch.device) -> nn.Module:
     return model
 
 
-def batches(vocabulary: int, rows: int, length: int, device: torch.device, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Random tokens, all of them labelled; labels on the host, as the trainer leaves them."""
+def batches(
+    vocabulary: int, rows: int, length: int, device: torch.device, seed: int, packed: bool = False
+) -> Iterator[dict[str, Tensor]]:
+    """Random tokens, all of them labelled, ``packed`` of two samples each; labels on the host, as the trainer leaves them."""
     generator = torch.Generator().manual_seed(seed)
-    positions = torch.arange(length, device=device).expand(rows, -1)
+    positions = torch.arange(length, device=device).remainder(-(-length // 2) if packed else length).expand(rows, -1)
     while True:
         tokens = torch.randint(0, vocabulary, (rows, length), generator=generator)
         yield {"input_ids": tokens.to(device), "position_ids": positions, "labels": tokens.roll(-1, 1)}

@@ -128,7 +128,7 @@ def kill_while_saving(kills: int, folder: Path, seed: int = 0) -> dict[str, obje
     }
 
 
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench faults", description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--json", type=Path)
@@ -141,3 +141,7 @@ if __name__ == "__main__":
     print(json.dumps(result, indent=1))
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

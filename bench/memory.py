@@ -33,7 +33,7 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
         contender = contenders.Liftdist(model, config, mesh, sharded=True)
         vocabulary = model.config.vocab_size
         del model
-        given = contenders.batches(vocabulary, rows, length, mesh.device, seed=mesh.rank)
+        given = contenders.batches(vocabulary, rows, length, mesh.device, mesh.rank, packed=config.data.packing)
         contender.forward_backward(next(given))
         contender.update()
         held = live.peak = live.now
@@ -41,7 +41,7 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
         contender.update()
     hf_config = AutoConfig.from_pretrained(folder)
     size = plan.sizes(contender.model, config.selection.modules)
-    parts = plan.memory(size, config, mesh.device_mesh.size(1), plan.activations(hf_config, config))
+    parts = plan.memory(size, config, mesh.device_mesh.size(1), plan.activations(hf_config, config, mesh.world_size))
     parts |= {"selecting": 0, "once principal": 0}  # of other moments of a run
     return {"peak": live.peak, "held": held, "parts": parts, "planned": plan.peak(parts)}
 

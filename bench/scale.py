@@ -37,10 +37,10 @@ MODELS = {
 }
 
 
-def settings(ranks: int, replicas: int, **mesh) -> Config:
+def settings(ranks: int, replicas: int, density: float = 0.05, **mesh) -> Config:
     """A batch of one sequence a rank and micro-batch, two of them."""
     config = Config(run_dir="none")
-    config.selection.density = 0.05
+    config.selection.density = density
     config.data.max_length = 2048
     config.train.micro_batch_size, config.train.batch_size = 1, 2 * ranks
     config.model.activation_checkpointing = True
@@ -62,7 +62,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         size = plan.sizes(model, config.selection.modules)
         models.shard(model, config.model, mesh)
         live, traffic = LiveBytes(), Traffic()
-        with FakeTensorMode(allow_non_fake_inputs=True), live:
+        with FakeTensorMode(allow_non_fake_inputs=True), plan.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
             model.train()
             principal = PrincipalWeights(
@@ -105,7 +105,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         counts = planned_collectives.setdefault(f"{one.axis} {one.operation}", [0, 0])
         counts[0] += one.calls
         counts[1] += one.payload
-    planned = plan.memory(size, config, shards, plan.activations(hf_config, config))
+    planned = plan.memory(size, config, shards, plan.activations(hf_config, config, ranks))
     return {
         "collectives": measured,
         "planned_collectives": planned_collectives,

@@ -46,7 +46,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
-        return gradient * outer[0].to(gradient.dtype), None, None
+        return (gradient.float() * outer[0]).to(gradient.dtype), None, None
 
 
 def sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 
 def in_chunks(model: PreTrainedModel) -> None:
-    """From now on :func:`token_losses` computes the logits of ``model`` in chunks."""
+    """From now on :func:`token_losses` computes the logits of ``model``, which must be plain, in chunks."""
     model.chunked_loss = types.MethodType(_chunked_loss, model)
     register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded: FSDP holds the head whole meanwhile
 
@@ -90,7 +90,7 @@ def _chunked_loss(
 
 @torch.no_grad()
 def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether the logits are the head times the last hidden state, and no more: tried on a few tokens. Collective."""
+    """Whether the logits are the head's weight times the last hidden state, and no more: tried on a few tokens. Collective."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
         return False
@@ -98,7 +98,9 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
     tokens = torch.arange(1, 9, device=device).unsqueeze(0)
     hooks = [
         model.get_decoder().register_forward_hook(lambda *call: seen.update(hidden=call[2].last_hidden_state)),
-        head.register_forward_hook(lambda *call: seen.update(given=call[1][0], product=call[2])),
+        head.register_forward_hook(
+            lambda module, given, _: seen.update(given=given[0], product=F.linear(given[0], module.weight))
+        ),
     ]
     try:
         logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits

@@ -99,7 +99,7 @@ def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) ->
     """Sorted flat indices (int64) of the ``k`` largest scores of an ``[m, n]`` matrix, ties to the lowest index.
 
     A sample of rows says about where the threshold is. One pass, a block of rows at a time, keeps what lies above: little more
-    than ``k`` entries, of which the k-th is found. Nothing but a block exists whole.
+    than ``k`` entries, of which the k-th is found. Of all scores only a block exists at a time.
 
     Args:
         scores_of: the scores of a slice of rows, ``[rows, n]`` float32, none negative.
@@ -150,6 +150,18 @@ def cost(m: int, n: int, filter_rank: int, method: str) -> float:
         basis = 7 * filter_rank
         return 4.0 * m * n * (basis + filter_rank) + 4.0 * small * basis**2
     return 2.0 * large * small**2 + 10.0 * small**3
+
+
+def workspace(m: int, n: int, num_selected: int, filter_rank: int, method: str) -> int:
+    """Bytes that :func:`select` needs besides an ``[m, n]`` weight, without what LAPACK and cuSOLVER take for themselves."""
+    small, size = min(m, n), m * n
+    if method == "exact":
+        factoring = 4 * (2 * size + small * (m + n + small))  # copied to be overwritten; U, V
+    else:
+        krylov = 4 * _max_krylov_blocks(small, filter_rank) * KRYLOV_BLOCK * (m + n + 2 * small)
+        factoring = 4 * size + max(krylov, 8 * (size + 3 * small * small))  # float64, if nothing less does
+    choosing = 9 * min(size, BLOCK * 2) + round(24 * CANDIDATE_MARGIN * num_selected)
+    return max(factoring, choosing)
 
 
 def _factor(matrix: Tensor, num_selected: int, filter_rank: int, method: str, seed: int) -> Factors:

@@ -14,6 +14,7 @@ What travels is counted as a ring sends it: all-gather and reduce-scatter of n b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import json
@@ -23,11 +24,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel, masking_utils
 
 from liftdist import config as configs
 from liftdist import loss, lowrank, selection
@@ -42,9 +44,9 @@ GIB = 2**30
 
 class Gpu(NamedTuple):
     memory: float  # GiB
-    tflops: float  # dense bf16
-    hbm: float  # GB/s of its memory
-    link: float  # GB/s each way to its neighbours in a node
+    tflops: float = 0.0  # dense bf16; 0: not known, and nothing is said of time
+    hbm: float = 0.0  # GB/s of its memory
+    link: float = 0.0  # GB/s each way to its neighbours in a node
 
 
 #: By the vendors' data sheets.
@@ -104,7 +106,11 @@ class Sizes:
 
     @property
     def trained(self) -> list[tuple[int, int]]:
-        return [shape for layer in self.layers for shape in layer.trained]
+        return [shape for unit in self.units for shape in unit.trained]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        return *self.layers, self.root
 
 
 def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
@@ -139,20 +145,25 @@ class Activations(NamedTuple):
     backward: int  # besides, while one layer's backward runs
 
 
-def activations(hf_config: Any, config: Config) -> Activations:
-    """Of the real model with one and two layers, run forward and backward on tensors that hold no memory."""
+def activations(hf_config: Any, config: Config, ranks: int) -> Activations:
+    """Of the real model with one and two layers, run forward and backward on tensors that hold no memory.
+
+    With the attention that transformers chooses: others keep about as much.
+    """
+    settings = dataclasses.replace(config.model, attn_implementation=None)
+    rows = min(config.train.micro_batch_size, sequences(config, ranks))
     kept, losses, backwards = [], [], []
     for layers in (1, 2):
         live = LiveBytes()
-        with FakeTensorMode(allow_non_fake_inputs=True), live:
-            model = models.build(_with_layers(hf_config, layers), config.model).to_empty(device="cpu").train()
+        with FakeTensorMode(allow_non_fake_inputs=True), packing_known(config.data.packing), live:
+            model = models.build(_with_layers(hf_config, layers), settings).to_empty(device="cpu").train()
             models.recompute(model, config.model)
             trained = {id(param) for param in principal_parameters(model, config.selection.modules).values()}
             for param in model.parameters():
                 param.requires_grad_(id(param) in trained)
                 if param.requires_grad:
                     param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
-            shape = (config.train.micro_batch_size, config.data.max_length)
+            shape = (rows, config.data.max_length)
             tokens = torch.zeros(shape, dtype=torch.int64)
             before = live.peak = live.now
             loss.in_chunks(model)
@@ -164,6 +175,13 @@ def activations(hf_config: Any, config: Config) -> Activations:
             backwards.append(live.peak - before - kept[-1])
     layer = kept[1] - kept[0]
     return Activations(kept[0] - layer, layer, losses[1], backwards[1])
+
+
+def packing_known(packing: bool) -> contextlib.AbstractContextManager:
+    """On tensors without contents transformers takes all samples for packed, and makes a mask of all pairs of tokens."""
+    if packing:
+        return contextlib.nullcontext()
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
 
 
 def _with_layers(hf_config: Any, layers: int) -> Any:
@@ -182,23 +200,30 @@ def _with_layers(hf_config: Any, layers: int) -> Any:
 def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[str, int]:
     """Bytes by component, on the fullest rank."""
     gathered = size.itemsize * max(layer.padded(shards) * shards for layer in size.layers)
-    reduced = max(layer.padded(shards, trained=True) * shards for layer in size.layers)
+    reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
     whole = max(m * n for m, n in size.trained)
+    choice = config.selection
+    selected = _selected(size, config)
+    factoring = max(
+        lowrank.workspace(m, n, count, choice.filter_rank, choice.method)
+        for (m, n), count in zip(size.trained, selected, strict=True)
+    )
+    exchanged = max(16 * shards * _width(unit, config, shards) for unit in size.units) if shards > 1 else 0
     return {
-        "weights": size.itemsize * sum(unit.padded(shards) for unit in (*size.layers, size.root)),
-        "principal": 20 * sum(-(-selected // shards) for selected in _selected(size, config)),
-        "once principal": sum(layer.padded(shards, trained=True) for layer in size.layers) // 8
+        "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units),
+        "principal": 20 * sum(-(-count // shards) for count in selected),
+        "once principal": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
         if config.selection.refresh_interval
         else 0,
         "root, whole": size.itemsize * size.root.padded(shards) * shards,
         # the next layer is gathered while one is computed; that one is gone when its gradients are copied to be reduced
         "layers, whole": gathered
-        + max(gathered + size.itemsize * reduced, (size.itemsize + 4) * reduced + 4 * reduced // shards),
+        + max(gathered + size.itemsize * reduced, (size.itemsize + 4) * reduced + 4 * reduced // shards + exchanged),
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
         "loss": kept.loss,
-        # this matrix and the next as gathered, and the rows sent for that; in float32; two blocks of scores
-        "selecting": (3 * size.itemsize if shards > 1 else 0) * whole + 4 * whole + 8 * min(whole, lowrank.BLOCK),
+        # this matrix and the next as gathered, and the rows sent for that
+        "selecting": (3 * size.itemsize * whole if shards > 1 else 0) + factoring,
     }
 
 
@@ -246,14 +271,15 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         )
         count = len(size.layers)
         found.append(Collective("dp_shard", "all_gather", micro * (2 * count + 1), micro * (2 * layers + root)))
-        widths = [_width(layer, config, shards) for layer in size.layers]
-        dense = [4 * shards * layer.padded(shards, trained=True) for layer in size.layers]
+        reduced = [unit for unit in size.units if unit.trained]
+        widths = [_width(unit, config, shards) for unit in reduced]
+        dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
         sparse = [config.mesh.sparse_reduce_scatter and 8 * w < d // shards for w, d in zip(widths, dense, strict=True)]
         where = sum(4 * width for width, chosen in zip(widths, sparse, strict=True) if chosen)
         what = sum(4 * shards * w if chosen else d for w, d, chosen in zip(widths, dense, sparse, strict=True))
         if any(sparse):
             found.append(Collective("dp_shard", "all_gather", micro * sum(sparse), micro * where))
-        found.append(Collective("dp_shard", "reduce_scatter", micro * count, micro * what))
+        found.append(Collective("dp_shard", "reduce_scatter", micro * len(reduced), micro * what))
     if replicas > 1:
         flat = 4 * sum(-(-selected // shards) for selected in _selected(size, config))
         found.append(Collective("dp_replicate", "all_reduce", 1, flat))
@@ -268,8 +294,12 @@ def _width(layer: Unit, config: Config, shards: int) -> int:
 
 def micro_batches(config: Config, ranks: int) -> int:
     """Micro-batches of the rank that has the most sequences of a step."""
-    sequences = math.ceil(config.train.batch_size / ranks)
-    return math.ceil(sequences / config.train.micro_batch_size)
+    return math.ceil(sequences(config, ranks) / config.train.micro_batch_size)
+
+
+def sequences(config: Config, ranks: int) -> int:
+    """Sequences of a step for the rank that has most."""
+    return math.ceil(config.train.batch_size / ranks)
 
 
 def operations(size: Sizes, config: Config) -> int:
@@ -302,8 +332,16 @@ def plan(
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
     hf_config = _hf_config(config)
     size = sizes(models.build(hf_config, config.model), config.selection.modules)
-    kept = activations(hf_config, config)
-    parts = memory(size, config, shards, kept)
+    probes: dict[int, Activations] = {}
+
+    def memory_of(count: int) -> dict[str, int]:
+        ranks = replicas * count
+        rows = min(config.train.micro_batch_size, sequences(config, ranks))
+        if rows not in probes:
+            probes[rows] = activations(hf_config, config, ranks)
+        return memory(size, config, count, probes[rows])
+
+    parts = memory_of(shards)
     usable = round(USABLE * gpu.memory * GIB) if gpu else None
     costs = [lowrank.cost(m, n, config.selection.filter_rank, config.selection.method) for m, n in size.trained]
     owners = selection.deal(costs, replicas * shards)
@@ -327,9 +365,10 @@ def plan(
         "smallest": None,
     }
     if gpu is not None and usable is not None:
-        result["selection"]["seconds"] = max(loads) / SELECTION_RATE
-        result["step"] |= _times(size, config, gpu, link_gbps / 8, nodes, result)
-        fitting = (count for count in _shard_counts(gpus_per_node) if peak(memory(size, config, count, kept)) <= usable)
+        if gpu.tflops:
+            result["selection"]["seconds"] = max(loads) / SELECTION_RATE
+            result["step"] |= _times(size, config, gpu, link_gbps / 8, nodes, result)
+        fitting = (count for count in _shard_counts(gpus_per_node) if peak(memory_of(count)) <= usable)
         result["smallest"] = next(fitting, None)
     return result
 
@@ -341,7 +380,8 @@ def _hf_config(config: Config) -> Any:
     try:
         return AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # the library raises almost anything
-        raise UserError(f"model.path {config.model.path}: {str(error).splitlines()[0]}") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.path {config.model.path}: {reason}") from None
 
 
 def _shard_counts(gpus_per_node: int) -> Iterator[int]:
@@ -359,7 +399,7 @@ def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, resul
     recomputed = 2 * size.numel if config.model.activation_checkpointing else 0
     tokens = result["step"]["tokens"]
     compute = tokens * (operations(size, config) + recomputed) / (ranks * EFFICIENCY * gpu.tflops * 1e12)
-    inside = layout["dp_shard"] <= layout["gpus_per_node"]
+    inside = layout["gpus_per_node"] % layout["dp_shard"] == 0
     rates = {
         "dp_shard": gpu.link if inside else link,
         "dp_replicate": link / min(layout["dp_shard"], layout["gpus_per_node"]) if nodes > 1 else gpu.link,
@@ -383,9 +423,16 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int) -> None:
     """Raises ``UserError`` for a run that cannot fit in ``slurm.gpu_memory``, where that is set."""
     if config.slurm.gpu_memory is None:
         return
-    found = plan(config, nodes, gpus_per_node, Gpu(config.slurm.gpu_memory, 1, 1, 1))
+    decisive = (config.model, config.data, config.selection, config.train, config.mesh, config.slurm.gpu_memory)
+    if (key := repr((decisive, nodes, gpus_per_node))) in _known_to_fit:  # of another task of an array
+        return
+    found = plan(config, nodes, gpus_per_node, Gpu(config.slurm.gpu_memory))
     if not found["fits"]:
         raise UserError(f"slurm.gpu_memory={config.slurm.gpu_memory:g}: {_verdict(found)}")
+    _known_to_fit.add(key)
+
+
+_known_to_fit: set[str] = set()
 
 
 def _verdict(found: dict[str, Any]) -> str:
@@ -411,7 +458,9 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     """A plan, line by line; ends with code 1 where the run does not fit. Raises ``UserError``."""
     config, _ = configs.load(options.config, options.overrides)
     nodes = config.slurm.nodes if options.nodes is None else options.nodes
-    gpus_per_node = config.slurm.gpus_per_node or 8 if options.gpus_per_node is None else options.gpus_per_node
+    gpus_per_node = options.gpus_per_node
+    if gpus_per_node is None:
+        gpus_per_node = config.slurm.ranks_per_node or config.slurm.gpus_per_node or 8
     for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node), ("--link-gbps", options.link_gbps)):
         if value <= 0:
             raise UserError(f"{name} must be above 0, got {value}")
@@ -420,7 +469,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     gpu = GPUS[options.gpu] if options.gpu else None
     gib = options.gpu_memory or (None if gpu else config.slurm.gpu_memory)
     if gib is not None:
-        gpu = (gpu or GPUS["h100"])._replace(memory=gib)
+        gpu = (gpu or Gpu(gib))._replace(memory=gib)
     found = plan(config, nodes, gpus_per_node, gpu, options.link_gbps)
     yield from [json.dumps(found, indent=2)] if options.json else describe(found)
     if found["fits"] is False:

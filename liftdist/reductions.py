@@ -26,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 
 from liftdist.mesh import all_gather_single, reduce_scatter_single, row_bounds
@@ -129,7 +130,8 @@ def watch(modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse:
         unit = Unit(owned, shards, group._all_reduce_hook)
         if any(param.dtype != torch.float32 for param in owned):
             module.set_all_reduce_hook(unit.keep)
-        if sparse and shards > 1:
+        ours = type(group._reduce_scatter_comm) is DefaultReduceScatter  # not somebody's own
+        if sparse and shards > 1 and ours:
             module.set_custom_reduce_scatter(unit)  # type: ignore[arg-type]  # has its methods
         of_param.update(dict.fromkeys(map(id, owned), unit))
     return of_param

@@ -11,8 +11,8 @@ from test_data import write_records
 from test_submit import run
 from test_train import write_config
 
-from bench import memory, scale
-from liftdist import plan
+from bench import contenders, memory, scale
+from liftdist import lowrank, plan
 from liftdist.config import Config, UserError
 from liftdist.memory import LiveBytes
 
@@ -52,7 +52,8 @@ def test_planned_memory_is_within_a_tenth_of_what_a_rank_has(world, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 700, "num_attention_heads": 4, "num_hidden_layers": 4}
     folder = builders.llama(tmp_path / "model", dtype=torch.bfloat16, vocab_size=3000, **sizes)
     for settings in (
-        {"train__micro_batch_size": 2, "data__max_length": 300},
+        {"train__micro_batch_size": 2, "data__max_length": 300, "data__packing": True},
+        {"train__micro_batch_size": 1, "data__max_length": 1500},
         {"train__micro_batch_size": 2, "data__max_length": 300, "model__activation_checkpointing": True},
         {"train__micro_batch_size": 1, "data__max_length": 4},
     ):
@@ -63,13 +64,34 @@ def test_planned_memory_is_within_a_tenth_of_what_a_rank_has(world, tmp_path):
 
 @pytest.mark.parametrize(
     ("world", "replicas", "mesh"),
-    [(1024, 1, {}), (12, 4, {}), (48, 16, {}), (8, 1, {"sparse_reduce_scatter": False}), (4, 4, {}), (1, 1, {})],
+    [
+        (1024, 1, {}),
+        (8, 1, {"density": 0.3}),
+        (12, 4, {}),
+        (48, 16, {}),
+        (8, 1, {"sparse_reduce_scatter": False}),
+        (4, 4, {}),
+        (1, 1, {}),
+    ],
 )
 def test_collectives_and_memory_of_a_step_are_as_planned(world, replicas, mesh):
     found = scale.step(SMALL, scale.settings(world, replicas, **mesh), world)
     assert found["collectives"] == found["planned_collectives"]
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
     assert bool(found["collectives"]) == (world > 1)
+
+
+@pytest.mark.parametrize("method", ["fast", "exact"])
+@pytest.mark.parametrize(
+    ("shape", "filter_rank"), [((900, 300), 16), ((300, 900), 16), ((700, 700), 4), ((1200, 1200), 8), ((60, 60), 64)]
+)
+def test_memory_of_a_selection(shape, filter_rank, method, monkeypatch):
+    monkeypatch.setattr(lowrank, "BLOCK", 2**16)
+    weight = contenders.slow_spectrum(*shape, torch.device("cpu")).bfloat16()
+    count = round(0.05 * weight.numel())
+    with LiveBytes() as live:
+        lowrank.select(weight, count, filter_rank, method)
+    assert live.peak <= 1.05 * lowrank.workspace(*shape, count, filter_rank, method)
 
 
 def test_nothing_grows_with_the_number_of_replicas():
@@ -112,6 +134,10 @@ def test_a_plan_needs_no_weights(config):
     assert code == 0, said
     assert "2 replicas of 4 shards" in said
     assert "fits: " in said
+    assert "tokens/s" in said
+    assert (
+        "tokens/s" not in run("plan", config, "--gpus-per-node=8", "--gpu-memory=24")[1]
+    )  # of a GPU that is not known
     found = json.loads(run("plan", config, "--gpus-per-node=2", "--json")[1])
     assert found["layout"] == {"nodes": 1, "gpus_per_node": 2, "dp_replicate": 1, "dp_shard": 2}
     assert found["model"]["matrices"] == 14
@@ -139,6 +165,7 @@ def test_what_does_not_fit_is_said_with_what_would(config):
         (["--gpus-per-node=3", "mesh.dp_replicate=2"], "3 ranks cannot be 2 replicas"),
         (["model.path=/nonexistent"], "model.path /nonexistent"),
         (["selection.modules=[nothing]"], "no linear module fits"),
+        (["selection.density=0.00000001", "model.path=/nonexistent"], "model.path"),
     ],
 )
 def test_mistakes_are_one_line(words, problem, config):
