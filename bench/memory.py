@@ -14,9 +14,9 @@ import torch
 from transformers import AutoConfig
 
 from bench import contenders, measure
+from liftdist import footprint
 from liftdist import mesh as meshes
 from liftdist import model as models
-from liftdist import plan
 from liftdist.config import Config
 from liftdist.memory import LiveBytes
 from liftdist.mesh import Mesh
@@ -40,10 +40,12 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
         contender.forward_backward(next(given))
         contender.update()
     hf_config = AutoConfig.from_pretrained(folder)
-    size = plan.sizes(contender.model, config.selection.modules)
-    parts = plan.memory(size, config, mesh.device_mesh.size(1), plan.activations(hf_config, config, mesh.world_size))
+    size = footprint.sizes(contender.model, config.selection.modules)
+    parts = footprint.memory(
+        size, config, mesh.device_mesh.size(1), footprint.activations(hf_config, config, mesh.world_size)
+    )
     parts |= {"selecting": 0, "once principal": 0}  # of other moments of a run
-    return {"peak": live.peak, "held": held, "parts": parts, "planned": plan.peak(parts)}
+    return {"peak": live.peak, "held": held, "parts": parts, "planned": footprint.peak(parts)}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
 from bench.traffic import Traffic
-from liftdist import loss, lowrank, plan, selection
+from liftdist import footprint, loss, lowrank, selection
 from liftdist import model as models
 from liftdist.config import Config
 from liftdist.memory import LiveBytes
@@ -59,10 +59,10 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
         mesh = Mesh(torch.device("cpu"), device_mesh)
         model = models.build(hf_config, config.model)
-        size = plan.sizes(model, config.selection.modules)
+        size = footprint.sizes(model, config.selection.modules)
         models.shard(model, config.model, mesh)
         live, traffic = LiveBytes(), Traffic()
-        with FakeTensorMode(allow_non_fake_inputs=True), plan.packing_known(config.data.packing), live:
+        with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
             model.train()
             principal = PrincipalWeights(
@@ -85,7 +85,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
             optimizer.step()  # makes its state
             live.peak = live.now
             with traffic:
-                for _ in range(plan.micro_batches(config, ranks)):
+                for _ in range(footprint.micro_batches(config, ranks)):
                     model.chunked_loss(tokens, None, places, tokens).backward()
                 principal.reduce_gradients(1.0)
                 principal.clip_grad_norm_(None)
@@ -101,22 +101,22 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
     finally:
         dist.destroy_process_group()
     planned_collectives: dict[str, list[int]] = {}
-    for one in plan.traffic(size, config, replicas, shards):
+    for one in footprint.traffic(size, config, replicas, shards):
         counts = planned_collectives.setdefault(f"{one.axis} {one.operation}", [0, 0])
         counts[0] += one.calls
         counts[1] += one.payload
-    planned = plan.memory(size, config, shards, plan.activations(hf_config, config, ranks))
+    planned = footprint.memory(size, config, shards, footprint.activations(hf_config, config, ranks))
     return {
         "collectives": measured,
         "planned_collectives": planned_collectives,
         "peak": live.peak,
-        "planned_peak": plan.peak(planned | {"selecting": 0, "once principal": 0}),
+        "planned_peak": footprint.peak(planned | {"selecting": 0, "once principal": 0}),
     }
 
 
 def balance(shape: dict, ranks: int) -> dict[str, float]:
     """The work of the owner who has most to factor, over the larger of the mean and the largest matrix."""
-    size = plan.sizes(models.build(AutoConfig.for_model("llama", **shape), Config(run_dir="none").model), ["*"])
+    size = footprint.sizes(models.build(AutoConfig.for_model("llama", **shape), Config(run_dir="none").model), ["*"])
     costs = [lowrank.cost(m, n, 64, "fast") for m, n in size.trained]
     loads = [0.0] * ranks
     for cost, owner in zip(costs, selection.deal(costs, ranks), strict=True):

@@ -14,8 +14,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import contenders, measure
+from liftdist import footprint
 from liftdist import mesh as meshes
-from liftdist import plan
 from liftdist.config import Config
 from liftdist.mesh import Mesh
 
@@ -60,7 +60,7 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
         axis = axes.get(name, "world")
         ranks = mesh.device_mesh[axis].size() if axis in axes.values() else mesh.world_size
         for operation, (calls, payload) in operations.items():
-            sent = plan.Collective(axis, operation, calls, payload).sent(ranks)
+            sent = footprint.Collective(axis, operation, calls, payload).sent(ranks)
             found.setdefault(axis, {})[operation] = [calls, payload, sent]
     return found
 

@@ -203,7 +203,7 @@ def test_only_what_slurm_takes_reaches_its_options():
     bounds = {key: leaf.metadata for key, leaf in configs.settings() if key.startswith("slurm.")}
     free = {"slurm.container", "slurm.container_runtime", "slurm.container_mounts"}
     texts = {key for key, bound in bounds.items() if bound["pattern"]}
-    numbers = {key for key, leaf in configs.settings() if key in bounds and "int" in str(leaf.type)}
+    numbers = {key for key, leaf in configs.settings() if key in bounds and re.search("int|float", str(leaf.type))}
     assert texts | numbers | free == set(bounds)
     for key in texts:
         for text in hostile("canary"):
