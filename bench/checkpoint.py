@@ -7,7 +7,6 @@ Full fine-tuning would save float32 weights and two moments, 12 B a parameter.
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -19,22 +18,14 @@ import torch
 from bench import contenders, measure
 from liftdist import checkpoint, rundir
 from liftdist import mesh as meshes
-from liftdist.config import Config
 from liftdist.saver import Checkpointer, Saved
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench checkpoint", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ranks", type=int, default=2)
+    parser = measure.parser("checkpoint", __doc__, ranks=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    measure.start_ranks("bench.checkpoint", options.ranks)
-    config = Config(run_dir="none")
-    config.selection.density = 0.05
+    options = measure.on_ranks(parser)
+    config = measure.config()
     found: dict[str, list[float]] = {"waiting": [], "saving": []}
     with meshes.start(config.mesh) as mesh, tempfile.TemporaryDirectory(dir=".cache") as scratch:
         run_dir = Path(meshes.gather(scratch)[0]) / "run"

@@ -13,7 +13,6 @@ import gc
 import os
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -94,27 +93,18 @@ def make_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Mo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--ranks", type=int, default=max(1, torch.cuda.device_count()) if torch.cuda.is_available() else 2
-    )
+    parser = measure.parser("compare", __doc__, ranks=torch.cuda.device_count() or 2)
     parser.add_argument("--rows", type=int, default=2, help="sequences of a rank")
     parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
     parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
     parser.add_argument("--full-bf16", action="store_true", help="full fine-tuning in bf16 throughout: 8 B a parameter")
     parser.add_argument("--rounds", type=int, default=3, help="visits to each contender")
     parser.add_argument("--steps", type=int, default=3, help="steps timed in a visit")
-    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
     parser.add_argument("--layers", type=int, default=32, help="of a synthetic model")
     parser.add_argument("--kinds", nargs="+", default=list(COMPARED), choices=list(contenders.KINDS))
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    measure.start_ranks("bench.compare", options.ranks)
-    config = Config(run_dir="none")
-    config.selection.density = 0.05
+    options = measure.on_ranks(parser)
+    config = measure.config()
     visits: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.kinds}
     with meshes.start(config.mesh) as mesh:
         for number in range(options.rounds):

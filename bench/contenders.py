@@ -11,6 +11,7 @@ liftdist  the library
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -29,7 +30,7 @@ from liftdist.principal import PrincipalWeights, principal_parameters
 LR = 1e-5
 
 
-class Contender:
+class Contender(ABC):
     """A sharded model that trains ``batch`` after ``batch``."""
 
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
@@ -40,9 +41,9 @@ class Contender:
         self.model = self.prepare(model)
         self.model.train()
 
+    @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
         """Whatever comes before the first step."""
-        raise NotImplementedError
 
     def shard_mesh(self) -> Any:
         return self.mesh.shard_mesh

@@ -5,10 +5,8 @@ python -m bench load [--ranks 2] [--rounds 3] [--model FOLDER] [--out FILE]
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-from pathlib import Path
 from unittest import mock
 
 import torch
@@ -16,22 +14,15 @@ import torch
 from bench import measure
 from liftdist import mesh as meshes
 from liftdist import model as models
-from liftdist.config import Config
 from liftdist.mesh import local_tensor
 from liftdist.weights import ModelFolder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench load", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ranks", type=int, default=2)
+    parser = measure.parser("load", __doc__, ranks=2)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    measure.start_ranks("bench.load", options.ranks)
-    config, read = Config(run_dir="none"), 0
+    options = measure.on_ranks(parser)
+    config, read = measure.config(), 0
     originals = {name: getattr(ModelFolder, name) for name in ("read", "row")}  # the second checks samples
 
     def counting(name):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -16,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from liftdist.config import Config
+
 
 def machine() -> str:
     """The processor, or the GPU."""
@@ -26,8 +29,32 @@ def machine() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
-def start_ranks(module: str, ranks: int) -> None:
-    """Run this benchmark again as ``ranks`` processes, and end with them; inside one of them do nothing."""
+def parser(name: str, description: str | None, ranks: int) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains or loads a model on ``ranks`` ranks unless told otherwise."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--ranks", type=int, default=ranks)
+    made.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    made.add_argument("--out", type=Path, help="JSON file for the results")
+    return made
+
+
+def on_ranks(made: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options, on each of the ranks that they ask for: outside of them the benchmark is started again, and awaited."""
+    options = made.parse_args()
+    _start_ranks(f"bench.{made.prog.split()[-1]}", options.ranks)
+    return options
+
+
+def config() -> Config:
+    """What all benchmarks train: 5 % of each matrix."""
+    made = Config(run_dir="none")
+    made.selection.density = 0.05
+    return made
+
+
+def _start_ranks(module: str, ranks: int) -> None:
     if "RANK" in os.environ:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         return

@@ -5,7 +5,6 @@ python -m bench memory [--ranks 2] [--rows 2] [--length 512] [--model FOLDER] [-
 
 from __future__ import annotations
 
-import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -41,26 +40,17 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
         contender.update()
     hf_config = AutoConfig.from_pretrained(folder)
     size = footprint.sizes(contender.model, config.selection.modules)
-    parts = footprint.memory(
-        size, config, mesh.device_mesh.size(1), footprint.activations(hf_config, config, mesh.world_size)
-    )
+    parts = footprint.memory(size, config, mesh.device_mesh.size(1), footprint.activations(hf_config, config, rows))
     parts |= {"selecting": 0, "once principal": 0}  # of other moments of a run
     return {"peak": live.peak, "held": held, "parts": parts, "planned": footprint.peak(parts)}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ranks", type=int, default=2)
+    parser = measure.parser("memory", __doc__, ranks=2)
     parser.add_argument("--rows", type=int, default=2, help="sequences of a micro-batch")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
-    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    measure.start_ranks("bench.memory", options.ranks)
-    config = Config(run_dir="none")
-    config.selection.density = 0.05
+    options = measure.on_ranks(parser)
+    config = measure.config()
     config.train.micro_batch_size, config.data.max_length = options.rows, options.length
     results: dict[str, Any] = {"ranks": options.ranks, "rows": options.rows, "length": options.length, "results": {}}
     with meshes.start(config.mesh) as mesh:

@@ -9,7 +9,6 @@ sharding, the hooks, the exchange, the optimizer. Indices are spread evenly, as 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoConfig
 
+from bench import measure
 from bench.traffic import Traffic
 from liftdist import footprint, loss, lowrank, selection
 from liftdist import model as models
@@ -39,7 +39,7 @@ MODELS = {
 
 def settings(ranks: int, replicas: int, density: float = 0.05, **mesh) -> Config:
     """A batch of one sequence a rank and micro-batch, two of them."""
-    config = Config(run_dir="none")
+    config = measure.config()
     config.selection.density = density
     config.data.max_length = 2048
     config.train.micro_batch_size, config.train.batch_size = 1, 2 * ranks
@@ -105,7 +105,9 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         counts = planned_collectives.setdefault(f"{one.axis} {one.operation}", [0, 0])
         counts[0] += one.calls
         counts[1] += one.payload
-    planned = footprint.memory(size, config, shards, footprint.activations(hf_config, config, ranks))
+    planned = footprint.memory(
+        size, config, shards, footprint.activations(hf_config, config, footprint.rows(config, ranks))
+    )
     return {
         "collectives": measured,
         "planned_collectives": planned_collectives,
@@ -145,8 +147,7 @@ def main() -> None:
                     f"collectives {same}; fullest owner {results[key]['balance']['ratio']:.3f} ({took:.0f} s)",
                     flush=True,
                 )
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n")
+    measure.write({"results": results}, options.out)
 
 
 if __name__ == "__main__":

@@ -80,10 +80,8 @@ def as_rank(folder: Path) -> None:
     """Shard, then select; rank 0 prints the seconds."""
     from bench import contenders
     from liftdist import mesh as meshes
-    from liftdist.config import Config
 
-    config = Config(run_dir="none")
-    config.selection.density = 0.05
+    config = measure.config()
     with meshes.start(config.mesh) as mesh:
         side = contenders.Liftdist(contenders.load(folder, mesh.device), config, mesh)
         taken = measure.seconds(side.principal.select)

@@ -10,35 +10,25 @@ All are kept in memory and take turns. Forward-backward counts processor time on
 
 from __future__ import annotations
 
-import argparse
 import os
 import statistics
-from pathlib import Path
 
 import torch
 
 from bench import compare, contenders, measure
 from bench.scale import MODELS
 from liftdist import mesh as meshes
-from liftdist.config import Config
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ranks", type=int, default=1)
+    parser = measure.parser("step", __doc__, ranks=1)
     parser.add_argument("--rows", type=int, default=2, help="sequences of a rank")
     parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
     parser.add_argument("--layers", type=int, default=32, help="of a synthetic model")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    measure.start_ranks("bench.step", options.ranks)
-    config = Config(run_dir="none")
-    config.selection.density = 0.05
+    options = measure.on_ranks(parser)
+    config = measure.config()
     with meshes.start(config.mesh) as mesh:
         sides = {}
         for kind in ("dense", "masked", "liftdist"):

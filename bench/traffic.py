@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import os
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -66,18 +65,12 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m bench traffic", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--ranks", type=int, default=4)
+    parser = measure.parser("traffic", __doc__, ranks=4)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--length", type=int, default=16, help="tokens of the only sequence of a rank")
-    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
-    options = parser.parse_args()
-    measure.start_ranks("bench.traffic", options.ranks)
-    config = Config(run_dir="none")
-    config.selection.density, config.mesh.dp_replicate = 0.05, options.replicas
+    options = measure.on_ranks(parser)
+    config = measure.config()
+    config.mesh.dp_replicate = options.replicas
     with meshes.start(config.mesh) as mesh:
         results = {kind: measured(kind, options, config, mesh) for kind in ("hybrid", "liftdist")}
     if os.environ["RANK"] != "0":
