@@ -74,10 +74,10 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     launcher.arguments(parser)
-    _change_arguments(parser)
+    _continuation_arguments(parser)
 
 
-def _change_arguments(parser: argparse.ArgumentParser) -> None:
+def _continuation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
     )
@@ -111,7 +111,7 @@ def _make_fresh(options: argparse.Namespace) -> None:
     run_dir = Path(configs.load(options.config, options.overrides)[0].run_dir).expanduser()
     if (free := rundir.next_free(run_dir)) != run_dir:
         print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
-        options.overrides.append(f"run_dir={json.dumps(str(free))}")
+        options.overrides = [*options.overrides, f"run_dir={json.dumps(str(free))}"]
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,7 +170,7 @@ def _prefetch(options: argparse.Namespace) -> None:
 def _submit_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     submit.arguments(parser)
-    _change_arguments(parser)
+    _continuation_arguments(parser)
 
 
 def _run_dir_argument(parser: argparse.ArgumentParser) -> None:

@@ -107,9 +107,8 @@ class Activations(NamedTuple):
     backward: int  # besides, while one layer's backward runs
 
 
-def activations(hf_config: Any, config: Config, ranks: int) -> Activations:
-    """Of the real model with one and two layers, run forward and backward on tensors that hold no memory."""
-    rows = min(config.train.micro_batch_size, sequences(config, ranks))
+def activations(hf_config: Any, config: Config, rows: int) -> Activations:
+    """Of ``rows`` sequences: the real model with one and two layers, run forward and backward on tensors without memory."""
     kept, losses, backwards = [], [], []
     for layers in (1, 2):
         live = LiveBytes()
@@ -259,12 +258,12 @@ def _width(layer: Unit, config: Config, shards: int) -> int:
 
 def micro_batches(config: Config, ranks: int) -> int:
     """Micro-batches of the rank that has the most sequences of a step."""
-    return math.ceil(sequences(config, ranks) / config.train.micro_batch_size)
+    return math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.micro_batch_size)
 
 
-def sequences(config: Config, ranks: int) -> int:
-    """Sequences of a step for the rank that has most."""
-    return math.ceil(config.train.batch_size / ranks)
+def rows(config: Config, ranks: int) -> int:
+    """Sequences that a rank computes at once, at most."""
+    return min(config.train.micro_batch_size, math.ceil(config.train.batch_size / ranks))
 
 
 def operations(size: Sizes, config: Config) -> int:

@@ -94,10 +94,12 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
         return False
-    seen: dict[str, Tensor] = {}
+    seen: dict[str, Tensor | None] = {}
     tokens = torch.arange(1, 9, device=device).unsqueeze(0)
     hooks = [
-        model.get_decoder().register_forward_hook(lambda *call: seen.update(hidden=call[2].last_hidden_state)),
+        model.get_decoder().register_forward_hook(
+            lambda *call: seen.update(hidden=getattr(call[2], "last_hidden_state", None))
+        ),
         head.register_forward_hook(
             lambda module, given, _: seen.update(given=given[0], product=F.linear(given[0], module.weight))
         ),
@@ -107,4 +109,7 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.equal(seen["hidden"], seen["given"]) and torch.equal(seen["product"], logits)
+    hidden, given, product = (seen.get(key) for key in ("hidden", "given", "product"))
+    if hidden is None or given is None or product is None:
+        return False  # built otherwise
+    return torch.equal(hidden, given) and torch.equal(product, logits)

@@ -24,21 +24,21 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._known: dict[int, tuple[weakref.ref, int | None]] = {}  # by address; None: not counted
+        self._known: dict[int, tuple[weakref.ref, int]] = {}  # by address
         self._resizing: Any = None
 
-    def add(self, tensor: Tensor, counted: bool = True) -> None:
-        """Count the storage of ``tensor`` until it is gone; or know it, so that its views are not counted either."""
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor`` until it is gone."""
         storage = local_tensor(tensor).untyped_storage()
         key = storage._cdata
         if key in self._known and self._known[key][0]() is storage:
             return
-        size = storage.nbytes() if counted else None
+        size = storage.nbytes()
         self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), size)
-        self._grow(size or 0)
+        self._grow(size)
 
     def _gone(self, key: int) -> None:
-        self._grow(-(self._known.pop(key)[1] or 0))
+        self._grow(-self._known.pop(key)[1])
 
     def _grow(self, size: int) -> None:
         self.now += size
@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
         def resized(storage: torch.UntypedStorage, size: int) -> Any:  # as FSDP frees what it has gathered
             result = resize(storage, size)
             known = self._known.get(storage._cdata)
-            if known is not None and known[1] is not None:
+            if known is not None:
                 self._known[storage._cdata] = (known[0], size)
                 self._grow(size - known[1])
             return result

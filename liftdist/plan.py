@@ -72,10 +72,9 @@ def plan(
     probes: dict[int, footprint.Activations] = {}
 
     def memory_of(count: int) -> dict[str, int]:
-        ranks = replicas * count
-        rows = min(config.train.micro_batch_size, footprint.sequences(config, ranks))
+        rows = footprint.rows(config, replicas * count)
         if rows not in probes:
-            probes[rows] = footprint.activations(hf_config, config, ranks)
+            probes[rows] = footprint.activations(hf_config, config, rows)
         return footprint.memory(size, config, count, probes[rows])
 
     parts = memory_of(shards)

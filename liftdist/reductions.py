@@ -118,9 +118,8 @@ def watch(modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse:
     trained = {id(param) for param in params if isinstance(param, DTensor)}
     of_param: dict[int, Unit] = {}
     for module in modules:
-        group = (
-            module._get_fsdp_state()._fsdp_param_group
-        )  # one for modules that were given to one fully_shard() together
+        # modules that were given to one fully_shard() together have one
+        group = module._get_fsdp_state()._fsdp_param_group
         infos = [fsdp_param._module_info for fsdp_param in group.fsdp_params] if group else []
         owned = [getattr(info.module, info.param_name) for info in infos]  # as the reduction lays them out
         owned = [param for param in owned if id(param) in trained]

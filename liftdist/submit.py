@@ -2,7 +2,7 @@
 
     config and data checked -> sbatch --test-only -> sbatch -> a line in RUN_DIR/jobs.jsonl, by which the others find the job
 
-Imports no torch.
+Imports torch only to plan, where ``slurm.gpu_memory`` is set.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ def submit(options: argparse.Namespace) -> None:
     if array:
         os.environ["SLURM_ARRAY_TASK_ID"] = str(indices[0])  # which a config may refer to
     config, _ = configs.load(options.config, overrides)
-    _check_folder(Path(config.run_dir).expanduser(), array is not None)
+    base = Path(config.run_dir).expanduser()
+    _check_folder(base, array is not None)
     _check_time(config)
     sweeps = (word for sweep in options.sweep for word in ("--sweep", sweep))
     script_words = [*sweeps, *options.flags, options.config, *overrides]
     runs = {index: _check(config, script_words, index, options.dry_run) for index in indices}
-    base = Path(config.run_dir).expanduser()
     name = options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "_", base.name).lstrip("-.")[:64] or "liftdist"
     logs = base / rundir.LOGS
     environment = _environment(config)
@@ -90,9 +90,8 @@ def submit(options: argparse.Namespace) -> None:
         return
     scheduler.test_only(command, environment)
     logs.mkdir(parents=True, exist_ok=True)  # SLURM does not, and a job without it fails without a word
-    kept = (
-        logs.absolute() / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
-    )  # the job's, whatever becomes of the file
+    # the job's own, whatever becomes of the file
+    kept = logs.absolute() / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
     files.write(kept, Path(options.config).read_text())
     script_words[script_words.index(options.config)] = str(kept)
     for link in range(options.chain, 0, -1):
