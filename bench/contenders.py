@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from liftdist import loss, selection
 from liftdist import model as models
+from liftdist.adamw import PrincipalAdamW
 from liftdist.config import Config
 from liftdist.mesh import Mesh, local_tensor, rows_of
 from liftdist.principal import PrincipalWeights, principal_parameters
@@ -165,7 +166,7 @@ class Liftdist(Contender):
             model, density=choice.density, filter_rank=choice.filter_rank, replicate_group=self.mesh.replicate_group
         )
         loss.in_chunks(model)
-        self.optimizer = torch.optim.AdamW([self.principal.values], lr=LR, weight_decay=0.0, fused=True)
+        self.optimizer = PrincipalAdamW(self.principal, lr=LR)
         return model
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
@@ -174,7 +175,6 @@ class Liftdist(Contender):
     def update(self) -> None:
         self.principal.reduce_gradients()
         self.optimizer.step()
-        self.principal.scatter()
 
     def state_bytes(self) -> int:
         return super().state_bytes() + sum(indices.nbytes for indices in self.principal.indices)

@@ -23,6 +23,7 @@ from bench import measure
 from bench.traffic import Traffic
 from liftdist import footprint, loss, lowrank, selection
 from liftdist import model as models
+from liftdist.adamw import PrincipalAdamW
 from liftdist.config import Config
 from liftdist.memory import LiveBytes
 from liftdist.mesh import Mesh
@@ -78,7 +79,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
             for slot in principal._slots:
                 if slot.unit is not None:  # what the ranks would agree on
                     slot.unit._width = sum(indices.numel() for indices in slot.unit._indices.values())
-            optimizer = torch.optim.AdamW([principal.values], fused=True)
+            optimizer = PrincipalAdamW(principal)
             loss.in_chunks(model)
             tokens = torch.zeros((config.train.micro_batch_size, config.data.max_length), dtype=torch.int64)
             places = torch.arange(config.data.max_length)
@@ -90,7 +91,6 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
                 principal.reduce_gradients(1.0)
                 principal.clip_grad_norm_(None)
                 optimizer.step()
-                principal.scatter()
         groups = {device_mesh.get_group(axis).group_name: axis for axis in ("dp_replicate", "dp_shard")}
         measured = {
             f"{groups[name]} {operation}": counts

@@ -186,10 +186,13 @@ class PrincipalWeights:
         for slot in self._slots:
             weight = slot.matrix.rows_local.view(-1)
             weight.index_copy_(0, slot.indices.long(), self.values[slot.span].to(weight.dtype))
+        self._attached_grad().zero_()
+        self.scattered()
+
+    def scattered(self) -> None:
+        """Told by whoever has written the values into the model's weights and cleared the flat gradient."""
         for module in self._fsdp_modules:
             module.reshard()  # a copy gathered before, by an evaluation say, would be stale now
-        self._grad.zero_()
-        self.values.grad = self._grad
 
     @torch.no_grad()
     def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> float:

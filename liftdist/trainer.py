@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, get_scheduler
 
 from liftdist import data
+from liftdist.adamw import PrincipalAdamW
 from liftdist.config import Config, UserError
 from liftdist.loss import token_losses
 from liftdist.mesh import Mesh, gather
@@ -88,13 +89,12 @@ class Trainer:
         )
         self.epochs = train.epochs if train.steps is None else None
         self.steps = train.steps or self.order.steps(train.epochs)
-        self.optimizer = torch.optim.AdamW(
-            [principal.values],
+        self.optimizer = PrincipalAdamW(
+            principal,
             lr=optimizer.lr,
             betas=(optimizer.betas[0], optimizer.betas[1]),
             eps=optimizer.eps,
             weight_decay=optimizer.weight_decay,
-            fused=True,
         )
         self.schedule = self._make_schedule()
         self.watch = Stopwatch(mesh.device)
@@ -202,7 +202,6 @@ class Trainer:
             correction = 1 - self.config.optimizer.betas[1] ** (step - self.skipped)
             self.optimizer.param_groups[0]["eps"] = self.config.optimizer.eps / correction**0.5
         self.optimizer.step()
-        self.principal.scatter()
 
     def _skip(
         self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], losses: list[Tensor]

@@ -10,6 +10,7 @@ from test_principal import flat, make, mlp
 from test_train import command, write_config
 
 from liftdist import lowrank
+from liftdist.adamw import PrincipalAdamW
 
 pytestmark = pytest.mark.gpu
 
@@ -39,6 +40,24 @@ def test_a_plain_model_on_a_gpu_follows_the_cpu():
             principal.scatter()
         weights.append(flat(model).cpu())
     assert torch.allclose(*weights, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_adamw_and_scatter_in_one_kernel(dtype):
+    found = []
+    for in_one_kernel in (True, False):
+        model = mlp(dtype).cuda()
+        principal = make(model, method="exact")
+        optimizer = PrincipalAdamW(principal, lr=1e-2, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
+        assert optimizer.in_one_kernel
+        optimizer.in_one_kernel = in_one_kernel
+        for step in range(4):
+            principal.values.grad.normal_(generator=torch.Generator("cuda").manual_seed(step))
+            optimizer.step()
+        assert not principal.values.grad.any()
+        found.append((principal.values.detach(), flat(model), *optimizer.state[principal.values].values()))
+    for one, stock in zip(*found, strict=True):
+        assert torch.allclose(one, stock, rtol=1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -34,7 +34,9 @@ ALLOWED = {
     "delta": {"checkpoint", "files", "mesh", "weights"},
     "export": {"checkpoint", "delta", "files", "mesh", "preflight", "rundir", "weights"},
     "loss": {"data"},
-    "trainer": {"data", "loss", "mesh", "metrics", "principal"},
+    "kernels": set(),
+    "adamw": {"kernels", "principal"},
+    "trainer": {"adamw", "data", "loss", "mesh", "metrics", "principal"},
     "prepare": {
         "data", "files", "loss", "mesh", "metrics", "model", "preflight", "principal", "selection", "signals",
         "trainer", "weights",
