@@ -33,7 +33,7 @@ ON_GPU = {
     "compare-16x2048": "compare --synthetic 8b --length 2048 --rows 1 --micro-batches 16 --rounds 1 --steps 2 --full-bf16 "
     "--kinds full lora liftdist",
 }
-LIMIT = {"cpu": 1200, "gpu": 170}  # seconds for one
+LIMIT = {"cpu": 1200, "gpu": 145}  # seconds for one
 
 
 def main() -> None:

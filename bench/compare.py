@@ -21,6 +21,7 @@ import torch.distributed as dist
 from bench import contenders, measure
 from bench.scale import MODELS
 from bench.traffic import Traffic
+from liftdist import footprint
 from liftdist import mesh as meshes
 from liftdist.config import Config
 from liftdist.memory import LiveBytes
@@ -83,7 +84,14 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
         "checkpoint_bytes": contender.checkpoint_bytes(),
         "exchanged_bytes": {name: dict(found) for name, found in traffic.by_group.items()},
         "loss": contender.forward_backward(next(batches)),
+        "operations_a_token": _operations(contender.model, options) if kind == "liftdist" else None,
     }
+
+
+def _operations(model: torch.nn.Module, options: argparse.Namespace) -> int:
+    config = measure.config()
+    config.data.max_length = options.length
+    return footprint.operations(footprint.sizes(model, config.selection.modules), config)
 
 
 def make_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:
@@ -119,7 +127,7 @@ def main() -> None:
                     )
         world = dist.get_world_size()
     if os.environ["RANK"] == "0":
-        results = summary(visits, options.rows * options.length * options.micro_batches * world)
+        results = summary(visits, options.rows * options.length * options.micro_batches * world, world)
         report(results)
         measure.write(
             {"ranks": world, "rows": options.rows, "length": options.length, "results": results, "visits": visits},
@@ -127,8 +135,8 @@ def main() -> None:
         )
 
 
-def summary(visits: dict[str, list[dict[str, Any]]], tokens: int) -> dict[str, dict[str, Any]]:
-    """Medians over the visits; bytes are those of the last."""
+def summary(visits: dict[str, list[dict[str, Any]]], tokens: int, ranks: int) -> dict[str, dict[str, Any]]:
+    """Medians over the visits; bytes are those of the last. ``tokens`` of a step."""
     results = {}
     for kind, found in visits.items():
         result = dict(found[-1])
@@ -136,6 +144,8 @@ def summary(visits: dict[str, list[dict[str, Any]]], tokens: int) -> dict[str, d
             result[key] = statistics.median(visit[key] for visit in found)
         result["tokens_per_second"] = tokens / (result["forward_backward_s"] + result["update_s"])
         result["sent_bytes"] = sum(size for group in result["exchanged_bytes"].values() for _, size in group.values())
+        if operations := result["operations_a_token"]:  # without what is computed twice
+            result["tflops"] = operations * result["tokens_per_second"] / ranks / 1e12
         results[kind] = result
     return results
 
@@ -153,6 +163,9 @@ def report(results: dict[str, dict[str, Any]]) -> None:
     print(f"{'':22s}" + "".join(f"{kind:>12s}" for kind in results))
     for title, key, unit, digits in rows:
         print(f"{title:22s}" + "".join(f"{result[key] / unit:12,.{digits}f}" for result in results.values()))
+    for kind, result in results.items():
+        if result.get("tflops"):
+            print(f"{kind}: {result['tflops']:.3g} TFLOP/s a rank, of {measure.tflops()} by the data sheet")
 
 
 if __name__ == "__main__":

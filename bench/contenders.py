@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from liftdist import loss, selection
+from liftdist import loss, lowrank, selection
 from liftdist import model as models
 from liftdist.adamw import PrincipalAdamW
 from liftdist.config import Config
@@ -131,16 +131,20 @@ class Masked(Dense):
         for param in self.trained:
             whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
             count = selection.budget(whole.shape, self.config.selection.density, None)
-            u, s, vh = torch.linalg.svd(whole.float(), full_matrices=False)
-            rank = self.config.selection.filter_rank
             mask = torch.zeros(whole.numel(), dtype=torch.bool, device=whole.device)
-            mask[((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().flatten().topk(count).indices] = True
+            mask[self.chosen(whole, count)] = True
             mask = mask.view_as(whole)
             begin, end = rows_of(param)
             self.masks.append(mask[begin:end].clone())
             size = int(self.masks[-1].sum())
             self.moments.append(torch.zeros(2, size, dtype=whole.dtype, device=whole.device))
         return model
+
+    def chosen(self, whole: Tensor, count: int) -> Tensor:
+        """Flat indices of a matrix."""
+        u, s, vh = torch.linalg.svd(whole.float(), full_matrices=False)
+        rank = self.config.selection.filter_rank
+        return ((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().flatten().topk(count).indices
 
     @torch.no_grad()
     def update(self) -> None:
@@ -156,6 +160,13 @@ class Masked(Dense):
 
     def state_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in (*self.moments, *self.masks))
+
+
+class QuicklyMasked(Masked):
+    """Its masks are liftdist's, found sooner, where only the steps are looked at."""
+
+    def chosen(self, whole: Tensor, count: int) -> Tensor:
+        return lowrank.select(whole, count, self.config.selection.filter_rank)
 
 
 class Liftdist(Contender):
@@ -184,7 +195,8 @@ class Liftdist(Contender):
 
 
 KINDS: dict[str, type[Contender]] = {
-    "full": Full, "lora": Lora, "masked": Masked, "dense": Dense, "hybrid": Hybrid, "liftdist": Liftdist,
+    "full": Full, "lora": Lora, "masked": Masked, "quickly-masked": QuicklyMasked, "dense": Dense, "hybrid": Hybrid,
+    "liftdist": Liftdist,
 }  # fmt: skip
 
 

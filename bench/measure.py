@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from liftdist import plan
 from liftdist.config import Config
 
 
@@ -27,6 +28,12 @@ def machine() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     names = [line.split(":")[1].strip() for line in lines if "model name" in line]
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def tflops() -> float | None:
+    """Of the GPU, dense bf16, by its data sheet."""
+    name = machine().lower()
+    return next((gpu.tflops for key, gpu in plan.GPUS.items() if key.split("-")[0] in name), None)
 
 
 def parser(name: str, description: str | None, ranks: int) -> argparse.ArgumentParser:

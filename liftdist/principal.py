@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from liftdist import lowrank, reductions, selection
 from liftdist.config import UserError
@@ -80,6 +81,8 @@ class PrincipalWeights:
             sharded, and none where it is sharded over all ranks.
         initial_indices: a function from the matrices to ``[k_local]`` int32 for each, to skip the first selection;
             it may return None, on all ranks alike.
+        multiple_of: pad the flat vector with zeros to a multiple of this: optimizers that keep their state quantised in
+            blocks, such as torchao's, leave others as they are.
         sparse_reduce_scatter: exchange only principal entries of the gradients between the shards of FSDP2, not all.
         progress: called with matrices selected and in all.
         on_selected: called at the first selection, on the rank that factored a matrix, with its name and all its indices.
@@ -100,6 +103,7 @@ class PrincipalWeights:
         criterion: Criterion | None = None,
         replicate_group: Group = None,
         initial_indices: Callable[[list[Matrix]], list[Tensor] | None] | None = None,
+        multiple_of: int = 1,
         sparse_reduce_scatter: bool = True,
         progress: Callable[[int, int], None] | None = None,
         on_selected: Callable[[str, Tensor], None] | None = None,
@@ -127,6 +131,7 @@ class PrincipalWeights:
             lowrank.cost(matrix.param.shape[0], matrix.columns, filter_rank, method) for matrix in self.matrices
         ]
         self._progress = progress
+        self._multiple_of = multiple_of
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
         units = reductions.watch(self._fsdp_modules, list(trained.values()), sparse_reduce_scatter)
@@ -213,16 +218,19 @@ class PrincipalWeights:
         for old, new in zip(old_slots, self._slots, strict=True):
             new.past = old.past_and_present()
         # [k_local] where each new entry stood in the old vector, -1 if it did not
-        source = torch.cat([_positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)])
+        positions = [_positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)]
+        source = self._flat(positions, padding=-1)
         stayed = source >= 0
         values = self._read_shards()
         values[stayed] = old_values[source[stayed]]
-        for state, key in states:
-            moved = torch.zeros_like(values, dtype=state[key].dtype)
-            moved[stayed] = state[key][source[stayed]]
-            state[key] = moved
         self._replace_values(values)
-        count = torch.stack([stayed.sum(), torch.tensor(stayed.numel(), device=stayed.device)])
+        for state, key in states:
+            before = _dense(state[key])
+            moved = torch.zeros_like(values, dtype=before.dtype)
+            moved[stayed] = before[source[stayed]]
+            state[key] = _as_kept(optimizer, key, self.values, moved)
+        selected = sum(indices.numel() for indices in self.indices)
+        count = torch.stack([stayed.sum(), torch.tensor(selected, device=stayed.device)])
         kept, total = all_reduce_sum(count, self.shard_group).tolist()
         return kept / max(total, 1)
 
@@ -238,7 +246,7 @@ class PrincipalWeights:
             ``[d]`` in the dtype of the model, for weights that were principal before.
         """
         flat = {"values": self.values.detach()}
-        flat |= {f"optimizer.{key}": state[key] for state, key in self._element_states(optimizer)}
+        flat |= {f"optimizer.{key}": _dense(state[key]) for state, key in self._element_states(optimizer)}
         flat = {key: tensor.to("cpu", copy=True) for key, tensor in flat.items()}
         result: dict[str, Tensor] = {}
         for slot in self._slots:
@@ -261,6 +269,8 @@ class PrincipalWeights:
     ) -> None:
         """Take over what :meth:`state_dict` returned, cut to this rank's rows, on a model that holds the base weights.
 
+        Quantised states, which were saved in float32, are quantised anew: of them alone the last bits may differ.
+
         Args:
             scalars: the optimizer's own scalar states, such as Adam's ``step``.
         """
@@ -279,7 +289,7 @@ class PrincipalWeights:
         self._use(slots)
 
         def flat(key: str) -> Tensor:
-            return torch.cat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
+            return self._flat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
 
         self._replace_values(flat("values"))
         self.scatter()
@@ -289,6 +299,8 @@ class PrincipalWeights:
             own = {key: torch.tensor(value) for key, value in (scalars or {}).items()}
             settings = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {0: elements | own}, "param_groups": settings})
+            kept = optimizer.state[self.values]
+            kept |= {key: _as_kept(optimizer, key, self.values, kept[key]) for key in keys}
 
     def scalar_states(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """The optimizer's states that are one number, alike on all ranks: what ``scalars`` gives back to it."""
@@ -325,9 +337,14 @@ class PrincipalWeights:
 
     def _read_shards(self) -> Tensor:
         """``[k_local]`` float32, the model's own values of the principal weights."""
-        return torch.cat(
+        return self._flat(
             [slot.matrix.rows_local.view(-1).index_select(0, slot.indices).float() for slot in self._slots]
         )
+
+    def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
+        """One vector of what belongs to each matrix, padded as ``values`` is."""
+        flat = torch.cat(parts)
+        return nn.functional.pad(flat, (0, -flat.numel() % self._multiple_of), value=padding)
 
     def _attached_grad(self) -> Tensor:
         if self.values.grad is None:  # cleared by optimizer.zero_grad(set_to_none=True)
@@ -437,6 +454,17 @@ def _unpack(bits: Tensor, size: int) -> Tensor:
     """``[size]`` bool, what :func:`_pack` was given."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:size].bool()
+
+
+def _dense(state: Tensor) -> Tensor:
+    """A state of an optimizer, in float32 if it is kept quantised."""
+    return state.dequantize() if is_traceable_wrapper_subclass(state) else state
+
+
+def _as_kept(optimizer: torch.optim.Optimizer | None, key: str, values: Tensor, state: Tensor) -> Tensor:
+    """``state`` as the optimizer keeps it: those of torchao quantise, ``exp_avg`` with a sign."""
+    make = getattr(optimizer, "_new_buffer", None)
+    return make(values, key == "exp_avg").copy_(state) if make is not None else state
 
 
 def _positions(old: _Slot, new: _Slot) -> Tensor:

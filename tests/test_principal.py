@@ -1,5 +1,7 @@
 """The engine by itself: plain models, someone else's loop, FSDP2 in bf16."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -154,6 +156,58 @@ def test_refresh_carries_state_over_by_position():
     loss_of(model, 9).backward()
     optimizer.step()
     principal.scatter()
+
+
+def test_quantised_state_is_quantised_anew(monkeypatch):
+    """By a refresh, and by a load; entries stay within what eight bits hold."""
+    optim = pytest.importorskip("torchao.optim")
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # half a minute for the same numbers
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 7))
+    start = copy.deepcopy(model)
+    principal = make(model, multiple_of=256)
+    assert principal.values.numel() % 256 == 0 < principal.values.numel() - principal.num_selected
+    optimizer = optim.AdamW8bit([principal.values], lr=1e-3)
+    data = torch.randn(16, 300)
+
+    def step():
+        model(data).square().mean().backward()
+        optimizer.step()
+        principal.scatter()
+
+    for _ in range(3):
+        step()
+    old = {key: value.dequantize() for key, value in optimizer.state[principal.values].items() if value.ndim}
+    old_indices = principal.indices
+    with torch.no_grad():
+        model[0].weight[:20] *= 3
+    survived = principal.refresh(optimizer)
+    state = optimizer.state[principal.values]
+    assert 0 < survived < 1
+    for key, before in old.items():
+        after, begin = state[key].dequantize(), 0
+        assert after.shape == principal.values.shape
+        for indices, previous in zip(principal.indices, old_indices, strict=True):
+            stayed = torch.isin(indices, previous)
+            source = torch.searchsorted(previous, indices[stayed]) + begin  # the number of a matrix does not change
+            expected = torch.zeros(len(indices))
+            expected[stayed] = before[source]
+            part = after[begin : begin + len(indices)]
+            assert torch.allclose(part, expected, rtol=0.15, atol=0.02 * before.abs().max().item())
+            begin += len(indices)
+        assert not after[begin:].any()
+    step()
+    saved, scalars = principal.state_dict(optimizer), principal.scalar_states(optimizer)
+    resumed = make(start, multiple_of=256)
+    other = optim.AdamW8bit([resumed.values], lr=1e-3)
+    resumed.load_state_dict(saved, other, scalars)
+    assert torch.equal(resumed.values, principal.values)
+    assert other.state[resumed.values]["step"] == 4
+    for key in old:
+        ours, theirs = state[key], other.state[resumed.values][key]
+        assert type(ours) is type(theirs)
+        close = dict(rtol=0.15, atol=0.02 * ours.dequantize().abs().max().item())
+        assert torch.allclose(ours.dequantize(), theirs.dequantize(), **close)
 
 
 def test_state_that_cannot_be_carried_over_is_refused_by_name():
