@@ -2,8 +2,8 @@
 
 python -m bench scale [--models 8b 70b 405b] [--ranks 8 64 1024] [--out FILE]
 
-One process is rank 0 of a process group of the ``fake`` backend; tensors have shapes and no memory. Real are all else: the
-sharding, the hooks, the exchange, the optimizer. Indices are spread evenly, as the planner assumes.
+One process is rank 0 of a process group of the ``fake`` backend; tensors have shapes and no memory. Real are all else: what is
+read, the sharding, the hooks, the exchange, the optimizer. Indices are spread evenly, as the planner assumes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,20 @@ MODELS = {
 }
 
 
+class Folder:
+    """Stands for the weights of a model, and counts what is asked of it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.asked = 0
+        self._tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in models.tensors(model).items()}
+
+    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        shape, dtype = self._tensors[name]
+        rows = torch.empty((len(range(*slice(begin, end).indices(shape[0]))), *shape[1:]), dtype=dtype)
+        self.asked += rows.nbytes
+        return rows
+
+
 def settings(ranks: int, replicas: int, density: float = 0.05, **mesh) -> Config:
     """A batch of one sequence a rank and micro-batch, two of them."""
     config = measure.config()
@@ -61,10 +75,12 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         mesh = Mesh(torch.device("cpu"), device_mesh)
         model = models.build(hf_config, config.model)
         size = footprint.sizes(model, config.selection.modules)
+        folder = Folder(model)
         models.shard(model, config.model, mesh)
         live, traffic = LiveBytes(), Traffic()
         with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
+            models._fill(model, folder, {name: name for name in models.tensors(model)}, lambda: None)
             model.train()
             principal = PrincipalWeights(
                 model,
@@ -109,6 +125,8 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         size, config, shards, footprint.activations(hf_config, config, footprint.rows(config, ranks))
     )
     return {
+        "read": folder.asked,
+        "planned_read": planned["weights"],
         "collectives": measured,
         "planned_collectives": planned_collectives,
         "peak": live.peak,
@@ -141,10 +159,11 @@ def main() -> None:
                 took = time.perf_counter() - began
                 key = f"{name}, {replicas} x {ranks // replicas}"
                 results[key] = found | {"balance": balance(MODELS[name], ranks)}
-                same = "as planned" if found["collectives"] == found["planned_collectives"] else "NOT AS PLANNED"
+                exact = all(found[key] == found[f"planned_{key}"] for key in ("read", "collectives"))
+                same = "as planned" if exact else "NOT AS PLANNED"
                 print(
                     f"{key:16s} peak {found['peak'] / 2**30:8.2f} GiB, planned {found['planned_peak'] / 2**30:8.2f}; "
-                    f"collectives {same}; fullest owner {results[key]['balance']['ratio']:.3f} ({took:.0f} s)",
+                    f"reads and collectives {same}; fullest owner {results[key]['balance']['ratio']:.3f} ({took:.0f} s)",
                     flush=True,
                 )
     measure.write({"results": results}, options.out)

@@ -76,7 +76,8 @@ def test_planned_memory_is_within_a_tenth_of_what_a_rank_has(world, tmp_path):
 )
 def test_collectives_and_memory_of_a_step_are_as_planned(world, replicas, mesh):
     found = scale.step(SMALL, scale.settings(world, replicas, **mesh), world)
-    assert found["collectives"] == found["planned_collectives"]
+    for key in ("read", "collectives"):
+        assert found[key] == found[f"planned_{key}"]
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
     assert bool(found["collectives"]) == (world > 1)
 
@@ -113,7 +114,8 @@ def test_owners_have_much_the_same_to_do(name):
 @pytest.mark.parametrize("replicas", [1, 128])
 def test_a_step_of_models_that_fit_nowhere(name, replicas):
     found = scale.step(scale.MODELS[name], scale.settings(1024, replicas), 1024)
-    assert found["collectives"] == found["planned_collectives"]
+    for key in ("read", "collectives"):
+        assert found[key] == found[f"planned_{key}"]
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
 
 

@@ -1,6 +1,8 @@
 """The engine by itself: plain models, someone else's loop, FSDP2 in bf16."""
 
 import copy
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +162,7 @@ def test_refresh_carries_state_over_by_position():
 
 def test_quantised_state_is_quantised_anew(monkeypatch):
     """By a refresh, and by a load; entries stay within what eight bits hold."""
+    monkeypatch.syspath_prepend(Path(sys.prefix) / "torchao")  # where launch/setup puts it
     optim = pytest.importorskip("torchao.optim")
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # half a minute for the same numbers
     torch.manual_seed(0)
