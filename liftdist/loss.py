@@ -88,28 +88,26 @@ def _chunked_loss(
     return _ChunkedLoss.apply(hidden[:, places].flatten(0, 1), model.get_output_embeddings().weight, labels.flatten())
 
 
-@torch.no_grad()
 def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether the logits are the head's weight times the last hidden state, and no more: tried on a few tokens. Collective."""
+    """Whether the model's logits are what the chunked loss takes them for: tried on a few tokens. Collective."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
         return False
-    seen: dict[str, Tensor | None] = {}
     tokens = torch.arange(1, 9, device=device).unsqueeze(0)
-    hooks = [
-        model.get_decoder().register_forward_hook(
-            lambda *call: seen.update(hidden=getattr(call[2], "last_hidden_state", None))
-        ),
-        head.register_forward_hook(
-            lambda module, given, _: seen.update(given=given[0], product=F.linear(given[0], module.weight))
-        ),
-    ]
-    try:
+    model.plain_logits = types.MethodType(_plain_logits, model)
+    register_fsdp_forward_method(model, "plain_logits")
+    training = model.training
+    model.eval()
+    # not compiled for these few tokens, if it is to be compiled
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits
-    finally:
-        for hook in hooks:
-            hook.remove()
-    hidden, given, product = (seen.get(key) for key in ("hidden", "given", "product"))
-    if hidden is None or given is None or product is None:
-        return False  # built otherwise
-    return torch.equal(hidden, given) and torch.equal(product, logits)
+        plain = model.plain_logits(tokens, tokens - 1)
+    model.train(training)
+    del model.plain_logits
+    return plain is not None and torch.equal(plain, logits)
+
+
+def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+    output = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    return None if hidden is None else F.linear(hidden, model.get_output_embeddings().weight)

@@ -95,6 +95,26 @@ def test_a_head_of_its_own_kind_is_noticed(tmp_path):
     assert not loss.is_plain(model, CPU)
 
 
+def test_a_decoder_that_is_given_more_than_tokens_is_noticed(tmp_path, monkeypatch):
+    model = model_of(tmp_path)
+    forward, embed = model.forward, model.get_input_embeddings()
+
+    def scaled(input_ids, **others):
+        return forward(inputs_embeds=3 * embed(input_ids), **others)
+
+    monkeypatch.setattr(model, "forward", scaled)
+    assert not loss.is_plain(model, CPU)
+
+
+def test_trying_compiles_nothing(tmp_path):
+    model = model_of(tmp_path)
+    for layer in model.get_decoder().layers:
+        layer.compile()
+    torch._dynamo.utils.counters.clear()
+    assert loss.is_plain(model, CPU)
+    assert not torch._dynamo.utils.counters["frames"]
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings", "plain"),
     [
