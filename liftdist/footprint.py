@@ -5,7 +5,7 @@ For S shards, R replicas, P parameters of which N are trained, density d, all on
     weights      2 P / S                            and the root whole: embedding, head, norm
     principal    20 d N / S                         values, gradient, two moments 16 B; indices 4 B
     once principal  N / (8 S)                       a bit, from the first refresh on
-    layers       one layer gathered, and of one more its gradient, in bf16 and as float32 to be reduced
+    layers       one layer gathered, and of one more its gradient, as it is and as it is laid out to be reduced
     activations  what one layer keeps for its backward, times layers; found by running two layers on fake tensors
 
 What travels is counted as a ring sends it: all-gather and reduce-scatter of n bytes n (S - 1) / S, all-reduce twice that.
@@ -172,6 +172,7 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         lowrank.workspace(m, n, count, choice.filter_rank, choice.method)
         for (m, n), count in zip(size.trained, counts, strict=True)
     )
+    sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # of a gradient to be reduced
     exchanged = max(16 * shards * _width(unit, config, shards) for unit in size.units) if shards > 1 else 0
     return {
         "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units),
@@ -182,7 +183,7 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         "root, whole": size.itemsize * size.root.padded(shards) * shards,
         # the next layer is gathered while one is computed; that one is gone when its gradients are copied to be reduced
         "layers, whole": gathered
-        + max(gathered + size.itemsize * reduced, (size.itemsize + 4) * reduced + 4 * reduced // shards + exchanged),
+        + max(gathered + size.itemsize * reduced, (size.itemsize + sent) * reduced + 4 * reduced // shards + exchanged),
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
         "loss": kept.loss,

@@ -10,7 +10,8 @@ Of that only principal entries are wanted. Every shard tells the others where it
     where    [width] int32  --all-gather-->     [shards, width]    positions in each shard's row; width: the most of any shard
     what     [shards, width] --reduce-scatter--> [width]           and back to its place in [row], 0 elsewhere
 
-At density d this is 8 d B a weight instead of 4, and nothing is kept from one backward to the next.
+At density d this is 8 d B a weight instead of 4, and nothing is kept from one backward to the next. The whole gradients stay in
+the dtype that backward gave them: float32 are the principal entries, before they are summed.
 
 With parameters in bf16 FSDP reduces in float32, casts the reduced buffer to bf16, and gives each parameter a view of the cast
 one as its gradient, at the offset that the parameter has in the row. An all-reduce hook sees the buffer first, and the
@@ -35,7 +36,15 @@ from liftdist.mesh import all_gather_single, reduce_scatter_single, row_bounds
 class Unit:
     """One FSDP module: its gradients come out of one reduction, as views of one buffer. Is its ``ReduceScatter``, too."""
 
-    def __init__(self, params: Sequence[nn.Parameter], shards: int, others: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        shards: int,
+        gradient_dtype: torch.dtype,
+        others: Callable[[Tensor], None] | None,
+    ) -> None:
+        self._shards = shards
+        self._gradient_dtype = gradient_dtype  # as backward leaves them
         self._others = others  # a hook that was there before
         self.reduced: Tensor | None = None  # [row] in the reduction's dtype
         self._waiting = 0  # parameters whose part was not taken yet
@@ -76,7 +85,9 @@ class Unit:
         self.reduced = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Of ``ReduceScatter``."""
+        """Of ``ReduceScatter``: for the gradients ``[shards * row]``, and for the result ``[row]``."""
+        if tuple(size) == (self._shards * self._row,):
+            dtype = self._gradient_dtype
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **_: Any) -> None:
@@ -85,7 +96,7 @@ class Unit:
         width = self._widest(group, output_tensor.device)
         # a parameter took no part in the backward, on all ranks alike; or there is nothing to gain
         if row != self._row or row >= 2**31 or width * (4 + size) >= row * size:
-            reduce_scatter_single(output_tensor, input_tensor, op=op, group=group)
+            reduce_scatter_single(output_tensor, input_tensor.to(output_tensor.dtype), op=op, group=group)
             return
         output_tensor.zero_()
         if width == 0:
@@ -94,7 +105,7 @@ class Unit:
         where = mine.new_empty(shards * width)
         all_gather_single(where, nn.functional.pad(mine, (0, width - mine.numel())), group=group)
         rows = torch.arange(shards, device=where.device).mul_(row).repeat_interleave(width)
-        what = input_tensor.index_select(0, rows.add_(where))
+        what = input_tensor.index_select(0, rows.add_(where)).to(output_tensor.dtype)
         received = what.new_empty(width)
         reduce_scatter_single(received, what, op=op, group=group)
         output_tensor.index_copy_(0, mine.long(), received[: mine.numel()])
@@ -126,7 +137,7 @@ def watch(modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse:
         if group is None or not owned or id(owned[0]) in of_param:
             continue
         shards = owned[0].device_mesh.size(owned[0].placements.index(Shard(0)))
-        unit = Unit(owned, shards, group._all_reduce_hook)
+        unit = Unit(owned, shards, group.mp_policy.param_dtype or owned[0].dtype, group._all_reduce_hook)
         if any(param.dtype != torch.float32 for param in owned):
             module.set_all_reduce_hook(unit.keep)
         ours = type(group._reduce_scatter_comm) is DefaultReduceScatter  # not somebody's own

@@ -32,7 +32,8 @@ def most_alive(work, nbytes):
     events = [
         e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]" and abs(e.nbytes()) == nbytes
     ]
-    return max(itertools.accumulate(e.nbytes() // nbytes for e in sorted(events, key=lambda e: e.start_ns())))
+    counts = itertools.accumulate(e.nbytes() // nbytes for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(counts, default=0)
 
 
 def on_two_ranks(mesh):
@@ -95,7 +96,8 @@ class Skips(nn.Module):
 
 
 def sparse_and_dense(mesh):
-    """Of both exchanges: the flat gradient of two micro-batches, the bytes reduced, and the gradient after a refresh."""
+    """Of both exchanges: the flat gradient of two micro-batches, the bytes reduced, the gradient after a refresh, and how many
+    copies of all gradients there were in float32."""
     found = {}
     for skip, sparse in itertools.product((False, True), (False, True)):
         torch.manual_seed(1)
@@ -116,8 +118,10 @@ def sparse_and_dense(mesh):
         principal.refresh()
         principal.drop_gradients()
         assert not all(map(torch.equal, before, principal.indices))
-        model(inputs, False).float().square().mean().backward()
-        found[skip, sparse] = grad, reduced, principal.values.grad.clone()
+        loss = model(inputs, False).float().square().mean()
+        unit = principal._slots[0].unit
+        in_float32 = most_alive(lambda loss=loss: loss.backward(), unit._shards * unit._row * 4)
+        found[skip, sparse] = grad, reduced, principal.values.grad.clone(), in_float32
     return found
 
 
@@ -187,7 +191,7 @@ def test_the_gradient_is_never_rounded_after_the_reduction(two_ranks):
 def test_the_sparse_exchange_sums_as_the_dense_one_does(two_ranks):
     for rank in two_ranks:
         for skip in (False, True):  # with a parameter that takes no part in one of two backwards, too
-            (grad, reduced, later), (sparse, sparse_reduced, sparse_later) = (
+            (grad, reduced, later, copies), (sparse, sparse_reduced, sparse_later, sparse_copies) = (
                 rank["sparse"][skip, sparse] for sparse in (False, True)
             )
             assert torch.equal(grad, sparse)
@@ -195,6 +199,8 @@ def test_the_sparse_exchange_sums_as_the_dense_one_does(two_ranks):
             assert (grad != 0).double().mean() > 0.95
             assert (later != 0).double().mean() > 0.95
             assert sparse_reduced < (0.5 if skip else 0.08) * reduced
+            assert copies >= 1
+            assert sparse_copies == 0
 
 
 def test_matrices_must_be_sharded_alike(two_ranks):
