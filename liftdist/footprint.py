@@ -2,7 +2,7 @@
 
 For S shards, R replicas, P parameters of which N are trained, density d, all on the fullest rank:
 
-    weights      2 P / S                            and the root whole: embedding, head, norm
+    weights      2 P / S                            and the root whole: head, norm, and an embedding tied to the head
     principal    20 d N / S                         values, gradient, two moments 16 B; indices 4 B
     once principal  N / (8 S)                       a bit, from the first refresh on
     layers       one layer gathered, and of one more its gradient, as it is and as it is laid out to be reduced
@@ -56,15 +56,14 @@ class Sizes:
     """A model as the planner sees it."""
 
     layers: tuple[Unit, ...]
+    embedding: Unit  # empty where it is the head, too, and in the root
     root: Unit
     itemsize: int  # bytes of a weight
-    hidden: int
-    vocabulary: int
     query: int  # attention's width: heads x head dim
 
     @property
     def numel(self) -> int:
-        return self.root.numel + sum(layer.numel for layer in self.layers)
+        return sum(unit.numel for unit in self.units)
 
     @property
     def trained(self) -> list[tuple[int, int]]:
@@ -72,7 +71,7 @@ class Sizes:
 
     @property
     def units(self) -> tuple[Unit, ...]:
-        return *self.layers, self.root
+        return *self.layers, self.embedding, self.root
 
 
 def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
@@ -84,16 +83,16 @@ def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
         chosen = [(p.shape[0], p.shape[1]) for p in unique if id(p) in trained]
         return Unit(tuple(tuple(p.shape) for p in unique), tuple(chosen))
 
-    layers = models.decoder_layers(model)
-    inside = {id(param) for param in layers.parameters()}
+    layers, embedding = models.decoder_layers(model), models.own_embedding(model)
+    looked_up = list(embedding.parameters()) if embedding is not None else []
+    inside = {id(param) for param in (*layers.parameters(), *looked_up)}
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Sizes(
         tuple(unit(layer.parameters()) for layer in layers),
+        unit(iter(looked_up)),
         unit(param for param in model.parameters() if id(param) not in inside),
         next(model.parameters()).element_size(),
-        text.hidden_size,
-        text.vocab_size,
         width * text.num_attention_heads,
     )
 
@@ -163,7 +162,10 @@ def _with_layers(hf_config: Any, layers: int) -> Any:
 
 def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[str, int]:
     """Bytes by component, on the fullest rank."""
-    gathered = size.itemsize * max(layer.padded(shards) * shards for layer in size.layers)
+    gathered, embedding, root = (
+        size.itemsize * max(unit.padded(shards) * shards for unit in units)
+        for units in (size.layers, [size.embedding], [size.root])
+    )
     reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
     whole = max(m * n for m, n in size.trained)
     choice = config.selection
@@ -180,7 +182,9 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         "once principal": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
         if config.selection.refresh_interval
         else 0,
-        "root, whole": size.itemsize * size.root.padded(shards) * shards,
+        "root, whole": root,
+        # in the first forward, besides the root: what arrives is held twice, and once until the next has arrived
+        "arriving": max(root + 2 * embedding, (embedding or root) + 2 * gathered),
         # the next layer is gathered while one is computed; that one is gone when its gradients are copied to be reduced
         "layers, whole": gathered
         + max(gathered + size.itemsize * reduced, (size.itemsize + sent) * reduced + 4 * reduced // shards + exchanged),
@@ -197,7 +201,7 @@ def peak(parts: dict[str, int]) -> int:
     held = parts["weights"] + parts["principal"] + parts["once principal"]
     backward = parts["layers, whole"] + parts["computing"]
     training = parts["root, whole"] + parts["activations"] + max(backward, parts["loss"])
-    gathering = 2 * parts["root, whole"]  # at the beginning: as it arrived, and as it is used
+    gathering = parts["root, whole"] + parts["arriving"]
     return held + max(training, gathering, parts["selecting"])
 
 
@@ -230,12 +234,10 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
     micro = micro_batches(config, replicas * shards)
     found = []
     if shards > 1:
-        layers, root = (
-            size.itemsize * sum(layer.padded(shards) for layer in size.layers),
-            size.itemsize * size.root.padded(shards),
-        )
-        count = len(size.layers)
-        found.append(Collective("dp_shard", "all_gather", micro * (2 * count + 1), micro * (2 * layers + root)))
+        once = [unit for unit in (size.embedding, size.root) if unit.shapes]
+        calls = 2 * len(size.layers) + len(once)
+        gathered = sum(unit.padded(shards) for unit in (*size.layers, *size.layers, *once))
+        found.append(Collective("dp_shard", "all_gather", micro * calls, micro * size.itemsize * gathered))
         reduced = [unit for unit in size.units if unit.trained]
         widths = [_width(unit, config, shards) for unit in reduced]
         dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
@@ -269,10 +271,7 @@ def rows(config: Config, ranks: int) -> int:
 
 def operations(size: Sizes, config: Config) -> int:
     """Floating-point operations of a token in forward and backward, without what is computed twice."""
-    linear = size.numel - math.prod(size.root.shapes[0])  # an embedding is looked up
-    tied = sum(len(shape) == 2 for shape in size.root.shapes) == 1
-    head = size.hidden * size.vocabulary
-    products = linear + (head if tied else 0)
+    products = size.numel - size.embedding.numel  # which is looked up
     trained = sum(m * n for m, n in size.trained)
     attention = 2 * len(size.layers) * size.query * config.data.max_length  # causal: half of all pairs, two products
     return 2 * (2 * products + trained) + 3 * attention

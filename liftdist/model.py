@@ -160,13 +160,21 @@ def match(model: PreTrainedModel, files: ModelFolder) -> dict[str, str]:
 
 
 def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
-    """Cut the parameters by rows with FSDP2, each decoder layer a unit. Gradients are summed in float32."""
+    """Cut the parameters by rows with FSDP2, each decoder layer a unit. Gradients are summed in float32.
+
+    So is an embedding that is not the head, too: it is needed at the beginning alone, the rest at the end.
+    """
     recompute(model, config)
     options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
     for layer in decoder_layers(model):
         if config.compile:
             layer.compile()
         fully_shard(layer, **options)
+    if (embedding := own_embedding(model)) is not None:
+        fully_shard(embedding, **options)
+        first = decoder_layers(model)[0]
+        # itself, so nothing: FSDP would gather the embedding again
+        first.set_modules_to_backward_prefetch([first])  # type: ignore[operator]
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -174,11 +182,19 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def own_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """The embedding of tokens, unless its weight is the output head's."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    shared = {id(param) for param in head.parameters()} if head is not None else set()
+    return None if any(id(param) in shared for param in embedding.parameters()) else embedding
+
+
 def recompute(model: PreTrainedModel, config: ModelConfig) -> None:
     """Have each decoder layer recomputed in backward, where the config says so."""
     if config.activation_checkpointing:  # the older name is that of transformers 5.17
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # for the reentrant kind; the embedding has no backward
 
 
 def compute_buffers(model: PreTrainedModel) -> None:

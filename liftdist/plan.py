@@ -222,7 +222,11 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     yield "{:.2f} G parameters, {:.1f} M principal in {} matrices".format(*counts)
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
-        notes = {"loss": "in place of layers and computing", "selecting": "in place of all since root"}
+        notes = {
+            "arriving": "at the beginning, in place of all that follows",
+            "loss": "in place of layers and computing",
+            "selecting": "in place of all since root",
+        }
         note = f"   {notes[name]}" if name in notes else ""
         yield f"  {name:16s}{_gib(size):>12s}{note}"
     yield f"  {'at the worst':16s}{_gib(found['peak']):>12s}"
