@@ -9,6 +9,7 @@ are taken in several visits, in turn, so that what disturbs one disturbs all. By
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
 import os
 import statistics
@@ -40,9 +41,9 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
         for param in model.parameters():
             live.add(param)
         loaded = time.perf_counter()
-        contender = contenders.KINDS[kind](model, config, mesh, bf16=options.full_bf16)
-        set_up = time.perf_counter() - loaded
-        del model
+        make = functools.partial(contenders.KINDS[kind], model, config, mesh, bf16=options.full_bf16)
+        set_up, contender = measure.timed(make)
+        del model, make
         batches = contenders.batches(
             contender.model.config.vocab_size, options.rows, options.length, mesh.device, seed=mesh.rank
         )
@@ -125,6 +126,7 @@ def main() -> None:
                         f"update {last['update_s']:.4f} s",
                         flush=True,
                     )
+                    measure.write({"visits": visits}, options.out)  # in case a later one does not end
         world = dist.get_world_size()
     if os.environ["RANK"] == "0":
         results = summary(visits, options.rows * options.length * options.micro_batches * world, world)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from liftdist.principal import PrincipalWeights
@@ -22,8 +23,8 @@ BLOCK = 1024  # entries that one program of the kernel steps
 class PrincipalAdamW(torch.optim.AdamW):
     """``torch.optim.AdamW`` on ``principal.values`` whose ``step()`` does ``principal.scatter()``, too.
 
-    Its state is that of ``torch.optim.AdamW``. On a GPU that Triton compiles for, all is one kernel; ``in_one_kernel`` says so,
-    and False takes torch's own way.
+    Its state is that of ``torch.optim.AdamW``. On GPUs that Triton compiles for, all is one kernel; ``in_one_kernel`` says so,
+    and False takes torch's own way. Collective: ranks that hold the same weights must not differ in it.
     """
 
     def __init__(
@@ -35,8 +36,9 @@ class PrincipalAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__([principal.values], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # a GradScaler shall unscale, and leave out steps, itself
         self.principal = principal
-        self.in_one_kernel = principal.values.is_cuda and self._compiles()
+        self.in_one_kernel = principal.values.is_cuda and self._compiles_everywhere()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -46,7 +48,8 @@ class PrincipalAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         values, gradient = self.principal.values, self.principal.values.grad
-        if self.in_one_kernel and gradient is not None and self.state[values] and values.numel():
+        unusual = len(self.param_groups) > 1 or any(self.param_groups[0][key] for key in ("amsgrad", "maximize"))
+        if self.in_one_kernel and not unusual and gradient is not None and self.state[values] and values.numel():
             self._step_in_one_kernel(gradient)
             self.principal.scattered()
         else:  # the first step makes the state
@@ -58,7 +61,7 @@ class PrincipalAdamW(torch.optim.AdamW):
         group, state = self.param_groups[0], self.state[self.principal.values]
         beta1, beta2 = group["betas"]
         state["step"] += 1
-        step = state["step"].double()
+        step = state["step"].to(gradient.device, torch.float64)
         scales = torch.stack([group["lr"] / (1 - beta1**step), (1 - beta2**step).rsqrt()])
         begin, slots = 0, []
         for matrix, indices in zip(self.principal.matrices, self.principal.indices, strict=True):
@@ -75,16 +78,24 @@ class PrincipalAdamW(torch.optim.AdamW):
 
         group = self.param_groups[0]
         weight = self.principal.matrices[0].rows_local.dtype
-        kernels.adamw_and_scatter[(triton.cdiv(max(1, *(slot[1] for slot in slots)), BLOCK), len(slots))](
-            torch.tensor(slots, device=scales.device),
-            scales,
-            *entries,
-            *group["betas"],
-            group["eps"],
-            group["lr"] * group["weight_decay"],
-            WEIGHT=getattr(tl, str(weight).removeprefix("torch.")),
-            BLOCK=BLOCK,
-        )
+        grid = (triton.cdiv(max(1, *(slot[1] for slot in slots)), BLOCK), len(slots))
+        with torch.cuda.device_of(scales):
+            kernels.adamw_and_scatter[grid](
+                torch.tensor(slots, device=scales.device),
+                scales,
+                *entries,
+                *group["betas"],
+                group["eps"],
+                float(group["lr"] * group["weight_decay"]),
+                WEIGHT=getattr(tl, str(weight).removeprefix("torch.")),
+                BLOCK=BLOCK,
+            )
+
+    def _compiles_everywhere(self) -> bool:
+        compiles = torch.tensor(int(self._compiles()), device=self.principal.values.device)
+        if dist.is_initialized():
+            dist.all_reduce(compiles, op=dist.ReduceOp.MIN)
+        return bool(compiles)
 
     def _compiles(self) -> bool:
         """Whether the kernel runs here: Triton may be absent, or lack a compiler."""

@@ -96,14 +96,16 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
     tokens = torch.arange(1, 9, device=device).unsqueeze(0)
     model.plain_logits = types.MethodType(_plain_logits, model)
     register_fsdp_forward_method(model, "plain_logits")
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
-    # not compiled for these few tokens, if it is to be compiled
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits
-        plain = model.plain_logits(tokens, tokens - 1)
-    model.train(training)
-    del model.plain_logits
+    try:  # not compiled for these few tokens, if it is to be compiled
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits
+            plain = model.plain_logits(tokens, tokens - 1)
+    finally:
+        del model.plain_logits
+        for module in training:
+            module.training = True
     return plain is not None and torch.equal(plain, logits)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -142,7 +143,7 @@ class PrincipalWeights:
         self._grad = torch.zeros_like(self.values)
         self.values.grad = self._grad
         for number, matrix in enumerate(self.matrices):
-            matrix.param.register_post_accumulate_grad_hook(functools.partial(self._collect, number))
+            matrix.param.register_post_accumulate_grad_hook(_hook(self, number))
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the weights as they are now, ``[k_local]`` int32 for each matrix. Collective."""
@@ -325,6 +326,7 @@ class PrincipalWeights:
     def _lay_out(self, indices: Sequence[Tensor], units: Sequence[Unit | None]) -> list[_Slot]:
         slots, begin = [], 0
         for matrix, chosen, unit in zip(self.matrices, indices, units, strict=True):
+            chosen = chosen.to(matrix.rows_local.device, torch.int32).contiguous()  # they may be anybody's
             slots.append(_Slot(matrix, chosen, begin, unit))
             begin += chosen.numel()
         return slots
@@ -378,6 +380,18 @@ class PrincipalWeights:
                 )
             found.append((state, key))
         return found
+
+
+def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
+    """Does not keep ``principal`` alive: Python cannot see, nor collect, a cycle through a parameter and its hook."""
+    reference = weakref.ref(principal)
+
+    def hook(param: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._collect(number, param)
+
+    return hook
 
 
 def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, nn.Parameter]:

@@ -85,6 +85,29 @@ def test_no_kernel_is_no_error(monkeypatch):
         assert not optimizer._compiles()
 
 
+def test_what_the_kernel_does_not_do_is_left_to_torch(interpreter):
+    """A setting changed, a state saved by torch's AdamW, and a GradScaler that finds infinities."""
+    results = []
+    for in_one_kernel in (True, False):
+        model, principal, optimizer = trained(in_one_kernel, torch.float32, steps=2)
+        plain = torch.optim.AdamW([principal.values], lr=1e-2)
+        plain.load_state_dict(optimizer.state_dict())
+        optimizer.load_state_dict(plain.state_dict())
+        optimizer.param_groups[0]["maximize"] = True
+        loss_of(model, 2).backward()
+        optimizer.step()
+        optimizer.param_groups[0]["maximize"] = False
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for factor in (1.0, float("inf")):
+            scaler.scale(loss_of(model, 3) * factor).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            principal.drop_gradients()
+        results.append(principal.values.detach())
+    assert torch.isfinite(results[0]).all()
+    assert torch.allclose(*results, rtol=0, atol=1e-5)
+
+
 def test_a_closure_is_called_first(interpreter):
     model, principal, optimizer = trained(True, torch.float32, steps=2)
 

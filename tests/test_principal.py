@@ -1,7 +1,9 @@
 """The engine by itself: plain models, someone else's loop, FSDP2 in bf16."""
 
 import copy
+import gc
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -211,6 +213,24 @@ def test_quantised_state_is_quantised_anew(monkeypatch):
         assert type(ours) is type(theirs)
         close = dict(rtol=0.15, atol=0.02 * ours.dequantize().abs().max().item())
         assert torch.allclose(ours.dequantize(), theirs.dequantize(), **close)
+
+
+def test_a_model_that_is_dropped_is_freed():
+    model = mlp()
+    principal = make(model)
+    loss_of(model, 0).backward()
+    alive = [weakref.ref(param) for param in (*model.parameters(), principal.values)]
+    del model, principal
+    gc.collect()
+    assert not any(reference() is not None for reference in alive)
+
+
+def test_initial_indices_may_be_of_another_kind():
+    model = mlp()
+    chosen = [indices.long() for indices in make(mlp()).indices]
+    principal = make(model, initial_indices=lambda matrices: [i.repeat_interleave(2)[::2] for i in chosen])
+    assert all(indices.dtype == torch.int32 and indices.is_contiguous() for indices in principal.indices)
+    assert all(map(torch.equal, (indices.long() for indices in principal.indices), chosen))
 
 
 def test_state_that_cannot_be_carried_over_is_refused_by_name():
