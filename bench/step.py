@@ -84,7 +84,7 @@ def main() -> None:
     medians |= {f"update {kind}": statistics.median(taken) for kind, taken in updates.items()}
     print(f"{measure.machine()}, torch {torch.__version__}, {options.ranks} ranks")
     for name, value in (medians | found).items():
-        print(f"{name:34s} {value:8.4f}{' s' if name in medians else ''}")
+        print(f"{name:34s} {value:8.4f}{' s' if name in medians else ' (ratio)'}")
     measure.write(
         {"ranks": options.ranks, "rows": options.rows, "length": options.length, "ratios": found, "seconds": medians,
          "rounds": {"forward_backward": rounds, "update": updates}},

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -99,6 +100,7 @@ def plan(
         "selection": {"matrices": len(costs), "largest": max(costs), "fullest": max(loads), "all": sum(costs)},
         "step": {"tokens": config.train.batch_size * config.data.max_length},
         "smallest": None,
+        "advice": None,
     }
     if gpu is not None and usable is not None:
         if gpu.tflops:
@@ -106,6 +108,9 @@ def plan(
             result["step"] |= _times(size, config, gpu, link_gbps / 8, nodes, result)
         fitting = (count for count in _shard_counts(gpus_per_node) if footprint.peak(memory_of(count)) <= usable)
         result["smallest"] = next(fitting, None)
+        if not result["fits"]:
+            stays = footprint.peak(memory_of(MOST_SHARDS)) if result["smallest"] is None else None
+            result["advice"] = _advice(config, footprint.rows(config, replicas * shards), result, stays)
     return result
 
 
@@ -171,15 +176,25 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int) -> None:
 _known_to_fit: set[str] = set()
 
 
+def _advice(config: Config, rows: int, found: dict[str, Any], stays: int | None) -> str:
+    """What would make a run fit; ``stays`` bytes would, on a rank of very many."""
+    if stays is None:
+        nodes = -(-found["smallest"] // found["layout"]["gpus_per_node"])
+        return f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+    ways = [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
+    ways += ["lower train.micro_batch_size"] if rows > 1 else []
+    ways += ["lower data.max_length"]
+    if found["memory"]["root, whole"] + found["memory"]["arriving"] > found["usable"]:
+        ways = []  # whatever the batch
+    ways += ["take GPUs with more memory"]
+    return f"{_gib(stays)} stay on any number of shards: {', or '.join(ways)}"
+
+
 def _verdict(found: dict[str, Any]) -> str:
+    figures = f"{_gib(found['peak'])} of {_gib(found['usable'])}"
     if found["fits"]:
-        return f"fits: {_gib(found['peak'])} of {_gib(found['usable'])}"
-    advice = (
-        "no number of shards makes it fit: set model.activation_checkpointing=true, or lower train.micro_batch_size"
-    )
-    if found["smallest"] is not None:
-        advice = f"it needs {found['smallest']} shards"
-    return f"does not fit: {_gib(found['peak'])} of {_gib(found['usable'])} on {found['layout']['dp_shard']} shards; {advice}"
+        return f"fits: {figures}"
+    return f"does not fit: {figures} on {found['layout']['dp_shard']} shards; {found['advice']}"
 
 
 def _gib(size: float) -> str:
@@ -197,13 +212,15 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     gpus_per_node = options.gpus_per_node
     if gpus_per_node is None:
         gpus_per_node = config.slurm.ranks_per_node or config.slurm.gpus_per_node or 8
-    for name, value in (("--nodes", nodes), ("--gpus-per-node", gpus_per_node), ("--link-gbps", options.link_gbps)):
-        if value <= 0:
+    given = {"--nodes": nodes, "--gpus-per-node": gpus_per_node, "--link-gbps": options.link_gbps}
+    given |= {} if options.gpu_memory is None else {"--gpu-memory": options.gpu_memory}
+    for name, value in given.items():
+        if not 0 < value < math.inf:
             raise UserError(f"{name} must be above 0, got {value}")
     if options.gpu and options.gpu not in GPUS:
         raise UserError(f"--gpu {options.gpu}: must be one of {', '.join(GPUS)}; or give --gpu-memory")
     gpu = GPUS[options.gpu] if options.gpu else None
-    gib = options.gpu_memory or (None if gpu else config.slurm.gpu_memory)
+    gib = config.slurm.gpu_memory if options.gpu_memory is None and gpu is None else options.gpu_memory
     if gib is not None:
         gpu = (gpu or Gpu(gib))._replace(memory=gib)
     found = plan(config, nodes, gpus_per_node, gpu, options.link_gbps)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import fnmatch
 import functools
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from liftdist import lowrank, reductions, selection
 from liftdist.config import UserError
@@ -66,6 +67,10 @@ class _Slot:
         return bits if self.past is None else bits | self.past
 
 
+#: What takes the gradients of a parameter, both weakly.
+_taken: MutableMapping[Tensor, weakref.ref[PrincipalWeights]] = WeakTensorKeyDictionary()
+
+
 class PrincipalWeights:
     """Selects the principal weights of ``model``, freezes everything else, and trains them as one flat vector.
 
@@ -89,7 +94,8 @@ class PrincipalWeights:
         on_selected: called at the first selection, on the rank that factored a matrix, with its name and all its indices.
 
     Raises:
-        ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named).
+        ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named), a model that
+            has principal weights already, a setting out of range.
     """
 
     def __init__(
@@ -113,7 +119,11 @@ class PrincipalWeights:
             raise ValueError(
                 "give the bare module, not DistributedDataParallel: reduce_gradients() lets replicas agree"
             )
+        if multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
         trained = principal_parameters(model, modules)
+        if any(param in _taken and _taken[param]() is not None for param in trained.values()):
+            raise ValueError("the model has principal weights already, which take its gradients: drop them first")
         self.matrices = [
             selection.describe(name, param, selection.budget(param.shape, density, budget_rank))
             for name, param in trained.items()
@@ -144,6 +154,7 @@ class PrincipalWeights:
         self.values.grad = self._grad
         for number, matrix in enumerate(self.matrices):
             matrix.param.register_post_accumulate_grad_hook(_hook(self, number))
+            _taken[matrix.param] = weakref.ref(self)
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the weights as they are now, ``[k_local]`` int32 for each matrix. Collective."""

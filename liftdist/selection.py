@@ -64,7 +64,11 @@ def budget(shape: Sequence[int], density: float | None, budget_rank: int | None)
     m, n = shape
     if (density is None) == (budget_rank is None):
         raise ValueError(f"give exactly one of density and budget_rank, got {density} and {budget_rank}")
-    return round(density * (m * n)) if density is not None else min((budget_rank or 0) * (m + n), m * n)
+    if density is None:
+        return min((budget_rank or 0) * (m + n), m * n)
+    if not 0 < density <= 1:
+        raise ValueError(f"density must be above 0 and at most 1, got {density}")
+    return round(density * (m * n))
 
 
 def describe(name: str, param: nn.Parameter, num_selected: int) -> Matrix:

@@ -156,7 +156,9 @@ def test_what_does_not_fit_is_said_with_what_would(config):
     assert "does not fit: " in said
     assert "it needs 2 shards" in said
     _, said = run("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib / 50}")
-    assert "no number of shards makes it fit: set model.activation_checkpointing=true" in said
+    assert "stay on any number of shards: take GPUs with more memory" in said
+    _, said = run("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib}", "data.max_length=50000")
+    assert "stay on any number of shards: set model.activation_checkpointing=true, or lower data.max_length" in said
 
 
 @pytest.mark.parametrize(
@@ -164,6 +166,7 @@ def test_what_does_not_fit_is_said_with_what_would(config):
     [
         (["--gpu=h1000"], "--gpu h1000: must be one of a10"),
         (["--nodes=0"], "--nodes must be above 0"),
+        (["--gpu-memory=nan"], "--gpu-memory must be above 0"),
         (["--gpus-per-node=3", "mesh.dp_replicate=2"], "3 ranks cannot be 2 replicas"),
         (["model.path=/nonexistent"], "model.path /nonexistent"),
         (["selection.modules=[nothing]"], "no linear module fits"),

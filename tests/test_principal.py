@@ -225,6 +225,17 @@ def test_a_model_that_is_dropped_is_freed():
     assert not any(reference() is not None for reference in alive)
 
 
+def test_a_model_has_principal_weights_once():
+    model = mlp()
+    first = make(model)
+    with pytest.raises(ValueError, match="has principal weights already"):
+        make(model)
+    del first
+    second = make(model)
+    loss_of(model, 0).backward()
+    assert second.values.grad.any()
+
+
 def test_initial_indices_may_be_of_another_kind():
     model = mlp()
     chosen = [indices.long() for indices in make(mlp()).indices]
