@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -44,22 +45,23 @@ def compare(weight: torch.Tensor, filter_rank: int) -> dict[str, float]:
     return {"fast_s": fast_s, "exact_s": exact_s, "overlap": overlap}
 
 
-def whole_model(name: str, filter_rank: int, device: torch.device) -> dict[str, float]:
-    """Seconds for the selection of all matrices, and for full SVDs of as many, by one of each shape."""
+def whole_model(name: str, filter_rank: int, device: torch.device) -> Iterator[dict[str, float]]:
+    """Seconds for the selection of all matrices; then with those for full SVDs of as many, by one of each shape."""
     from bench.contenders import synthetic
     from liftdist import PrincipalWeights
 
     model = synthetic(MODELS[name], device)
     principal = PrincipalWeights(model, density=0.05, filter_rank=filter_rank)
     selecting = measure.seconds(principal.select)
-    print(f"all {len(principal.matrices)} matrices: {selecting:.2f} s", flush=True)
+    found = {"matrices": len(principal.matrices), "fast_s": selecting}
+    yield found
     shapes = Counter(tuple(matrix.param.shape) for matrix in principal.matrices)
     samples = {tuple(matrix.param.shape): matrix.rows_local for matrix in principal.matrices}
     full = sum(
         count * measure.seconds(lambda shape=shape: _full_svd(samples[shape].float()))
         for shape, count in shapes.items()
     )
-    return {"matrices": len(principal.matrices), "fast_s": selecting, "svd_s": full, "ratio": full / selecting}
+    yield found | {"svd_s": full, "ratio": full / selecting}
 
 
 def _full_svd(matrix: torch.Tensor) -> object:
@@ -127,10 +129,11 @@ def main() -> None:
     results: dict = {"density": 0.05, "results": {}}
     if options.synthetic:
         for rank in options.ranks:
-            found = whole_model(options.synthetic, rank, device)
-            results["results"][f"{options.synthetic}, r={rank}"] = found
-            print(f"{options.synthetic}, r={rank}: " + ", ".join(f"{key} {value:.4g}" for key, value in found.items()))
-        measure.write(results, options.out)
+            for found in whole_model(options.synthetic, rank, device):
+                results["results"][f"{options.synthetic}, r={rank}"] = found
+                figures = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+                print(f"{options.synthetic}, r={rank}: {figures}", flush=True)
+                measure.write(results, options.out)  # the second may take too long
         return
     weights = [w.to(device).float() for n, w in load_file(options.model / "model.safetensors").items() if "_proj" in n]
     for rank in options.ranks:
