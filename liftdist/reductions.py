@@ -137,11 +137,13 @@ def watch(modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse:
         if group is None or not owned or id(owned[0]) in of_param:
             continue
         shards = owned[0].device_mesh.size(owned[0].placements.index(Shard(0)))
-        unit = Unit(owned, shards, group.mp_policy.param_dtype or owned[0].dtype, group._all_reduce_hook)
+        others = group._all_reduce_hook
+        if isinstance(former := getattr(others, "__self__", None), Unit):  # of principal weights that were dropped
+            others = former._others
+        unit = Unit(owned, shards, group.mp_policy.param_dtype or owned[0].dtype, others)
         if any(param.dtype != torch.float32 for param in owned):
             module.set_all_reduce_hook(unit.keep)
-        ours = type(group._reduce_scatter_comm) is DefaultReduceScatter  # not somebody's own
-        if sparse and shards > 1 and ours:
-            module.set_custom_reduce_scatter(unit)  # type: ignore[arg-type]  # has its methods
+        if shards > 1 and type(group._reduce_scatter_comm) in (DefaultReduceScatter, Unit):  # not somebody's own
+            module.set_custom_reduce_scatter(unit if sparse else DefaultReduceScatter())  # type: ignore[arg-type]
         of_param.update(dict.fromkeys(map(id, owned), unit))
     return of_param

@@ -44,7 +44,24 @@ def on_two_ranks(mesh):
         sparse=sparse_and_dense(mesh),
         memory=memory_of_a_step(mesh),
         mixed=mixed_layouts(mesh),
+        again=again(mesh),
     )
+
+
+def again(mesh):
+    """The gradient of a second set of principal weights, after the first was dropped, and of the same set as the first."""
+    found = []
+    for sparse, before in itertools.product((True, False), (None, True, False)):
+        model = mlp(torch.bfloat16)
+        for layer in (model[0], model[2], model):
+            fully_shard(layer, mesh=mesh.shard_mesh, mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32))
+        if before is not None:
+            principal = make(model, density=0.05, filter_rank=1, sparse_reduce_scatter=before)
+            del principal
+        principal = make(model, sparse_reduce_scatter=sparse)
+        loss_of(model, mesh.rank).backward()
+        found.append(principal.values.grad.clone())
+    return found
 
 
 def mixed_layouts(mesh):
@@ -201,6 +218,12 @@ def test_the_sparse_exchange_sums_as_the_dense_one_does(two_ranks):
             assert sparse_reduced < (0.5 if skip else 0.08) * reduced
             assert copies >= 1
             assert sparse_copies == 0
+
+
+def test_principal_weights_that_were_dropped_leave_nothing_behind(two_ranks):
+    for rank in two_ranks:
+        assert all(torch.equal(rank["again"][0], grad) for grad in rank["again"])
+        assert rank["again"][0].any()
 
 
 def test_matrices_must_be_sharded_alike(two_ranks):
