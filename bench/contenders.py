@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from liftdist import loss, lowrank, selection
+from liftdist import loss, lowrank
 from liftdist import model as models
 from liftdist.adamw import PrincipalAdamW
 from liftdist.config import Config
+from liftdist.matrices import budget, principal_parameters
 from liftdist.mesh import Mesh, local_tensor, rows_of
-from liftdist.principal import PrincipalWeights, principal_parameters
+from liftdist.principal import PrincipalWeights
 
 LR = 1e-5
 
@@ -94,8 +95,8 @@ class Lora(Contender):
         import peft
 
         shapes = [param.shape for param in principal_parameters(model).values()]
-        budget = sum(selection.budget(shape, self.config.selection.density, None) for shape in shapes)
-        rank = round(budget / sum(m + n for m, n in shapes))
+        wanted = sum(budget(shape, self.config.selection.density, None) for shape in shapes)
+        rank = round(wanted / sum(m + n for m, n in shapes))
         names = sorted({name.split(".")[-2] for name in principal_parameters(model)})
         settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
         # FSDP gathers a layer's parameters in one dtype
@@ -130,7 +131,7 @@ class Masked(Dense):
         self.masks, self.moments, self.steps = [], [], 0
         for param in self.trained:
             whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
-            count = selection.budget(whole.shape, self.config.selection.density, None)
+            count = budget(whole.shape, self.config.selection.density, None)
             mask = torch.zeros(whole.numel(), dtype=torch.bool, device=whole.device)
             mask[self.chosen(whole, count)] = True
             mask = mask.view_as(whole)

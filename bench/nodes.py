@@ -39,9 +39,9 @@ from liftdist import data, prepare, weights
 from liftdist import mesh as meshes
 from liftdist import model as models
 from liftdist.loss import token_losses
+from liftdist.matrices import principal_parameters
 from liftdist.mesh import Mesh
 from liftdist.metrics import Console
-from liftdist.principal import principal_parameters
 from liftdist.trainer import Trainer
 
 NODES, RANKS_PER_NODE = 2, 2

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from liftdist import files, rundir
 from liftdist.config import UserError
+from liftdist.matrices import Matrix
 from liftdist.mesh import gather, row_bounds, together
 from liftdist.rundir import CHECKPOINTS, MANIFEST, Event
-from liftdist.selection import Matrix
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")

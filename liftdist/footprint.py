@@ -26,12 +26,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
 
-from liftdist import loss, lowrank, selection
+from liftdist import loss, lowrank
 from liftdist import model as models
 from liftdist.config import Config, UserError
+from liftdist.matrices import budget, principal_parameters
 from liftdist.memory import LiveBytes
 from liftdist.mesh import row_bounds
-from liftdist.principal import principal_parameters
 
 
 @dataclass(frozen=True)
@@ -207,7 +207,7 @@ def peak(parts: dict[str, int]) -> int:
 
 def selected(size: Sizes, config: Config) -> list[int]:
     choice = config.selection
-    return [selection.budget(shape, choice.density, choice.budget_rank) for shape in size.trained]
+    return [budget(shape, choice.density, choice.budget_rank) for shape in size.trained]
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,7 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
 def _width(layer: Unit, config: Config, shards: int) -> int:
     """Principal weights of a layer that a shard holds, if they are spread evenly."""
     choice = config.selection
-    return sum(-(-selection.budget(s, choice.density, choice.budget_rank) // shards) for s in layer.trained)
+    return sum(-(-budget(s, choice.density, choice.budget_rank) // shards) for s in layer.trained)
 
 
 def micro_batches(config: Config, ranks: int) -> int:

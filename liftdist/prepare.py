@@ -22,6 +22,7 @@ from liftdist import config as configs
 from liftdist import mesh as meshes
 from liftdist import model as models
 from liftdist.config import Config, UserError
+from liftdist.matrices import Matrix
 from liftdist.mesh import Mesh, together
 from liftdist.metrics import Console
 from liftdist.principal import PrincipalWeights
@@ -135,7 +136,7 @@ def principal(
     choice = config.selection
     cached = _cached_selection(config, base)
 
-    def known(matrices: list[selection.Matrix]) -> list[Tensor] | None:
+    def known(matrices: list[Matrix]) -> list[Tensor] | None:
         if from_checkpoint:
             return [torch.empty(0, dtype=torch.int32, device=matrix.rows_local.device) for matrix in matrices]
         indices = None

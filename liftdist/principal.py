@@ -15,57 +15,31 @@ for each weight of the trained matrices remembers them from the first refresh on
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from liftdist import lowrank, reductions, selection
 from liftdist.config import UserError
+from liftdist.matrices import (
+    Matrix,
+    budget,
+    check_alike,
+    default_replicate_group,
+    describe,
+    principal_parameters,
+    shard_group,
+)
 from liftdist.mesh import Group, all_reduce_sum, local_tensor
 from liftdist.reductions import Unit
-from liftdist.selection import Criterion, Matrix
-
-
-@dataclass
-class _Slot:
-    """A matrix and its part of the flat vector."""
-
-    matrix: Matrix
-    indices: Tensor  # [k_local] int32, into this rank's rows
-    begin: int
-    unit: Unit | None
-    past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, a bit for each weight that was principal before
-
-    @property
-    def span(self) -> slice:
-        return slice(self.begin, self.begin + self.indices.numel())
-
-    @property
-    def dropped(self) -> Tensor:
-        """``[d_local]`` int64 sorted flat indices that were principal before and are not now."""
-        if self.past is None:
-            return self.indices.new_empty(0, dtype=torch.int64)
-        flags = _unpack(self.past, self.matrix.rows_local.numel())
-        flags[self.indices] = False
-        return flags.nonzero().squeeze(1)
-
-    def past_and_present(self) -> Tensor:
-        """What ``past`` becomes once these indices are replaced."""
-        flags = torch.zeros(self.matrix.rows_local.numel(), dtype=torch.bool, device=self.indices.device)
-        flags[self.indices] = True
-        bits = _pack(flags)
-        return bits if self.past is None else bits | self.past
-
+from liftdist.selection import Criterion
+from liftdist.slots import Slot, positions
 
 #: What takes the gradients of a parameter, both weakly.
 _taken: MutableMapping[Tensor, weakref.ref[PrincipalWeights]] = WeakTensorKeyDictionary()
@@ -125,18 +99,17 @@ class PrincipalWeights:
         if any(param in _taken and _taken[param]() is not None for param in trained.values()):
             raise ValueError("the model has principal weights already, which take its gradients: drop them first")
         self.matrices = [
-            selection.describe(name, param, selection.budget(param.shape, density, budget_rank))
-            for name, param in trained.items()
+            describe(name, param, budget(param.shape, density, budget_rank)) for name, param in trained.items()
         ]
         self.num_selected = sum(matrix.num_selected for matrix in self.matrices)  # of the whole model
         if not self.num_selected:
             raise UserError(f"nothing to train: density {density} selects no weight of any matrix")
-        _check_alike(self.matrices)
+        check_alike(self.matrices)
         kept = {id(param) for param in trained.values()}
         for param in model.parameters():
             param.requires_grad_(id(param) in kept)
-        self.shard_group = _shard_group(self.matrices[0].param)
-        self.replicate_group = replicate_group or _default_replicate_group(self.matrices[0].param)
+        self.shard_group = shard_group(self.matrices[0].param)
+        self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
         self._criterion = criterion or functools.partial(_low_rank, filter_rank=filter_rank, method=method)
         self._costs = [
             lowrank.cost(matrix.param.shape[0], matrix.columns, filter_rank, method) for matrix in self.matrices
@@ -230,8 +203,8 @@ class PrincipalWeights:
         for old, new in zip(old_slots, self._slots, strict=True):
             new.past = old.past_and_present()
         # [k_local] where each new entry stood in the old vector, -1 if it did not
-        positions = [_positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)]
-        source = self._flat(positions, padding=-1)
+        places = [positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)]
+        source = self._flat(places, padding=-1)
         stayed = source >= 0
         values = self._read_shards()
         values[stayed] = old_values[source[stayed]]
@@ -286,18 +259,19 @@ class PrincipalWeights:
         Args:
             scalars: the optimizer's own scalar states, such as Adam's ``step``.
         """
-        slots: list[_Slot] = []
-        for matrix, old in zip(self.matrices, self._slots, strict=True):
-            indices, dropped = (
-                (state[f"{matrix.name}/{key}"].long() - matrix.offset_local).to(old.indices.device)
-                for key in ("indices", "dropped_indices")
-            )
-            new = _Slot(matrix, indices.to(torch.int32), slots[-1].span.stop if slots else 0, old.unit)
+
+        def local(matrix: Matrix, key: str) -> Tensor:
+            return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
+
+        indices = [local(matrix, "indices") for matrix in self.matrices]
+        slots = self._lay_out(indices, [slot.unit for slot in self._slots])
+        for slot in slots:
+            rows, dropped = slot.matrix.rows_local, local(slot.matrix, "dropped_indices")
             if dropped.numel():
-                values = state[f"{matrix.name}/dropped_values"].to(matrix.rows_local)
-                matrix.rows_local.view(-1).index_copy_(0, dropped, values)
-                new.past = _Slot(matrix, dropped, 0, None).past_and_present()
-            slots.append(new)
+                dropped = dropped.to(rows.device)
+                values = state[f"{slot.matrix.name}/dropped_values"].to(rows)
+                rows.view(-1).index_copy_(0, dropped, values)
+                slot.past = Slot(slot.matrix, dropped, 0, None).past_and_present()
         self._use(slots)
 
         def flat(key: str) -> Tensor:
@@ -334,15 +308,15 @@ class PrincipalWeights:
         self._grad = torch.zeros_like(values)
         self.values.grad = self._grad
 
-    def _lay_out(self, indices: Sequence[Tensor], units: Sequence[Unit | None]) -> list[_Slot]:
+    def _lay_out(self, indices: Sequence[Tensor], units: Sequence[Unit | None]) -> list[Slot]:
         slots, begin = [], 0
         for matrix, chosen, unit in zip(self.matrices, indices, units, strict=True):
             chosen = chosen.to(matrix.rows_local.device, torch.int32).contiguous()  # they may be anybody's
-            slots.append(_Slot(matrix, chosen, begin, unit))
+            slots.append(Slot(matrix, chosen, begin, unit))
             begin += chosen.numel()
         return slots
 
-    def _use(self, slots: list[_Slot]) -> None:
+    def _use(self, slots: list[Slot]) -> None:
         self._slots = slots
         for slot in slots:
             if slot.unit is not None:
@@ -405,80 +379,8 @@ def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
     return hook
 
 
-def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, nn.Parameter]:
-    """Weights to train by name: every ``nn.Linear`` whose name fits a pattern, but the output head.
-
-    Raises:
-        UserError: none fits.
-    """
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
-    names = {id(param): name for name, param in model.named_parameters()}
-    found: dict[str, nn.Parameter] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and any(fnmatch.fnmatchcase(name, p) for p in patterns):
-            weight = module.weight
-            assert isinstance(weight, nn.Parameter)
-            found[names[id(weight)]] = weight
-    if not found:
-        linear = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-        ]
-        example = f"; a name is {linear[0]}" if linear else ""
-        raise UserError(f"no linear module fits {', '.join(patterns)}{example}")
-    return found
-
-
-def _check_alike(matrices: Sequence[Matrix]) -> None:
-    """All matrices must be sharded over the same ranks, or none: they share one vector and one exchange."""
-
-    def layout(matrix: Matrix) -> object:
-        param = matrix.param
-        return (param.device_mesh, param.placements) if isinstance(param, DTensor) else "not sharded"
-
-    for matrix in matrices:
-        if layout(matrix) != layout(matrices[0]):
-            raise ValueError(
-                f"all trained matrices must be sharded alike: {matrices[0].name} is {layout(matrices[0])}, "
-                f"{matrix.name} is {layout(matrix)}"
-            )
-
-
 def _low_rank(weight: Tensor, num_selected: int, seed: int, *, filter_rank: int, method: str) -> Tensor:
     return lowrank.select(weight, num_selected, filter_rank, method, seed)
-
-
-def _shard_group(param: nn.Parameter) -> Group:
-    if not isinstance(param, DTensor):
-        return None
-    return param.device_mesh.get_group(param.placements.index(Shard(0)))
-
-
-def _default_replicate_group(param: nn.Parameter) -> Group:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return None
-    if not isinstance(param, DTensor):
-        return dist.group.WORLD
-    if param.device_mesh.size() == dist.get_world_size():
-        return None  # all ranks hold shards, or FSDP synchronises its own replicas
-    raise ValueError(
-        f"the model is sharded over {param.device_mesh.size()} of {dist.get_world_size()} ranks: give replicate_group"
-    )
-
-
-def _pack(flags: Tensor) -> Tensor:
-    """``[ceil(n / 8)]`` uint8, a bit for each of ``[n]`` bool."""
-    padded = torch.nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
-    bits = torch.zeros(padded.shape[0], dtype=torch.uint8, device=flags.device)
-    for place in range(8):
-        bits |= padded[:, place].to(torch.uint8) << place
-    return bits
-
-
-def _unpack(bits: Tensor, size: int) -> Tensor:
-    """``[size]`` bool, what :func:`_pack` was given."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:size].bool()
 
 
 def _dense(state: Tensor) -> Tensor:
@@ -490,11 +392,3 @@ def _as_kept(optimizer: torch.optim.Optimizer | None, key: str, values: Tensor, 
     """``state`` as the optimizer keeps it: those of torchao quantise, ``exp_avg`` with a sign."""
     make = getattr(optimizer, "_new_buffer", None)
     return make(values, key == "exp_avg").copy_(state) if make is not None else state
-
-
-def _positions(old: _Slot, new: _Slot) -> Tensor:
-    """``[k_local]`` int64: for each index of ``new`` its position in the flat vector of ``old``, or -1."""
-    if not old.indices.numel() or not new.indices.numel():
-        return torch.full_like(new.indices, -1, dtype=torch.int64)
-    place = torch.searchsorted(old.indices, new.indices).clamp_max(old.indices.numel() - 1)
-    return torch.where(old.indices[place] == new.indices, place + old.begin, -1)

@@ -28,9 +28,9 @@ from torch import Tensor
 from liftdist import checkpoint, files, weights
 from liftdist.checkpoint import Step, step_number
 from liftdist.config import UserError
+from liftdist.matrices import Matrix
 from liftdist.mesh import Mesh, gather, together
 from liftdist.rundir import CHECKPOINTS, MANIFEST, Attempt, Superseded
-from liftdist.selection import Matrix
 
 KEEP = "keep"  # a file of this name in a checkpoint keeps it from being removed
 

@@ -17,76 +17,20 @@ import json
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Shard
+from torch import Tensor
 
 from liftdist.config import UserError
-from liftdist.mesh import Group, agree, gather, local_tensor, row_bounds, together
+from liftdist.matrices import Matrix
+from liftdist.mesh import Group, agree, gather, together
 
 #: ``(weight [m, n], num_selected, seed) -> [num_selected] int64 sorted flat indices``
 Criterion = Callable[[Tensor, int, int], Tensor]
-
-
-@dataclass(frozen=True)
-class Matrix:
-    """A trained matrix and this rank's part of it."""
-
-    name: str
-    param: nn.Parameter  # plain [m, n], or DTensor of [m, n] cut by rows
-    num_selected: int  # principal weights of the whole matrix
-    row_bounds: tuple[int, ...]  # [shards + 1] shard s holds rows row_bounds[s] to row_bounds[s + 1]
-    shard: int  # this rank's position among the shards
-
-    @property
-    def columns(self) -> int:
-        return self.param.shape[1]
-
-    @property
-    def rows_local(self) -> Tensor:
-        """``[m_local, n]``, this rank's rows; shares memory with the parameter."""
-        return local_tensor(self.param)
-
-    @property
-    def offset_local(self) -> int:
-        """Flat index, in the whole matrix, of this rank's first entry."""
-        return self.row_bounds[self.shard] * self.columns
-
-
-def budget(shape: Sequence[int], density: float | None, budget_rank: int | None) -> int:
-    """Principal weights of a matrix of ``shape (m, n)``: ``round(density m n)``, or ``min(R (m + n), m n)`` as LIFT counts."""
-    m, n = shape
-    if (density is None) == (budget_rank is None):
-        raise ValueError(f"give exactly one of density and budget_rank, got {density} and {budget_rank}")
-    if density is None:
-        return min((budget_rank or 0) * (m + n), m * n)
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}")
-    return round(density * (m * n))
-
-
-def describe(name: str, param: nn.Parameter, num_selected: int) -> Matrix:
-    """The :class:`Matrix` of a parameter. Raises ``ValueError`` for a sharding other than by rows over one axis."""
-    if isinstance(param, DTensor):
-        mesh, placements = param.device_mesh, param.placements
-        axes = [axis for axis, placement in enumerate(placements) if placement == Shard(0)]
-        others = [placement for placement in placements if not placement.is_replicate() and placement != Shard(0)]
-        if len(axes) != 1 or others:
-            raise ValueError(f"{name}: must be sharded by rows over one mesh axis, got {placements}")
-        shards, shard = mesh.size(axes[0]), mesh.get_local_rank(axes[0])
-        if param.device.type != mesh.device_type:
-            raise ValueError(f"{name}: shards offloaded to {param.device.type} are not supported")
-    else:
-        shards, shard = 1, 0
-    if not local_tensor(param).is_contiguous():
-        raise ValueError(f"{name}: its memory must be contiguous, got strides {local_tensor(param).stride()}")
-    return Matrix(name, param, num_selected, row_bounds(param.shape[0], shards), shard)
 
 
 def deal(costs: Sequence[float], num_ranks: int) -> list[int]:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from bench.traffic import Traffic
 from liftdist import model as models
-from liftdist import prepare, selection
+from liftdist import prepare
 from liftdist.mesh import gather
 from liftdist.metrics import Console
 
@@ -161,11 +161,3 @@ def test_replicas_stay_equal(runs):
     first, second, third, fourth = runs["2x2"]
     assert torch.equal(first["values"], third["values"])
     assert torch.equal(second["values"], fourth["values"])
-
-
-def test_budget():
-    assert selection.budget((30, 50), 0.05, None) == 75
-    assert selection.budget((30, 50), None, 8) == 640
-    assert selection.budget((30, 50), None, 128) == 1500
-    with pytest.raises(ValueError, match="exactly one"):
-        selection.budget((30, 50), 0.05, 8)
