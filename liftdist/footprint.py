@@ -162,12 +162,13 @@ def _with_layers(hf_config: Any, layers: int) -> Any:
 
 def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[str, int]:
     """Bytes by component, on the fullest rank."""
-    gathered, embedding, root = (
-        size.itemsize * max(unit.padded(shards) * shards for unit in units)
-        for units in (size.layers, [size.embedding], [size.root])
-    )
+
+    def whole(unit: Unit) -> int:
+        return size.itemsize * unit.padded(shards) * shards
+
+    gathered, embedding, root = max(map(whole, size.layers)), whole(size.embedding), whole(size.root)
     reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
-    whole = max(m * n for m, n in size.trained)
+    largest = max(m * n for m, n in size.trained)
     choice = config.selection
     counts = selected(size, config)
     factoring = max(
@@ -192,7 +193,7 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         "computing": kept.backward,
         "loss": kept.loss,
         # this matrix and the next as gathered, and the rows sent for that
-        "selecting": (3 * size.itemsize * whole if shards > 1 else 0) + factoring,
+        "selecting": (3 * size.itemsize * largest if shards > 1 else 0) + factoring,
     }
 
 

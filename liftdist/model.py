@@ -183,10 +183,15 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
 
 
 def own_embedding(model: PreTrainedModel) -> nn.Module | None:
-    """The embedding of tokens, unless its weight is the output head's."""
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    shared = {id(param) for param in head.parameters()} if head is not None else set()
-    return None if any(id(param) in shared for param in embedding.parameters()) else embedding
+    """The embedding of tokens, where the output head is a module with a weight of its own."""
+    head = model.get_output_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # under a name that transformers does not know
+        return None
+    if head is None or {id(param) for param in head.parameters()} & {id(param) for param in embedding.parameters()}:
+        return None
+    return embedding
 
 
 def recompute(model: PreTrainedModel, config: ModelConfig) -> None:

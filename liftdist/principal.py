@@ -64,6 +64,7 @@ class PrincipalWeights:
         multiple_of: pad the flat vector with zeros to a multiple of this: optimizers that keep their state quantised in
             blocks, such as torchao's, leave others as they are.
         sparse_reduce_scatter: exchange only principal entries of the gradients between the shards of FSDP2, not all.
+            The modules go on like that when these principal weights are dropped: others may follow, dense training may not.
         progress: called with matrices selected and in all.
         on_selected: called at the first selection, on the rank that factored a matrix, with its name and all its indices.
 

@@ -11,7 +11,7 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from liftdist import delta, export, preflight, weights
 from liftdist import model as models
@@ -228,3 +228,12 @@ def test_the_digest_follows_the_weights_alone(tmp_path):
     tensors["model.norm.weight"][0] += 1e-3
     save_file(tensors, folder / "model.safetensors")
     assert weights.digest(folder, tmp_path / "cache") != first
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_is_apart_where_the_head_is(tied):
+    shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    model = models.build(AutoConfig.for_model("llama", **shape, tie_word_embeddings=tied), ModelConfig())
+    assert models.own_embedding(model) is (None if tied else model.model.embed_tokens)
+    model.get_output_embeddings = lambda: None  # it may multiply by the embedding itself
+    assert models.own_embedding(model) is None
