@@ -58,15 +58,10 @@ def whole_model(name: str, filter_rank: int, device: torch.device) -> Iterator[d
     shapes = Counter(tuple(matrix.param.shape) for matrix in principal.matrices)
     samples = {tuple(matrix.param.shape): matrix.rows_local for matrix in principal.matrices}
     full = sum(
-        count * measure.seconds(lambda shape=shape: _full_svd(samples[shape].float()))
+        count * measure.seconds(lambda shape=shape: torch.linalg.svd(samples[shape].float(), full_matrices=False))
         for shape, count in shapes.items()
     )
     yield found | {"svd_s": full, "ratio": full / selecting}
-
-
-def _full_svd(matrix: torch.Tensor) -> object:
-    """By the faster of cuSOLVER's ways for large matrices; torch's default there is the slower."""
-    return torch.linalg.svd(matrix, full_matrices=False, driver="gesvd" if matrix.is_cuda else None)
 
 
 def on_processes(options: argparse.Namespace) -> dict[str, object]:
