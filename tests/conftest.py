@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -24,7 +25,18 @@ def pytest_collection_modifyitems(config, items):
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
-            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+            item.add_marker(pytest.mark.skip(reason="needs a GPU that torch.cuda finds"))
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Say in the last lines what was not tested here, and what would let it be."""
+    reasons = Counter(
+        report.longrepr[2].removeprefix("Skipped: ") for report in terminalreporter.stats.get("skipped", ())
+    )
+    if reasons:
+        terminalreporter.section("not tested here")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count} tests: {reason}")
 
 
 @pytest.fixture(scope="session")
@@ -79,7 +91,7 @@ def cluster():
     if started.returncode:
         problem = started.stderr.strip()
         assert "LIFTDIST_TEST_SLURM" not in os.environ, problem
-        pytest.skip(problem)
+        pytest.skip(f"needs SLURM: {problem}")
     before = os.environ.copy()
     os.environ["SLURM_CONF"] = "/tmp/liftdist-slurm-tests/slurm.conf"
     yield lambda *words: subprocess.run([*command, *words], check=True, capture_output=True, text=True).stdout
