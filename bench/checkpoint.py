@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 
 from bench import contenders, measure
-from liftdist import checkpoint, rundir
-from liftdist import mesh as meshes
-from liftdist.saver import Checkpointer, Saved
+from liftdist.distributed import mesh as meshes
+from liftdist.runs import checkpoint
+from liftdist.runs import claims as rundir
+from liftdist.runs.saver import Checkpointer, Saved
 
 
 def main() -> None:

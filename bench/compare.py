@@ -22,11 +22,11 @@ import torch.distributed as dist
 from bench import contenders, measure
 from bench.scale import MODELS
 from bench.traffic import Traffic
-from liftdist import footprint
-from liftdist import mesh as meshes
-from liftdist.config import Config
-from liftdist.memory import LiveBytes
-from liftdist.mesh import Mesh
+from liftdist.distributed import mesh as meshes
+from liftdist.distributed.mesh import Mesh
+from liftdist.planning import footprint
+from liftdist.planning.live_bytes import LiveBytes
+from liftdist.schema import Config
 
 COMPARED = ("full", "lora", "masked", "liftdist")
 

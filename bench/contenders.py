@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from liftdist import loss, lowrank
-from liftdist import model as models
-from liftdist.adamw import PrincipalAdamW
-from liftdist.config import Config
-from liftdist.matrices import budget, principal_parameters
-from liftdist.mesh import Mesh, local_tensor, rows_of
-from liftdist.principal import PrincipalWeights
+from liftdist.distributed.mesh import Mesh, local_tensor, rows_of
+from liftdist.engine import factors as lowrank
+from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.matrices import budget, principal_parameters
+from liftdist.engine.principal import PrincipalWeights
+from liftdist.models import load as models
+from liftdist.schema import Config
+from liftdist.training import loss
 
 LR = 1e-5
 

@@ -27,9 +27,11 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from liftdist import PrincipalWeights, checkpoint, rundir
-from liftdist.mesh import Mesh, gather
-from liftdist.saver import Checkpointer, Saved
+from liftdist import PrincipalWeights
+from liftdist.distributed.mesh import Mesh, gather
+from liftdist.runs import checkpoint
+from liftdist.runs import claims as rundir
+from liftdist.runs.saver import Checkpointer, Saved
 
 RANKS = 2
 

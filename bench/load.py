@@ -12,10 +12,10 @@ from unittest import mock
 import torch
 
 from bench import measure
-from liftdist import mesh as meshes
-from liftdist import model as models
-from liftdist.mesh import local_tensor
-from liftdist.weights import ModelFolder
+from liftdist.distributed import mesh as meshes
+from liftdist.distributed.mesh import local_tensor
+from liftdist.models import load as models
+from liftdist.models.weights import ModelFolder
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from liftdist import plan
-from liftdist.config import Config
+from liftdist.planning import plan
+from liftdist.schema import Config
 
 
 def machine() -> str:

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoConfig
 
 from bench import contenders, measure
-from liftdist import footprint
-from liftdist import mesh as meshes
-from liftdist import model as models
-from liftdist.config import Config
-from liftdist.memory import LiveBytes
-from liftdist.mesh import Mesh
+from liftdist.distributed import mesh as meshes
+from liftdist.distributed.mesh import Mesh
+from liftdist.models import load as models
+from liftdist.planning import footprint
+from liftdist.planning.live_bytes import LiveBytes
+from liftdist.schema import Config
 
 
 def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:

@@ -35,14 +35,16 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bench import measure
 from liftdist import config as configs
-from liftdist import data, prepare, weights
-from liftdist import mesh as meshes
-from liftdist import model as models
-from liftdist.loss import token_losses
-from liftdist.matrices import principal_parameters
-from liftdist.mesh import Mesh
-from liftdist.metrics import Console
-from liftdist.trainer import Trainer
+from liftdist.data import tokenised as data
+from liftdist.distributed import mesh as meshes
+from liftdist.distributed.mesh import Mesh
+from liftdist.engine.matrices import principal_parameters
+from liftdist.models import load as models
+from liftdist.models import weights
+from liftdist.training import setup as prepare
+from liftdist.training.loss import token_losses
+from liftdist.training.recorder import Console
+from liftdist.training.trainer import Trainer
 
 NODES, RANKS_PER_NODE = 2, 2
 CONFIG = "configs/quickstart.yaml"

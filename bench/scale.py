@@ -21,13 +21,16 @@ from transformers import AutoConfig
 
 from bench import measure
 from bench.traffic import Traffic
-from liftdist import footprint, loss, lowrank, selection
-from liftdist import model as models
-from liftdist.adamw import PrincipalAdamW
-from liftdist.config import Config
-from liftdist.memory import LiveBytes
-from liftdist.mesh import Mesh
-from liftdist.principal import PrincipalWeights
+from liftdist.distributed.mesh import Mesh
+from liftdist.engine import factors as lowrank
+from liftdist.engine import selection
+from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.principal import PrincipalWeights
+from liftdist.models import load as models
+from liftdist.planning import footprint
+from liftdist.planning.live_bytes import LiveBytes
+from liftdist.schema import Config
+from liftdist.training import loss
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
 FEW = 64  # bytes of collectives that carry a few numbers: a norm, a count

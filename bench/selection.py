@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from bench import measure
 from bench.contenders import slow_spectrum
 from bench.scale import MODELS
-from liftdist import lowrank
+from liftdist.engine import factors as lowrank
 
 
 def timed(device: torch.device, function):
@@ -82,7 +82,7 @@ def on_processes(options: argparse.Namespace) -> dict[str, object]:
 def as_rank(folder: Path) -> None:
     """Shard, then select; rank 0 prints the seconds."""
     from bench import contenders
-    from liftdist import mesh as meshes
+    from liftdist.distributed import mesh as meshes
 
     config = measure.config()
     with meshes.start(config.mesh) as mesh:

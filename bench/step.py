@@ -17,7 +17,7 @@ import torch
 
 from bench import compare, contenders, measure
 from bench.scale import MODELS
-from liftdist import mesh as meshes
+from liftdist.distributed import mesh as meshes
 
 
 def main() -> None:

@@ -13,10 +13,10 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench import contenders, measure
-from liftdist import footprint
-from liftdist import mesh as meshes
-from liftdist.config import Config
-from liftdist.mesh import Mesh
+from liftdist.distributed import mesh as meshes
+from liftdist.distributed.mesh import Mesh
+from liftdist.planning import footprint
+from liftdist.schema import Config
 
 #: what operations are called, by what their operators' names begin with
 OPERATIONS = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}

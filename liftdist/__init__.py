@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from liftdist.principal import PrincipalWeights
+    from liftdist.engine.principal import PrincipalWeights
 
 __all__ = ["PrincipalWeights"]
 __version__ = "0.1.0"
@@ -11,7 +11,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "PrincipalWeights":  # not imported before it is asked for: ``liftdist --help`` starts without torch
-        from liftdist.principal import PrincipalWeights
+        from liftdist.engine.principal import PrincipalWeights
 
         return PrincipalWeights
     raise AttributeError(name)

@@ -10,9 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, changes, launcher, preflight, rundir, submit
+from liftdist import __version__, preflight, schema
 from liftdist import config as configs
-from liftdist.config import Config, UserError
+from liftdist.cluster import launcher, submit
+from liftdist.runs import changes
+from liftdist.runs import claims as rundir
+from liftdist.schema import Config, UserError
 
 FORMATS = ("hf", "delta", "shira", "patch")
 
@@ -29,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not asked:
             print(f"liftdist: unknown command {name!r}", file=sys.stderr)
         print(_overview(), file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else configs.EXIT_USER_ERROR)
+        sys.exit(0 if asked else schema.EXIT_USER_ERROR)
     command = COMMANDS[name]
     about = f"{command.help[0].upper()}{command.help[1:]}."
     parser = argparse.ArgumentParser(prog=f"liftdist {name}", description=about, epilog=command.epilog)
@@ -39,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         command.run(options)
     except UserError as error:
         print(f"liftdist: {configs.redact(str(error))}", file=sys.stderr)
-        sys.exit(configs.EXIT_USER_ERROR)
+        sys.exit(schema.EXIT_USER_ERROR)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _plan(options: argparse.Namespace) -> None:
-    from liftdist import plan  # imports torch
+    from liftdist.planning import plan  # imports torch
 
     for line in plan.run(options):
         print(line, flush=True)
@@ -153,13 +156,15 @@ def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -
 
 def _prefetch(options: argparse.Namespace) -> None:
     config, _ = configs.load(options.config, options.overrides)
-    from liftdist import model, prepare, weights
-    from liftdist.metrics import Console
+    from liftdist.models import load as models
+    from liftdist.models import weights
+    from liftdist.training import setup as prepare
+    from liftdist.training.recorder import Console
 
     console = Console(enabled=True)
     inputs = prepare.inputs(config, console)
     files = weights.ModelFolder(inputs.folder)
-    model.match(model.build(model.check_type(inputs.folder, config.model), config.model), files)
+    models.match(models.build(models.check_type(inputs.folder, config.model), config.model), files)
     console.say(f"model {config.model.path}: {len(files.file_of)} tensors in {inputs.folder}")
 
 
@@ -193,7 +198,7 @@ def _cancel_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _cache_argument(parser: argparse.ArgumentParser) -> None:
-    default = configs.Config().cache_dir
+    default = schema.Config().cache_dir
     parser.add_argument("--cache-dir", type=Path, default=Path(default), help=f"where digests are kept ({default})")
 
 
@@ -223,10 +228,11 @@ def _export(options: argparse.Namespace) -> None:
     if options.source.is_dir() and not (options.source / rundir.ATTEMPTS).is_dir():
         raise UserError(f"{options.source}: is no run directory")
     _check_output(options.output)
-    from liftdist import delta, export
+    from liftdist.deltas import delta as deltas
+    from liftdist.deltas import folder as export
 
     if options.source.is_file():
-        made, base, dtype = delta.read(options.source), options.base, None
+        made, base, dtype = deltas.read(options.source), options.base, None
     else:
         made, base, dtype = export.of_run_dir(
             options.source, options.step, options.base, lambda line: print(line, file=sys.stderr)
@@ -250,10 +256,11 @@ def _apply(options: argparse.Namespace) -> None:
         raise UserError(f"{options.folder}: no such folder")
     if options.output:
         _check_output(options.output)
-    from liftdist import delta, export
+    from liftdist.deltas import delta as deltas
+    from liftdist.deltas import folder as export
 
-    given = delta.read(options.delta)
-    other = delta.read(options.instead_of) if options.instead_of else None
+    given = deltas.read(options.delta)
+    other = deltas.read(options.instead_of) if options.instead_of else None
     apply, undo = (None, given) if options.undo else (given, other)
     print(export.change_folder(options.folder, options.cache_dir, apply, undo, options.output))
 
@@ -273,10 +280,11 @@ def _diff(options: argparse.Namespace) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
     _check_output(options.output)
-    from liftdist import delta, weights
+    from liftdist.deltas import delta as deltas
+    from liftdist.models import weights
 
     base = weights.digest(options.before, options.cache_dir)
-    delta.write(delta.between(options.before, options.after, base), options.output, not options.without_base)
+    deltas.write(deltas.between(options.before, options.after, base), options.output, not options.without_base)
     print(options.output)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from liftdist.config import UserError
+from liftdist.schema import UserError
 
 
 def real_folder(path: Path) -> Path:

@@ -11,8 +11,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from liftdist import records, rundir
-from liftdist.config import Config, UserError
+from liftdist.data import sources as records
+from liftdist.runs import claims as rundir
+from liftdist.schema import Config, UserError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"

@@ -8,13 +8,6 @@ The same command continues a run that was stopped, killed or preempted, from its
 
 from __future__ import annotations
 
-from liftdist import failures, signals
-
-STOP = signals.StopRequests()
-if __name__ == "__main__":
-    failures.start()
-    STOP.catch()  # the imports below take seconds in which a signal must not be lost, nor taken for a crash
-
 import argparse
 import contextlib
 import json
@@ -29,16 +22,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from liftdist import changes, checkpoint, delta, export, files, preflight, prepare, rundir, weights
 from liftdist import config as configs
-from liftdist import mesh as meshes
-from liftdist.config import Config, UserError
-from liftdist.mesh import Mesh, PeerError, Stopped, together
-from liftdist.metrics import GIB, Console, Recorder, memory
-from liftdist.principal import PrincipalWeights
-from liftdist.rundir import CHECKPOINTS, Attempt
-from liftdist.saver import Checkpointer
-from liftdist.trainer import Trainer, evaluate
+from liftdist import failures, files, preflight, schema
+from liftdist.deltas import delta as deltas
+from liftdist.deltas import folder as export
+from liftdist.distributed import mesh as meshes
+from liftdist.distributed.mesh import Mesh, PeerError, Stopped, together
+from liftdist.engine.principal import PrincipalWeights
+from liftdist.models import weights
+from liftdist.runs import changes, checkpoint
+from liftdist.runs import claims as rundir
+from liftdist.runs import watchdog as signals
+from liftdist.runs.claims import CHECKPOINTS, Attempt
+from liftdist.runs.saver import Checkpointer
+from liftdist.schema import Config, UserError
+from liftdist.training import setup as prepare
+from liftdist.training.recorder import GIB, Console, Recorder, memory
+from liftdist.training.trainer import Trainer, evaluate
+
+STOP = signals.StopRequests()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -65,7 +67,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         if not failures.say(str(error), failures.USER_ERROR):
             _say(str(error))
-        _leave(configs.EXIT_USER_ERROR, met)
+        _leave(schema.EXIT_USER_ERROR, met)
     except Stopped as reason:
         typed = json.loads(os.environ.get("LIFTDIST_COMMAND", "[]"))
         how = (
@@ -74,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             else "the same command"
         )
         _say(f"stopped ({reason}); {how} continues")
-        _leave(configs.EXIT_STOPPED)
+        _leave(schema.EXIT_STOPPED)
     except PeerError as error:
         failures.say(str(error), failures.LOST_PEERS)
         sys.exit(1)  # the rank that failed shows its traceback
@@ -97,7 +99,7 @@ def _leave(code: int, all_do: bool = True) -> None:
     if status:
         Path(status).write_text(str(code))
         sys.exit(0 if all_do else code)
-    if code == configs.EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if code == schema.EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
         sys.exit(0)  # torchrun would start again what was asked to stop
     time.sleep(1.0 if int(os.environ.get("LOCAL_RANK", 0)) else 0.0)  # let the speaking rank finish its line
     sys.exit(code)
@@ -178,7 +180,7 @@ def _run(
             tensors = saved.read(principal.matrices)
         trainer.restore(saved.manifest["state"], tensors)
         del tensors
-        if configs.STATE in {kind for kind, _ in changed}:  # the state means something else now
+        if schema.STATE in {kind for kind, _ in changed}:  # the state means something else now
             principal.refresh(trainer.optimizer)
         console.say(
             f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
@@ -220,7 +222,7 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
     if not _is_exported(run_dir, trainer.step, trainer.mesh):
         with together():
             step = checkpoint.open_step(run_dir / CHECKPOINTS / f"step-{trainer.step:08d}")
-            trained = delta.of_run(step, base)
+            trained = deltas.of_run(step, base)
             if trainer.mesh.is_main and target.exists():  # of a shorter run, which was continued
                 target.rename(rundir.next_free(target))
         export.export_merged(trained, base, target, trainer.model.dtype)
@@ -392,6 +394,11 @@ def _parameter_counts(model: nn.Module, principal: PrincipalWeights) -> str:
     ]
     lines += [f"{matrix.name}  {list(matrix.param.shape)}  {matrix.num_selected}" for matrix in principal.matrices]
     return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    failures.start()
+    STOP.catch()  # the imports below take seconds in which a signal must not be lost, nor taken for a crash
 
 
 if __name__ == "__main__":

@@ -8,11 +8,14 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liftdist import checkpoint, prepare, rundir, saver, weights
-from liftdist.config import Config
-from liftdist.mesh import gather
-from liftdist.metrics import Console
-from liftdist.trainer import Inputs, Trainer
+from liftdist.distributed.mesh import gather
+from liftdist.models import weights
+from liftdist.runs import checkpoint, saver
+from liftdist.runs import claims as rundir
+from liftdist.schema import Config
+from liftdist.training import setup as prepare
+from liftdist.training.recorder import Console
+from liftdist.training.trainer import Inputs, Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 

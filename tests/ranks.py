@@ -16,7 +16,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
-from liftdist.mesh import Mesh
+from liftdist.distributed.mesh import Mesh
 
 
 def run(

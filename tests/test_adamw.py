@@ -7,7 +7,7 @@ import torch
 from test_principal import flat, loss_of, make, mlp
 
 import liftdist
-from liftdist.adamw import PrincipalAdamW
+from liftdist.engine.adamw import PrincipalAdamW
 
 
 @pytest.fixture
@@ -22,8 +22,8 @@ def interpreter(monkeypatch):
 
 def _forget_kernels():
     """Triton looks at the environment when the module is read."""
-    if sys.modules.pop("liftdist.kernels", None):
-        del liftdist.kernels
+    if sys.modules.pop("liftdist.engine.kernels", None):
+        del liftdist.engine.kernels
 
 
 def trained(in_one_kernel, dtype, steps=6):
@@ -127,7 +127,7 @@ def test_the_kernel_compiles_for_gpus_and_rounds_there(architecture):
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from liftdist import kernels
+    from liftdist.engine import kernels
 
     entries = dict.fromkeys(("scales", "values", "gradient", "first", "second"), "*fp32")
     numbers = dict.fromkeys(("beta1", "beta2", "eps", "decay"), "fp32")

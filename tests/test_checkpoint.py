@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 from test_data import write_records
 from test_saver import keep_some
 
-from liftdist import checkpoint, rundir
-from liftdist.config import UserError
-from liftdist.saver import Checkpointer
+from liftdist.runs import checkpoint
+from liftdist.runs import claims as rundir
+from liftdist.runs.saver import Checkpointer
+from liftdist.schema import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is on the disk.

@@ -3,7 +3,8 @@ import dataclasses
 import pytest
 
 from liftdist import config as configs
-from liftdist.config import UserError
+from liftdist import schema
+from liftdist.schema import UserError
 
 MINIMAL = """\
 run_dir: runs/x
@@ -111,7 +112,7 @@ def test_secrets_are_neither_kept_nor_shown(tmp_path, monkeypatch):
 
 
 def test_layouts():
-    mesh = configs.MeshConfig
+    mesh = schema.MeshConfig
     assert mesh().layout(6) == (1, 6)
     assert mesh(dp_replicate=2).layout(6) == (2, 3)
     for bad in (mesh(dp_replicate=4), mesh(dp_replicate=2, dp_shard=2)):
@@ -120,9 +121,9 @@ def test_layouts():
 
 
 def test_every_setting_is_explained():
-    for key, leaf in configs.settings():
+    for key, leaf in schema.settings():
         assert leaf.metadata["help"], key
-    assert len(list(configs.settings())) == sum(
+    assert len(list(schema.settings())) == sum(
         len(dataclasses.fields(f.default_factory)) if dataclasses.is_dataclass(f.default_factory) else 1
-        for f in dataclasses.fields(configs.Config)
+        for f in dataclasses.fields(schema.Config)
     )

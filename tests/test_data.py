@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liftdist import data, records
-from liftdist.config import UserError
+from liftdist.data import sources as records
+from liftdist.data import tokenised as data
+from liftdist.schema import UserError
 
 
 def write_records(path, count=40):
@@ -197,7 +198,7 @@ def test_batches_cover_every_epoch_once_on_any_number_of_ranks():
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"])
 def test_packed_samples_do_not_see_each_other(model_type, tmp_path, smollm2, tokenizer):
     """Losses of a packed sequence are those of its samples alone."""
-    from liftdist.loss import token_losses
+    from liftdist.training.loss import token_losses
 
     folder = builders.llama(tmp_path / "model", smollm2, model_type, sliding_window=8)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

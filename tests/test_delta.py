@@ -18,9 +18,14 @@ from safetensors.torch import load_file, save_file
 from test_data import write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liftdist import cli, delta, export, preflight, rundir, saver, weights
-from liftdist import model as models
-from liftdist.config import ModelConfig, UserError
+from liftdist import cli, preflight
+from liftdist.deltas import delta
+from liftdist.deltas import folder as export
+from liftdist.models import load as models
+from liftdist.models import weights
+from liftdist.runs import claims as rundir
+from liftdist.runs import saver
+from liftdist.schema import ModelConfig, UserError
 
 
 def changed_copy(folder, target, seed=0, share=0.05):

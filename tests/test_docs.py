@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from liftdist import config as configs
+from liftdist import schema
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -14,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_the_table_of_settings_is_generated():
     table = README.split("<!-- settings:")[1].split("-->\n", 1)[1].split("\n<!-- end")[0]
-    assert table.strip() == configs.settings_table().strip()
+    assert table.strip() == schema.settings_table().strip()
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -9,8 +9,8 @@ from test_data import write_records
 from test_principal import flat, make, mlp
 from test_train import command, write_config
 
-from liftdist import lowrank
-from liftdist.adamw import PrincipalAdamW
+from liftdist.engine import factors as lowrank
+from liftdist.engine.adamw import PrincipalAdamW
 
 pytestmark = pytest.mark.gpu
 

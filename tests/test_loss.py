@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
-from liftdist import loss
-from liftdist.data import IGNORED
+from liftdist.data.tokenised import IGNORED
+from liftdist.training import loss
 
 CPU = torch.device("cpu")
 

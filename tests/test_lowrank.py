@@ -3,8 +3,8 @@ import torch
 from reference import principal_mask
 from safetensors.torch import load_file
 
-from liftdist import lowrank
-from liftdist.memory import LiveBytes
+from liftdist.engine import factors as lowrank
+from liftdist.planning.live_bytes import LiveBytes
 
 
 def top_k(scores, k):

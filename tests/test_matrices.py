@@ -2,7 +2,7 @@
 
 import pytest
 
-from liftdist.matrices import budget
+from liftdist.engine.matrices import budget
 
 
 def test_budget():

@@ -13,9 +13,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liftdist import delta, export, preflight, weights
-from liftdist import model as models
-from liftdist.config import ModelConfig, UserError
+from liftdist import preflight
+from liftdist.deltas import delta as deltas
+from liftdist.deltas import folder as export
+from liftdist.models import load as models
+from liftdist.models import weights
+from liftdist.schema import ModelConfig, UserError
 
 FAMILIES = {
     "llama": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
@@ -50,7 +53,7 @@ def logits_and_export(mesh, folder):
         with torch.no_grad():
             equal = torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
         target = folder / f"{name}-on-{mesh.world_size}"
-        untouched = delta.Delta(base, "", [], lambda _: pytest.fail("nothing changed"))
+        untouched = deltas.Delta(base, "", [], lambda _: pytest.fail("nothing changed"))
         export.export_merged(untouched, base, target, torch.float32)
         exported = AutoModelForCausalLM.from_pretrained(target)
         same = all(torch.equal(a, b) for a, b in zip(exported.parameters(), whole.parameters(), strict=True))

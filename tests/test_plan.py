@@ -12,9 +12,10 @@ from test_submit import run
 from test_train import write_config
 
 from bench import contenders, memory, scale
-from liftdist import lowrank, plan
-from liftdist.config import Config, UserError
-from liftdist.memory import LiveBytes
+from liftdist.engine import factors as lowrank
+from liftdist.planning import plan
+from liftdist.planning.live_bytes import LiveBytes
+from liftdist.schema import Config, UserError
 
 SMALL = dict(
     vocab_size=1000, hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5,

@@ -14,12 +14,14 @@ import ranks
 from test_data import write_records
 from test_train import command, user_error, write_config
 
-from liftdist import checkpoint, train, trainer
 from liftdist import config as configs
-from liftdist.config import UserError
-from liftdist.mesh import Stopped
-from liftdist.metrics import Recorder
-from liftdist.saver import Checkpointer, Saved
+from liftdist import schema, train
+from liftdist.distributed.mesh import Stopped
+from liftdist.runs import checkpoint
+from liftdist.runs.saver import Checkpointer, Saved
+from liftdist.schema import UserError
+from liftdist.training import trainer
+from liftdist.training.recorder import Recorder
 
 WORLDS = {"1": (1, 1), "2": (2, 1), "3": (3, 1), "4": (4, 1), "2x2": (4, 2)}
 
@@ -164,7 +166,7 @@ def test_changed_settings_are_named_and_need_to_be_allowed(tiny_model, tmp_path)
         overrides += [f"train.steps={steps}", "train.export=false", "checkpoint.keep=9"]
         return *configs.load(file, [override.replace("__", ".") for override in overrides]), allowed
 
-    course, state = {configs.COURSE}, {configs.COURSE, configs.STATE}
+    course, state = {schema.COURSE}, {schema.COURSE, schema.STATE}
     ends, _ = ranks.run(
         2, change_settings, settings(2), [
             settings(2, train__micro_batch_size=3, train__log_interval=2),
@@ -223,7 +225,7 @@ def run_until(mesh, config, text, step):
 
     trainer.Trainer.run_step = run_step
     with contextlib.suppress(Stopped):
-        train.train(config, mesh, text, {configs.COURSE})
+        train.train(config, mesh, text, {schema.COURSE})
 
 
 def test_a_value_from_the_environment_that_changed_is_noticed(tiny_model, tmp_path, monkeypatch):

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from liftdist import files, rundir
-from liftdist.config import UserError
+from liftdist import files
+from liftdist.runs import claims as rundir
+from liftdist.schema import UserError
 
 
 def claim(run_dir):
@@ -20,7 +21,7 @@ def claim(run_dir):
 def claim_elsewhere(run_dir, **environment):
     """Claim in a process of its own, which then lives until it is killed."""
     code = (
-        "import sys, time; from pathlib import Path; from liftdist import rundir\n"
+        "import sys, time; from pathlib import Path; from liftdist.runs import claims as rundir\n"
         "attempt = rundir.claim(Path(sys.argv[1]), lambda _: {}); print(attempt.number, flush=True); time.sleep(100)"
     )
     process = subprocess.Popen(
@@ -83,7 +84,7 @@ def test_a_requeued_job_takes_over_from_itself(tmp_path, monkeypatch):
 
 def test_one_of_many_that_claim_at_once_gets_the_run(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from liftdist import rundir; from liftdist.config import UserError\n"
+        "import sys, time; from pathlib import Path; from liftdist.runs import claims as rundir; from liftdist.config import UserError\n"
         "while time.time() < float(sys.argv[2]): pass\n"
         "try: rundir.claim(Path(sys.argv[1]), lambda _: {}); print('mine', flush=True); time.sleep(2)\n"
         "except UserError: print('refused', flush=True)\n"

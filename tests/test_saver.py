@@ -9,8 +9,8 @@ import ranks
 import torch
 from test_data import write_records
 
-from liftdist import saver
-from liftdist.saver import Checkpointer, Saved
+from liftdist.runs import saver
+from liftdist.runs.saver import Checkpointer, Saved
 
 
 def keep_some(mesh, config, run_dir):

@@ -9,8 +9,9 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
-from liftdist import PrincipalWeights, selection
-from liftdist.mesh import gather, row_bounds, together
+from liftdist import PrincipalWeights
+from liftdist.distributed.mesh import gather, row_bounds, together
+from liftdist.engine import selection
 
 
 def model_of(mesh=None, dtype=torch.float32):

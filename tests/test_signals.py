@@ -14,10 +14,16 @@ import ranks
 import torch
 from test_data import write_records
 
-from liftdist import checkpoint, lowrank, rundir, saver, signals, train, trainer, weights
 from liftdist import config as configs
-from liftdist.config import UserError
-from liftdist.mesh import Stopped, together
+from liftdist import train
+from liftdist.distributed.mesh import Stopped, together
+from liftdist.engine import factors as lowrank
+from liftdist.models import weights
+from liftdist.runs import checkpoint, saver
+from liftdist.runs import claims as rundir
+from liftdist.runs import watchdog as signals
+from liftdist.schema import UserError
+from liftdist.training import trainer
 
 PHASES = ("forward", "accumulation", "evaluation", "refresh", "save", "selection", "loading")
 

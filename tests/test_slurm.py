@@ -14,7 +14,8 @@ from test_data import write_records
 from test_signals import files_of, run_once, write_config
 
 from liftdist import config as configs
-from liftdist import history, rundir, scheduler
+from liftdist.cluster import history, scheduler
+from liftdist.runs import claims as rundir
 
 ROOT = Path(__file__).resolve().parent.parent
 INJECT = ROOT / "tests" / "inject"

@@ -12,9 +12,10 @@ import pytest
 from test_data import write_records
 from test_signals import write_config
 
-from liftdist import cli, history, job, scheduler, submit
+from liftdist import cli, schema
 from liftdist import config as configs
-from liftdist.config import UserError
+from liftdist.cluster import history, job, scheduler, submit
+from liftdist.schema import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -200,10 +201,10 @@ def test_names_of_jobs_are_of_a_form_that_slurm_takes(place, cluster, config, tm
 
 def test_only_what_slurm_takes_reaches_its_options():
     """The settings that become options of sbatch; two of them are tried through the command above."""
-    bounds = {key: leaf.metadata for key, leaf in configs.settings() if key.startswith("slurm.")}
+    bounds = {key: leaf.metadata for key, leaf in schema.settings() if key.startswith("slurm.")}
     free = {"slurm.container", "slurm.container_runtime", "slurm.container_mounts"}
     texts = {key for key, bound in bounds.items() if bound["pattern"]}
-    numbers = {key for key, leaf in configs.settings() if key in bounds and re.search("int|float", str(leaf.type))}
+    numbers = {key for key, leaf in schema.settings() if key in bounds and re.search("int|float", str(leaf.type))}
     assert texts | numbers | free == set(bounds)
     for key in texts:
         for text in hostile("canary"):

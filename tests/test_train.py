@@ -14,8 +14,9 @@ from test_data import write_records
 from transformers import AutoModelForCausalLM
 
 from liftdist import config as configs
-from liftdist import prepare, weights
-from liftdist.metrics import Console
+from liftdist.models import weights
+from liftdist.training import setup as prepare
+from liftdist.training.recorder import Console
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -218,7 +219,7 @@ def test_select_keeps_what_train_then_uses(tiny_model, tmp_path):
 
 def counts(mesh, config, folder):
     """Principal weights on this rank when the selection comes from the cache: selecting itself must not run."""
-    from liftdist import lowrank
+    from liftdist.engine import factors as lowrank
 
     lowrank.select = None
     _, principal = prepare.principal(

@@ -8,9 +8,9 @@ import ranks
 import torch
 from test_data import write_records
 
-from liftdist import prepare
-from liftdist.config import UserError
-from liftdist.metrics import Console
+from liftdist.schema import UserError
+from liftdist.training import setup as prepare
+from liftdist.training.recorder import Console
 
 
 def losses_of(mesh, config):

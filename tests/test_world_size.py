@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from bench.traffic import Traffic
-from liftdist import model as models
-from liftdist import prepare
-from liftdist.mesh import gather
-from liftdist.metrics import Console
+from liftdist.distributed.mesh import gather
+from liftdist.models import load as models
+from liftdist.training import setup as prepare
+from liftdist.training.recorder import Console
 
 STEPS, REFRESH = 20, 7
 SETTINGS = {
@@ -88,7 +88,7 @@ def reference(tiny_model, tmp_path_factory):
     warmup = 2
     lrs = [5e-3 * (step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)) for step in range(STEPS)]
     lift = DenseLift(model, names, selected, config.selection.filter_rank, REFRESH, lrs, (0.9, 0.95), 1e-6)
-    from liftdist.data import BatchOrder
+    from liftdist.data.tokenised import BatchOrder
 
     order = BatchOrder(inputs.samples.lengths, 3, False, 64, 8)
     masks, losses = [lift.masks], []

@@ -25,12 +25,12 @@ def fail():
 
 
 class Finder:
-    """Patches the trainer while ``liftdist.prepare`` is imported, which is after it."""
+    """Patches the trainer while ``liftdist.training.setup`` is imported, which is after it."""
 
     def find_spec(self, name, path=None, target=None):
-        if name == "liftdist.prepare":
+        if name == "liftdist.training.setup":
             sys.meta_path.remove(self)
-            from liftdist import trainer
+            from liftdist.training import trainer
 
             run_step = trainer.Trainer.run_step
 

@@ -1,0 +1,322 @@
+"""What a SLURM job decides for itself: where it begins, whether its nodes are fit, and what its end means.
+
+    begin -> check, on every node -> training -> end: done, requeue, restart, fail, or nothing because SLURM or a user acts
+
+``slurm/train.sbatch`` runs these three and does what they say. No exit code of a rank decides anything: what counts is what the
+run directory holds, what SLURM says of job and nodes, and which nodes have been heard of.
+
+Runs no command of SLURM, so that it works inside a container, and imports no torch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from liftdist import config as configs
+from liftdist import failures, files, network, preflight, schema
+from liftdist.cluster import health, history, launcher, scheduler
+from liftdist.runs import changes
+from liftdist.runs import claims as rundir
+from liftdist.schema import Config, UserError
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The arguments of the batch script. One task of an array has its own of them, and a run directory of its own.
+
+
+def parser(**keywords: Any) -> argparse.ArgumentParser:
+    """The options of ``slurm/train.sbatch``; all others belong to ``liftdist.train``."""
+    made = argparse.ArgumentParser(allow_abbrev=False, **keywords)
+    made.add_argument("--sweep", action="append", default=[], metavar="key=a,b,c", help="a job array over these values")
+    return made
+
+
+def of_task(arguments: Sequence[str], index: int | None) -> list[str]:
+    """The arguments of one array task: with its values of the swept settings, and a run directory of its own.
+
+    Raises:
+        UserError: a sweep of unknown form, an index beyond it.
+    """
+    options, rest = parser().parse_known_args(list(arguments))
+    if index is None:
+        if options.sweep:
+            raise UserError("--sweep needs a job array: sbatch --array, or `liftdist submit`")
+        return rest
+    values = sweep(options.sweep)
+    if options.sweep and index >= len(values):
+        raise UserError(f"array index {index}: the sweep has {len(values)} values, 0 to {len(values) - 1}")
+    words, _ = changes.split(rest)
+    chosen = values[index] if options.sweep else []
+    config, _ = configs.load(words[0], [*words[1:], *chosen]) if words else (None, "")
+    if config is None:
+        return rest
+    name = "-".join([str(index), *(re.sub(r"[^A-Za-z0-9=._-]", "_", value) for value in chosen)])
+    return [*rest, *chosen, f"run_dir={json.dumps(str(Path(config.run_dir) / name))}"]
+
+
+def sweep(given: Sequence[str]) -> list[list[str]]:
+    """The overrides of every point of a sweep: ``["a=1,2", "b=3,4"]`` has four."""
+    axes = []
+    for text in given:
+        key, equals, values = text.partition("=")
+        if key == "run_dir" or key.startswith("slurm."):
+            raise UserError(f"--sweep {text!r}: all tasks of an array are alike in {key}")
+        if not key or not equals or not values or "" in values.split(","):
+            raise UserError(f"--sweep {text!r}: expected key=a,b,c")
+        axes.append([f"{key}={value}" for value in values.split(",")])
+    return [list(point) for point in itertools.product(*axes)]
+
+
+def _load(arguments: Sequence[str]) -> tuple[Config, str, set[str]]:
+    words, flags = changes.split(arguments)
+    if not words:
+        raise UserError("slurm/train.sbatch: needs a config")
+    config, text = configs.load(words[0], words[1:])
+    return config, text, changes.allowed_by(flags)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The beginning.
+
+
+def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
+    """Check what can be checked, choose a port, and note the start.
+
+    Returns:
+        Run directory, folder of logs, ``HOST:PORT`` of the head, then the arguments for the launcher.
+
+    Raises:
+        UserError: as ``liftdist train``; an earlier job of the chain failed; SLURM requeued the job too often.
+    """
+    index = os.environ.get("SLURM_ARRAY_TASK_ID")
+    resolved = of_task(arguments, int(index) if index is not None else None)
+    config, text, allowed = _load(resolved)
+    run_dir = Path(config.run_dir).expanduser()
+    changes.check_settings(config, text, allowed)
+    start, step = history.this_start(), history.committed_step(run_dir)
+    try:
+        _check_chain(history.read(run_dir))
+        _check_requeued(config, run_dir, start, step)
+        preflight.check(config, ranks_per_node(config) * len(nodes), training=True)
+    except UserError as error:
+        if (run_dir / history.JOBS).exists():  # those that wait for this job must hear of it
+            history.note(run_dir, "end", **start, cause=None, action="fail", step=step, message=str(error))
+        raise
+    head = network.outgoing_address(network.resolve(nodes[1])) if len(nodes) > 1 else "127.0.0.1"
+    port = network.free_port(int(os.environ["SLURM_JOB_ID"]) * 7)
+    logs = rundir.logs(run_dir, history.start_name(start))
+    for path in logs.iterdir():  # of another cluster, where a job had this number
+        path.unlink()
+    given = changes.split(resolved)[0][0]
+    kept = logs / "config.yaml"  # whoever edits his file now means another run
+    files.write(kept, Path(given).read_text())
+    resolved[resolved.index(given)] = str(kept)
+    output = str(Path("/proc/self/fd/2").readlink())
+    history.note(
+        run_dir, "start", **start, nodes=list(nodes), step=step, log=output if output.startswith("/") else None
+    )
+    return [str(run_dir), str(logs), f"[{head}]:{port}" if ":" in head else f"{head}:{port}", *resolved]
+
+
+def ranks_per_node(config: Config) -> int:
+    """Ranks that each node starts: as set, or one for each GPU."""
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    return config.slurm.ranks_per_node or (int(gpus) if gpus.isdigit() and int(gpus) else 1)
+
+
+def _check_chain(events: Sequence[history.Event]) -> None:
+    before = os.environ.get("LIFTDIST_AFTER_JOB")
+    ends = [event for event in events if event["event"] == "end" and event["job"] == before]
+    if ends and ends[-1]["action"] == "fail":
+        raise UserError(f"job {before}, before this one, failed: {ends[-1]['message']}; this one does not try again")
+
+
+def _check_requeued(config: Config, run_dir: Path, start: history.Event, step: int) -> None:
+    """Where SLURM requeued the job by itself: bound that, too.
+
+    A start that could not note its end was killed with its node, or preempted without warning.
+    """
+    events = history.read(run_dir)
+    mine = [event for event in events if event.get("job") == start["job"] and event["event"] in ("start", "end")]
+    if not mine:
+        return
+    last = mine[-1]
+    before = [event for event in events if event is not last]
+    if last["event"] == "start":
+        silent = health.unheard(last["nodes"], rundir.logs(run_dir, history.start_name(last)))
+        of = f", {', '.join(silent)} first" if silent else ""
+        message = f"ended without a word at step {step}{of}: a node was lost, or the job was killed"
+        lost = {key: last[key] for key in ("job", "start", "family")}
+        history.note(run_dir, "end", **lost, cause=history.NODE_FAILURE, action="nothing", step=step, message=message)
+        print(f"liftdist: start {history.start_name(last)} {message}", file=sys.stderr)
+    elif last["action"] != "nothing" or last["cause"] != history.NODE_FAILURE:
+        return
+    if problem := history.refusal(config, before, start["family"], history.NODE_FAILURE, step):
+        raise UserError(f"requeued by SLURM after a node was lost; {problem}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The end.
+
+
+@dataclass(frozen=True)
+class Verdict:
+    action: str  # done, requeue, restart, fail; or nothing: SLURM requeues by itself, or a user has cancelled
+    message: str  # for the log and the job's comment
+    code: int  # exit code of the batch script
+    cause: str | None = None
+    exclude: list[str] = field(default_factory=list)  # nodes to leave out from now on
+
+
+def end(
+    arguments: Sequence[str], nodes: Sequence[str], logs: Path, said: str, warned: bool, terminated: bool
+) -> Verdict:
+    """What the end of the training step means.
+
+    Args:
+        said: what ``scontrol show job`` and ``scontrol show node`` print.
+        warned: the batch script was told that the time limit is near.
+        terminated: the batch script was told to end.
+    """
+    config, _, _ = _load(arguments)
+    run_dir = Path(config.run_dir).expanduser()
+    start, events, step = history.this_start(), history.read(run_dir), history.committed_step(run_dir)
+    verdict = _judge(run_dir, start, nodes, logs, said, warned, terminated, step)
+    if verdict.cause == history.TIME_LIMIT and "LIFTDIST_NEXT" in os.environ:
+        verdict = Verdict("nothing", f"{verdict.message}; the next job of the chain goes on", schema.EXIT_STOPPED)
+    if verdict.action == "requeue":
+        assert verdict.cause is not None
+        problem = history.refusal(config, events, start["family"], verdict.cause, step)
+        if problem:
+            verdict = replace(verdict, action="fail", message=f"{verdict.message}; not requeued: {problem}")
+    elif verdict.action == "restart":
+        in_a_row = [e for e in events if e.get("action") == "restart" and e["family"] == start["family"]]
+        if sum(event["step"] == step for event in in_a_row) >= config.slurm.max_restarts:
+            verdict = replace(verdict, action="fail")
+    if verdict.exclude:  # besides those that were left out before
+        known = scheduler.fields(said).get("ExcNodeList", "(null)")
+        verdict = replace(verdict, exclude=[*([known] if known != "(null)" else []), *verdict.exclude])
+    fields = dict(cause=verdict.cause, action=verdict.action, step=step, message=verdict.message)
+    history.note(run_dir, "end", **start, **fields, exclude=verdict.exclude)
+    return verdict
+
+
+def _judge(
+    run_dir: Path,
+    start: history.Event,
+    nodes: Sequence[str],
+    logs: Path,
+    said: str,
+    warned: bool,
+    terminated: bool,
+    step: int,
+) -> Verdict:
+    outcome = _outcome(run_dir, start)
+    found = failures.read(logs)
+    if outcome == "finished":
+        return Verdict("done", f"finished at step {step}", 0)
+    known = scheduler.fields(said)
+    saved = f"saved step {step}" if step else "before anything was saved"
+    time_limit = Verdict("requeue", f"time limit, {saved}", 1, history.TIME_LIMIT)
+    if "JobState" not in known:  # this node may be the one that is cut off, and the job run elsewhere by now
+        if outcome == "stopped" and warned and not terminated:
+            return time_limit
+        return Verdict("nothing", f"SLURM does not answer at step {step}, and decides by itself", 1)
+    if int(known.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+        lost = health.silent(nodes, logs, said)
+        without = f" without {', '.join(lost)}" if lost else ""
+        return Verdict(
+            "nothing", f"requeued by SLURM at step {step}{without}", 0, history.NODE_FAILURE if lost else None, lost
+        )
+    if found and found[0].kind == failures.USER_ERROR:
+        return Verdict("fail", found[0].error, schema.EXIT_USER_ERROR)
+    if known.get("PreemptTime", "None") not in ("None", "Unknown"):
+        return Verdict("requeue", f"preempted, {saved}", 1, history.PREEMPTED)
+    crashed = outcome != "stopped" and bool(found) and found[0].kind == failures.BUG
+    if not crashed:
+        silent = [] if outcome == "stopped" else health.silent(nodes, logs, said)
+        if silent:
+            return Verdict("requeue", f"lost {', '.join(silent)} at step {step}", 1, history.NODE_FAILURE, silent)
+        if _is_over(known) if terminated else warned:
+            return time_limit
+        if terminated:
+            return Verdict("nothing", f"cancelled, {saved}", 1)
+        if outcome == "stopped":
+            return Verdict("fail", f"stopped as asked, {saved}", schema.EXIT_STOPPED, history.ASKED)
+    summary = failures.summary(found) or launcher.last_words(sorted(logs.glob("node-*.torchrun.log")))
+    return Verdict("restart", summary, 1)
+
+
+def _outcome(run_dir: Path, start: history.Event) -> str | None:
+    """How the newest attempt at the run by this start of the job ended, by its own word."""
+    attempts = rundir.attempts(run_dir)
+    claim, *others = attempts[max(attempts)] if attempts else [{}]
+    job = claim.get("job") or {}
+    if job.get("id") != f"slurm {os.environ['SLURM_JOB_ID']}" or job.get("time") != start["start"]:
+        return None
+    return next((event["outcome"] for event in others if event.get("event") == "end"), None)
+
+
+def _is_over(said: Mapping[str, str]) -> bool:
+    """Whether the job's time limit has passed."""
+    limit = scheduler.seconds(said.get("TimeLimit", ""))
+    try:
+        began = datetime.fromisoformat(said.get("StartTime", "")).timestamp()
+    except ValueError:
+        return False
+    return limit is not None and time.time() >= began + limit - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """``python -m liftdist.job begin | check | end | again``, for the batch script: the answer is words with a null byte each."""
+    command, *rest = sys.argv[1:] if given is None else given
+    nodes = os.environ["LIFTDIST_NODES"].split()
+    try:
+        if command == "begin":
+            answer = begin(rest, nodes)
+        elif command == "check":
+            answer = []
+            logs = Path(os.environ[failures.LOGS])
+            if problems := health.check(nodes, logs, os.environ["LIFTDIST_HEAD"]):
+                files.write(logs / health.PROBLEMS, json.dumps(problems))
+                print(*(f"liftdist: {name}: {problem}" for name, problem in problems), sep="\n", file=sys.stderr)
+                sys.exit(1)
+        elif command == "end":
+            warned, terminated, *arguments = rest
+            logs, said = Path(os.environ[failures.LOGS]), sys.stdin.read()
+            verdict = end(arguments, nodes, logs, said, bool(warned), bool(terminated))
+            print(f"liftdist: {verdict.message}", file=sys.stderr)
+            if verdict.action == "restart":
+                print("liftdist: starting again from the newest checkpoint", file=sys.stderr)
+            first, *_ = verdict.message.splitlines()
+            comment = re.sub(r"[^\w .,:()/=-]", "?", f"liftdist: {first}", flags=re.ASCII)[:200]
+            answer = [verdict.action, str(verdict.code), comment, ",".join(verdict.exclude)]
+        else:
+            exclude, script, *arguments = rest
+            answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, os.environ["LIFTDIST_LEAD"])
+    except UserError as error:
+        text = configs.redact(str(error))
+        print(f"liftdist: {text}", file=sys.stderr)
+        if command == "check" and not int(os.environ["SLURM_NODEID"]):
+            failed = failures.Failure(0, 0, platform.node(), time.time(), text, kind=failures.USER_ERROR)
+            failures.write(Path(os.environ[failures.LOGS]), failed)
+        sys.exit(schema.EXIT_USER_ERROR)
+    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in answer))
+
+
+if __name__ == "__main__":
+    main()

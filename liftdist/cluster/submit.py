@@ -1,0 +1,333 @@
+"""``liftdist submit``, ``status``, ``logs`` and ``cancel``: runs as jobs of a SLURM cluster.
+
+    config and data checked -> sbatch --test-only -> sbatch -> a line in RUN_DIR/jobs.jsonl, by which the others find the job
+
+Imports torch only to plan, where ``slurm.gpu_memory`` is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import re
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from liftdist import config as configs
+from liftdist import files, preflight, schema
+from liftdist.cluster import history, job, scheduler
+from liftdist.cluster.scheduler import Job
+from liftdist.runs import changes
+from liftdist.runs import claims as rundir
+from liftdist.schema import Config, UserError
+
+#: options that stand for a setting of the section ``slurm``
+SETTINGS = (
+    "nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time", "partition", "account", "qos", "constraint",
+    "reservation", "exclude", "container",
+)  # fmt: skip
+_POLL = 2.0  # seconds between two looks at a job that is followed
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Submit.
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``liftdist submit``."""
+    helps = {key.removeprefix("slurm."): leaf.metadata["help"] for key, leaf in schema.settings()}
+    for name in SETTINGS:
+        parser.add_argument(f"--{name.replace('_', '-')}", help=helps[name].replace("%", "%%"))
+    parser.add_argument("--job-name", help="name of the job (default: that of the run directory)")
+    parser.add_argument("--sweep", action="append", default=[], metavar="key=a,b,c", help="an array over these values")
+    parser.add_argument("--array", help="indices of a job array, each with a run directory of its own")
+    parser.add_argument("--dependency", help="jobs to wait for, as sbatch takes them")
+    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each going on where the last ended")
+    parser.add_argument("--dry-run", action="store_true", help="show the command and submit nothing")
+
+
+def submit(options: argparse.Namespace) -> None:
+    """Check, then submit.
+
+    Raises:
+        UserError: whatever ``liftdist train`` would refuse, and what SLURM refuses.
+    """
+    overrides = list(options.overrides)
+    for name in SETTINGS:
+        if (value := getattr(options, name)) is not None:
+            _check_word(f"--{name.replace('_', '-')}", value)
+            overrides.append(f"slurm.{name}={value if value.isdigit() else json.dumps(value)}")
+    if options.chain < 1:
+        raise UserError(f"--chain must be at least 1, got {options.chain}")
+    for name in ("job_name", "array", "dependency"):
+        _check_word(f"--{name.replace('_', '-')}", getattr(options, name))
+    points = job.sweep(options.sweep)
+    array = options.array or (f"0-{len(points) - 1}" if options.sweep else None)
+    if array is not None and options.chain > 1:
+        raise UserError("--chain: not with a job array")
+    indices = _indices(array) if array else [None]
+    if array:
+        os.environ["SLURM_ARRAY_TASK_ID"] = str(indices[0])  # which a config may refer to
+    config, _ = configs.load(options.config, overrides)
+    base = Path(config.run_dir).expanduser()
+    _check_folder(base, array is not None)
+    _check_time(config)
+    sweeps = (word for sweep in options.sweep for word in ("--sweep", sweep))
+    script_words = [*sweeps, *options.flags, options.config, *overrides]
+    runs = {index: _check(config, script_words, index, options.dry_run) for index in indices}
+    name = options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "_", base.name).lstrip("-.")[:64] or "liftdist"
+    logs = base / rundir.LOGS
+    environment = _environment(config)
+    dependency = options.dependency
+    command = scheduler.sbatch(config, script_words, name, logs, array, dependency)
+    shown = {key: environment[key] for key in ("LIFTDIST_PYTHON", "LIFTDIST_LEAD") if key in environment}
+    if options.dry_run:
+        print(shlex.join(["env", *(f"{key}={value}" for key, value in shown.items()), *command]))
+        return
+    scheduler.test_only(command, environment)
+    logs.mkdir(parents=True, exist_ok=True)  # SLURM does not, and a job without it fails without a word
+    # the job's own, whatever becomes of the file
+    kept = logs.absolute() / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
+    files.write(kept, Path(options.config).read_text())
+    script_words[script_words.index(options.config)] = str(kept)
+    for link in range(options.chain, 0, -1):
+        command = scheduler.sbatch(config, script_words, name, logs, array, dependency)
+        id = scheduler.submit(command, environment | ({"LIFTDIST_NEXT": "yes"} if link > 1 else {}))
+        history.note(base, "submit", job=id, array=array, log=str(logs.absolute()))
+        for index, run_dir in runs.items():
+            if index is not None:
+                history.note(run_dir, "submit", job=f"{id}_{index}", log=str(logs.absolute()))
+            print(f"job {id}{'' if index is None else f'_{index}'}  run directory {run_dir}")
+        dependency, environment = f"afterany:{id}", environment | {"LIFTDIST_AFTER_JOB": id}
+    print(
+        f"liftdist status {shlex.quote(str(base))} shows how it goes; liftdist logs -f, liftdist cancel",
+        file=sys.stderr,
+    )
+
+
+def _check_word(option: str, value: Any) -> None:
+    if value is not None and not isinstance(value, str):  # argparse makes a list of `--option=--`
+        raise UserError(f"{option}: must have a value")
+
+
+def _check_folder(folder: Path, array: bool) -> None:
+    """Raises ``UserError``: a run directory that is to hold those of an array, or the other way round."""
+    for event in history.read(folder):
+        if event["event"] == "submit" and bool(event.get("array")) != array:
+            raise UserError(f"run_dir {folder}: holds {'a run' if array else 'the runs of an array'}; give another")
+
+
+def _check_time(config: Config) -> None:
+    """Raises ``UserError``: a job that would be told to stop as soon as it begins."""
+    slurm = config.slurm
+    limit = scheduler.seconds(slurm.time) if slurm.time else None
+    if limit is not None and limit <= slurm.signal_lead:
+        raise UserError(
+            f"slurm.time={slurm.time}: the last slurm.signal_lead={slurm.signal_lead} seconds of it are for saving, "
+            "nothing is left for training"
+        )
+
+
+def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool) -> Path:
+    """What ``liftdist train`` would check for one run; its run directory."""
+    if index is not None:
+        os.environ["SLURM_ARRAY_TASK_ID"] = str(index)  # which a config may refer to
+    resolved = job.of_task(words, index)
+    given, flags = changes.split(resolved)
+    config, text = configs.load(given[0], given[1:])
+    run_dir = Path(config.run_dir).expanduser()
+    changes.check_settings(config, text, changes.allowed_by(flags))
+    ranks = base.slurm.ranks_per_node or base.slurm.gpus_per_node or 1
+    config.mesh.layout(base.slurm.nodes * ranks)
+    if base.slurm.gpu_memory is not None:
+        from liftdist.planning import plan  # imports torch
+
+        plan.check_fits(config, base.slurm.nodes, ranks)
+    if not dry_run:
+        preflight.check(config, base.slurm.nodes * ranks, training=True)
+        preflight.resolve_model(config.model.path)
+        waiting = [known for known in scheduler.jobs(_ids(run_dir)) if not known.has_ended]
+        if waiting:
+            raise UserError(
+                f"run_dir {run_dir}: job {waiting[0].id} works on it ({waiting[0].state}); liftdist cancel ends it"
+            )
+    return run_dir
+
+
+def _indices(array: str) -> list[int | None]:
+    """The indices of ``0-7:2,9%2``. Raises ``UserError``."""
+    if not re.fullmatch(scheduler.ARRAY, array, re.ASCII):
+        raise UserError(f"--array {array!r}: is not of a form that SLURM takes")
+    found: list[int | None] = []
+    for part in array.partition("%")[0].split(","):
+        bounds, _, stride = part.partition(":")
+        first, _, last = bounds.partition("-")
+        found += range(int(first), int(last or first) + 1, max(1, int(stride or 1)))
+    if len(found) > 1000:
+        raise UserError(f"--array {array}: more than 1000 tasks")
+    return found
+
+
+def _environment(config: Config) -> dict[str, str]:
+    """What a job starts with: this environment, without what another job left in it."""
+    kept = {key: value for key, value in os.environ.items() if not re.match(r"(SLURM|LIFTDIST)_", key)}
+    kept |= {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    kept["LIFTDIST_LEAD"] = str(config.slurm.signal_lead)
+    kept["LIFTDIST_COMMAND"] = json.dumps(["liftdist", *sys.argv[1:]])
+    if config.slurm.container is None:
+        kept["LIFTDIST_PYTHON"] = sys.executable
+    elif "LIFTDIST_CONTAINER_PYTHON" in os.environ:
+        kept["LIFTDIST_CONTAINER_PYTHON"] = os.environ["LIFTDIST_CONTAINER_PYTHON"]
+    return kept
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Follow.
+
+
+def _ids(run_dir: Path) -> list[str]:
+    """The jobs of a run, by their own word and by that of who submitted them; the newest last."""
+    return list(dict.fromkeys(event["job"] for event in history.read(run_dir) if "job" in event))
+
+
+def _runs(folder: Path) -> list[Path]:
+    """The run directory, or those of an array below it. Raises ``UserError``: no job has worked there."""
+    if not (folder / history.JOBS).is_file():
+        raise UserError(f"{folder}: no job was submitted for it")
+    below = [path.parent for path in folder.glob(f"*/{history.JOBS}")]
+    return sorted(below, key=lambda path: (len(path.name.partition("-")[0]), path.name)) or [folder]
+
+
+def status(folder: Path) -> None:
+    """Print how the jobs of a run are. Raises ``UserError``."""
+    for run_dir in _runs(folder):
+        print("\n".join(_status(run_dir)))
+
+
+def _status(run_dir: Path) -> Iterator[str]:
+    yield f"run      {run_dir}"
+    events = history.read(run_dir)
+    known: list[Job] = []
+    try:
+        known = scheduler.jobs(_ids(run_dir)[-5:])
+    except UserError as error:  # the rest is known without it
+        yield f"job      {error}"
+    for found in known:
+        reason = f"  ({found.reason})" if found.reason not in ("", "None") and not found.has_ended else ""
+        yield f"job      {found.id}  {found.state}{f'  {found.nodes}' if found.nodes else ''}{reason}"
+    starts = [event for event in events if event["event"] == "start"]
+    ends = {history.start_name(event): event for event in events if event["event"] == "end"}
+    for start in starts:
+        yield _start_line(start, ends.get(history.start_name(start)))
+    figures = _figures(run_dir)
+    if "train/loss" in figures:
+        of = f" of {figures['steps']}" if figures.get("steps") else ""
+        speed = figures.get("throughput/tokens_per_second") or 0.0
+        yield f"step     {figures['step']}{of}  loss {figures['train/loss'] or math.nan:.4f}  {speed:.0f} tokens/s"
+    if step := history.committed_step(run_dir):
+        yield f"saved    step {step}"
+    ended = ends.get(history.start_name(starts[-1])) if starts else None
+    if ended and ended["action"] == "fail" and ended["cause"] != history.ASKED:
+        yield f"failure  {ended['message']}"
+
+
+def _start_line(start: history.Event, ended: history.Event | None) -> str:
+    when = time.strftime("%d %b %H:%M", time.localtime(start["time"]))
+    line = f"start    {history.start_name(start)}  {when}  {', '.join(start['nodes'])}  from step {start['step']}"
+    if ended is None:
+        return line
+    then = {"requeue": "; requeued", "restart": "; restarted", "fail": "; given up"}.get(ended["action"], "")
+    then = "" if ended["cause"] == history.ASKED else then
+    without = f" without {', '.join(ended['exclude'])}" if ended.get("exclude") else ""
+    return f"{line}: {ended['message'].splitlines()[0]}{then}{without}"
+
+
+def _figures(run_dir: Path) -> dict[str, Any]:
+    """The newest line of the metrics that has a loss, and the number of steps if the config tells."""
+    found: dict[str, Any] = {}
+    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
+        for line in file.read().splitlines():
+            with contextlib.suppress(ValueError):
+                figures = json.loads(line)
+                found = figures if "train/loss" in figures else found
+    with contextlib.suppress(UserError, OSError):
+        found["steps"] = configs.load(run_dir / "config.yaml")[0].train.steps
+    return found
+
+
+def _log(run_dir: Path) -> tuple[str, Path] | None:
+    """The newest job of a run, and the file of its output."""
+    for event in reversed(history.read(run_dir)):
+        if event["event"] == "start" and event.get("log"):
+            return event["job"], Path(event["log"])
+        if event["event"] == "submit" and not event.get("array"):
+            return event["job"], Path(event["log"]) / f"slurm-{event['job']}.out"
+    return None
+
+
+def logs(folder: Path, follow: bool, rank: int | None) -> None:
+    """Print the newest job's output, or that of one of its ranks, and go on while it runs. Raises ``UserError``."""
+    runs = _runs(folder)
+    if len(runs) > 1:
+        raise UserError(f"{folder}: holds {len(runs)} runs; give one of them, as {runs[0]}")
+    found = _log(runs[0])
+    if found is None:
+        raise UserError(f"{folder}: no job has started")
+    id, path = found
+    if rank is not None:
+        starts = sorted((runs[0] / rundir.LOGS).glob(f"*/rank-{rank:05d}.log"), key=lambda log: log.stat().st_mtime)
+        if not starts:
+            raise UserError(f"{folder}: no output of rank {rank}; that of rank 0 is in the log of the job")
+        path = starts[-1]
+    with contextlib.suppress(KeyboardInterrupt):
+        _follow(path, id if follow else None)
+
+
+def _follow(path: Path, id: str | None) -> None:
+    """Print ``path``, and what is added to it while job ``id`` runs."""
+    at = 0
+    while True:
+        ended = id is None or all(known.has_ended for known in scheduler.jobs([id]))
+        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
+            at = min(at, file.seek(0, os.SEEK_END))
+            file.seek(at)
+            sys.stdout.buffer.write(file.read())
+            sys.stdout.flush()
+            at = file.tell()
+        if ended:
+            if not path.exists():
+                raise UserError(f"{path}: the job has written nothing yet")
+            return
+        time.sleep(_POLL)
+
+
+def cancel(folder: Path, now: bool) -> None:
+    """Have running jobs save and end, and take waiting ones out of the queue. Raises ``UserError``."""
+    nothing = True
+    for run_dir in _runs(folder):
+        for found in reversed(scheduler.jobs(_ids(run_dir))):  # those that wait for others first
+            if found.has_ended:
+                continue
+            nothing = False
+            if found.state == "RUNNING" and not now:
+                (run_dir / rundir.STOP_REQUESTED).touch()
+                print(f"job {found.id} saves and ends; --now ends it at once")
+            else:
+                _scancel(found)
+    if nothing:
+        print("nothing is queued or running")
+
+
+def _scancel(found: Job) -> None:
+    done = scheduler.run(["scancel", found.id])
+    if done.returncode:
+        raise UserError(f"scancel {found.id}: {done.stderr.strip()}")
+    print(f"job {found.id} is cancelled")

@@ -1,0 +1,68 @@
+"""The part of the flat vector that belongs to one matrix, and which of its weights were principal before.
+
+values[begin : begin + k_local] = W_local.flat[indices]         a bit a weight remembers those of earlier refreshes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from liftdist.engine.matrices import Matrix
+from liftdist.engine.reductions import Unit
+
+
+@dataclass
+class Slot:
+    """A matrix and its part of the flat vector."""
+
+    matrix: Matrix
+    indices: Tensor  # [k_local] int32, into this rank's rows
+    begin: int
+    unit: Unit | None
+    past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, a bit for each weight that was principal before
+
+    @property
+    def span(self) -> slice:
+        return slice(self.begin, self.begin + self.indices.numel())
+
+    @property
+    def dropped(self) -> Tensor:
+        """``[d_local]`` int64 sorted flat indices that were principal before and are not now."""
+        if self.past is None:
+            return self.indices.new_empty(0, dtype=torch.int64)
+        flags = _unpack(self.past, self.matrix.rows_local.numel())
+        flags[self.indices] = False
+        return flags.nonzero().squeeze(1)
+
+    def past_and_present(self) -> Tensor:
+        """What ``past`` becomes once these indices are replaced."""
+        flags = torch.zeros(self.matrix.rows_local.numel(), dtype=torch.bool, device=self.indices.device)
+        flags[self.indices] = True
+        bits = _pack(flags)
+        return bits if self.past is None else bits | self.past
+
+
+def positions(old: Slot, new: Slot) -> Tensor:
+    """``[k_local]`` int64: for each index of ``new`` its position in the flat vector of ``old``, or -1."""
+    if not old.indices.numel() or not new.indices.numel():
+        return torch.full_like(new.indices, -1, dtype=torch.int64)
+    place = torch.searchsorted(old.indices, new.indices).clamp_max(old.indices.numel() - 1)
+    return torch.where(old.indices[place] == new.indices, place + old.begin, -1)
+
+
+def _pack(flags: Tensor) -> Tensor:
+    """``[ceil(n / 8)]`` uint8, a bit for each of ``[n]`` bool."""
+    padded = nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
+    bits = torch.zeros(padded.shape[0], dtype=torch.uint8, device=flags.device)
+    for place in range(8):
+        bits |= padded[:, place].to(torch.uint8) << place
+    return bits
+
+
+def _unpack(bits: Tensor, size: int) -> Tensor:
+    """``[size]`` bool, what :func:`_pack` was given."""
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:size].bool()

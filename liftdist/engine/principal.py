@@ -1,0 +1,396 @@
+"""The principal weights of a model as one flat vector that any element-wise optimizer can step.
+
+For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorted flat indices S_j into them:
+
+    values     = concat over j of W_j.flat[S_j]            float32, the optimizer's only parameter      16 B with grad
+    values.grad= concat over j of dL/dW_j.flat[S_j]        float32, never rounded after the reduction   and two moments
+    indices    = concat over j of S_j                      int32, local to each matrix                   4 B
+
+Backward: as soon as the gradient of a layer is reduced, a hook adds its principal entries to ``values.grad`` and drops
+the dense gradient. Step: any optimizer on ``values``, then ``scatter`` rounds the values into the model's weights.
+
+Weights that were principal before a refresh and are not any more keep what they were trained to, in the model alone. A bit
+for each weight of the trained matrices remembers them from the first refresh on: they are part of what a run has changed.
+"""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from liftdist.distributed.mesh import Group, all_reduce_sum, local_tensor
+from liftdist.engine import factors as lowrank
+from liftdist.engine import reductions, selection
+from liftdist.engine.flat import Slot, positions
+from liftdist.engine.matrices import (
+    Matrix,
+    budget,
+    check_alike,
+    default_replicate_group,
+    describe,
+    principal_parameters,
+    shard_group,
+)
+from liftdist.engine.reductions import Unit
+from liftdist.engine.selection import Criterion
+from liftdist.schema import UserError
+
+#: What takes the gradients of a parameter, both weakly.
+_taken: MutableMapping[Tensor, weakref.ref[PrincipalWeights]] = WeakTensorKeyDictionary()
+
+
+class PrincipalWeights:
+    """Selects the principal weights of ``model``, freezes everything else, and trains them as one flat vector.
+
+    Args:
+        model: any module on its device: plain, or sharded by FSDP2 (``fully_shard``), before its first forward.
+            Replicas must not be synchronised by DDP: :meth:`reduce_gradients` does it for 5 % of the bytes.
+        density: share of each matrix to train; or
+        budget_rank: ``R``: train ``min(R (m + n), m n)`` weights of each ``[m, n]`` matrix.
+        filter_rank: rank of the approximation whose largest entries are principal.
+        method: ``"fast"`` or ``"exact"``, see :func:`liftdist.lowrank.select`.
+        modules: patterns of the names of the linear modules to train; all but the output head by default.
+        criterion: ``(weight, num_selected, seed) -> indices``, in place of the low-rank one.
+        replicate_group: ranks that hold the same rows of other replicas. By default all ranks where the model is not
+            sharded, and none where it is sharded over all ranks.
+        initial_indices: a function from the matrices to ``[k_local]`` int32 for each, to skip the first selection;
+            it may return None, on all ranks alike.
+        multiple_of: pad the flat vector with zeros to a multiple of this: optimizers that keep their state quantised in
+            blocks, such as torchao's, leave others as they are.
+        sparse_reduce_scatter: exchange only principal entries of the gradients between the shards of FSDP2, not all.
+            The modules go on like that when these principal weights are dropped: others may follow, dense training may not.
+        progress: called with matrices selected and in all.
+        on_selected: called at the first selection, on the rank that factored a matrix, with its name and all its indices.
+
+    Raises:
+        ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named), a model that
+            has principal weights already, a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        density: float | None = None,
+        budget_rank: int | None = None,
+        filter_rank: int = 64,
+        method: str = "fast",
+        modules: Sequence[str] = ("*",),
+        criterion: Criterion | None = None,
+        replicate_group: Group = None,
+        initial_indices: Callable[[list[Matrix]], list[Tensor] | None] | None = None,
+        multiple_of: int = 1,
+        sparse_reduce_scatter: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+        on_selected: Callable[[str, Tensor], None] | None = None,
+    ) -> None:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            raise ValueError(
+                "give the bare module, not DistributedDataParallel: reduce_gradients() lets replicas agree"
+            )
+        if multiple_of < 1:
+            raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
+        trained = principal_parameters(model, modules)
+        if any(param in _taken and _taken[param]() is not None for param in trained.values()):
+            raise ValueError("the model has principal weights already, which take its gradients: drop them first")
+        self.matrices = [
+            describe(name, param, budget(param.shape, density, budget_rank)) for name, param in trained.items()
+        ]
+        self.num_selected = sum(matrix.num_selected for matrix in self.matrices)  # of the whole model
+        if not self.num_selected:
+            raise UserError(f"nothing to train: density {density} selects no weight of any matrix")
+        check_alike(self.matrices)
+        kept = {id(param) for param in trained.values()}
+        for param in model.parameters():
+            param.requires_grad_(id(param) in kept)
+        self.shard_group = shard_group(self.matrices[0].param)
+        self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
+        self._criterion = criterion or functools.partial(_low_rank, filter_rank=filter_rank, method=method)
+        self._costs = [
+            lowrank.cost(matrix.param.shape[0], matrix.columns, filter_rank, method) for matrix in self.matrices
+        ]
+        self._progress = progress
+        self._multiple_of = multiple_of
+        self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+        units = reductions.watch(self._fsdp_modules, list(trained.values()), sparse_reduce_scatter)
+        indices = initial_indices(self.matrices) if initial_indices else None
+        indices = indices if indices is not None else self.select(on_selected)
+        self._use(self._lay_out(indices, [units.get(id(matrix.param)) for matrix in self.matrices]))
+        self.values = nn.Parameter(self._read_shards())
+        self._grad = torch.zeros_like(self.values)
+        self.values.grad = self._grad
+        for number, matrix in enumerate(self.matrices):
+            matrix.param.register_post_accumulate_grad_hook(_hook(self, number))
+            _taken[matrix.param] = weakref.ref(self)
+
+    def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
+        """Principal indices of the weights as they are now, ``[k_local]`` int32 for each matrix. Collective."""
+        return selection.select(
+            self.matrices,
+            self._criterion,
+            self._costs,
+            self.shard_group,
+            self.replicate_group,
+            self._progress,
+            on_selected,
+        )
+
+    @property
+    def indices(self) -> list[Tensor]:
+        """For each of :attr:`matrices`, ``[k_local]`` int32 sorted flat indices into this rank's rows."""
+        return [slot.indices for slot in self._slots]
+
+    def reduce_gradients(self, divisor: Tensor | float | None = None) -> None:
+        """Sum the flat gradient over the replicas and divide it: by ``divisor``, or by the number of replicas."""
+        for unit in {id(slot.unit): slot.unit for slot in self._slots if slot.unit}.values():
+            unit.drop()  # of a module of which some matrix took no part in the backward
+        grad = self._attached_grad()
+        all_reduce_sum(grad, self.replicate_group)
+        if divisor is None:
+            divisor = 1 if self.replicate_group is None else self.replicate_group.size()
+        grad.div_(divisor)
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
+        """Scale the gradient so that its norm over all shards is at most ``max_norm``; return the norm before.
+
+        A norm that is not finite leaves the gradient as it is, for the caller to look at.
+        """
+        grad = self._attached_grad()
+        squared = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
+        norm = all_reduce_sum(squared, self.shard_group).sqrt().float()
+        if max_norm is not None:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            grad.mul_(torch.where(norm.isfinite(), scale, 1.0))
+        return norm
+
+    @torch.no_grad()
+    def scatter(self) -> None:
+        """Write the values into the model's weights, rounded to their dtype, and clear the flat gradient."""
+        for slot in self._slots:
+            weight = slot.matrix.rows_local.view(-1)
+            weight.index_copy_(0, slot.indices.long(), self.values[slot.span].to(weight.dtype))
+        self._attached_grad().zero_()
+        self.scattered()
+
+    def scattered(self) -> None:
+        """Told by whoever has written the values into the model's weights and cleared the flat gradient."""
+        for module in self._fsdp_modules:
+            module.reshard()  # a copy gathered before, by an evaluation say, would be stale now
+
+    @torch.no_grad()
+    def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> float:
+        """Select anew from the current weights; the optimizer's state follows. Call it before a forward. Collective.
+
+        Weights that stay principal keep value and state; those that drop out keep the value they were trained to; new
+        ones start from the value in the model and zero state.
+
+        Returns:
+            The share of the principal weights that stayed, over the whole model.
+
+        Raises:
+            ValueError: the optimizer holds state that is neither a scalar nor of the shape of ``values``.
+        """
+        states = self._element_states(optimizer)
+        old_slots, old_values = self._slots, self.values.detach()
+        self._use(self._lay_out(self.select(), [slot.unit for slot in old_slots]))
+        for old, new in zip(old_slots, self._slots, strict=True):
+            new.past = old.past_and_present()
+        # [k_local] where each new entry stood in the old vector, -1 if it did not
+        places = [positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)]
+        source = self._flat(places, padding=-1)
+        stayed = source >= 0
+        values = self._read_shards()
+        values[stayed] = old_values[source[stayed]]
+        self._replace_values(values)
+        for state, key in states:
+            before = _dense(state[key])
+            moved = torch.zeros_like(values, dtype=before.dtype)
+            moved[stayed] = before[source[stayed]]
+            state[key] = _as_kept(optimizer, key, self.values, moved)
+        selected = sum(indices.numel() for indices in self.indices)
+        count = torch.stack([stayed.sum(), torch.tensor(selected, device=stayed.device)])
+        kept, total = all_reduce_sum(count, self.shard_group).tolist()
+        return kept / max(total, 1)
+
+    @torch.no_grad()
+    def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
+        """What this rank holds beyond the base model, copied to the host. Indices are into the whole matrix: a state taken on
+        one world size can be cut for another.
+
+        Returns:
+            For each matrix ``NAME``, of this rank's rows: ``NAME/indices`` ``[k]`` int32 (int64 in a matrix of 2^31
+            weights or more), sorted; ``NAME/values`` ``[k]`` float32; ``NAME/optimizer.KEY`` ``[k]`` for each
+            element-wise state of the optimizer; ``NAME/dropped_indices`` ``[d]``, sorted, and ``NAME/dropped_values``
+            ``[d]`` in the dtype of the model, for weights that were principal before.
+        """
+        flat = {"values": self.values.detach()}
+        flat |= {f"optimizer.{key}": _dense(state[key]) for state, key in self._element_states(optimizer)}
+        flat = {key: tensor.to("cpu", copy=True) for key, tensor in flat.items()}
+        result: dict[str, Tensor] = {}
+        for slot in self._slots:
+            matrix, dropped = slot.matrix, slot.dropped
+            dtype = torch.int32 if matrix.param.numel() < 2**31 else torch.int64
+            whole = {"indices": slot.indices, "dropped_indices": dropped}
+            for key, local in whole.items():
+                result[f"{matrix.name}/{key}"] = (local.long() + matrix.offset_local).to(dtype).cpu()
+            result[f"{matrix.name}/dropped_values"] = matrix.rows_local.view(-1)[dropped].cpu()
+            for key, tensor in flat.items():
+                result[f"{matrix.name}/{key}"] = tensor[slot.span]
+        return result
+
+    @torch.no_grad()
+    def load_state_dict(
+        self,
+        state: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer | None = None,
+        scalars: Mapping[str, float] | None = None,
+    ) -> None:
+        """Take over what :meth:`state_dict` returned, cut to this rank's rows, on a model that holds the base weights.
+
+        Quantised states, which were saved in float32, are quantised anew: of them alone the last bits may differ.
+
+        Args:
+            scalars: the optimizer's own scalar states, such as Adam's ``step``.
+        """
+
+        def local(matrix: Matrix, key: str) -> Tensor:
+            return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
+
+        indices = [local(matrix, "indices") for matrix in self.matrices]
+        slots = self._lay_out(indices, [slot.unit for slot in self._slots])
+        for slot in slots:
+            rows, dropped = slot.matrix.rows_local, local(slot.matrix, "dropped_indices")
+            if dropped.numel():
+                dropped = dropped.to(rows.device)
+                values = state[f"{slot.matrix.name}/dropped_values"].to(rows)
+                rows.view(-1).index_copy_(0, dropped, values)
+                slot.past = Slot(slot.matrix, dropped, 0, None).past_and_present()
+        self._use(slots)
+
+        def flat(key: str) -> Tensor:
+            return self._flat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
+
+        self._replace_values(flat("values"))
+        self.scatter()
+        keys = {key.partition("/optimizer.")[2] for key in state if "/optimizer." in key}
+        if optimizer is not None and (keys or scalars):
+            elements = {key: flat(f"optimizer.{key}") for key in keys}
+            own = {key: torch.tensor(value) for key, value in (scalars or {}).items()}
+            settings = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": {0: elements | own}, "param_groups": settings})
+            kept = optimizer.state[self.values]
+            kept |= {key: _as_kept(optimizer, key, self.values, kept[key]) for key in keys}
+
+    def scalar_states(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        """The optimizer's states that are one number, alike on all ranks: what ``scalars`` gives back to it."""
+        state = optimizer.state.get(self.values, {})
+        return {key: float(value) for key, value in state.items() if not isinstance(value, Tensor) or value.ndim == 0}
+
+    def non_finite(self) -> list[str]:
+        """Names of the matrices whose principal gradient on this rank is not finite."""
+        grad = self._attached_grad()
+        return [slot.matrix.name for slot in self._slots if not grad[slot.span].isfinite().all()]
+
+    def drop_gradients(self) -> None:
+        """Forget the flat gradient, as if there had been no backward."""
+        self._attached_grad().zero_()
+
+    def _replace_values(self, values: Tensor) -> None:
+        self.values.grad = None  # before the length changes
+        self.values.data = values
+        self._grad = torch.zeros_like(values)
+        self.values.grad = self._grad
+
+    def _lay_out(self, indices: Sequence[Tensor], units: Sequence[Unit | None]) -> list[Slot]:
+        slots, begin = [], 0
+        for matrix, chosen, unit in zip(self.matrices, indices, units, strict=True):
+            chosen = chosen.to(matrix.rows_local.device, torch.int32).contiguous()  # they may be anybody's
+            slots.append(Slot(matrix, chosen, begin, unit))
+            begin += chosen.numel()
+        return slots
+
+    def _use(self, slots: list[Slot]) -> None:
+        self._slots = slots
+        for slot in slots:
+            if slot.unit is not None:
+                slot.unit.choose(slot.matrix.param, slot.indices)
+
+    def _read_shards(self) -> Tensor:
+        """``[k_local]`` float32, the model's own values of the principal weights."""
+        return self._flat(
+            [slot.matrix.rows_local.view(-1).index_select(0, slot.indices).float() for slot in self._slots]
+        )
+
+    def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
+        """One vector of what belongs to each matrix, padded as ``values`` is."""
+        flat = torch.cat(parts)
+        return nn.functional.pad(flat, (0, -flat.numel() % self._multiple_of), value=padding)
+
+    def _attached_grad(self) -> Tensor:
+        if self.values.grad is None:  # cleared by optimizer.zero_grad(set_to_none=True)
+            self._grad.zero_()
+            self.values.grad = self._grad
+        return self.values.grad
+
+    @torch.no_grad()
+    def _collect(self, number: int, param: Tensor) -> None:
+        """Post-accumulate-grad hook of matrix ``number``: take the principal entries, drop the dense gradient."""
+        slot, dense = self._slots[number], param.grad
+        param.grad = None
+        if dense is None:
+            return
+        source = local_tensor(dense)
+        if slot.unit is not None:
+            source = slot.unit.unrounded(source)
+        self._attached_grad()[slot.span] += source.reshape(-1).index_select(0, slot.indices)
+
+    def _element_states(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[dict, str]]:
+        """``(state, key)`` of each tensor of optimizer state that has one element for each principal weight."""
+        state = optimizer.state.get(self.values, {}) if optimizer is not None else {}
+        found = []
+        for key, value in state.items():
+            if not isinstance(value, Tensor) or value.ndim == 0:
+                continue
+            if value.shape != self.values.shape:
+                raise ValueError(
+                    f"optimizer state {key!r} has shape {tuple(value.shape)}; a refresh can carry over scalars and "
+                    f"tensors of shape {tuple(self.values.shape)}"
+                )
+            found.append((state, key))
+        return found
+
+
+def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
+    """Does not keep ``principal`` alive: Python cannot see, nor collect, a cycle through a parameter and its hook."""
+    reference = weakref.ref(principal)
+
+    def hook(param: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive._collect(number, param)
+
+    return hook
+
+
+def _low_rank(weight: Tensor, num_selected: int, seed: int, *, filter_rank: int, method: str) -> Tensor:
+    return lowrank.select(weight, num_selected, filter_rank, method, seed)
+
+
+def _dense(state: Tensor) -> Tensor:
+    """A state of an optimizer, in float32 if it is kept quantised."""
+    return state.dequantize() if is_traceable_wrapper_subclass(state) else state
+
+
+def _as_kept(optimizer: torch.optim.Optimizer | None, key: str, values: Tensor, state: Tensor) -> Tensor:
+    """``state`` as the optimizer keeps it: those of torchao quantise, ``exp_avg`` with a sign."""
+    make = getattr(optimizer, "_new_buffer", None)
+    return make(values, key == "exp_avg").copy_(state) if make is not None else state

@@ -1,0 +1,267 @@
+"""Which rank factors which matrix, and how every rank gets the indices of its own rows.
+
+    1. deal      matrices to all ranks by cost, the dearest first, each to the rank with the least to do
+    2. gather    in rounds: every owner receives the rows of its next matrix from the shards of its replica
+    3. select    the owner scores the whole matrix with the same code as a single process would
+    4. return    the owner cuts the sorted indices at the row boundaries and sends each shard its own
+    5. share     replicas tell each other what their owners found
+
+A rank holds at most one whole matrix to factor, the next, and the rows it sends for that. Knows nothing of SVD:
+the criterion is a function.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from liftdist.distributed.mesh import Group, agree, gather, together
+from liftdist.engine.matrices import Matrix
+from liftdist.schema import UserError
+
+#: ``(weight [m, n], num_selected, seed) -> [num_selected] int64 sorted flat indices``
+Criterion = Callable[[Tensor, int, int], Tensor]
+
+
+def deal(costs: Sequence[float], num_ranks: int) -> list[int]:
+    """Owner of each item: the dearest first, each to the rank with the least to do (longest processing time first)."""
+    loads, owners = [0.0] * num_ranks, [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        owners[item] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
+        loads[owners[item]] += costs[item]
+    return owners
+
+
+def seed_of(name: str) -> int:
+    """The seed of a parameter's random start: the same for every run, rank and world size."""
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
+
+
+def select(
+    matrices: Sequence[Matrix],
+    criterion: Criterion,
+    costs: Sequence[float],
+    shard_group: Group = None,
+    replicate_group: Group = None,
+    progress: Callable[[int, int], None] | None = None,
+    on_selected: Callable[[str, Tensor], None] | None = None,
+) -> list[Tensor]:
+    """Select the principal weights of all ``matrices``, together on all ranks of both groups.
+
+    Args:
+        costs: time to factor each matrix, in any unit.
+        shard_group: the ranks that hold the rows of one replica.
+        replicate_group: the ranks that hold the same rows of other replicas.
+        progress: called on every rank with matrices done and in all.
+        on_selected: called on the owner of a matrix with its name and whole selection.
+
+    Returns:
+        For each matrix, ``[k_local]`` int32 sorted flat indices within this rank's rows.
+
+    Raises:
+        UserError: naming the parameter, when its weights are not finite; a ``ValueError``, on every rank.
+    """
+    shards = 1 if shard_group is None else shard_group.size()
+    shard = 0 if shard_group is None else shard_group.rank()
+    replicas = 1 if replicate_group is None else replicate_group.size()
+    replica = 0 if replicate_group is None else replicate_group.rank()
+    owners = deal(costs, replicas * shards)
+    queues = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(replicas * shards)]
+    for queue in queues:
+        queue.sort(key=lambda i: (-costs[i], i))  # alike in cost within a round
+    rounds = max(map(len, queues))
+    found: dict[int, Tensor] = {}
+    failure: Exception | None = None
+    turns = [
+        [queue[turn] if turn < len(queue) else None for queue in queues[replica * shards :][:shards]]
+        for turn in range(rounds)
+    ]
+    arriving = _start_gather(matrices, turns[0], shard, shard_group)
+    for turn, wanted in enumerate(turns):
+        mine = wanted[shard]
+        whole = arriving()
+        if turn + 1 < rounds:  # the next matrices travel while these are factored
+            arriving = _start_gather(matrices, turns[turn + 1], shard, shard_group)
+        indices = torch.empty(0, dtype=torch.int64)
+        if mine is not None and whole is not None and failure is None:
+            try:  # the other ranks wait in the exchanges: go on, raise at the end
+                indices = _score(matrices[mine], whole, criterion)
+                if on_selected is not None:
+                    on_selected(matrices[mine].name, indices)
+            except ValueError as error:
+                failure = UserError(f"{matrices[mine].name}: {error}")
+            except Exception as error:
+                failure = error
+        del whole
+        for item, local in zip(wanted, _return_indices(matrices, mine, indices, shard_group), strict=True):
+            if item is not None:
+                found[item] = local
+        if progress is not None:
+            progress(sum(min(turn + 1, len(queue)) for queue in queues), len(matrices))
+    with together():
+        if failure is not None:
+            raise failure
+    if replicate_group is not None:
+        _share(matrices, [owner // shards for owner in owners], found, replica, replicate_group)
+    return [found[i] for i in range(len(matrices))]
+
+
+def _score(matrix: Matrix, whole: Tensor, criterion: Criterion) -> Tensor:
+    """What the criterion selects of ``whole``, checked: it may be anybody's function."""
+    indices = criterion(whole, matrix.num_selected, seed_of(matrix.name))
+    if indices.dtype != torch.int64 or indices.shape != (matrix.num_selected,):
+        raise ValueError(
+            f"the criterion must return [{matrix.num_selected}] int64, got {list(indices.shape)} {indices.dtype}"
+        )
+    if not _ascending_within(indices, whole.numel()):
+        raise ValueError(f"the criterion must return ascending flat indices below {whole.numel()}")
+    return indices.to(whole.device)
+
+
+def _ascending_within(indices: Tensor, size: int) -> bool:
+    if not indices.numel():
+        return True
+    return bool((indices[1:] > indices[:-1]).all()) and int(indices[0]) >= 0 and int(indices[-1]) < size
+
+
+def _start_gather(
+    matrices: Sequence[Matrix], wanted: Sequence[int | None], shard: int, group: Group
+) -> Callable[[], Tensor | None]:
+    """Begin to send this rank's rows of every wanted matrix to its owner; the result waits for the one this rank owns."""
+    mine = wanted[shard]
+    if group is None:
+        return lambda: None if mine is None else matrices[mine].rows_local
+    parts = [torch.empty(0) if item is None else matrices[item].rows_local for item in wanted]
+    device = matrices[0].rows_local.device
+    sent = torch.cat([part.reshape(-1).to(device).view(torch.uint8) for part in parts])
+    whole, received_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * group.size()
+    if mine is not None:
+        matrix = matrices[mine]
+        itemsize = matrix.rows_local.element_size()
+        bounds = matrix.row_bounds
+        received_sizes = [(bounds[s + 1] - bounds[s]) * matrix.columns * itemsize for s in range(group.size())]
+        whole = torch.empty(sum(received_sizes), dtype=torch.uint8, device=device)
+    sent_sizes = [part.numel() * part.element_size() for part in parts]
+    work = dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group, async_op=True)
+
+    def arrived() -> Tensor | None:
+        nonlocal sent
+        work.wait()
+        sent = whole  # what was sent may go
+        return None if mine is None else whole.view(matrices[mine].rows_local.dtype).view(matrices[mine].param.shape)
+
+    return arrived
+
+
+def _return_indices(matrices: Sequence[Matrix], mine: int | None, indices: Tensor, group: Group) -> list[Tensor]:
+    """This rank's part (int32, local) of each wanted matrix's selection; ``indices`` is that of matrix ``mine``."""
+    device = matrices[0].rows_local.device
+    shards = 1 if group is None else group.size()
+    parts = [indices.to(torch.int32)] * shards
+    if mine is not None:
+        bounds = torch.tensor(matrices[mine].row_bounds, device=indices.device) * matrices[mine].columns
+        cuts = torch.searchsorted(indices, bounds).tolist()
+        parts = [(indices[cuts[s] : cuts[s + 1]] - bounds[s]).to(torch.int32) for s in range(shards)]
+    if group is None:
+        return parts
+    sent_sizes = torch.tensor([part.numel() for part in parts], device=device)
+    received_sizes = torch.empty_like(sent_sizes)
+    dist.all_to_all_single(received_sizes, sent_sizes, group=group)
+    received = torch.empty(int(received_sizes.sum()), dtype=torch.int32, device=device)
+    sent = torch.cat([part.to(device) for part in parts])
+    dist.all_to_all_single(received, sent, received_sizes.tolist(), sent_sizes.tolist(), group=group)
+    return [part.clone() for part in received.split(received_sizes.tolist())]
+
+
+def _share(
+    matrices: Sequence[Matrix], source: Sequence[int], found: dict[int, Tensor], replica: int, group: dist.ProcessGroup
+) -> None:
+    """Fill ``found`` with what the owners in other replicas selected; ``source`` is each matrix's replica."""
+    device = matrices[0].rows_local.device
+    sizes = torch.tensor([found[i].numel() if i in found else 0 for i in range(len(matrices))], device=device)
+    dist.all_reduce(sizes, group=group)
+    for sender in range(group.size()):
+        items = [i for i in range(len(matrices)) if source[i] == sender]
+        lengths = [int(sizes[i]) for i in items]
+        if sender == replica:
+            message = torch.cat([found[i] for i in items] or [torch.empty(0, dtype=torch.int32, device=device)])
+        else:
+            message = torch.empty(sum(lengths), dtype=torch.int32, device=device)
+        dist.broadcast(message, group=group, group_src=sender)
+        if sender != replica:
+            found.update(zip(items, (part.clone() for part in message.split(lengths)), strict=True))
+
+
+# A selection on disk: a folder of safetensors files, one an owner, each with whole sorted flat indices by parameter
+# name, and selection.json with the file of each parameter. Independent of the world size.
+
+
+def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
+    """Write the selection that the ranks hold between them; ``selected`` is this rank's. Collective.
+
+    Returns:
+        Whether all ranks now see the folder: false where they do not share the file system, and nothing is left then.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    with together():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent) if rank == 0 else ""
+    temporary = Path(gather(made)[0])
+    if agree(not temporary.is_dir()):
+        with together():
+            if rank == 0:
+                temporary.rmdir()
+        return False
+    file = f"owner-{rank:05d}-of-{ranks:05d}.safetensors"
+    with together():
+        save_file({name: _smallest(indices).cpu() for name, indices in selected.items()}, temporary / file)
+        (temporary / file).chmod(0o644)
+    files = {name: f for names, f in gather((sorted(selected), file)) for name in names}
+    with together():
+        if rank == 0:
+            (temporary / "selection.json").write_text(json.dumps(files, indent=1, sort_keys=True))
+            temporary.chmod(0o755)
+            if folder.exists():  # damaged, or another run was first: either way this one is good
+                folder.rename(temporary.with_name(f"{temporary.name}-replaced"))
+            temporary.rename(folder)
+            shutil.rmtree(temporary.with_name(f"{temporary.name}-replaced"), ignore_errors=True)
+    return True
+
+
+def read(folder: Path, matrices: Sequence[Matrix]) -> list[Tensor]:
+    """What :func:`select` returns, from a folder that :func:`write` left. Not collective.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a parameter is absent, or the number, order or range of its indices is not what it must be.
+    """
+    files = json.loads((folder / "selection.json").read_text())
+    result = []
+    for matrix in matrices:
+        if matrix.name not in files:
+            raise ValueError(f"{folder}: no selection for {matrix.name}")
+        try:
+            with safe_open(folder / files[matrix.name], framework="pt") as file:
+                indices = file.get_tensor(matrix.name).long()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / files[matrix.name]}: {error}") from None
+        if indices.numel() != matrix.num_selected or not _ascending_within(indices, matrix.param.numel()):
+            raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
+        begin = matrix.offset_local
+        cuts = torch.searchsorted(indices, torch.tensor([begin, begin + matrix.rows_local.numel()])).tolist()
+        result.append((indices[cuts[0] : cuts[1]] - begin).to(torch.int32).to(matrix.rows_local.device))
+    return result
+
+
+def _smallest(indices: Tensor) -> Tensor:
+    return indices.to(torch.int32) if not indices.numel() or int(indices[-1]) < 2**31 else indices

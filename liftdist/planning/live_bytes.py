@@ -1,0 +1,72 @@
+"""Bytes of the tensors that are alive, on any device, real or fake: what a run needs, without what an allocator keeps."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+
+from liftdist.distributed.mesh import local_tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the storages of all tensors that operations return inside ``with``, while they are alive.
+
+    Tensors from before are not counted, unless :meth:`add` is told of them.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, tuple[weakref.ref, int]] = {}  # by address
+        self._resizing: Any = None
+
+    def add(self, tensor: Tensor) -> None:
+        """Count the storage of ``tensor`` until it is gone."""
+        storage = local_tensor(tensor).untyped_storage()
+        key = storage._cdata
+        if key in self._known and self._known[key][0]() is storage:
+            return
+        size = storage.nbytes()
+        self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), size)
+        self._grow(size)
+
+    def _gone(self, key: int) -> None:
+        self._grow(-self._known.pop(key)[1])
+
+    def _grow(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def __enter__(self) -> LiveBytes:
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # as FSDP frees what it has gathered
+            result = resize(storage, size)
+            known = self._known.get(storage._cdata)
+            if known is not None:
+                self._known[storage._cdata] = (known[0], size)
+                self._grow(size - known[1])
+            return result
+
+        self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", resized)
+        self._resizing.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._resizing.stop()
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
+        result = function(*arguments, **(keywords or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self.add(tensor)
+        return result

@@ -1,0 +1,263 @@
+"""Memory, traffic and time of a run, before anything is submitted: from the config and the model's ``config.json`` alone.
+
+    config, config.json -> footprint: bytes held, bytes sent -> does it fit, on how many shards would it, about how long
+
+Bytes are counted (liftdist/footprint.py); times follow from data sheets, and are rough.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig
+
+from liftdist import config as configs
+from liftdist.engine import factors as lowrank
+from liftdist.engine import selection
+from liftdist.models import load as models
+from liftdist.planning import footprint
+from liftdist.planning.footprint import Sizes
+from liftdist.schema import Config, UserError
+
+GIB = 2**30
+
+
+class Gpu(NamedTuple):
+    memory: float  # GiB
+    tflops: float = 0.0  # dense bf16; 0: not known, and nothing is said of time
+    hbm: float = 0.0  # GB/s of its memory
+    link: float = 0.0  # GB/s each way to its neighbours in a node
+
+
+#: By the vendors' data sheets.
+GPUS = {
+    "a10": Gpu(24, 125, 600, 32),
+    "rtx4090": Gpu(24, 165, 1008, 32),
+    "l40s": Gpu(48, 362, 864, 32),
+    "a100-40": Gpu(40, 312, 1555, 300),
+    "a100-80": Gpu(80, 312, 2039, 300),
+    "h100": Gpu(80, 989, 3350, 450),
+    "h200": Gpu(141, 989, 4800, 450),
+    "b200": Gpu(180, 2250, 8000, 900),
+    "mi300x": Gpu(192, 1307, 5300, 448),
+}
+USABLE = 0.92  # of a GPU's memory: the rest is its context, NCCL, and what the allocator cannot place
+EFFICIENCY = 0.4  # of the peak, for products in forward and backward
+SELECTION_RATE = 1e12  # operations a second of a factorisation, on a GPU
+DISK_RATE = 1e9  # bytes a second that a rank writes
+MOST_SHARDS = 4096
+
+
+def plan(
+    config: Config, nodes: int, gpus_per_node: int, gpu: Gpu | None = None, link_gbps: float = 100.0
+) -> dict[str, Any]:
+    """What a run of ``config`` needs on ``nodes`` x ``gpus_per_node`` ranks; bytes, seconds.
+
+    Args:
+        gpu: what it runs on; without one nothing is said of time, and of whether it fits.
+        link_gbps: Gbit/s of a node's network.
+
+    Raises:
+        UserError: as ``liftdist train``: a layout, a model or patterns that do not fit.
+    """
+    # with the attention that transformers chooses: another may not be installed here, and keeps about as much
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
+    replicas, shards = config.mesh.layout(nodes * gpus_per_node)
+    hf_config = _hf_config(config)
+    size = footprint.sizes(models.build(hf_config, config.model), config.selection.modules)
+    probes: dict[int, footprint.Activations] = {}
+
+    def memory_of(count: int) -> dict[str, int]:
+        rows = footprint.rows(config, replicas * count)
+        if rows not in probes:
+            probes[rows] = footprint.activations(hf_config, config, rows)
+        return footprint.memory(size, config, count, probes[rows])
+
+    parts = memory_of(shards)
+    usable = round(USABLE * gpu.memory * GIB) if gpu else None
+    costs = [lowrank.cost(m, n, config.selection.filter_rank, config.selection.method) for m, n in size.trained]
+    owners = selection.deal(costs, replicas * shards)
+    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in set(owners)]
+    selected = sum(footprint.selected(size, config))
+    travels = [
+        dataclasses.asdict(one) | {"sent": one.sent(shards if one.axis == "dp_shard" else replicas)}
+        for one in footprint.traffic(size, config, replicas, shards)
+    ]
+    result: dict[str, Any] = {
+        "layout": {"nodes": nodes, "gpus_per_node": gpus_per_node, "dp_replicate": replicas, "dp_shard": shards},
+        "model": {"parameters": size.numel, "matrices": len(size.trained), "principal": selected},
+        "memory": parts,
+        "peak": footprint.peak(parts),
+        "usable": usable,
+        "fits": None if usable is None else footprint.peak(parts) <= usable,
+        "traffic": travels,
+        "checkpoint": {"bytes": 16 * selected, "seconds": 16 * selected / shards / DISK_RATE},
+        "selection": {"matrices": len(costs), "largest": max(costs), "fullest": max(loads), "all": sum(costs)},
+        "step": {"tokens": config.train.batch_size * config.data.max_length},
+        "smallest": None,
+        "advice": None,
+    }
+    if gpu is not None and usable is not None:
+        if gpu.tflops:
+            result["selection"]["seconds"] = max(loads) / SELECTION_RATE
+            result["step"] |= _times(size, config, gpu, link_gbps / 8, nodes, result)
+        fitting = (count for count in _shard_counts(gpus_per_node) if footprint.peak(memory_of(count)) <= usable)
+        result["smallest"] = next(fitting, None)
+        if not result["fits"]:
+            stays = footprint.peak(memory_of(MOST_SHARDS)) if result["smallest"] is None else None
+            result["advice"] = _advice(config, footprint.rows(config, replicas * shards), result, stays)
+    return result
+
+
+def _hf_config(config: Config) -> Any:
+    folder = Path(config.model.path).expanduser()
+    if folder.is_dir():
+        return models.check_type(folder, config.model)
+    try:
+        return AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
+    except Exception as error:  # the library raises almost anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"model.path {config.model.path}: {reason}") from None
+
+
+def _shard_counts(gpus_per_node: int) -> Iterator[int]:
+    """Ranks of one replica, from few to many: some of a node, or whole nodes, twice as many each time."""
+    yield from range(1, gpus_per_node)
+    while gpus_per_node <= MOST_SHARDS:
+        yield gpus_per_node
+        gpus_per_node *= 2
+
+
+def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, result: dict[str, Any]) -> dict[str, float]:
+    """Rough: the ranks of a step compute at ``EFFICIENCY``, and gather and reduce meanwhile."""
+    layout = result["layout"]
+    ranks = layout["dp_replicate"] * layout["dp_shard"]
+    recomputed = 2 * size.numel if config.model.activation_checkpointing else 0
+    tokens = result["step"]["tokens"]
+    compute = tokens * (footprint.operations(size, config) + recomputed) / (ranks * EFFICIENCY * gpu.tflops * 1e12)
+    inside = layout["gpus_per_node"] % layout["dp_shard"] == 0
+    rates = {
+        "dp_shard": gpu.link if inside else link,
+        "dp_replicate": link / min(layout["dp_shard"], layout["gpus_per_node"]) if nodes > 1 else gpu.link,
+    }
+    taken = dict.fromkeys(rates, 0.0)
+    for one in result["traffic"]:
+        taken[one["axis"]] += one["sent"] / (rates[one["axis"]] * 1e9)
+    update = 60 * result["model"]["principal"] / layout["dp_shard"] / (gpu.hbm * 1e9)  # bytes read and written
+    seconds = max(compute, taken["dp_shard"]) + taken["dp_replicate"] + update
+    return {
+        "seconds": seconds,
+        "computing": compute,
+        "dp_shard": taken["dp_shard"],
+        "dp_replicate": taken["dp_replicate"],
+        "updating": update,
+        "tokens_per_second": tokens / seconds,
+    }
+
+
+def check_fits(config: Config, nodes: int, gpus_per_node: int) -> None:
+    """Raises ``UserError`` for a run that cannot fit in ``slurm.gpu_memory``, where that is set."""
+    if config.slurm.gpu_memory is None:
+        return
+    decisive = (config.model, config.data, config.selection, config.train, config.mesh, config.slurm.gpu_memory)
+    if (key := repr((decisive, nodes, gpus_per_node))) in _known_to_fit:  # of another task of an array
+        return
+    found = plan(config, nodes, gpus_per_node, Gpu(config.slurm.gpu_memory))
+    if not found["fits"]:
+        raise UserError(f"slurm.gpu_memory={config.slurm.gpu_memory:g}: {_verdict(found)}")
+    _known_to_fit.add(key)
+
+
+_known_to_fit: set[str] = set()
+
+
+def _advice(config: Config, rows: int, found: dict[str, Any], stays: int | None) -> str:
+    """What would make a run fit; ``stays`` bytes would, on a rank of very many."""
+    if stays is None:
+        nodes = -(-found["smallest"] // found["layout"]["gpus_per_node"])
+        return f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+    ways = [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
+    ways += ["lower train.micro_batch_size"] if rows > 1 else []
+    ways += ["lower data.max_length"]
+    if found["memory"]["root, whole"] + found["memory"]["arriving"] > found["usable"]:
+        ways = []  # whatever the batch
+    ways += ["take GPUs with more memory"]
+    return f"{_gib(stays)} stay on any number of shards: {', or '.join(ways)}"
+
+
+def _verdict(found: dict[str, Any]) -> str:
+    figures = f"{_gib(found['peak'])} of {_gib(found['usable'])}"
+    if found["fits"]:
+        return f"fits: {figures}"
+    return f"does not fit: {figures} on {found['layout']['dp_shard']} shards; {found['advice']}"
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.2f} GiB"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command.
+
+
+def run(options: argparse.Namespace) -> Iterator[str]:
+    """A plan, line by line; ends with code 1 where the run does not fit. Raises ``UserError``."""
+    config, _ = configs.load(options.config, options.overrides)
+    nodes = config.slurm.nodes if options.nodes is None else options.nodes
+    gpus_per_node = options.gpus_per_node
+    if gpus_per_node is None:
+        gpus_per_node = config.slurm.ranks_per_node or config.slurm.gpus_per_node or 8
+    given = {"--nodes": nodes, "--gpus-per-node": gpus_per_node, "--link-gbps": options.link_gbps}
+    given |= {} if options.gpu_memory is None else {"--gpu-memory": options.gpu_memory}
+    for name, value in given.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{name} must be above 0, got {value}")
+    if options.gpu and options.gpu not in GPUS:
+        raise UserError(f"--gpu {options.gpu}: must be one of {', '.join(GPUS)}; or give --gpu-memory")
+    gpu = GPUS[options.gpu] if options.gpu else None
+    gib = config.slurm.gpu_memory if options.gpu_memory is None and gpu is None else options.gpu_memory
+    if gib is not None:
+        gpu = (gpu or Gpu(gib))._replace(memory=gib)
+    found = plan(config, nodes, gpus_per_node, gpu, options.link_gbps)
+    yield from [json.dumps(found, indent=2)] if options.json else describe(found)
+    if found["fits"] is False:
+        sys.exit(1)
+
+
+def describe(found: dict[str, Any]) -> Iterator[str]:
+    """A plan as lines to read."""
+    layout, model, step = found["layout"], found["model"], found["step"]
+    yield (
+        f"{layout['nodes']} x {layout['gpus_per_node']} ranks: {layout['dp_replicate']} replicas of {layout['dp_shard']} shards"
+    )
+    counts = model["parameters"] / 1e9, model["principal"] / 1e6, model["matrices"]
+    yield "{:.2f} G parameters, {:.1f} M principal in {} matrices".format(*counts)
+    yield "memory of the fullest rank"
+    for name, size in found["memory"].items():
+        notes = {
+            "arriving": "at the beginning, in place of all that follows",
+            "loss": "in place of layers and computing",
+            "selecting": "in place of all since root",
+        }
+        note = f"   {notes[name]}" if name in notes else ""
+        yield f"  {name:16s}{_gib(size):>12s}{note}"
+    yield f"  {'at the worst':16s}{_gib(found['peak']):>12s}"
+    if found["fits"] is not None:
+        yield _verdict(found)
+    yield "sent by a rank in a step"
+    for one in found["traffic"]:
+        yield f"  {one['axis']:13s} {one['operation']:15s}{_gib(one['sent']):>12s}   {one['calls']} calls"
+    if "seconds" in step:
+        yield (
+            f"step     {step['seconds']:.2f} s, {step['tokens_per_second']:,.0f} tokens/s: computing {step['computing']:.2f} s, "
+            f"meanwhile shards {step['dp_shard']:.2f} s; replicas {step['dp_replicate']:.2f} s, update {step['updating']:.3f} s"
+        )
+        yield f"select   about {found['selection']['seconds']:.0f} s"
+    yield f"save     {_gib(found['checkpoint']['bytes'])}, {found['checkpoint']['seconds']:.1f} s"

@@ -1,0 +1,129 @@
+"""What has changed between a checkpoint and the command that continues from it, and whether that was allowed.
+
+a change is (kind, text); the kind says what it changes: config.NOTHING, COURSE or STATE
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from liftdist import config as configs
+from liftdist import schema
+from liftdist.runs import claims as rundir
+from liftdist.schema import COURSE, STATE, Config, UserError
+
+FLAGS = {
+    "--allow-changes": (COURSE, "continue a run with other data, batch size, steps or optimizer settings"),
+    "--allow-state-changes": (
+        STATE,
+        "continue it even with another base model, dtype or selection: principal weights are selected anew",
+    ),
+}
+
+Change = tuple[str, str]
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The arguments of a command as words, of which the config is the first, and flags."""
+    flags = [word for word in arguments if word.startswith("--")]
+    return [word for word in arguments if not word.startswith("--")], flags
+
+
+def allowed_by(flags: Sequence[str]) -> set[str]:
+    """The kinds of changes that ``flags`` allow: who allows another meaning of the state allows another course."""
+    kinds = {FLAGS[flag][0] for flag in flags}
+    return kinds | {COURSE} if STATE in kinds else kinds
+
+
+def refuse(found: Sequence[Change], allowed: set[str], run_dir: Path) -> None:
+    """Raises ``UserError`` for changes of a kind that is not allowed, those of the state first."""
+    for flag, (kind, _) in reversed(FLAGS.items()):
+        refused = [configs.redact(text) for found_kind, text in found if found_kind == kind]
+        if refused and kind not in allowed:
+            raise UserError(
+                f"run_dir {run_dir}: made with other settings: {'; '.join(refused)}; {flag} goes on with them, "
+                f"--fresh starts again in a new directory, and command.txt holds the earlier command"
+            )
+
+
+def origin(config: Config, text: str, base: str, data: str) -> dict[str, Any]:
+    """What a checkpoint says of where its state comes from.
+
+    Args:
+        text: the config, as :func:`liftdist.config.load` gives it.
+        base: digest of the base model.
+        data: digest of the training samples.
+    """
+    return {"config": text, "from_environment": _fingerprints(config, text), "base": base, "data": data}
+
+
+def check_alike(mine: dict[str, Any], first: dict[str, Any], rank: int) -> None:
+    """Raises ``UserError`` if this rank starts from something else than rank 0 does: it would decide otherwise."""
+    names = {"config": "settings", "from_environment": "environment", "base": "model weights", "data": "training data"}
+    if different := [name for key, name in names.items() if mine[key] != first[key]]:
+        raise UserError(f"rank {rank} on {platform.node()} has other {' and '.join(different)} than rank 0")
+
+
+def between(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
+    """The changes from one :func:`origin` to another."""
+    found = of_settings(before["config"], after["config"])
+    kinds = _kinds()
+    for key, value in after["from_environment"].items():
+        if before["from_environment"].get(key, value) != value:
+            found.append((kinds[key], f"{key}: another value from the environment"))
+    if before["base"] != after["base"]:
+        found.append((STATE, f"model.path: other weights ({before['base'][:12]} -> {after['base'][:12]})"))
+    if before["data"] != after["data"] and not any(text.startswith("data.") for _, text in found):
+        found.append((COURSE, "data.path: other contents of the same name"))
+    return found
+
+
+def of_settings(before: str, after: str) -> list[Change]:
+    """Every setting that differs between two configs, as :func:`liftdist.config.load` gives their text."""
+    old, new = (dict(schema.leaves(yaml.safe_load(text))) for text in (before, after))
+    return [
+        (kind, f"{key}: {old[key]} -> {new[key]}")
+        for key, kind in _kinds().items()
+        if key in old and key in new and old[key] != new[key]
+    ]
+
+
+def check_settings(config: Config, text: str, allowed: set[str]) -> None:
+    """Compare the settings with those of the run's newest checkpoint, before anything is started.
+
+    Raises:
+        UserError: some have changed, and that was not allowed.
+    """
+    run_dir = Path(config.run_dir).expanduser()
+    commits = [event for events in rundir.attempts(run_dir).values() for event in events if event["event"] == "commit"]
+    if not commits:
+        return
+    try:
+        manifest = run_dir / rundir.CHECKPOINTS / commits[-1]["folder"] / rundir.MANIFEST
+        found = of_settings(json.loads(manifest.read_text())["config"], text)
+    except (OSError, ValueError, KeyError):
+        return  # what is damaged is said when it is read
+    refuse(found, allowed, run_dir)
+
+
+def _kinds() -> dict[str, str]:
+    return {key: leaf.metadata["changes"] for key, leaf in schema.settings()}
+
+
+def _fingerprints(config: Config, text: str) -> dict[str, str]:
+    """For every setting that the environment gives, a short hash of its value, which tells whether it has changed."""
+    values = dict(schema.leaves(dataclasses.asdict(config)))
+    written = dict(schema.leaves(yaml.safe_load(text)))
+    return {
+        key: hashlib.sha256(repr(value).encode()).hexdigest()[:8]
+        for key, value in values.items()
+        if "${" in repr(written.get(key))
+    }

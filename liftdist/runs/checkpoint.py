@@ -1,0 +1,307 @@
+"""Sparse checkpoints: what a run holds beyond its base model, saved by all ranks, loaded on any number of them.
+
+    checkpoints/step-00000100/                     mode 0700
+        shard-00000-of-00004.safetensors           rows [row_bounds[0], row_bounds[1]) of every trained matrix:
+            NAME/indices           [k] int32       principal weights, flat in the whole matrix, sorted
+            NAME/values            [k] float32
+            NAME/optimizer.KEY     [k]             each element-wise state of the optimizer
+            NAME/dropped_indices   [d] int32       weights that were principal before, sorted
+            NAME/dropped_values    [d]             in the dtype of the model
+        manifest.json                              the rest of the state, what the files must be, and a hash of itself
+
+A save is copied to the host at once and written by a thread. It becomes visible by one rename, after every rank has written,
+synced and read back its file, and only if no rank failed. A load believes a folder that this run's attempts have
+committed, whose files are what the manifest says. Nothing is ever unpickled, no value is computed with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from liftdist import files
+from liftdist.distributed.mesh import gather, row_bounds, together
+from liftdist.engine.matrices import Matrix
+from liftdist.runs import claims as rundir
+from liftdist.runs.claims import CHECKPOINTS, MANIFEST, Event
+from liftdist.schema import UserError
+
+FORMAT = 1
+_STEP = re.compile(r"step-(\d{8,})")
+_PIECE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Step:
+    """A committed checkpoint."""
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def number(self) -> int:
+        return int(self.manifest["step"])
+
+    def overlapping(self, shard: int, shards: int) -> list[str]:
+        """The files that hold rows of shard ``shard`` of ``shards``."""
+        names = []
+        for name, entry in self.manifest["files"].items():
+            for rows, saved in self.manifest["row_bounds"].items():
+                bounds = row_bounds(int(rows), shards)
+                begin, end = (
+                    max(bounds[shard], saved[entry["shard"]]),
+                    min(bounds[shard + 1], saved[entry["shard"] + 1]),
+                )
+                if begin < end:
+                    names.append(name)
+                    break
+        return names
+
+    def verify(self, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:
+        """Raises ``ValueError`` or ``OSError``, naming the file, unless the files are byte for byte what was saved."""
+        for name in names:
+            entry, path = self.manifest["files"][name], self.folder / name
+            if sha256_of(path, beat) != entry["sha256"]:
+                raise ValueError(f"{path} is damaged: its contents are not what was saved")
+
+    def read(self, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
+        """What ``PrincipalWeights.state_dict`` gave, cut to this rank's rows of ``matrices``, read by slices.
+
+        A matrix that the checkpoint does not know comes without any principal weight.
+
+        Raises:
+            UserError: a matrix has another shape, or the checkpoint holds one that is not in ``matrices``.
+        """
+        saved = self.manifest["parameters"]
+        for matrix in matrices:
+            shape = saved.get(matrix.name, {"shape": list(matrix.param.shape)})["shape"]
+            if shape != list(matrix.param.shape):
+                raise UserError(
+                    f"{self.folder}: {matrix.name} is {shape} there, {list(matrix.param.shape)} in the model"
+                )
+        if missing := sorted(set(saved) - {matrix.name for matrix in matrices}):
+            raise UserError(f"{self.folder}: holds {missing[0]}, which is not trained now; its weights would be lost")
+        shards = len(matrices[0].row_bounds) - 1
+        parts: dict[str, list[Tensor]] = {}
+        for name in self.overlapping(matrices[0].shard, shards):
+            with safe_open(self.folder / name, framework="pt") as file:
+                for matrix in matrices:
+                    if matrix.name in saved:
+                        begin, end = matrix.offset_local, matrix.offset_local + matrix.rows_local.numel()
+                        for key, tensor in _slices(file, matrix.name, saved[matrix.name]["keys"], begin, end).items():
+                            parts.setdefault(f"{matrix.name}/{key}", []).append(tensor)
+        keys = {key: dtype for entry in saved.values() for key, dtype in entry["keys"].items()}
+        return {
+            f"{matrix.name}/{key}": torch.cat(found)
+            if (found := parts.get(f"{matrix.name}/{key}"))
+            else torch.empty(0, dtype=getattr(torch, dtype))
+            for matrix in matrices
+            for key, dtype in keys.items()
+        }
+
+    def touched(self, name: str) -> tuple[Tensor, Tensor]:
+        """Every weight of a matrix that the run has ever trained: ``[t]`` int64 sorted flat indices, ``[t]`` values in the
+        dtype of the model, as the run uses them."""
+        keys = self.manifest["parameters"][name]["keys"]
+        parts = []
+        for file_name in self.manifest["files"]:
+            with safe_open(self.folder / file_name, framework="pt") as file:
+                part = {key: file.get_tensor(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
+            part["values"] = part["values"].to(part["dropped_values"].dtype)
+            parts += [(part["indices"], part["values"]), (part["dropped_indices"], part["dropped_values"])]
+        indices = torch.cat([indices.long() for indices, _ in parts])
+        order = indices.argsort()
+        return indices[order], torch.cat([values for _, values in parts])[order]
+
+
+def _slices(file: Any, name: str, keys: Iterable[str], begin: int, end: int) -> dict[str, Tensor]:
+    """The entries of one matrix with flat indices in ``[begin, end)``, of one file."""
+    result = {}
+    for prefix in ("", "dropped_"):
+        indices = file.get_tensor(f"{name}/{prefix}indices")
+        low, high = torch.searchsorted(indices, torch.tensor([begin, end], dtype=indices.dtype)).tolist()
+        result[f"{prefix}indices"] = indices[low:high]
+        for key in keys:
+            if key not in ("indices", "dropped_indices") and key.startswith("dropped_") == bool(prefix):
+                result[key] = file.get_slice(f"{name}/{key}")[low:high]
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Which checkpoints there are, and which of them to believe.
+
+
+def open_step(folder: Path, sha256: str | None = None) -> Step:
+    """The checkpoint in ``folder``, its files checked by size.
+
+    Raises:
+        ValueError, OSError: the manifest is absent or damaged, or not the one with this hash, or a file has another size.
+        UserError: another version of liftdist wrote it.
+    """
+    if folder.is_symlink():
+        raise ValueError(f"{folder} is a symbolic link")
+    path = folder / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+        own = manifest.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if own != manifest_digest(manifest):
+        raise ValueError(f"{path} is damaged: its contents do not have its hash")
+    if sha256 is not None and own != sha256:
+        raise ValueError(f"{path} is not the one that was committed")
+    if manifest["format"] != FORMAT:
+        raise UserError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
+    if manifest["step"] != step_number(folder.name):
+        raise ValueError(f"{path} is of step {manifest['step']}: the folder was renamed")
+    shards = {len(bounds) - 1 for bounds in manifest["row_bounds"].values()}
+    if [{entry["shard"] for entry in manifest["files"].values()}] != [set(range(shard)) for shard in shards]:
+        raise ValueError(f"{path} does not list one file for each of {shards} shards")
+    for name, entry in manifest["files"].items():
+        file = folder / name
+        if Path(name).name != name or file.is_symlink() or not file.is_file():
+            raise ValueError(f"{file} is missing")
+        if file.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes, not {entry['bytes']}")
+    return Step(folder, manifest | {"sha256": own})
+
+
+def manifest_digest(manifest: Mapping[str, Any]) -> str:
+    """The hash that a manifest holds of itself."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def accepted(run_dir: Path, history: Mapping[int, list[Event]]) -> dict[str, str]:
+    """Checkpoints to believe, with the hashes of their manifests: what the newest attempt accepted and what it wrote.
+
+    Raises:
+        UserError: there are checkpoints, and no attempt that vouches for them.
+    """
+    folders = [folder for folder in (run_dir / CHECKPOINTS).glob("step-*") if _STEP.fullmatch(folder.name)]
+    if not history:
+        if folders:
+            raise UserError(
+                f"run_dir {run_dir}: holds checkpoints, but no attempt in {rundir.ATTEMPTS}/ vouches for them"
+            )
+        return {}
+    newest = max(history)
+    found = dict(history[newest][0].get("accepts", {}))
+    for event in history[newest]:
+        if event["event"] == "commit":  # even if it is damaged or gone by now: that must not pass for a fresh start
+            found[event["folder"]] = event["sha256"]
+        elif event["event"] == "remove":
+            found.pop(event["folder"], None)
+    claim = history[newest][0]
+    for folder in folders:  # a commit may not have been noted
+        with contextlib.suppress(ValueError, OSError, KeyError):
+            step = open_step(folder)
+            if (step.manifest["attempt"], step.manifest["nonce"]) == (newest, claim["nonce"]):
+                found[folder.name] = step.manifest["sha256"]
+    return found
+
+
+def newest(
+    run_dir: Path,
+    accepts: Mapping[str, str],
+    shard: int,
+    shards: int,
+    say: Callable[[str], None],
+    set_aside: bool = True,
+    beat: Callable[[], None] = lambda: None,
+) -> Step | None:
+    """The newest checkpoint that all ranks find whole, each checking the files that hold its rows. Collective.
+
+    Damaged ones are set aside by a rename and the next older one is tried; ``say`` hears of it.
+
+    Raises:
+        UserError: a file cannot be read, though it may be whole; or there were checkpoints, and none is whole.
+    """
+    is_main = not dist.is_initialized() or dist.get_rank() == 0
+    reasons: list[str] = []
+    for name in gather(sorted(accepts, key=step_number, reverse=True) if is_main else [])[0]:
+        folder = run_dir / CHECKPOINTS / name
+        step: Step | None = None
+        reason: str | None = None
+        with together():
+            if is_main:
+                step, reason = _attempted(lambda: open_step(folder, accepts[name]))  # noqa: B023  called at once
+        manifest = gather(step.manifest if step else None)[0]
+        if manifest is not None:
+            step = Step(folder, manifest)
+            with together():
+                _, reason = _attempted(lambda: step.verify(step.overlapping(shard, shards), beat))  # noqa: B023
+        problems = [f"{problem} (rank {rank})" for rank, problem in enumerate(gather(reason)) if problem]
+        if not problems:
+            return step
+        with together():  # only what the first rank finds damaged, too, is: another may merely not see the file system
+            if is_main and step is not None:
+                _, reason = _attempted(lambda: step.verify(step.manifest["files"], beat))  # noqa: B023
+                if reason is None:
+                    raise UserError(
+                        f"{problems[0]}; rank 0 finds it whole: is run_dir the same folder on every machine?"
+                    )
+            if is_main and not folder.exists():
+                say(f"checkpoint {name} is gone")
+            elif is_main and set_aside:
+                say(f"checkpoint {name} cannot be used and was set aside as {set_aside_as(folder).name}: {reason}")
+            elif is_main:
+                say(f"checkpoint {name} cannot be used: {reason}")
+        reasons.append(gather(reason)[0])
+    if reasons:
+        raise UserError(
+            f"run_dir {run_dir}: none of its checkpoints is whole: {'; '.join(reasons)}; "
+            f"--fresh starts again in a new directory"
+        )
+    return None
+
+
+def _attempted(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What ``work`` returns, or why it shows a checkpoint to be damaged. Raises ``UserError`` for what is not its fault."""
+    try:
+        return work(), None
+    except UserError:
+        raise
+    except (FileNotFoundError, NotADirectoryError) as error:
+        return None, files.reason(error)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return None, files.reason(error)
+        raise UserError(f"{files.reason(error)}: the checkpoint cannot be read now, and stays where it is") from None
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        return None, str(error)
+
+
+def step_number(name: str) -> int:
+    """The step that a folder is named for, or -1."""
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match else -1
+
+
+def set_aside_as(folder: Path) -> Path:
+    """Take its name from a checkpoint that is not to be believed. Returns the new one."""
+    number = 1
+    while (aside := folder.with_name(f"set-aside-{number}-{folder.name}")).exists():
+        number += 1
+    return folder.rename(aside)
+
+
+def sha256_of(path: Path, beat: Callable[[], None] = lambda: None) -> str:
+    """Hash of a file; ``beat`` is called while it is read."""
+    state = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_PIECE):
+            state.update(piece)
+            beat()
+    return state.hexdigest()

@@ -1,0 +1,233 @@
+"""One optimizer step of a run, and what must be saved to take the next one elsewhere.
+
+gradient of one optimizer step = (sum over ranks and micro-batches of the gradient of summed token losses)
+                                 / (tokens with a label in the global batch)
+
+The order of the samples is a function of (seed, epoch), random numbers of (seed, step, rank), the learning rate of the step:
+a few counters are the whole state besides the weights and the optimizer's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_scheduler
+
+from liftdist.data import tokenised as data
+from liftdist.distributed.mesh import Mesh, gather
+from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.principal import PrincipalWeights
+from liftdist.schema import Config, UserError
+from liftdist.training.loss import token_losses
+from liftdist.training.recorder import Stopwatch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before weights are read."""
+
+    folder: Path
+    samples: data.Samples
+    eval_samples: data.Samples | None
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module, samples: data.Samples, config: Config, mesh: Mesh, boundary: Callable[[], None] = lambda: None
+) -> float:
+    """Mean loss over all labelled tokens of ``samples``; ``boundary`` is called between micro-batches. Collective."""
+    model.eval()
+    everything = [[sample] for sample in range(len(samples))]
+    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
+    for micro in data.deal(everything, samples.lengths, mesh.rank, mesh.world_size, config.train.micro_batch_size):
+        boundary()
+        batch = _to_device(data.collate(samples, micro), mesh)
+        totals[0] += token_losses(model, batch)
+        totals[1] += int((batch["labels"] != data.IGNORED).sum())
+    model.train()
+    dist.all_reduce(totals)
+    return (totals[0] / totals[1]).item()
+
+
+def _to_device(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """A batch with the labels left on the host, where they are looked at."""
+    return {key: value if key == "labels" else value.to(mesh.device) for key, value in batch.items()}
+
+
+LARGEST_NORM: float = torch.finfo(torch.float32).max ** 0.5
+
+
+class Trainer:
+    """The state of a run and one optimizer step of it.
+
+    Args:
+        beat: called whenever there is progress.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        inputs: Inputs,
+        model: PreTrainedModel,
+        principal: PrincipalWeights,
+        beat: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.config, self.mesh, self.inputs, self.model, self.principal = config, mesh, inputs, model, principal
+        self._beat = beat
+        optimizer, train = config.optimizer, config.train
+        self.order = data.BatchOrder(
+            inputs.samples.lengths, train.seed, config.data.packing, config.data.max_length, train.batch_size
+        )
+        self.epochs = train.epochs if train.steps is None else None
+        self.steps = train.steps or self.order.steps(train.epochs)
+        self.optimizer = PrincipalAdamW(
+            principal,
+            lr=optimizer.lr,
+            betas=(optimizer.betas[0], optimizer.betas[1]),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+        )
+        self.schedule = self._make_schedule()
+        self.watch = Stopwatch(mesh.device)
+        self.step = 0
+        self.consumed = 0  # sequences, over all ranks and epochs: with the seed, the whole data state
+        self.skipped = 0  # steps whose loss or gradient was not finite
+        self.skipped_in_a_row = 0
+        self.problem: str | None = None  # why the last step was skipped
+        self.evaluated = -1  # the step after which the last evaluation was made
+
+    def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
+        settings = self.config.optimizer
+        name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
+        warmup = round(settings.warmup_ratio * self.steps)
+        return get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
+
+    def state(self) -> dict[str, Any]:
+        """The part of the state that is alike on all ranks, as plain numbers."""
+        return {
+            "step": self.step,
+            "consumed": self.consumed,
+            "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
+            "evaluated": self.evaluated,
+            "seed": self.config.train.seed,  # with step and rank: the random state
+            "optimizer": self.principal.scalar_states(self.optimizer),
+        }
+
+    def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        """Go on from :meth:`state` and from the tensors of :meth:`PrincipalWeights.state_dict`, cut to this rank's rows."""
+        self.principal.load_state_dict(tensors, self.optimizer, state["optimizer"])
+        self.step, self.consumed, self.evaluated = state["step"], state["consumed"], state["evaluated"]
+        self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
+        if self.epochs is not None:  # the batch size, or the data, may be another now
+            self.steps = self.step + self.order.steps(self.epochs, self.consumed)
+            self.schedule = self._make_schedule()
+        if self.step:
+            position = {"last_epoch": self.step - 1, "_step_count": self.step + 1}
+            self.schedule.load_state_dict(self.schedule.state_dict() | position)
+            self.schedule.step()
+
+    def run_step(self) -> dict[str, float]:
+        """One optimizer step; returns its figures. Collective.
+
+        A loss or gradient that is not finite on any rank changes nothing: the step is skipped and counted.
+
+        Raises:
+            UserError: more steps in a row were skipped than ``train.max_skipped_steps``.
+        """
+        step, self.problem = self.step + 1, None
+        random = np.random.SeedSequence([self.config.train.seed, step, self.mesh.rank])
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
+        figures: dict[str, float] = {}
+        interval = self.config.selection.refresh_interval
+        if interval and step % interval == 0:
+            with self.watch("refresh"):
+                figures["selection/survived"] = self.principal.refresh(self.optimizer)
+        sequences = self.order.batch(self.consumed, self.epochs)
+        lengths = self.inputs.samples.lengths
+        micro_batches = data.deal(
+            sequences, lengths, self.mesh.rank, self.mesh.world_size, self.config.train.micro_batch_size
+        )
+        loss_and_labels = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        micro_losses = []
+        tokens = 0
+        for micro in micro_batches:
+            with self.watch("data"):
+                batch = _to_device(data.collate(self.inputs.samples, micro), self.mesh)
+                tokens += sum(int(lengths[sample]) for sequence in micro for sample in sequence)
+            with self.watch("forward_backward"):
+                loss = token_losses(self.model, batch)
+                loss.backward()
+                micro_losses.append(loss.detach())
+                loss_and_labels[0] += loss.detach()
+                loss_and_labels[1] += int((batch["labels"] != data.IGNORED).sum())
+            self._beat()
+        with self.watch("exchange"):
+            dist.all_reduce(loss_and_labels)
+            self.principal.reduce_gradients(loss_and_labels[1].float())
+            norm = self.principal.clip_grad_norm_(self.config.optimizer.max_grad_norm)
+        mean_loss = (loss_and_labels[0] / loss_and_labels[1]).item()
+        figures |= {
+            "train/loss": mean_loss,
+            "train/lr": float(self.schedule.get_last_lr()[0]),
+            "train/grad_norm": norm.item(),
+        }
+        # sums over all ranks, so that all see the same; Adam squares the gradient, in float32
+        finite = math.isfinite(mean_loss) and norm.item() < LARGEST_NORM
+        if finite:
+            self.skipped_in_a_row = 0
+            with self.watch("update"):
+                self._update(step)
+        else:
+            self._skip(step, figures, micro_batches, micro_losses)
+        self.schedule.step()
+        self.step = step
+        self.consumed += len(sequences)
+        figures |= {"train/sequences": self.consumed, "train/skipped_steps": self.skipped}
+        figures["local/tokens"] = tokens
+        return figures
+
+    def _update(self, step: int) -> None:
+        if self.config.optimizer.reference_numerics:
+            # (sqrt(v) / sqrt(c) + eps / sqrt(c)) is the authors' (sqrt(v) + eps) / sqrt(c), c = 1 - beta2^t
+            correction = 1 - self.config.optimizer.betas[1] ** (step - self.skipped)
+            self.optimizer.param_groups[0]["eps"] = self.config.optimizer.eps / correction**0.5
+        self.optimizer.step()
+
+    def _skip(
+        self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], losses: list[Tensor]
+    ) -> None:
+        """Forget the gradient of a step that went wrong, on all ranks, and say where it did."""
+        wrong = [micro for micro, loss in zip(micro_batches, losses, strict=True) if not loss.isfinite()]
+        reports = gather((self.principal.non_finite(), wrong, micro_batches))
+        self.principal.drop_gradients()
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        matrices = sorted({name for names, _, _ in reports for name in names})
+        micros = [micro for _, wrong, _ in reports for micro in wrong] or [m for _, _, all_ in reports for m in all_]
+        samples = sorted({sample for micro in micros for sequence in micro for sample in sequence})
+        where = [self.inputs.samples.where(sample) for sample in samples]
+        problem = (
+            f"loss {figures['train/loss']}, gradient norm {figures['train/grad_norm']}; "
+            f"gradient not finite in {_some(matrices) or 'no matrix'}; samples {_some(where)}"
+        )
+        if self.skipped_in_a_row > self.config.train.max_skipped_steps:
+            raise UserError(
+                f"step {step}: {problem}: {self.skipped_in_a_row} steps in a row went wrong (train.max_skipped_steps); "
+                f"lower optimizer.lr={self.config.optimizer.lr}, set optimizer.max_grad_norm, or mend the samples"
+            )
+        self.problem = f"step {step} skipped: {problem}"
+
+
+def _some(names: list[str]) -> str:
+    """The first few of ``names``."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
