@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from bench import contenders, measure
+from liftdist.distributed import collectives
 from liftdist.distributed import mesh as meshes
-from liftdist.runs import checkpoint
-from liftdist.runs import claims as rundir
+from liftdist.runs import checkpoint, claims
 from liftdist.runs.saver import Checkpointer, Saved
 
 
@@ -28,11 +28,14 @@ def main() -> None:
     options = measure.on_ranks(parser)
     config = measure.config()
     found: dict[str, list[float]] = {"waiting": [], "saving": []}
-    with meshes.start(config.mesh) as mesh, tempfile.TemporaryDirectory(dir=".cache") as scratch:
-        run_dir = Path(meshes.gather(scratch)[0]) / "run"
-        claimed = rundir.claim(run_dir, lambda past: checkpoint.accepted(run_dir, past)) if mesh.is_main else None
+    with (
+        meshes.start(config.mesh.layout, config.mesh.timeout) as mesh,
+        tempfile.TemporaryDirectory(dir=".cache") as scratch,
+    ):
+        run_dir = Path(collectives.gather(scratch)[0]) / "run"
+        claimed = claims.claim(run_dir, lambda past: checkpoint.accepted(run_dir, past)) if mesh.is_main else None
         side = contenders.Liftdist(contenders.load(options.model, mesh.device), config, mesh)
-        saver = Checkpointer(meshes.gather(claimed)[0], mesh, 2, None)
+        saver = Checkpointer(collectives.gather(claimed)[0], mesh, 2, None)
         batch = next(contenders.batches(side.model.config.vocab_size, 1, 16, mesh.device, mesh.rank))
         parameters = sum(param.numel() for param in side.model.parameters())
         for step in range(1, options.rounds + 1):

@@ -115,7 +115,7 @@ def main() -> None:
     options = measure.on_ranks(parser)
     config = measure.config()
     visits: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.kinds}
-    with meshes.start(config.mesh) as mesh:
+    with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         for number in range(options.rounds):
             for kind in options.kinds:
                 visits[kind].append(measured(kind, options, config, mesh))

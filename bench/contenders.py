@@ -21,14 +21,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from liftdist.distributed.mesh import Mesh, local_tensor, rows_of
-from liftdist.engine import factors as lowrank
+from liftdist.distributed.mesh import Mesh
+from liftdist.distributed.sharding import local_tensor, rows_of
 from liftdist.engine.adamw import PrincipalAdamW
-from liftdist.engine.matrices import budget, principal_parameters
+from liftdist.engine.criteria import low_rank
+from liftdist.engine.matrices import principal_parameters
 from liftdist.engine.principal import PrincipalWeights
-from liftdist.models import load as models
+from liftdist.models import build
+from liftdist.models.head import in_chunks
+from liftdist.models.load import compute_buffers
 from liftdist.schema import Config
 from liftdist.training import loss
+from liftdist.training.losses.cross_entropy import summed
 
 LR = 1e-5
 
@@ -55,13 +59,13 @@ class Contender(ABC):
         if self.sharded:
             return model
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        for layer in models.decoder_layers(base):
+        for layer in build.decoder_layers(base):
             fully_shard(layer, mesh=self.shard_mesh(), mp_policy=policy or self.policy)
         return fully_shard(model, mesh=self.shard_mesh(), mp_policy=policy or self.policy)
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        return loss.sum_of_losses(logits.flatten(0, 1), batch["labels"].to(logits.device).flatten())
+        return summed(logits.flatten(0, 1), batch["labels"].to(logits.device).flatten())
 
     def forward_backward(self, batch: dict[str, Tensor]) -> float:
         """The mean loss of a micro-batch."""
@@ -96,7 +100,7 @@ class Lora(Contender):
         import peft
 
         shapes = [param.shape for param in principal_parameters(model).values()]
-        wanted = sum(budget(shape, self.config.selection.density, None) for shape in shapes)
+        wanted = sum(round(self.config.selection.density * shape.numel()) for shape in shapes)
         rank = round(wanted / sum(m + n for m, n in shapes))
         names = sorted({name.split(".")[-2] for name in principal_parameters(model)})
         settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
@@ -132,7 +136,7 @@ class Masked(Dense):
         self.masks, self.moments, self.steps = [], [], 0
         for param in self.trained:
             whole = param.full_tensor() if isinstance(param, DTensor) else param.detach()
-            count = budget(whole.shape, self.config.selection.density, None)
+            count = round(self.config.selection.density * whole.numel())
             mask = torch.zeros(whole.numel(), dtype=torch.bool, device=whole.device)
             mask[self.chosen(whole, count)] = True
             mask = mask.view_as(whole)
@@ -168,7 +172,7 @@ class QuicklyMasked(Masked):
     """Its masks are liftdist's, found sooner, where only the steps are looked at."""
 
     def chosen(self, whole: Tensor, count: int) -> Tensor:
-        return lowrank.select(whole, count, self.config.selection.filter_rank)
+        return low_rank.select(whole, count, self.config.selection.filter_rank)
 
 
 class Liftdist(Contender):
@@ -178,7 +182,7 @@ class Liftdist(Contender):
         self.principal = PrincipalWeights(
             model, density=choice.density, filter_rank=choice.filter_rank, replicate_group=self.mesh.replicate_group
         )
-        loss.in_chunks(model)
+        in_chunks(model)
         self.optimizer = PrincipalAdamW(self.principal, lr=LR)
         return model
 
@@ -222,7 +226,7 @@ def slow_spectrum(m: int, n: int, device: torch.device, power: float = 0.4, seed
 @torch.no_grad()
 def synthetic(shape: dict[str, Any], device: torch.device) -> nn.Module:
     """A model of transformers' Llama in bf16 whose linear weights have the spectrum of :func:`slow_spectrum`."""
-    with torch.device(device), models.no_init_weights():
+    with torch.device(device), transformers.initialization.no_init_weights():
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16
         )
@@ -239,7 +243,7 @@ def synthetic(shape: dict[str, Any], device: torch.device) -> nn.Module:
                 made[key] *= 0.02 * math.sqrt(param.numel()) / made[key].norm()
             order = torch.randperm(key[0], generator=torch.Generator().manual_seed(number))
             param.copy_(made[key][order.to(device)])
-    models.compute_buffers(model)
+    compute_buffers(model)
     model.config.use_cache = False
     return model
 

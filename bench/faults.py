@@ -28,9 +28,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from liftdist import PrincipalWeights
-from liftdist.distributed.mesh import Mesh, gather
-from liftdist.runs import checkpoint
-from liftdist.runs import claims as rundir
+from liftdist.distributed.collectives import gather
+from liftdist.distributed.mesh import Mesh
+from liftdist.runs import checkpoint, claims
 from liftdist.runs.saver import Checkpointer, Saved
 
 RANKS = 2
@@ -52,7 +52,7 @@ def _save_for_ever(rank: int, folder: Path, run_dir: Path) -> None:
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
     mesh = Mesh(torch.device("cpu"), init_device_mesh("cpu", (1, RANKS), mesh_dim_names=("dp_replicate", "dp_shard")))
-    claimed = rundir.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history)) if rank == 0 else None
+    claimed = claims.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history)) if rank == 0 else None
     attempt = gather(claimed)[0]
     saved = checkpoint.newest(run_dir, attempt.accepts, rank, RANKS, print)
     principal = _principal(mesh)
@@ -65,7 +65,7 @@ def _save_for_ever(rank: int, folder: Path, run_dir: Path) -> None:
             step += 1
             with torch.no_grad():
                 principal.values.fill_(step)
-            principal.scatter()
+            principal.write_back()
             saver.save(principal.state_dict(), principal.matrices, {"step": step})
             saver.wait()
             outcome = saver.take_outcome()
@@ -76,7 +76,7 @@ def _save_for_ever(rank: int, folder: Path, run_dir: Path) -> None:
 
 def _check(run_dir: Path, committed: int) -> tuple[int, str | None]:
     """The newest step that is believed, and what is wrong with it."""
-    accepted = checkpoint.accepted(run_dir, rundir.attempts(run_dir))
+    accepted = checkpoint.accepted(run_dir, claims.attempts(run_dir))
     step = checkpoint.newest(run_dir, accepted, 0, 1, print, set_aside=False)
     number = step.number if step else 0
     if number < committed:

@@ -12,9 +12,11 @@ from unittest import mock
 import torch
 
 from bench import measure
+from liftdist.distributed import collectives
 from liftdist.distributed import mesh as meshes
-from liftdist.distributed.mesh import local_tensor
-from liftdist.models import load as models
+from liftdist.distributed.sharding import local_tensor
+from liftdist.models import build
+from liftdist.models.load import load
 from liftdist.models.weights import ModelFolder
 
 
@@ -35,13 +37,16 @@ def main() -> None:
         return wrapped
 
     taken = []
-    with meshes.start(config.mesh) as mesh, mock.patch.multiple(ModelFolder, **{n: counting(n) for n in originals}):
+    with (
+        meshes.start(config.mesh.layout, config.mesh.timeout) as mesh,
+        mock.patch.multiple(ModelFolder, **{n: counting(n) for n in originals}),
+    ):
         for _ in range(options.rounds):
             read = 0
-            seconds, model = measure.timed(lambda: models.load(options.model, config.model, mesh))
+            seconds, model = measure.timed(lambda: load(options.model, config.model, mesh))
             taken.append(seconds)
-            share = sum(local_tensor(tensor).nbytes for tensor in models.tensors(model).values())
-        ratio = max(meshes.gather(read / share))
+            share = sum(local_tensor(tensor).nbytes for tensor in build.tensors(model).values())
+        ratio = max(collectives.gather(read / share))
     if os.environ["RANK"] == "0":
         found = {"seconds": statistics.median(taken), "read_over_share": ratio, "share_bytes": share}
         print(f"{measure.machine()}, torch {torch.__version__}, {options.ranks} ranks")

@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig
 
 from bench import contenders, measure
+from liftdist.distributed import collectives
 from liftdist.distributed import mesh as meshes
 from liftdist.distributed.mesh import Mesh
-from liftdist.models import load as models
+from liftdist.models.load import load
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
@@ -26,7 +27,7 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
     live = LiveBytes()
     rows, length = config.train.micro_batch_size, config.data.max_length
     with live:
-        model = models.load(folder, config.model, mesh)
+        model = load(folder, config.model, mesh)
         for param in model.parameters():
             live.add(param)
         contender = contenders.Liftdist(model, config, mesh, sharded=True)
@@ -53,10 +54,10 @@ def main() -> None:
     config = measure.config()
     config.train.micro_batch_size, config.data.max_length = options.rows, options.length
     results: dict[str, Any] = {"ranks": options.ranks, "rows": options.rows, "length": options.length, "results": {}}
-    with meshes.start(config.mesh) as mesh:
+    with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         for recomputed in (False, True):
             config.model.activation_checkpointing = recomputed
-            found = meshes.gather(measured(options.model, config, mesh))
+            found = collectives.gather(measured(options.model, config, mesh))
             fullest = max(found, key=lambda one: one["peak"])
             results["results"]["recomputed" if recomputed else "kept"] = fullest
     if os.environ["RANK"] == "0":

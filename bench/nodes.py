@@ -35,15 +35,19 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from bench import measure
 from liftdist import config as configs
-from liftdist.data import tokenised as data
+from liftdist.console import Console
+from liftdist.data.batches import collate
+from liftdist.data.order import split_micro_batches
+from liftdist.data.tokenised import IGNORED
+from liftdist.distributed import collectives
 from liftdist.distributed import mesh as meshes
 from liftdist.distributed.mesh import Mesh
 from liftdist.engine.matrices import principal_parameters
-from liftdist.models import load as models
-from liftdist.models import weights
-from liftdist.training import setup as prepare
+from liftdist.models import build, weights
+from liftdist.runs.context import RunContext
+from liftdist.training import setup
+from liftdist.training.inputs import prepare_inputs
 from liftdist.training.loss import token_losses
-from liftdist.training.recorder import Console
 from liftdist.training.trainer import Trainer
 
 NODES, RANKS_PER_NODE = 2, 2
@@ -63,7 +67,7 @@ class Dense:
         for param in principal_parameters(self.model).values():
             param.requires_grad_(True)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        for layer in models.decoder_layers(self.model):
+        for layer in build.decoder_layers(self.model):
             fully_shard(layer, mesh=mesh.device_mesh, mp_policy=policy)
         fully_shard(self.model, mesh=mesh.device_mesh, mp_policy=policy)
         self.model.train()
@@ -75,9 +79,9 @@ class Dense:
         trainer, ranks = self.trainer, self.mesh.world_size
         sequences = trainer.order.batch(self.consumed)
         size = trainer.config.train.micro_batch_size
-        dealt = data.deal(sequences, trainer.inputs.samples.lengths, self.mesh.rank, ranks, size)
-        batches = [data.collate(trainer.inputs.samples, micro) for micro in dealt]
-        labels = sum((batch["labels"] != data.IGNORED).sum() for batch in batches)
+        dealt = split_micro_batches(sequences, trainer.inputs.samples.lengths, self.mesh.rank, ranks, size)
+        batches = [collate(trainer.inputs.samples, micro) for micro in dealt]
+        labels = sum((batch["labels"] != IGNORED).sum() for batch in batches)
         dist.all_reduce(labels)
         loss = torch.zeros(())
         for batch in batches:
@@ -109,7 +113,7 @@ def carried(mesh: Mesh, step: Callable[[], object]) -> int:
 
     with mock.patch.object(dist, "all_reduce", counting):
         step()
-    return sum(meshes.gather(sum(counts)))
+    return sum(collectives.gather(sum(counts)))
 
 
 def timed(step: Callable[[], object], steps: int) -> dict[str, float]:
@@ -151,13 +155,13 @@ def rank(options: argparse.Namespace) -> None:
         f"cache_dir={options.as_rank}",
     ]
     config, _ = configs.load(CONFIG, overrides)
-    with meshes.start(config.mesh) as mesh:
+    with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         console = Console(mesh.is_main)
-        inputs = prepare.inputs(config, console)
+        inputs = prepare_inputs(config, console)
         base = weights.digest(inputs.folder, Path(config.cache_dir))
-        model, principal = prepare.principal(config, inputs.folder, base, mesh, console)
+        model, method = setup.model_and_method(RunContext(config, mesh, console), inputs.folder, base)
         model.train()
-        trainer = Trainer(config, mesh, inputs, model, principal)
+        trainer = Trainer(config, mesh, inputs, model, method)
         dense = Dense(trainer, mesh)
         losses: dict[str, float] = {}
         all_reduced = {

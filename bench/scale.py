@@ -22,15 +22,16 @@ from transformers import AutoConfig
 from bench import measure
 from bench.traffic import Traffic
 from liftdist.distributed.mesh import Mesh
-from liftdist.engine import factors as lowrank
 from liftdist.engine import selection
 from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.criteria import low_rank
 from liftdist.engine.principal import PrincipalWeights
-from liftdist.models import load as models
+from liftdist.models import build, head
+from liftdist.models.load import _fill, shard
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
-from liftdist.training import loss
+from liftdist.training.losses.cross_entropy import summed
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
 FEW = 64  # bytes of collectives that carry a few numbers: a norm, a count
@@ -46,7 +47,7 @@ class Folder:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.asked = 0
-        self._tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in models.tensors(model).items()}
+        self._tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in build.tensors(model).items()}
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         shape, dtype = self._tensors[name]
@@ -76,37 +77,37 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
     try:
         device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
         mesh = Mesh(torch.device("cpu"), device_mesh)
-        model = models.build(hf_config, config.model)
+        model = build.build(hf_config, config.model)
         size = footprint.sizes(model, config.selection.modules)
         folder = Folder(model)
-        models.shard(model, config.model, mesh)
+        shard(model, config.model, mesh)
         live, traffic = LiveBytes(), Traffic()
         with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
-            models._fill(model, folder, {name: name for name in models.tensors(model)}, lambda: None)
+            _fill(model, folder, {name: name for name in build.tensors(model)}, lambda: None)
             model.train()
             principal = PrincipalWeights(
                 model,
                 density=config.selection.density,
                 modules=config.selection.modules,
                 replicate_group=mesh.replicate_group,
-                initial_indices=lambda matrices: [
-                    torch.zeros(-(-matrix.num_selected // shards), dtype=torch.int32) for matrix in matrices
+                initial_indices=lambda principal: [
+                    torch.zeros(-(-count // shards), dtype=torch.int32) for count in principal.counts
                 ],
                 sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             )
-            for slot in principal._slots:
-                if slot.unit is not None:  # what the ranks would agree on
-                    slot.unit._width = sum(indices.numel() for indices in slot.unit._indices.values())
+            for reduction in [segment.reduction for segment in principal._segments]:
+                if reduction is not None:  # what the ranks would agree on
+                    reduction._width = sum(indices.numel() for indices in reduction._indices.values())
             optimizer = PrincipalAdamW(principal)
-            loss.in_chunks(model)
+            head.in_chunks(model)
             tokens = torch.zeros((config.train.micro_batch_size, config.data.max_length), dtype=torch.int64)
             places = torch.arange(config.data.max_length)
             optimizer.step()  # makes its state
             live.peak = live.now
             with traffic:
                 for _ in range(footprint.micro_batches(config, ranks)):
-                    model.chunked_loss(tokens, None, places, tokens).backward()
+                    model.chunked_loss(tokens, None, places, tokens, summed).backward()
                 principal.reduce_gradients(1.0)
                 principal.clip_grad_norm_(None)
                 optimizer.step()
@@ -139,10 +140,10 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
 
 def balance(shape: dict, ranks: int) -> dict[str, float]:
     """The work of the owner who has most to factor, over the larger of the mean and the largest matrix."""
-    size = footprint.sizes(models.build(AutoConfig.for_model("llama", **shape), Config(run_dir="none").model), ["*"])
-    costs = [lowrank.cost(m, n, 64, "fast") for m, n in size.trained]
+    size = footprint.sizes(build.build(AutoConfig.for_model("llama", **shape), Config(run_dir="none").model), ["*"])
+    costs = [low_rank.cost(m, n, 64, "fast") for m, n in size.trained.values()]
     loads = [0.0] * ranks
-    for cost, owner in zip(costs, selection.deal(costs, ranks), strict=True):
+    for cost, owner in zip(costs, selection.assign_owners(costs, ranks), strict=True):
         loads[owner] += cost
     return {"matrices_a_rank": len(costs) / ranks, "ratio": max(loads) / max(sum(costs) / ranks, max(costs))}
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from bench import measure
 from bench.contenders import slow_spectrum
 from bench.scale import MODELS
-from liftdist.engine import factors as lowrank
+from liftdist.engine.criteria import low_rank
 
 
 def timed(device: torch.device, function):
@@ -39,8 +39,8 @@ def timed(device: torch.device, function):
 
 def compare(weight: torch.Tensor, filter_rank: int) -> dict[str, float]:
     k = round(0.05 * weight.numel())
-    fast, fast_s = timed(weight.device, lambda: lowrank.select(weight, k, filter_rank, "fast"))
-    exact, exact_s = timed(weight.device, lambda: lowrank.select(weight, k, filter_rank, "exact"))
+    fast, fast_s = timed(weight.device, lambda: low_rank.select(weight, k, filter_rank, "fast"))
+    exact, exact_s = timed(weight.device, lambda: low_rank.select(weight, k, filter_rank, "exact"))
     overlap = torch.isin(fast, exact, assume_unique=True).double().mean().item()
     return {"fast_s": fast_s, "exact_s": exact_s, "overlap": overlap}
 
@@ -85,7 +85,7 @@ def as_rank(folder: Path) -> None:
     from liftdist.distributed import mesh as meshes
 
     config = measure.config()
-    with meshes.start(config.mesh) as mesh:
+    with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         side = contenders.Liftdist(contenders.load(folder, mesh.device), config, mesh)
         taken = measure.seconds(side.principal.select)
         if mesh.is_main:

@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32, help="of a synthetic model")
     options = measure.on_ranks(parser)
     config = measure.config()
-    with meshes.start(config.mesh) as mesh:
+    with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         sides = {}
         for kind in ("dense", "quickly-masked", "liftdist"):
             sides[kind] = contenders.KINDS[kind](compare.make_model(options, mesh.device), config, mesh)
@@ -37,7 +37,7 @@ def main() -> None:
             dense.model, batch
         )
         dense = sides["dense"]
-        contenders.loss.in_chunks(dense.model)  # the hooks alone are compared
+        contenders.in_chunks(dense.model)  # the hooks alone are compared
         vocabulary = dense.model.config.vocab_size
         batch = next(contenders.batches(vocabulary, options.rows, options.length, mesh.device, mesh.rank))
 

@@ -71,7 +71,7 @@ def main() -> None:
     options = measure.on_ranks(parser)
     config = measure.config()
     config.mesh.dp_replicate = options.replicas
-    with meshes.start(config.mesh) as mesh:
+    with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         results = {kind: measured(kind, options, config, mesh) for kind in ("hybrid", "liftdist")}
     if os.environ["RANK"] != "0":
         return

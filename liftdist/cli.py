@@ -13,9 +13,12 @@ from pathlib import Path
 from liftdist import __version__, preflight, schema
 from liftdist import config as configs
 from liftdist.cluster import launcher, submit
-from liftdist.runs import changes
-from liftdist.runs import claims as rundir
-from liftdist.schema import Config, UserError
+from liftdist.errors import EXIT_USER_ERROR, UserError
+from liftdist.models.hub import resolve_model
+from liftdist.options import CONTINUATION_FLAGS, allowed_by
+from liftdist.redaction import redact
+from liftdist.runs import changes, layout
+from liftdist.schema import Config
 
 FORMATS = ("hf", "delta", "shira", "patch")
 
@@ -32,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not asked:
             print(f"liftdist: unknown command {name!r}", file=sys.stderr)
         print(_overview(), file=sys.stdout if asked else sys.stderr)
-        sys.exit(0 if asked else schema.EXIT_USER_ERROR)
+        sys.exit(0 if asked else EXIT_USER_ERROR)
     command = COMMANDS[name]
     about = f"{command.help[0].upper()}{command.help[1:]}."
     parser = argparse.ArgumentParser(prog=f"liftdist {name}", description=about, epilog=command.epilog)
@@ -41,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         command.run(options)
     except UserError as error:
-        print(f"liftdist: {configs.redact(str(error))}", file=sys.stderr)
-        sys.exit(schema.EXIT_USER_ERROR)
+        print(f"liftdist: {redact(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def _continuation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
     )
-    for flag, (_, help) in changes.FLAGS.items():
+    for flag, (_, help) in CONTINUATION_FLAGS.items():
         parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
 
 
@@ -102,7 +105,7 @@ def _check_started(config: Config, options: argparse.Namespace, training: bool) 
 def _train(options: argparse.Namespace) -> None:
     _make_fresh(options)
     config, text = configs.load(options.config, options.overrides)
-    changes.check_settings(config, text, changes.allowed_by(options.flags))
+    changes.check_settings(config, text, allowed_by(options.flags))
     _check_started(config, options, training=True)
     _launch(config, options, [*options.flags, options.config, *options.overrides])
 
@@ -112,7 +115,7 @@ def _make_fresh(options: argparse.Namespace) -> None:
     if not options.fresh:
         return
     run_dir = Path(configs.load(options.config, options.overrides)[0].run_dir).expanduser()
-    if (free := rundir.next_free(run_dir)) != run_dir:
+    if (free := layout.next_free(run_dir)) != run_dir:
         print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
         options.overrides = [*options.overrides, f"run_dir={json.dumps(str(free))}"]
 
@@ -149,22 +152,23 @@ def _select(options: argparse.Namespace) -> None:
 
 
 def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
-    preflight.resolve_model(config.model.path)  # one process fetches what all ranks will read
+    resolve_model(config.model.path)  # one process fetches what all ranks will read
     os.environ["LIFTDIST_COMMAND"] = json.dumps(["liftdist", *sys.argv[1:]])
     sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments))
 
 
 def _prefetch(options: argparse.Namespace) -> None:
     config, _ = configs.load(options.config, options.overrides)
-    from liftdist.models import load as models
-    from liftdist.models import weights
-    from liftdist.training import setup as prepare
-    from liftdist.training.recorder import Console
+    from liftdist.console import Console
+    from liftdist.models import build
+    from liftdist.models.names import match
+    from liftdist.models.weights import ModelFolder
+    from liftdist.training.inputs import prepare_inputs
 
     console = Console(enabled=True)
-    inputs = prepare.inputs(config, console)
-    files = weights.ModelFolder(inputs.folder)
-    models.match(models.build(models.check_type(inputs.folder, config.model), config.model), files)
+    inputs = prepare_inputs(config, console)
+    files = ModelFolder(inputs.folder)
+    match(build.build(build.check_type(inputs.folder, config.model), config.model), files)
     console.say(f"model {config.model.path}: {len(files.file_of)} tensors in {inputs.folder}")
 
 
@@ -225,19 +229,20 @@ def _export(options: argparse.Namespace) -> None:
         raise UserError(f"{options.source}: no such run directory or delta")
     if options.source.is_file() and options.base is None:
         raise UserError(f"{options.source}: --base must name the folder of its base model")
-    if options.source.is_dir() and not (options.source / rundir.ATTEMPTS).is_dir():
+    if options.source.is_dir() and not (options.source / layout.ATTEMPTS).is_dir():
         raise UserError(f"{options.source}: is no run directory")
     _check_output(options.output)
-    from liftdist.deltas import delta as deltas
-    from liftdist.deltas import folder as export
+    from liftdist.deltas import file as delta_file
+    from liftdist.deltas import of_run
+    from liftdist.deltas.export import export
 
     if options.source.is_file():
-        made, base, dtype = deltas.read(options.source), options.base, None
+        made, base, dtype = delta_file.read(options.source), options.base, None
     else:
-        made, base, dtype = export.of_run_dir(
+        made, base, dtype = of_run.of_run_dir(
             options.source, options.step, options.base, lambda line: print(line, file=sys.stderr)
         )
-    export.export(made, base, options.output, options.format, options.cache_dir, dtype)
+    export(made, base, options.output, options.format, options.cache_dir, dtype)
     print(options.output)
 
 
@@ -256,13 +261,13 @@ def _apply(options: argparse.Namespace) -> None:
         raise UserError(f"{options.folder}: no such folder")
     if options.output:
         _check_output(options.output)
-    from liftdist.deltas import delta as deltas
-    from liftdist.deltas import folder as export
+    from liftdist.deltas import file as delta_file
+    from liftdist.deltas import folder as model_folders
 
-    given = deltas.read(options.delta)
-    other = deltas.read(options.instead_of) if options.instead_of else None
+    given = delta_file.read(options.delta)
+    other = delta_file.read(options.instead_of) if options.instead_of else None
     apply, undo = (None, given) if options.undo else (given, other)
-    print(export.change_folder(options.folder, options.cache_dir, apply, undo, options.output))
+    print(model_folders.change_folder(options.folder, options.cache_dir, apply, undo, options.output))
 
 
 def _diff_arguments(parser: argparse.ArgumentParser) -> None:
@@ -280,11 +285,12 @@ def _diff(options: argparse.Namespace) -> None:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
     _check_output(options.output)
-    from liftdist.deltas import delta as deltas
+    from liftdist.deltas import file as delta_file
+    from liftdist.deltas import of_run
     from liftdist.models import weights
 
     base = weights.digest(options.before, options.cache_dir)
-    deltas.write(deltas.between(options.before, options.after, base), options.output, not options.without_base)
+    delta_file.write(of_run.between(options.before, options.after, base), options.output, not options.without_base)
     print(options.output)
 
 

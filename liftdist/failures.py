@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from liftdist.config import redact
+from liftdist.redaction import redact
 
 FOLDER, LOGS = "LIFTDIST_FAILURES", "LIFTDIST_LOGS"  # environment variables: folders for records, for output
 BUG, USER_ERROR, LOST_PEERS = range(3)  # kinds, the first to show first

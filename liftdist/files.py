@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from liftdist.schema import UserError
+from liftdist.errors import UserError
 
 
 def real_folder(path: Path) -> Path:
@@ -64,6 +65,45 @@ def open_to_append(path: Path, create: bool = True) -> TextIO:
     """Open a file at its end. Raises ``OSError`` for a symbolic link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
+
+
+def folder_beside(target: Path) -> Path:
+    """A new folder beside ``target``, under a name of its own, to be filled and then :func:`publish`-ed."""
+    return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+
+
+def publish(
+    folder: Path, target: Path, permissions: int = 0o777, exchange: Callable[[Path, Path], None] | None = None
+) -> None:
+    """Give a filled folder its name, in one step, once all that is in it is on the disk.
+
+    Args:
+        permissions: of the folder, less what the umask takes away.
+        exchange: exchanges the names of two folders, where ``target`` is to be replaced.
+
+    Raises:
+        OSError: ``target`` exists and is not empty, or the disk is full.
+    """
+    for path in folder.rglob("*"):
+        if path.is_dir() and not path.is_symlink():
+            sync_folder(path)
+        elif path.is_file() and not path.is_symlink():
+            sync_file(path)
+    folder.chmod(permissions if exchange else mode(permissions))
+    sync_folder(folder)
+    (exchange or Path.rename)(folder, target)
+    sync_folder(target.parent)
+
+
+@contextlib.contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A folder to fill, which appears as ``target`` when the block ends, whole, or not at all. Raises ``OSError``."""
+    temporary = folder_beside(target)
+    try:
+        yield temporary
+        publish(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def read(path: Path) -> str:

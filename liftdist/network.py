@@ -10,7 +10,7 @@ import socket
 import struct
 from pathlib import Path
 
-from liftdist.schema import UserError
+from liftdist.errors import UserError
 
 DEFAULT_PORT = 29400
 PORTS = range(20000, 32000)  # below the range from which systems take ports for outgoing connections

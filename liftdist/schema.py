@@ -6,15 +6,21 @@ Reading them is :mod:`liftdist.config`'s, from which the rest of the package tak
 from __future__ import annotations
 
 import dataclasses
+import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import yaml
 from omegaconf import MISSING
 
-EXIT_USER_ERROR = 2  # exit code for anything the user can put right
-EXIT_STOPPED = 75  # exit code of a run that stopped when asked to: the same command continues it
+from liftdist.errors import UserError
+from liftdist.registry import BUDGETS, CRITERIA, FORMATS, LOSSES, METHODS
+
+Problem = tuple[str, str]  # key of a setting within its section, or empty; and what is wrong
+
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 
 
@@ -24,11 +30,7 @@ COURSE = "course"  # how training goes on from here
 STATE = "state"  # what the saved state means
 
 
-class UserError(ValueError):
-    """Something the user can put right. Shown as one line, without a traceback, with exit code 2."""
-
-
-def _setting(
+def setting(
     default: Any,
     help: str,
     *,
@@ -38,10 +40,18 @@ def _setting(
     above: float | None = None,
     below: float | None = None,
     pattern: str | None = None,
+    example: str | None = None,
     changes: str = COURSE,
 ) -> Any:
+    """A setting of a section: its default, meaning in one line, and bounds.
+
+    Args:
+        pattern: regular expression that a text must match as a whole.
+        example: of a list, for messages.
+        changes: what a change of it changes in a run that continues: ``NOTHING``, ``COURSE`` or ``STATE``.
+    """
     metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below)
-    metadata |= dict(pattern=pattern, changes=changes)
+    metadata |= dict(pattern=pattern, example=example, changes=changes)
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -49,100 +59,125 @@ def _setting(
 
 @dataclass
 class ModelConfig:
-    path: str = _setting(
+    path: str = setting(
         MISSING, "folder of a Hugging Face causal language model, or its name on the hub", changes=NOTHING
     )
-    dtype: str = _setting(
+    dtype: str = setting(
         "bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"), changes=STATE
     )
-    attn_implementation: str | None = _setting(
+    attn_implementation: str | None = setting(
         None, "attention kernel, as transformers names it; its own choice if unset", changes=NOTHING
     )
-    activation_checkpointing: bool = _setting(
+    activation_checkpointing: bool = setting(
         False, "recompute each decoder layer in backward instead of keeping it", changes=NOTHING
     )
-    compile: bool = _setting(False, "`torch.compile` each decoder layer", changes=NOTHING)
-    trust_remote_code: bool = _setting(False, "run model code that comes with the weights", changes=NOTHING)
+    compile: bool = setting(False, "`torch.compile` each decoder layer", changes=NOTHING)
+    trust_remote_code: bool = setting(False, "run model code that comes with the weights", changes=NOTHING)
 
 
 @dataclass
 class DataConfig:
-    path: str = _setting(MISSING, "training data: a .jsonl, .json or .parquet file, or a data set name on the hub")
-    eval_path: str | None = _setting(
+    path: str = setting(MISSING, "training data: a .jsonl, .json or .parquet file, or a data set name on the hub")
+    eval_path: str | None = setting(
         None, "held-out data for the evaluation loss, given as `data.path` is", changes=NOTHING
     )
-    subset: str | None = _setting(None, "configuration name of a hub data set")
-    split: str = _setting("train", "split of a hub data set to train on")
-    eval_split: str = _setting("test", "split of a hub data set to evaluate on", changes=NOTHING)
-    format: str = _setting(
+    subset: str | None = setting(None, "configuration name of a hub data set")
+    split: str = setting("train", "split of a hub data set to train on")
+    eval_split: str = setting("test", "split of a hub data set to evaluate on", changes=NOTHING)
+    format: str = setting(
         "auto",
         "fields of a record: instruction/input/output, prompt/completion, messages, or conversations; "
         "`auto` tells by the first record",
-        choices=("auto", "alpaca", "prompt_completion", "messages", "sharegpt"),
+        choices=("auto", *FORMATS),
     )
-    max_length: int = _setting(2048, "longest sequence, in tokens", at_least=2)
-    overlong: str = _setting(
+    max_length: int = setting(2048, "longest sequence, in tokens", at_least=2)
+    overlong: str = setting(
         "truncate", "what to do with longer samples; both are counted", choices=("truncate", "drop")
     )
-    packing: bool = _setting(False, "fill sequences up to `max_length` with several samples that do not see each other")
+    packing: bool = setting(False, "fill sequences up to `max_length` with several samples that do not see each other")
 
 
 @dataclass
 class SelectionConfig:
-    density: float | None = _setting(
+    density: float | None = setting(
         None, "share of each matrix to train; or set `budget_rank`", above=0, at_most=1, changes=STATE
     )
-    budget_rank: int | None = _setting(
+    budget_rank: int | None = setting(
         None, "train as many weights of each matrix as a LoRA of this rank; or set `density`", at_least=1, changes=STATE
     )
-    filter_rank: int = _setting(
+    criterion: str = setting(
+        "low_rank", "which weights of a matrix are trained", choices=tuple(CRITERIA), changes=STATE
+    )
+    budget: str = setting("per_matrix", "how many weights of each matrix", choices=tuple(BUDGETS), changes=STATE)
+    filter_rank: int = setting(
         64, "rank of the approximation whose largest entries are principal", at_least=1, changes=STATE
     )
-    refresh_interval: int = _setting(
+    refresh_interval: int = setting(
         400, "optimizer steps between two selections; 0 selects once", at_least=0, changes=STATE
     )
-    method: str = _setting(
+    method: str = setting(
         "fast", "how a matrix is factored; `exact` is a full SVD", choices=("fast", "exact"), changes=STATE
     )
-    modules: list[str] = _setting(["*"], "patterns (`*`, `?`, `[]`) of the linear modules to train", changes=STATE)
+    modules: list[str] = setting(
+        ["*"], "patterns (`*`, `?`, `[]`) of the linear modules to train", example='["*.mlp.*"]', changes=STATE
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if (self.density is None) == (self.budget_rank is None):
+            given = "neither" if self.density is None else "both"
+            key = "density" if given == "both" else ""
+            yield key, f"set exactly one of selection.density and selection.budget_rank, got {given}"
+        if not self.modules:
+            yield "modules", "must name at least one pattern"
 
 
 @dataclass
 class OptimizerConfig:
-    lr: float = _setting(2e-4, "peak learning rate", above=0)
-    betas: list[float] = _setting([0.9, 0.95], "decay rates of Adam's two moments", at_least=0, below=1)
-    eps: float = _setting(1e-6, "Adam's epsilon", above=0)
-    weight_decay: float = _setting(0.0, "decoupled weight decay of the principal weights", at_least=0)
-    max_grad_norm: float | None = _setting(None, "clip the principal gradient to this global norm", above=0)
-    schedule: str = _setting(
+    lr: float = setting(2e-4, "peak learning rate", above=0)
+    betas: list[float] = setting(
+        [0.9, 0.95], "decay rates of Adam's two moments", at_least=0, below=1, example="[0.9, 0.95]"
+    )
+    eps: float = setting(1e-6, "Adam's epsilon", above=0)
+    weight_decay: float = setting(0.0, "decoupled weight decay of the principal weights", at_least=0)
+    max_grad_norm: float | None = setting(None, "clip the principal gradient to this global norm", above=0)
+    schedule: str = setting(
         "linear", "learning rate after the warm-up: falls to zero, or stays", choices=("linear", "cosine", "constant")
     )
-    warmup_ratio: float = _setting(
+    warmup_ratio: float = setting(
         0.03, "share of the steps in which the rate rises; it is zero in the first", at_least=0, at_most=1
     )
-    reference_numerics: bool = _setting(False, "add epsilon to the uncorrected denominator, as the LIFT authors do")
+    reference_numerics: bool = setting(False, "add epsilon to the uncorrected denominator, as the LIFT authors do")
+
+    def problems(self) -> Iterator[Problem]:
+        if len(self.betas) != 2:
+            yield "betas", f"must be two numbers, got {self.betas}"
 
 
 @dataclass
 class TrainConfig:
-    epochs: int = _setting(1, "passes over the data", at_least=1)
-    steps: int | None = _setting(None, "optimizer steps; replaces `epochs`", at_least=1)
-    batch_size: int = _setting(16, "sequences of one optimizer step, over all ranks", at_least=1)
-    micro_batch_size: int = _setting(4, "sequences a rank computes at once", at_least=1, changes=NOTHING)
-    seed: int = _setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
-    eval_interval: int = _setting(0, "steps between evaluations; 0: before and after only", at_least=0, changes=NOTHING)
-    log_interval: int = _setting(1, "steps between two entries of the metrics", at_least=1, changes=NOTHING)
-    deterministic: bool = _setting(
+    loss: str = setting("cross_entropy", "loss of the labelled tokens", choices=tuple(LOSSES))
+    epochs: int = setting(1, "passes over the data", at_least=1)
+    steps: int | None = setting(None, "optimizer steps; replaces `epochs`", at_least=1)
+    batch_size: int = setting(16, "sequences of one optimizer step, over all ranks", at_least=1)
+    micro_batch_size: int = setting(4, "sequences a rank computes at once", at_least=1, changes=NOTHING)
+    seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
+    eval_interval: int = setting(0, "steps between evaluations; 0: before and after only", at_least=0, changes=NOTHING)
+    log_interval: int = setting(1, "steps between two entries of the metrics", at_least=1, changes=NOTHING)
+    deterministic: bool = setting(
         False, "deterministic GPU kernels, slower; CPUs are deterministic anyway", changes=NOTHING
     )
-    export: bool = _setting(True, "write the fine-tuned model as a Hugging Face folder at the end", changes=NOTHING)
-    max_skipped_steps: int = _setting(
+    export: bool = setting(True, "write the fine-tuned model as a Hugging Face folder at the end", changes=NOTHING)
+    max_skipped_steps: int = setting(
         10, "steps in a row whose loss or gradient may be not finite: they change nothing", at_least=0, changes=NOTHING
     )
-    stop_signals: list[str] = _setting(
-        list(STOP_SIGNALS), "signals that make the run save and stop", choices=STOP_SIGNALS, changes=NOTHING
+    stop_signals: list[str] = setting(
+        list(STOP_SIGNALS),
+        "signals that make the run save and stop",
+        choices=STOP_SIGNALS,
+        example="[SIGTERM, SIGUSR1]",
+        changes=NOTHING,
     )
-    hang_timeout: float = _setting(
+    hang_timeout: float = setting(
         480.0,
         "seconds without progress after which a rank writes its stacks and ends the run; 0: never",
         at_least=0,
@@ -152,46 +187,45 @@ class TrainConfig:
 
 @dataclass
 class CheckpointConfig:
-    interval: int = _setting(
+    interval: int = setting(
         100, "steps between checkpoints; 0: at a stop and at the end only", at_least=0, changes=NOTHING
     )
-    keep: int = _setting(
+    keep: int = setting(
         2, "newest checkpoints to keep, besides those that hold a file named `keep`", at_least=1, changes=NOTHING
     )
 
 
 @dataclass
 class MeshConfig:
-    dp_replicate: int = _setting(1, "replicas of the sharded model, usually one a node", at_least=1, changes=NOTHING)
-    dp_shard: int = _setting(-1, "ranks that share one replica; -1: all that are left", at_least=-1, changes=NOTHING)
-    sparse_reduce_scatter: bool = _setting(
+    dp_replicate: int = setting(1, "replicas of the sharded model, usually one a node", at_least=1, changes=NOTHING)
+    sparse_reduce_scatter: bool = setting(
         True, "exchange only principal entries of the gradients inside a replica, too", changes=NOTHING
     )
-    timeout_minutes: float = _setting(10.0, "a collective that takes longer ends the job", above=0, changes=NOTHING)
+    timeout_minutes: float = setting(10.0, "a collective that takes longer ends the job", above=0, changes=NOTHING)
+
+    @property
+    def timeout(self) -> timedelta:
+        return timedelta(minutes=self.timeout_minutes)
 
     def layout(self, world_size: int) -> tuple[int, int]:
-        """``(dp_replicate, dp_shard)`` whose product is ``world_size``. Raises ``UserError`` if there is none."""
-        shard = world_size // self.dp_replicate if self.dp_shard == -1 else self.dp_shard
-        if self.dp_replicate * shard != world_size:
-            wanted = self.dp_replicate * max(1, self.dp_shard)
-            shards = "equal size" if self.dp_shard == -1 else f"{self.dp_shard} shards (mesh.dp_shard)"
+        """Replicas, and the ranks that share each. Raises ``UserError`` where ``world_size`` cannot be cut like that."""
+        if world_size % self.dp_replicate:
             raise UserError(
-                f"mesh: {world_size} ranks cannot be {self.dp_replicate} replicas (mesh.dp_replicate) of {shards}; "
-                f"start {'a multiple of ' * (self.dp_shard == -1)}{wanted}"
+                f"mesh: {world_size} ranks cannot be {self.dp_replicate} replicas (mesh.dp_replicate) of equal size; "
+                f"start a multiple of {self.dp_replicate}"
             )
-        return self.dp_replicate, shard
+        return self.dp_replicate, world_size // self.dp_replicate
 
 
 def _slurm(default: Any, help: str, **bounds: Any) -> Any:
-    return _setting(default, help, changes=NOTHING, **bounds)
+    return setting(default, help, changes=NOTHING, **bounds)
 
 
-# what SLURM takes as a name, a list of nodes, a feature expression, a time: nothing else reaches its commands
+# what SLURM takes as a name, a list of nodes, a time: nothing else reaches its commands
 NAME = r"[A-Za-z0-9_@+.,][A-Za-z0-9_@+.,-]*"
 NODES = r"[A-Za-z0-9_.,\[\]][A-Za-z0-9_.,\[\]-]*"
-FEATURES = r"[A-Za-z0-9_.,&|*()\[\]@:][A-Za-z0-9_.,&|*()\[\]@:-]*"
 TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
-OPTION = r"--[a-z][a-z-]*(=[A-Za-z0-9_@%+.,:/=\[\]-]*)?"
+OPTION = r"--[a-z][a-z-]*(=[A-Za-z0-9_@%+.,:/=&|*()\[\]-]*)?"
 
 
 @dataclass
@@ -204,14 +238,14 @@ class SlurmConfig:
     partition: str | None = _slurm(None, "partition", pattern=NAME)
     account: str | None = _slurm(None, "account", pattern=NAME)
     qos: str | None = _slurm(None, "quality of service", pattern=NAME)
-    constraint: str | None = _slurm(None, "features that nodes must have", pattern=FEATURES)
-    reservation: str | None = _slurm(None, "reservation", pattern=NAME)
     exclude: str | None = _slurm(None, "nodes to leave out", pattern=NODES)
-    options: list[str] = _slurm([], "more options of sbatch, each as `--name=value`", pattern=OPTION)
+    options: list[str] = _slurm(
+        [], "more options of sbatch, each as `--name=value`", pattern=OPTION, example='["--mail-type=END"]'
+    )
     container: str | None = _slurm(None, "image to run in")
     container_runtime: str = _slurm("pyxis", "what runs the image", choices=("pyxis", "apptainer"))
     container_mounts: list[str] = _slurm(
-        [], "folders that the container sees, besides the current one and the home folder"
+        [], "folders that the container sees, besides the current one and the home folder", example="[/scratch]"
     )
     signal_lead: int = _slurm(
         300, "seconds before the time limit at which the run is told to save and stop", at_least=10
@@ -222,19 +256,20 @@ class SlurmConfig:
     max_restarts: int = _slurm(
         1, "times in a row, without a new checkpoint, that crashed ranks are started again", at_least=0
     )
-    max_preemptions: int = _slurm(100, "times that a preempted job is requeued", at_least=0)
-    max_time_limits: int = _slurm(100, "times that a job at its time limit is requeued", at_least=0)
-    max_node_failures: int = _slurm(10, "times that a job is requeued because of a node", at_least=0)
+    max_requeues: int = _slurm(
+        100, "times that a job is requeued after a preemption, a time limit or a lost node", at_least=0
+    )
 
 
 @dataclass
 class Config:
-    run_dir: str = _setting(
+    run_dir: str = setting(
         MISSING, "folder for everything this run writes; if it holds a run already, that run continues", changes=NOTHING
     )
-    cache_dir: str = _setting(
+    cache_dir: str = setting(
         "~/.cache/liftdist", "tokenised data, selections and digests, shared by runs", changes=NOTHING
     )
+    method: str = setting("lift", "what is trained, and how", choices=tuple(METHODS), changes=STATE)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
@@ -244,33 +279,103 @@ class Config:
     mesh: MeshConfig = field(default_factory=MeshConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
+    def problems(self) -> Iterator[Problem]:
+        flash = "flash" in (self.model.attn_implementation or "")
+        if self.data.packing and flash and self.train.micro_batch_size != 1:
+            yield (
+                "train.micro_batch_size",
+                "must be 1 with data.packing and flash attention (raise data.max_length instead), "
+                f"got {self.train.micro_batch_size}",
+            )
 
-def settings() -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every setting as ``(dotted key, dataclass field)``, in the order of the file."""
-    for top in dataclasses.fields(Config):
-        factory = top.default_factory
-        if dataclasses.is_dataclass(factory):
-            for leaf in dataclasses.fields(factory):
-                yield f"{top.name}.{leaf.name}", leaf
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The tree. A section may hold sections, and lists of sections, whose entries have the keys SECTION.LIST.0.SETTING, ...
+
+
+def settings(section: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
+    """Every setting as ``(dotted key, dataclass field)``, in the order of the file; ``N`` stands for the number of an entry."""
+    for leaf in dataclasses.fields(section):
+        inner, dots = _section(section, leaf)
+        if inner is None:
+            yield f"{prefix}{leaf.name}", leaf
         else:
-            yield top.name, top
+            yield from settings(inner, f"{prefix}{leaf.name}{dots}")
+
+
+SECTION, LIST = "section", "list of sections"
+
+
+def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """``(dotted key, SECTION or LIST)`` of all sections, of lists of them, and of their entries."""
+    for leaf in dataclasses.fields(section):
+        inner, dots = _section(section, leaf)
+        if inner is not None:
+            key = f"{prefix}{leaf.name}"
+            yield from [(key, SECTION)] if dots == "." else [(key, LIST), (f"{key}.N", SECTION)]
+            yield from sections(inner, f"{key}{dots}")
+
+
+def _section(section: type, leaf: dataclasses.Field) -> tuple[type | None, str]:
+    """The section that a field holds, if any, and what stands between its key and theirs."""
+    hint = typing.get_type_hints(section)[leaf.name]
+    if dataclasses.is_dataclass(hint):
+        return typing.cast(type, hint), "."
+    entry = next(iter(typing.get_args(hint)), None)
+    if typing.get_origin(hint) is list and dataclasses.is_dataclass(entry):
+        return typing.cast(type, entry), ".N."
+    return None, ""
+
+
+def template(key: str) -> str:
+    """The key of :func:`settings` for that of one entry: ``a.N.b`` for ``a.0.b``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
+
+
+def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:
+    """``(dotted key, field, value)`` of every setting of a config."""
+    for leaf in dataclasses.fields(section):
+        key, value = f"{prefix}{leaf.name}", getattr(section, leaf.name)
+        inner, dots = _section(type(section), leaf)
+        if inner is None:
+            yield key, leaf, value
+        elif dots == ".":
+            yield from walk(value, f"{key}.")
+        else:
+            for number, entry in enumerate(value):
+                yield from walk(entry, f"{key}.{number}.")
+
+
+def problems(section: Any, prefix: str = "") -> Iterator[Problem]:
+    """What is wrong between the settings of a config: what each section's ``problems`` says, with whole keys."""
+    own = getattr(section, "problems", None)
+    for key, problem in own() if own is not None else ():
+        yield (f"{prefix}.{key}" if key else prefix).lstrip("."), problem
+    for leaf in dataclasses.fields(section):
+        inner, dots = _section(type(section), leaf)
+        value, key = getattr(section, leaf.name), f"{prefix}.{leaf.name}".lstrip(".")
+        if inner is not None:
+            entries = [(key, value)] if dots == "." else [(f"{key}.{i}", entry) for i, entry in enumerate(value)]
+            for name, entry in entries:
+                yield from problems(entry, name)
 
 
 def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """``(dotted key, value)`` of every setting in a config as nested mappings."""
+    """``(dotted key, value)`` of every setting in a config as nested mappings and lists."""
     for key, value in tree.items():
         if isinstance(value, dict):
             yield from leaves(value, f"{prefix}{key}.")
+        elif isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            for number, entry in enumerate(value):
+                yield from leaves(entry, f"{prefix}{key}.{number}.")
         else:
             yield f"{prefix}{key}", value
 
 
-def settings_table() -> str:
-    """The table of settings in README.md."""
-    defaults = dict(leaves(dataclasses.asdict(Config())))
-    rows = ["| setting | default | meaning |", "|---|---|---|"]
-    for key, leaf in settings():
-        default = defaults[key]
+def reference(section: type = Config) -> Iterator[tuple[str, str, str]]:
+    """Key, default and meaning of every setting, for people."""
+    for key, leaf in settings(section):
+        default = leaf.default_factory() if callable(leaf.default_factory) else leaf.default
         if default == MISSING:
             shown = "required"
         elif default is None:
@@ -278,6 +383,10 @@ def settings_table() -> str:
         else:
             shown = f"`{yaml.safe_dump(default, default_flow_style=True).splitlines()[0]}`"
         choices = leaf.metadata["choices"]
-        meaning = leaf.metadata["help"] + (f" ({', '.join(f'`{c}`' for c in choices)})" if choices else "")
-        rows.append(f"| `{key}` | {shown} | {meaning} |")
-    return "\n".join(rows)
+        yield key, shown, leaf.metadata["help"] + (f" ({', '.join(f'`{c}`' for c in choices)})" if choices else "")
+
+
+def settings_table() -> str:
+    """The reference as a table in Markdown."""
+    rows = [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in reference()]
+    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])

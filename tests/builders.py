@@ -8,14 +8,15 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liftdist.distributed.mesh import gather
+from liftdist.console import Console
+from liftdist.distributed.collectives import gather
 from liftdist.models import weights
-from liftdist.runs import checkpoint, saver
-from liftdist.runs import claims as rundir
+from liftdist.runs import checkpoint, claims, saver
+from liftdist.runs.context import RunContext
 from liftdist.schema import Config
-from liftdist.training import setup as prepare
-from liftdist.training.recorder import Console
-from liftdist.training.trainer import Inputs, Trainer
+from liftdist.training import setup
+from liftdist.training.inputs import Inputs, prepare_inputs
+from liftdist.training.trainer import Trainer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
@@ -74,7 +75,7 @@ _made: dict[str, Inputs] = {}
 
 def _inputs(key: str, settings: Config) -> Inputs:
     if key not in _made:  # the tokenizer alone takes half a second
-        _made[key] = prepare.inputs(settings, Console(False))
+        _made[key] = prepare_inputs(settings, Console(False))
     return _made[key]
 
 
@@ -82,28 +83,28 @@ def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Tra
     """What a run sets up before its first step, from a checkpoint or from the start. Collective."""
     inputs = _inputs(repr(settings), settings)
     base = weights.digest(inputs.folder, Path(settings.cache_dir))
-    model, principal = prepare.principal(
-        settings, inputs.folder, base, mesh, Console(False), from_checkpoint=saved is not None
+    model, method = setup.model_and_method(
+        RunContext(settings, mesh, Console(False)), inputs.folder, base, from_checkpoint=saved is not None
     )
     model.train()
-    made = Trainer(settings, mesh, inputs, model, principal)
+    made = Trainer(settings, mesh, inputs, model, method)
     if saved is not None:
-        made.restore(saved.manifest["state"], saved.read(principal.matrices))
+        made.restore(saved.manifest["state"], saved.read(method.matrices))
     return made
 
 
 def save(made: Trainer, checkpointer: saver.Checkpointer) -> saver.Saved | Exception | None:
     """Save a trainer's state and wait for the outcome. Collective."""
     origin = {"step": made.step, "state": made.state()}
-    checkpointer.save(made.principal.state_dict(made.optimizer), made.principal.matrices, origin)
+    checkpointer.save(made.method.principal.state_dict(made.method.optimizer), made.method.principal.matrices, origin)
     checkpointer.wait()
     return checkpointer.take_outcome()
 
 
 def global_digest(made: Trainer) -> str:
     """sha256 of the state of all ranks, in the order of the whole matrices: the same on any world size. Collective."""
-    state = made.principal.state_dict(made.optimizer)
-    state |= {f"{m.name}/weights": m.rows_local.reshape(-1) for m in made.principal.matrices}
+    state = made.method.principal.state_dict(made.method.optimizer)
+    state |= {f"{m.name}/weights": m.rows_local.reshape(-1) for m in made.method.principal.matrices}
     mine = {key: tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in state.items()}
     shards = made.mesh.device_mesh.size(1)
     replicas = gather(mine)
@@ -128,7 +129,7 @@ def fill(disk: Path) -> Path:
 
 
 def claimed(run_dir):
-    return rundir.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
+    return claims.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
 
 
 def claimed_by_all(mesh, run_dir):
@@ -137,7 +138,13 @@ def claimed_by_all(mesh, run_dir):
 
 def first_attempt(run_dir):
     """Attempt 1, as the process that claimed it would hold it."""
-    return rundir.Attempt(run_dir, 1, rundir.attempts(run_dir)[1][0]["nonce"], {})
+    return claims.Attempt(run_dir, 1, claims.attempts(run_dir)[1][0]["nonce"], {})
+
+
+def last_end(run_dir):
+    """How the newest attempt ended, by its own word."""
+    attempts = claims.attempts(run_dir)
+    return next(event for event in attempts[max(attempts)] if event["event"] == "end")
 
 
 def newest(mesh, run_dir, accepts, say=print):
@@ -146,7 +153,7 @@ def newest(mesh, run_dir, accepts, say=print):
 
 
 def accepted_in(run_dir):
-    return checkpoint.accepted(run_dir, rundir.attempts(run_dir))
+    return checkpoint.accepted(run_dir, claims.attempts(run_dir))
 
 
 def verified(folder):

@@ -131,8 +131,8 @@ def test_the_kernel_compiles_for_gpus_and_rounds_there(architecture):
 
     entries = dict.fromkeys(("scales", "values", "gradient", "first", "second"), "*fp32")
     numbers = dict.fromkeys(("beta1", "beta2", "eps", "decay"), "fp32")
-    signature = {"slots": "*i64"} | entries | numbers | {"WEIGHT": "constexpr", "BLOCK": "constexpr"}
+    signature = {"segments": "*i64"} | entries | numbers | {"WEIGHT": "constexpr", "BLOCK": "constexpr"}
     constants = {"WEIGHT": triton.language.bfloat16, "BLOCK": 1024}
-    source = ASTSource(kernels.adamw_and_scatter, signature, constexprs=constants)
+    source = ASTSource(kernels.adamw_and_write_back, signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
     assert "cvt.rn.bf16" in compiled.asm["ptx"]

@@ -13,10 +13,9 @@ from safetensors.torch import load_file
 from test_data import write_records
 from test_saver import keep_some
 
-from liftdist.runs import checkpoint
-from liftdist.runs import claims as rundir
+from liftdist.errors import UserError
+from liftdist.runs import checkpoint, claims
 from liftdist.runs.saver import Checkpointer
-from liftdist.schema import UserError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is on the disk.
@@ -31,11 +30,13 @@ def save_two(mesh, config, run_dir):
     for _ in range(2):
         trainer.run_step()
         outcomes.append(builders.save(trainer, saver))
-    matrices = trainer.principal.matrices
+    matrices = trainer.method.principal.matrices
     return dict(
         bytes=[outcome.bytes for outcome in outcomes],
-        principal=trainer.principal.num_selected,
-        dropped=sum(t.numel() for k, t in trainer.principal.state_dict().items() if k.endswith("dropped_values")),
+        principal=trainer.method.principal.num_selected,
+        dropped=sum(
+            t.numel() for k, t in trainer.method.principal.state_dict().items() if k.endswith("dropped_values")
+        ),
         values={m.name: m.rows_local[m.rows_local.shape[0] // 2 :].clone() for m in matrices[:1]},
     )
 
@@ -222,7 +223,7 @@ def test_what_an_older_attempt_writes_is_not_believed(run_dir):
     (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": checkpoint.manifest_digest(manifest)}))
     assert checkpoint.open_step(folder).number == 3
     assert builders.accepted_in(run_dir) == before
-    with pytest.raises(rundir.Superseded, match="attempt 2 has taken over from this one, attempt 1"):
+    with pytest.raises(claims.Superseded, match="attempt 2 has taken over from this one, attempt 1"):
         old.check_current()
     new.check_current()
 

@@ -4,7 +4,7 @@ import pytest
 
 from liftdist import config as configs
 from liftdist import schema
-from liftdist.schema import UserError
+from liftdist.errors import UserError
 
 MINIMAL = """\
 run_dir: runs/x
@@ -115,7 +115,7 @@ def test_layouts():
     mesh = schema.MeshConfig
     assert mesh().layout(6) == (1, 6)
     assert mesh(dp_replicate=2).layout(6) == (2, 3)
-    for bad in (mesh(dp_replicate=4), mesh(dp_replicate=2, dp_shard=2)):
+    for bad in (mesh(dp_replicate=4), mesh(dp_replicate=12)):
         with pytest.raises(UserError, match="6 ranks cannot be"):
             bad.layout(6)
 

@@ -6,9 +6,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liftdist.data import sources as records
-from liftdist.data import tokenised as data
-from liftdist.schema import UserError
+from liftdist.data import records, tokenised
+from liftdist.data.batches import collate
+from liftdist.data.chat import encode
+from liftdist.data.order import BatchOrder, epoch_sequences, split_micro_batches
+from liftdist.errors import UserError
+from liftdist.registry import FORMATS
 
 
 def write_records(path, count=40):
@@ -25,15 +28,15 @@ def tokenizer(smollm2):
 
 
 def learned_text(content, tokenizer):
-    ids, learned = data.encode(content, tokenizer)
+    ids, learned = encode(content, tokenizer)
     return tokenizer.decode([i for i, is_learned in zip(ids, learned, strict=True) if is_learned])
 
 
-def tokenised(lines, tokenizer, tmp_path, **settings):
+def samples_of(lines, tokenizer, tmp_path, **settings):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in lines))
     config = builders.config(tmp_path, path, tmp_path, data=settings).data
-    return data.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache")
+    return tokenised.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache")
 
 
 RECORDS = {
@@ -47,7 +50,7 @@ RECORDS = {
 @pytest.mark.parametrize("name", RECORDS)
 def test_formats_learn_the_response_and_the_end_only(name, tokenizer):
     assert records.detect_format(RECORDS[name]) == name
-    text = learned_text(records.FORMATS[name][1](RECORDS[name]), tokenizer)
+    text = learned_text(FORMATS.load(name).read(RECORDS[name]), tokenizer)
     assert (
         text.rstrip("\n") == "3<|im_end|>"
     )  # pad and end are the same token here, and the end is learned all the same
@@ -55,12 +58,12 @@ def test_formats_learn_the_response_and_the_end_only(name, tokenizer):
 
 
 def test_alpaca_wording():
-    prompt, response = records.FORMATS["alpaca"][1](RECORDS["alpaca"])
+    prompt, response = FORMATS.load("alpaca").read(RECORDS["alpaca"])
     assert prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
         "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
     )
-    prompt, _ = records.FORMATS["alpaca"][1](
+    prompt, _ = FORMATS.load("alpaca").read(
         {"instruction": "Add.", "output": "3", "answer": "3"}
     )  # LLM-Adapters' extra field
     assert "Input" not in prompt
@@ -80,7 +83,7 @@ def test_a_conversation_the_template_refuses_is_named(tokenizer, tmp_path):
     picky.chat_template = "{{ raise_exception('System role not supported') if messages[0]['role'] == 'system' }}"
     line = {"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}
     with pytest.raises(UserError, match=r"data.jsonl:1: the chat template refuses .*System role not supported"):
-        tokenised([line], picky, tmp_path)
+        samples_of([line], picky, tmp_path)
 
 
 def test_an_opening_by_the_assistant_is_not_learned(tokenizer):
@@ -107,7 +110,7 @@ def test_a_bad_line_is_named(line, problem, tokenizer, tmp_path):
     with pytest.raises(UserError, match=problem):
         records.check_first_records(config.data)
     with pytest.raises(UserError, match=problem):
-        data.tokenise(str(path), config.data, tokenizer, 49152, tmp_path / "cache")
+        tokenised.tokenise(str(path), config.data, tokenizer, 49152, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(
@@ -125,19 +128,19 @@ def test_a_token_outside_the_embedding_is_an_error(tokenizer, tmp_path):
     path = write_records(tmp_path / "r.jsonl")
     config = builders.config(tmp_path, path, tmp_path)
     with pytest.raises(UserError, match=r"r.jsonl:1: token id \d+ is outside the model's 20 embeddings"):
-        data.tokenise(str(path), config.data, tokenizer, 20, tmp_path / "cache")
+        tokenised.tokenise(str(path), config.data, tokenizer, 20, tmp_path / "cache")
 
 
 def test_overlong_samples_are_cut_or_dropped_and_counted(tokenizer, tmp_path):
     long = {"prompt": "a", "completion": " b" * 100}
     masked = {"prompt": "a" * 300, "completion": "b"}
     lines = [RECORDS["prompt_completion"], long, masked]
-    cut = tokenised(lines, tokenizer, tmp_path, max_length=32)
+    cut = samples_of(lines, tokenizer, tmp_path, max_length=32)
     assert (len(cut), cut.truncated, cut.dropped, cut.lengths.max()) == (2, 2, 1, 32)
-    dropped = tokenised(lines, tokenizer, tmp_path, max_length=32, overlong="drop")
+    dropped = samples_of(lines, tokenizer, tmp_path, max_length=32, overlong="drop")
     assert (len(dropped), dropped.truncated, dropped.dropped) == (1, 0, 2)
     with pytest.raises(UserError, match="nothing to learn"):
-        tokenised([masked], tokenizer, tmp_path, max_length=8)
+        samples_of([masked], tokenizer, tmp_path, max_length=8)
 
 
 def test_sources_agree(tokenizer, tmp_path):
@@ -150,23 +153,23 @@ def test_sources_agree(tokenizer, tmp_path):
     for suffix in ("jsonl", "json", "parquet"):
         path = tmp_path / f"a.{suffix}"
         config = builders.config(tmp_path, path, tmp_path).data
-        tables.append(data.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache").table[:])
+        tables.append(tokenised.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache").table[:])
     assert tables[0] == tables[1] == tables[2]
 
 
 def test_tokens_are_cached_by_content(tokenizer, tmp_path, monkeypatch):
-    first = tokenised([RECORDS["prompt_completion"]], tokenizer, tmp_path)
-    monkeypatch.setattr(data, "encode", lambda *_: pytest.fail("tokenised again"))
-    assert tokenised([RECORDS["prompt_completion"]], tokenizer, tmp_path).table[:] == first.table[:]
+    first = samples_of([RECORDS["prompt_completion"]], tokenizer, tmp_path)
+    monkeypatch.setattr(tokenised, "encode", lambda *_: pytest.fail("tokenised again"))
+    assert samples_of([RECORDS["prompt_completion"]], tokenizer, tmp_path).table[:] == first.table[:]
     with pytest.raises(pytest.fail.Exception):
-        tokenised([RECORDS["alpaca"]], tokenizer, tmp_path)
+        samples_of([RECORDS["alpaca"]], tokenizer, tmp_path)
 
 
 def test_order_is_a_function_of_seed_and_epoch():
     lengths = np.arange(1, 101)
-    order, starts = data.epoch_sequences(lengths, 5, False, 64, 2)
-    again, _ = data.epoch_sequences(lengths, 5, False, 64, 2)
-    other, _ = data.epoch_sequences(lengths, 5, False, 64, 3)
+    order, starts = epoch_sequences(lengths, 5, False, 64, 2)
+    again, _ = epoch_sequences(lengths, 5, False, 64, 2)
+    other, _ = epoch_sequences(lengths, 5, False, 64, 3)
     assert (order == again).all()
     assert (order != other).any()
     assert sorted(order) == list(range(100))
@@ -175,7 +178,7 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 def test_batches_cover_every_epoch_once_on_any_number_of_ranks():
     lengths = np.random.default_rng(0).integers(5, 60, 53)
-    order = data.BatchOrder(lengths, 1, True, 128, 8)
+    order = BatchOrder(lengths, 1, True, 128, 8)
     steps, consumed, seen, batches = order.steps(3), 0, [], []
     for _ in range(steps):
         batch = order.batch(consumed, 3)
@@ -186,10 +189,10 @@ def test_batches_cover_every_epoch_once_on_any_number_of_ranks():
     assert sorted(seen) == sorted(list(range(53)) * 3)
     assert all(sum(lengths[s] for s in sequence) <= 128 for batch in batches for sequence in batch)
     assert all(len(batch) == 8 for batch in batches[:-1])
-    resumed = data.BatchOrder(lengths, 1, True, 128, 8)  # the consumed count is the whole state
+    resumed = BatchOrder(lengths, 1, True, 128, 8)  # the consumed count is the whole state
     assert resumed.batch(8 * (steps - 2), 3) == batches[-2]
     for ranks in (1, 2, 3, 4, 7):
-        dealt = [data.deal(batches[0], lengths, rank, ranks, 2) for rank in range(ranks)]
+        dealt = [split_micro_batches(batches[0], lengths, rank, ranks, 2) for rank in range(ranks)]
         assert len({len(micro) for micro in dealt}) == 1  # every rank runs as many micro-batches
         together = [sequence for rank in dealt for micro in rank for sequence in micro]
         assert sorted(together) == sorted(batches[0])
@@ -204,12 +207,12 @@ def test_packed_samples_do_not_see_each_other(model_type, tmp_path, smollm2, tok
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     path = write_records(tmp_path / "r.jsonl", 6)
     config = builders.config(folder, path, tmp_path).data
-    samples = data.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache")
+    samples = tokenised.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache")
     with torch.no_grad():
-        alone = sum(token_losses(model, data.collate(samples, [[i]])).item() for i in range(6))
-        packed = token_losses(model, data.collate(samples, [[0, 1, 2], [3], [4, 5]])).item()
-        padded = token_losses(model, data.collate(samples, [[i] for i in range(6)])).item()
-        empty = token_losses(model, data.collate(samples, [])).item()
+        alone = sum(token_losses(model, collate(samples, [[i]])).item() for i in range(6))
+        packed = token_losses(model, collate(samples, [[0, 1, 2], [3], [4, 5]])).item()
+        padded = token_losses(model, collate(samples, [[i] for i in range(6)])).item()
+        empty = token_losses(model, collate(samples, [])).item()
     assert packed == pytest.approx(alone, rel=1e-5)
     assert padded == pytest.approx(alone, rel=1e-5)
     assert empty == 0.0

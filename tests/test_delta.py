@@ -18,14 +18,17 @@ from safetensors.torch import load_file, save_file
 from test_data import write_records
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liftdist import cli, preflight
-from liftdist.deltas import delta
-from liftdist.deltas import folder as export
-from liftdist.models import load as models
-from liftdist.models import weights
-from liftdist.runs import claims as rundir
-from liftdist.runs import saver
-from liftdist.schema import ModelConfig, UserError
+from liftdist import cli, safetensors_io
+from liftdist.deltas import codec, of_run
+from liftdist.deltas import file as delta_file
+from liftdist.deltas import folder as model_folders
+from liftdist.deltas.export import export
+from liftdist.deltas.module import change_module
+from liftdist.errors import UserError
+from liftdist.models import check, weights
+from liftdist.models.load import load
+from liftdist.runs import claims, saver
+from liftdist.schema import ModelConfig
 
 
 def changed_copy(folder, target, seed=0, share=0.05):
@@ -58,7 +61,7 @@ def folders(tmp_path_factory, smollm2):
     )
     AutoModelForCausalLM.from_pretrained(base).save_pretrained(base, max_shard_size="9MB")
     (base / "model.safetensors").unlink()
-    assert (base / preflight.INDEX).exists()
+    assert (base / check.INDEX).exists()
     (base / "notes").mkdir()
     (base / "notes" / "readme.md").write_text("kept")
     return base, changed_copy(base, folder / "one", 1), changed_copy(base, folder / "two", 2)
@@ -106,14 +109,16 @@ def contents(folder):
     np.cumsum(np.random.default_rng(0).geometric(0.01, 5000)).tolist(),
 ])  # fmt: skip
 def test_gaps_hold_any_ascending_indices(indices):
-    coded = delta._to_gaps(torch.tensor(indices, dtype=torch.int64))
+    coded = codec.encode(torch.tensor(indices, dtype=torch.int64))
     assert coded.dtype == torch.uint8
     assert coded.numel() % 8 == 0
-    assert delta._from_gaps(coded, len(indices)).tolist() == indices
+    assert codec.decode(coded, len(indices)).tolist() == indices
 
 
 def test_a_changed_weight_costs_about_five_bytes(folders, deltas, tmp_path):
-    weights_changed = sum(delta.read(deltas[0]).get(name).indices.numel() for name in delta.read(deltas[0]).names)
+    weights_changed = sum(
+        delta_file.read(deltas[0]).get(name).indices.numel() for name in delta_file.read(deltas[0]).names
+    )
     assert weights_changed > 5000
     overhead = 4000  # names and offsets of 14 matrices
     assert (deltas[0].stat().st_size - overhead) / weights_changed <= 6.4
@@ -136,7 +141,7 @@ def rewrite(path, target, metadata=None, **tensors):
     with safetensors.safe_open(path, "pt") as file:
         about, kept = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     kept |= tensors
-    about |= {"sha256": weights.digest_of(sorted(kept.items()))} | (metadata or {})
+    about |= {"sha256": safetensors_io.digest_of(sorted(kept.items()))} | (metadata or {})
     save_file(kept, target, about)
     return target
 
@@ -146,12 +151,12 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
     base = shutil.copytree(folders[0], tmp_path / "model")
     before = contents(base)
     name = "model.layers.1.mlp.up_proj.weight"
-    change = delta.read(one).get(name)
+    change = delta_file.read(one).get(name)
     values = change.values.clone()
     values[3] = torch.nan
     beyond = change.indices.clone()
     beyond[-1] = 100 * 203
-    twice = delta._to_gaps(change.indices)
+    twice = codec.encode(change.indices)
     twice[1] = 0
     (tmp_path / "short").write_bytes(one.read_bytes()[:-1])
     (tmp_path / "empty").touch()
@@ -163,18 +168,18 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
     renamed = {"tensors": json.dumps({key.replace("layers.1", "layers.7"): value for key, value in about.items()})}
     one_name = f"{name}.gaps"
     for problem, path in (
-        ("not a safetensors file|damaged|cut short", folders[0] / preflight.INDEX),
+        ("not a safetensors file|damaged|cut short", folders[0] / check.INDEX),
         ("No such file", tmp_path / "none"),
         ("is empty or cut short", tmp_path / "empty"),
         ("is another kind of safetensors file, not a delta", next(folders[0].glob("*.safetensors"))),
         ("short has", tmp_path / "short"),
         ("do not have the hash", tmp_path / "flipped"),
         ("not finite", rewrite(one, tmp_path / "nan", **{f"{name}.values": values})),
-        ("out of range", rewrite(one, tmp_path / "beyond", **{one_name: delta._to_gaps(beyond)})),
+        ("out of range", rewrite(one, tmp_path / "beyond", **{one_name: codec.encode(beyond)})),
         ("do not ascend", rewrite(one, tmp_path / "twice", **{one_name: twice})),
         (
             "number of indices|values for",
-            rewrite(one, tmp_path / "few", **{one_name: delta._to_gaps(change.indices[:-9])}),
+            rewrite(one, tmp_path / "few", **{one_name: codec.encode(change.indices[:-9])}),
         ),
         ("the delta is for", rewrite(one, tmp_path / "shape", other_shape)),
         ("damaged|layers.7", rewrite(one, tmp_path / "name", renamed)),
@@ -188,7 +193,7 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
 
 
 def safe_metadata(path):
-    return weights.header(path)["__metadata__"]
+    return safetensors_io.header(path)["__metadata__"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -211,7 +216,7 @@ def test_apply_undo_and_swap_on_a_folder_are_exact(folders, deltas, tmp_path):
     assert contents(folder) == contents(second)
     liftdist("apply", two, folder, "--undo", *at)
     assert contents(folder) == contents(base)
-    index = json.loads((folder / preflight.INDEX).read_text())
+    index = json.loads((folder / check.INDEX).read_text())
     files = list(folder.glob("*.safetensors"))
     assert len(files) > 1
     assert index["metadata"]["total_size"] == sum(t.numel() * 2 for file in files for t in load_file(file).values())
@@ -237,7 +242,7 @@ def test_a_folder_that_differs_elsewhere_is_refused(folders, deltas, tmp_path):
 
 
 def on_a_sharded_model(mesh, base, first, second, one, two):
-    model = models.load(base, ModelConfig(path=str(base)), mesh)
+    model = load(base, ModelConfig(path=str(base)), mesh)
 
     def equals(folder):
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
@@ -246,17 +251,17 @@ def on_a_sharded_model(mesh, base, first, second, one, two):
             for name, param in model.named_parameters()
         )
 
-    one, two = delta.read(one), delta.read(two)
+    one, two = delta_file.read(one), delta_file.read(two)
     outcomes = [equals(base)]
     export_errors = []
     for apply, undo, expected in ((one, None, first), (two, one, second), (None, two, base)):
         with torch.no_grad():
             model(torch.ones(1, 3, dtype=torch.int64))  # leaves gathered copies of some parameters
-        delta.change_module(model, apply, undo)
+        change_module(model, apply, undo)
         outcomes.append(equals(expected))
     for apply, undo in ((None, one), (two, one)):
         try:
-            delta.change_module(model, apply, undo)
+            change_module(model, apply, undo)
         except (UserError, RuntimeError) as error:
             export_errors.append(str(error))
     outcomes.append(equals(base))
@@ -274,14 +279,14 @@ def test_apply_undo_and_swap_on_a_model_in_memory_are_exact(world_size, folders,
 def test_a_plain_module_and_one_loaded_in_another_dtype(folders, deltas):
     model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
     before = {name: param.clone() for name, param in model.named_parameters()}
-    one = delta.read(deltas[0])
-    delta.change_module(model, one)
+    one = delta_file.read(deltas[0])
+    change_module(model, one)
     after = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
     assert all(torch.equal(param, after.get_parameter(name)) for name, param in model.named_parameters())
-    delta.change_module(model, undo=one)
+    change_module(model, undo=one)
     assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
     with pytest.raises(UserError, match="the model has no model"):
-        delta.change_module(torch.nn.Linear(3, 3), one)
+        change_module(torch.nn.Linear(3, 3), one)
 
 
 def test_a_process_killed_while_it_applies_leaves_the_old_folder(folders, deltas, tmp_path):
@@ -321,7 +326,7 @@ def test_folders_of_other_architectures_have_no_difference(folders, tmp_path):
 
 
 def a_run(mesh, config):
-    attempt = rundir.claim(Path(config.run_dir), lambda _: {})
+    attempt = claims.claim(Path(config.run_dir), lambda _: {})
     trainer = builders.trainer(mesh, config)
     for _ in range(config.train.steps):
         trainer.run_step()
@@ -329,7 +334,9 @@ def a_run(mesh, config):
     text = json.dumps({"model": {"path": config.model.path, "dtype": config.model.dtype}})
     writer = saver.Checkpointer(attempt, mesh, 1, None)
     origin = {"config": text, "base": base, "data": "", "step": trainer.step, "state": trainer.state()}
-    writer.save(trainer.principal.state_dict(trainer.optimizer), trainer.principal.matrices, origin)
+    writer.save(
+        trainer.method.principal.state_dict(trainer.method.optimizer), trainer.method.principal.matrices, origin
+    )
     writer.wait()
     return {name: param.full_tensor().detach().clone() for name, param in trainer.model.named_parameters()}
 
@@ -360,7 +367,7 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     assert moved > 1000
     expected = {p.name for p in folders[0].iterdir() if p.is_file()}
     assert {p.name for p in (tmp_path / "hf").iterdir()} == expected
-    assert "lm_head.weight" not in json.loads((tmp_path / "hf" / preflight.INDEX).read_text())["weight_map"]  # tied
+    assert "lm_head.weight" not in json.loads((tmp_path / "hf" / check.INDEX).read_text())["weight_map"]  # tied
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
 
     liftdist("apply", tmp_path / "delta", folders[0], "--output", tmp_path / "applied", *cache)
@@ -410,24 +417,24 @@ def test_a_float32_run_of_a_bf16_model_loses_nothing(folders, tmp_path):
         folders[0], write_records(tmp_path / "records.jsonl"), tmp_path, optimizer=dict(lr=1e-4), train=dict(steps=2)
     )
     (parameters,) = ranks.run(1, a_run, config)
-    changes, base, dtype = export.of_run_dir(tmp_path / "run", None, None)
+    changes, base, dtype = of_run.of_run_dir(tmp_path / "run", None, None)
     assert dtype == torch.float32
-    delta.write(changes, tmp_path / "delta")
-    export.export(changes, base, tmp_path / "hf", "hf", tmp_path / "cache", dtype)
+    delta_file.write(changes, tmp_path / "delta")
+    export(changes, base, tmp_path / "hf", "hf", tmp_path / "cache", dtype)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert all(torch.equal(param, parameters[name]) for name, param in merged.named_parameters())
-    applied = export.change_folder(
-        base, tmp_path / "cache", delta.read(tmp_path / "delta"), output=tmp_path / "applied"
+    applied = model_folders.change_folder(
+        base, tmp_path / "cache", delta_file.read(tmp_path / "delta"), output=tmp_path / "applied"
     )
-    undone = export.change_folder(
-        applied, tmp_path / "cache", undo=delta.read(tmp_path / "delta"), output=tmp_path / "undone"
+    undone = model_folders.change_folder(
+        applied, tmp_path / "cache", undo=delta_file.read(tmp_path / "delta"), output=tmp_path / "undone"
     )
     assert contents(undone) == contents(base)
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_exported_is_named(trained, folders, tmp_path):
     run_dir = shutil.copytree(trained[0] / "run", tmp_path / "run")
-    changes, _, _ = export.of_run_dir(run_dir, None, folders[0])
+    changes, _, _ = of_run.of_run_dir(run_dir, None, folders[0])
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(UserError, match="step-00000005: was removed meanwhile; a file named keep in it keeps it"):
         changes.get(changes.names[0])

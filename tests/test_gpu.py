@@ -9,17 +9,18 @@ from test_data import write_records
 from test_principal import flat, make, mlp
 from test_train import command, write_config
 
-from liftdist.engine import factors as lowrank
 from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.criteria import low_rank
+from liftdist.engine.factors import METHODS
 
 pytestmark = pytest.mark.gpu
 
 
 def test_selection_on_a_gpu_agrees_with_the_cpu():
     weight = torch.randn(700, 900, generator=torch.Generator().manual_seed(0))
-    for method in lowrank.METHODS:
-        on_cpu = lowrank.select(weight, 31500, 16, method)
-        on_gpu = [lowrank.select(weight.cuda(), 31500, 16, method) for _ in range(2)]
+    for method in METHODS:
+        on_cpu = low_rank.select(weight, 31500, 16, method)
+        on_gpu = [low_rank.select(weight.cuda(), 31500, 16, method) for _ in range(2)]
         assert torch.equal(*on_gpu)
         assert torch.isin(on_gpu[0].cpu(), on_cpu).float().mean() > 0.999
 
@@ -37,13 +38,13 @@ def test_a_plain_model_on_a_gpu_follows_the_cpu():
             model(inputs).square().mean().backward()
             principal.clip_grad_norm_(1.0)
             optimizer.step()
-            principal.scatter()
+            principal.write_back()
         weights.append(flat(model).cpu())
     assert torch.allclose(*weights, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_adamw_and_scatter_in_one_kernel(dtype):
+def test_adamw_and_write_back_in_one_kernel(dtype):
     found = []
     for in_one_kernel in (True, False):
         model = mlp(dtype).cuda()

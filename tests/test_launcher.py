@@ -15,8 +15,8 @@ from test_signals import files_of, run_once, write_config
 
 from liftdist import config as configs
 from liftdist import failures, network
+from liftdist.errors import UserError
 from liftdist.failures import Failure
-from liftdist.schema import UserError
 
 INJECT = Path(__file__).parent / "inject"
 

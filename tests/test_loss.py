@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from liftdist.data.tokenised import IGNORED
+from liftdist.models import head
+from liftdist.models.head import is_plain
 from liftdist.training import loss
 
 CPU = torch.device("cpu")
@@ -61,12 +63,12 @@ def gradients(model, given):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_and_gradient_are_those_of_whole_logits(dtype, tied, tmp_path, monkeypatch):
-    monkeypatch.setattr(loss, "CHUNK_LOGITS", 257 * 10)
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 257 * 10)
     model = model_of(tmp_path, dtype=dtype, tie_word_embeddings=tied)
     _, exact, _ = gradients(copy.deepcopy(model).float(), batch())
     whole, gradient, largest = gradients(model, batch())
-    assert loss.is_plain(model, CPU)
-    loss.in_chunks(model)
+    assert is_plain(model, CPU)
+    head.in_chunks(model)
     chunked, in_chunks, largest_in_chunks = gradients(model, batch())
     tolerance = 1e-6 if dtype == torch.float32 else 2e-2
     assert chunked.dtype == torch.float32
@@ -92,7 +94,7 @@ def test_a_head_of_its_own_kind_is_noticed(tmp_path):
     head = Doubling(*reversed(model.lm_head.weight.shape), bias=False)
     head.weight = model.lm_head.weight
     model.lm_head = head
-    assert not loss.is_plain(model, CPU)
+    assert not is_plain(model, CPU)
 
 
 def test_a_decoder_that_is_given_more_than_tokens_is_noticed(tmp_path, monkeypatch):
@@ -103,7 +105,7 @@ def test_a_decoder_that_is_given_more_than_tokens_is_noticed(tmp_path, monkeypat
         return forward(inputs_embeds=3 * embed(input_ids), **others)
 
     monkeypatch.setattr(model, "forward", scaled)
-    assert not loss.is_plain(model, CPU)
+    assert not is_plain(model, CPU)
 
 
 def test_trying_compiles_nothing(tmp_path):
@@ -111,7 +113,7 @@ def test_trying_compiles_nothing(tmp_path):
     for layer in model.get_decoder().layers:
         layer.compile()
     torch._dynamo.utils.counters.clear()
-    assert loss.is_plain(model, CPU)
+    assert is_plain(model, CPU)
     assert not torch._dynamo.utils.counters["frames"]
 
 
@@ -129,4 +131,4 @@ def test_trying_compiles_nothing(tmp_path):
     ],
 )
 def test_logits_that_are_more_than_a_product_are_noticed(model_type, settings, plain, tmp_path):
-    assert loss.is_plain(model_of(tmp_path, model_type, **settings), CPU) == plain
+    assert is_plain(model_of(tmp_path, model_type, **settings), CPU) == plain

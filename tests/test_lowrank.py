@@ -3,12 +3,14 @@ import torch
 from reference import principal_mask
 from safetensors.torch import load_file
 
-from liftdist.engine import factors as lowrank
+from liftdist.engine import topk
+from liftdist.engine.criteria import low_rank
+from liftdist.engine.factors import METHODS, MISS_TOLERANCE, estimated_miss, exact_factors, fast_factors, krylov_factors
 from liftdist.planning.live_bytes import LiveBytes
 
 
 def top_k(scores, k):
-    return lowrank.top_k(lambda rows: scores[rows], scores.shape, k)
+    return topk.top_k(lambda rows: scores[rows], scores.shape, k)
 
 
 def overlap(a, b):
@@ -18,7 +20,7 @@ def overlap(a, b):
 @pytest.mark.parametrize("shape", [(1, 1), (7, 5), (252, 507), (507, 123), (123, 123)])
 @pytest.mark.parametrize("kind", ["random", "ties", "zeros", "denormals", "sampled rows large", "sampled rows zero"])
 def test_top_k_is_a_stable_sort(shape, kind, monkeypatch):
-    monkeypatch.setattr(lowrank, "BLOCK", 5000)  # the larger shapes have several blocks
+    monkeypatch.setattr(topk, "BLOCK", 5000)  # the larger shapes have several blocks
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(shape, generator=generator)
     if kind == "ties":
@@ -28,17 +30,17 @@ def test_top_k_is_a_stable_sort(shape, kind, monkeypatch):
     if kind == "denormals":
         scores = scores * 1e-40
     if kind.startswith("sampled"):
-        scores[:: max(1, shape[0] // lowrank.CANDIDATE_ROWS)] *= 100 if "large" in kind else 0
+        scores[:: max(1, shape[0] // topk.CANDIDATE_ROWS)] *= 100 if "large" in kind else 0
     for k in {0, 1, scores.numel() // 20, scores.numel() // 2, scores.numel()}:
         expected = scores.flatten().argsort(descending=True, stable=True)[:k].sort().values
         assert torch.equal(top_k(scores, k), expected)
 
 
 def test_a_selection_holds_no_second_matrix(monkeypatch):
-    monkeypatch.setattr(lowrank, "BLOCK", 2**16)
+    monkeypatch.setattr(topk, "BLOCK", 2**16)
     weight = torch.randn(1500, 300, generator=torch.Generator().manual_seed(0)).bfloat16()
     with LiveBytes() as live:
-        lowrank.select(weight, round(0.05 * weight.numel()), 8)
+        low_rank.select(weight, round(0.05 * weight.numel()), 8)
     whole, block = 4 * weight.numel(), 4 * 2**16
     small = 4 * 300 * 300 * 4  # Gram matrix, its eigenvectors, and what eigh works with
     assert live.peak < whole + 2 * block + small
@@ -50,8 +52,8 @@ def test_exact_is_the_definition(shape, filter_rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     k = weight.numel() // 20
     expected = principal_mask(weight, k, filter_rank).flatten().nonzero().squeeze(1)
-    for method in lowrank.METHODS:
-        found = lowrank.select(weight, k, filter_rank, method)
+    for method in METHODS:
+        found = low_rank.select(weight, k, filter_rank, method)
         assert found.dtype == torch.int64
         assert (found[1:] > found[:-1]).all()
         assert overlap(found, expected) > 0.995
@@ -69,23 +71,23 @@ def decaying(m, n, power, seed=0):
 def test_krylov_agrees_on_a_slow_spectrum(shape):
     weight = decaying(*shape, power=0.4)
     k = weight.numel() // 20
-    exact = lowrank.exact_factors(weight, 32)
+    exact = exact_factors(weight, 32)
     expected = top_k((exact.left @ exact.right.T).abs(), k)
     tall = weight if shape[0] > shape[1] else weight.T
-    spaces = list(lowrank.krylov_factors(tall, 32, seed=0))
+    spaces = list(krylov_factors(tall, 32, seed=0))
     assert spaces, "this size is what the Krylov space is for"
     for factors in spaces:
         product = (factors.left @ factors.right.T).abs()
         miss = 1 - overlap(top_k(product if tall is weight else product.T.contiguous(), k), expected)
-        assert lowrank.estimated_miss(factors, k) >= miss
-    assert overlap(lowrank.select(weight, k, 32, "fast"), expected) > 0.999
+        assert estimated_miss(factors, k) >= miss
+    assert overlap(low_rank.select(weight, k, 32, "fast"), expected) > 0.999
 
 
 def test_an_outlier_does_not_fool_the_fast_method():
     weight = decaying(300, 200, 0.5)
     weight += 2000 * torch.outer(*(torch.nn.functional.normalize(torch.ones(n), dim=0) for n in weight.shape))
     k = weight.numel() // 20
-    assert overlap(lowrank.select(weight, k, 16, "fast"), lowrank.select(weight.double(), k, 16, "exact")) > 0.995
+    assert overlap(low_rank.select(weight, k, 16, "fast"), low_rank.select(weight.double(), k, 16, "exact")) > 0.995
 
 
 def test_fast_agrees_on_every_matrix_of_a_real_model(smollm2):
@@ -99,11 +101,11 @@ def test_fast_agrees_on_every_matrix_of_a_real_model(smollm2):
         u, s, vh = torch.linalg.svd(weight.double(), full_matrices=False)
         for rank, found in overlaps.items():
             expected = top_k(((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().float(), k)
-            for factors in lowrank.fast_factors(weight, rank, seed=0):
-                estimate = lowrank.estimated_miss(factors, k)
+            for factors in fast_factors(weight, rank, seed=0):
+                estimate = estimated_miss(factors, k)
                 chosen = top_k((factors.left @ factors.right.T).abs(), k)
                 assert estimate >= 1 - overlap(chosen, expected), (name, rank)
-                if estimate <= lowrank.MISS_TOLERANCE:
+                if estimate <= MISS_TOLERANCE:
                     break
             found.append(overlap(chosen, expected))
     torch.set_num_threads(1)
@@ -117,7 +119,7 @@ def test_selection_does_not_depend_on_the_threads_outside():
     found = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        found.append(lowrank.select(weight, 21000, 32))
+        found.append(low_rank.select(weight, 21000, 32))
         assert torch.get_num_threads() == threads
     torch.set_num_threads(1)
     assert torch.equal(*found)
@@ -126,16 +128,16 @@ def test_selection_does_not_depend_on_the_threads_outside():
 def test_selection_does_not_depend_on_the_precision_outside():
     """Neither autocast nor TF32, asked for by torch's older or newer interface, reaches the factorisation."""
     weight = decaying(500, 400, 0.3)
-    expected = lowrank.select(weight, 10000, 16)
+    expected = low_rank.select(weight, 10000, 16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(lowrank.select(weight, 10000, 16), expected)
+        assert torch.equal(low_rank.select(weight, 10000, 16), expected)
     old = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        assert torch.equal(lowrank.select(weight, 10000, 16), expected)
+        assert torch.equal(low_rank.select(weight, 10000, 16), expected)
         assert torch.get_float32_matmul_precision() == "medium"
         torch.backends.fp32_precision = "tf32"
-        assert torch.equal(lowrank.select(weight, 10000, 16), expected)
+        assert torch.equal(low_rank.select(weight, 10000, 16), expected)
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
     finally:
         torch.backends.fp32_precision = "none"
@@ -147,8 +149,8 @@ def test_selection_does_not_depend_on_the_precision_outside():
 def test_a_matrix_of_low_rank_is_not_left_to_an_exhausted_krylov_space():
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(1300, 80, generator=generator) @ torch.randn(80, 900, generator=generator) / 80
-    exact = top_k((lambda f: (f.left @ f.right.T).abs())(lowrank.exact_factors(weight, 16)), 58500)
-    assert overlap(lowrank.select(weight, 58500, 16), exact) > 0.998
+    exact = top_k((lambda f: (f.left @ f.right.T).abs())(exact_factors(weight, 16)), 58500)
+    assert overlap(low_rank.select(weight, 58500, 16), exact) > 0.998
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -156,7 +158,7 @@ def test_weights_that_are_not_finite_are_refused(bad):
     weight = torch.ones(8, 8)
     weight[3, 4] = bad
     with pytest.raises(ValueError, match="NaN or infinity"):
-        lowrank.select(weight, 3, 2)
+        low_rank.select(weight, 3, 2)
 
 
 @pytest.mark.parametrize(
@@ -165,4 +167,4 @@ def test_weights_that_are_not_finite_are_refused(bad):
 )
 def test_bad_arguments_are_refused(arguments, problem):
     with pytest.raises(ValueError, match=problem):
-        lowrank.select(torch.ones(8, 8), *arguments)
+        low_rank.select(torch.ones(8, 8), *arguments)

@@ -2,18 +2,18 @@
 
 import pytest
 
-from liftdist.engine.matrices import budget
+from liftdist.engine.budgets.per_matrix import PerMatrix
 
 
 def test_budget():
-    assert budget((30, 50), 0.05, None) == 75
-    assert budget((30, 50), None, 8) == 640
-    assert budget((30, 50), None, 128) == 1500
+    assert PerMatrix(0.05, None).allot({"w": (30, 50)})["w"] == 75
+    assert PerMatrix(None, 8).allot({"w": (30, 50)})["w"] == 640
+    assert PerMatrix(None, 128).allot({"w": (30, 50)})["w"] == 1500
     with pytest.raises(ValueError, match="exactly one"):
-        budget((30, 50), 0.05, 8)
+        PerMatrix(0.05, 8).allot({"w": (30, 50)})["w"]
 
 
 @pytest.mark.parametrize("density", [0.0, -1.0, 1.01, float("nan")])
 def test_density_is_a_share(density):
     with pytest.raises(ValueError, match="density must be above 0 and at most 1"):
-        budget((30, 50), density, None)
+        PerMatrix(density, None).allot({"w": (30, 50)})["w"]

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from liftdist import preflight
 from liftdist.deltas import delta as deltas
-from liftdist.deltas import folder as export
-from liftdist.models import load as models
-from liftdist.models import weights
-from liftdist.schema import ModelConfig, UserError
+from liftdist.deltas.export import export_merged
+from liftdist.errors import UserError
+from liftdist.models import build, check, weights
+from liftdist.models.load import _verify, load
+from liftdist.models.names import match
+from liftdist.schema import ModelConfig
 
 FAMILIES = {
     "llama": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
@@ -37,7 +38,7 @@ def family_folder(folder, name):
     if name == "mistral":  # several files with an index
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(path, max_shard_size="50KB")
         (path / "model.safetensors").unlink()
-        assert (path / preflight.INDEX).exists()
+        assert (path / check.INDEX).exists()
     return path
 
 
@@ -48,13 +49,13 @@ def logits_and_export(mesh, folder):
     for name in FAMILIES:
         base = folder / name
         config = ModelConfig(path=str(base), dtype="float32", activation_checkpointing=name == "llama")
-        model = models.load(base, config, mesh)
+        model = load(base, config, mesh)
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         with torch.no_grad():
             equal = torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
         target = folder / f"{name}-on-{mesh.world_size}"
         untouched = deltas.Delta(base, "", [], lambda _: pytest.fail("nothing changed"))
-        export.export_merged(untouched, base, target, torch.float32)
+        export_merged(untouched, base, target, torch.float32)
         exported = AutoModelForCausalLM.from_pretrained(target)
         same = all(torch.equal(a, b) for a, b in zip(exported.parameters(), whole.parameters(), strict=True))
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -93,10 +94,10 @@ def anonymous_peak(work):
 
 def load_large(mesh, folder, warm_up):
     config = ModelConfig(path=str(folder), dtype="bfloat16")
-    models.load(warm_up, ModelConfig(path=str(warm_up), dtype="bfloat16"), mesh)  # libraries and pools
-    model, peak = anonymous_peak(lambda: models.load(folder, config, mesh))
+    load(warm_up, ModelConfig(path=str(warm_up), dtype="bfloat16"), mesh)  # libraries and pools
+    model, peak = anonymous_peak(lambda: load(folder, config, mesh))
     share = sum(t.to_local().numel() * 2 for t in model.parameters())
-    layer = sum(p.numel() * 2 for p in models.decoder_layers(model)[0].parameters())
+    layer = sum(p.numel() * 2 for p in build.decoder_layers(model)[0].parameters())
     return dict(peak=peak, share=share, layer=layer, whole=sum(p.numel() * 2 for p in model.parameters()))
 
 
@@ -147,7 +148,7 @@ def broken(folder, how):
         save_file(tensors | {name: tensors[name].to(torch.int8)}, file)
     elif how == "missing shard":
         index = {"weight_map": dict.fromkeys(tensors, "model-00001-of-00001.safetensors")}
-        (folder / preflight.INDEX).write_text(json.dumps(index))
+        (folder / check.INDEX).write_text(json.dumps(index))
     return folder
 
 
@@ -175,7 +176,7 @@ def test_what_is_not_supported_is_refused_by_name(how, problem, tmp_path):
     folder = broken(builders.llama(tmp_path / "model"), how)
     config = ModelConfig(path=str(folder))
     with pytest.raises(UserError) as caught:
-        models.match(models.build(models.check_type(folder, config), config), weights.ModelFolder(folder))
+        match(build.build(build.check_type(folder, config), config), weights.ModelFolder(folder))
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -186,26 +187,26 @@ def test_fused_experts_are_refused(tmp_path):
     )
     config = ModelConfig(path=str(folder))
     with pytest.raises(UserError, match=r"experts.* fused experts are not supported"):
-        models.build(models.check_type(folder, config), config)
+        build.build(build.check_type(folder, config), config)
 
 
 def misplaced_rows(mesh, folder):
     """A loader that shifts rows must be caught by the comparison with the file."""
     config = ModelConfig(path=str(folder), dtype="float32")
-    model = models.load(folder, config, mesh)
+    model = load(folder, config, mesh)
     checkpoint = weights.ModelFolder(folder)
-    names = models.match(model, checkpoint)
+    names = match(model, checkpoint)
     caught = 0
     for param in (model.model.layers[0].mlp.up_proj.weight, model.model.embed_tokens.weight):
         local = param.to_local().detach()
         kept = local.clone()
         local.copy_(kept.roll(1, 0))
         try:
-            models._verify(model, checkpoint, names, random.Random(0))
+            _verify(model, checkpoint, names, random.Random(0))
         except RuntimeError as error:
             caught += "is not what model.safetensors holds" in str(error)
         local.copy_(kept)
-    models._verify(model, checkpoint, names, random.Random(0))
+    _verify(model, checkpoint, names, random.Random(0))
     return caught
 
 
@@ -236,7 +237,7 @@ def test_the_digest_follows_the_weights_alone(tmp_path):
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_embedding_is_apart_where_the_head_is(tied):
     shape = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
-    model = models.build(AutoConfig.for_model("llama", **shape, tie_word_embeddings=tied), ModelConfig())
-    assert models.own_embedding(model) is (None if tied else model.model.embed_tokens)
+    model = build.build(AutoConfig.for_model("llama", **shape, tie_word_embeddings=tied), ModelConfig())
+    assert build.own_embedding(model) is (None if tied else model.model.embed_tokens)
     model.get_output_embeddings = lambda: None  # it may multiply by the embedding itself
-    assert models.own_embedding(model) is None
+    assert build.own_embedding(model) is None

@@ -12,10 +12,12 @@ from test_submit import run
 from test_train import write_config
 
 from bench import contenders, memory, scale
-from liftdist.engine import factors as lowrank
+from liftdist.engine import topk
+from liftdist.engine.criteria import low_rank
+from liftdist.errors import UserError
 from liftdist.planning import plan
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.schema import Config, UserError
+from liftdist.schema import Config
 
 SMALL = dict(
     vocab_size=1000, hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5,
@@ -88,12 +90,12 @@ def test_collectives_and_memory_of_a_step_are_as_planned(world, replicas, mesh):
     ("shape", "filter_rank"), [((900, 300), 16), ((300, 900), 16), ((700, 700), 4), ((1200, 1200), 8), ((60, 60), 64)]
 )
 def test_memory_of_a_selection(shape, filter_rank, method, monkeypatch):
-    monkeypatch.setattr(lowrank, "BLOCK", 2**16)
+    monkeypatch.setattr(topk, "BLOCK", 2**16)
     weight = contenders.slow_spectrum(*shape, torch.device("cpu")).bfloat16()
     count = round(0.05 * weight.numel())
     with LiveBytes() as live:
-        lowrank.select(weight, count, filter_rank, method)
-    assert live.peak <= 1.05 * lowrank.workspace(*shape, count, filter_rank, method)
+        low_rank.select(weight, count, filter_rank, method)
+    assert live.peak <= 1.05 * low_rank.workspace(*shape, count, filter_rank, method)
 
 
 def test_nothing_grows_with_the_number_of_replicas():

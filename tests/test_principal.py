@@ -51,7 +51,7 @@ def test_the_documented_loop_trains_the_principal_weights_alone():
         principal.reduce_gradients()
         principal.clip_grad_norm_(1.0)
         optimizer.step()
-        principal.scatter()
+        principal.write_back()
     assert loss_of(model, 0).item() < first
     for old, new, count in zip(before, model.parameters(), (75, 0, 18), strict=True):
         assert (old != new).sum() <= count
@@ -76,7 +76,7 @@ def test_any_habit_of_clearing_gradients_gives_the_same_weights(variant):
                 (loss_of(model, 2 * step + micro) / 2).backward()
             principal.reduce_gradients()
             optimizer.step()
-            principal.scatter()
+            principal.write_back()
         return flat(model)
 
     expected = run("reference")
@@ -115,7 +115,7 @@ def test_float32_values_keep_updates_that_bfloat16_loses():
         loss_of(model, 0).backward()
         principal.reduce_gradients()
         optimizer.step()
-        principal.scatter()
+        principal.write_back()
     trained = torch.cat(
         [i.long() + o for i, o in zip(principal.indices, (0, 1550), strict=True)]
     )  # 1550: weight and bias before
@@ -131,7 +131,7 @@ def test_refresh_carries_state_over_by_position():
     for seed in range(3):
         loss_of(model, seed).backward()
         optimizer.step()
-        principal.scatter()
+        principal.write_back()
     with torch.no_grad():
         model[0].weight[:10] *= 3  # other entries become principal
     before = {
@@ -159,7 +159,7 @@ def test_refresh_carries_state_over_by_position():
     assert 0 < survived < 1
     loss_of(model, 9).backward()
     optimizer.step()
-    principal.scatter()
+    principal.write_back()
 
 
 def test_quantised_state_is_quantised_anew(monkeypatch):
@@ -178,7 +178,7 @@ def test_quantised_state_is_quantised_anew(monkeypatch):
     def step():
         model(data).square().mean().backward()
         optimizer.step()
-        principal.scatter()
+        principal.write_back()
 
     for _ in range(3):
         step()
@@ -239,7 +239,7 @@ def test_a_model_has_principal_weights_once():
 def test_initial_indices_may_be_of_another_kind():
     model = mlp()
     chosen = [indices.long() for indices in make(mlp()).indices]
-    principal = make(model, initial_indices=lambda matrices: [i.repeat_interleave(2)[::2] for i in chosen])
+    principal = make(model, initial_indices=lambda _: [i.repeat_interleave(2)[::2] for i in chosen])
     assert all(indices.dtype == torch.int32 and indices.is_contiguous() for indices in principal.indices)
     assert all(map(torch.equal, (indices.long() for indices in principal.indices), chosen))
 
@@ -317,7 +317,7 @@ def test_in_the_trainer_of_transformers(tiny_model, tmp_path):
             self.principal.reduce_gradients()
 
         def on_optimizer_step(self, args, state, control, **_):
-            self.principal.scatter()
+            self.principal.write_back()
 
     tokens = torch.randint(0, 1000, (16, 12), generator=torch.Generator().manual_seed(0))
     rows = [{"input_ids": row, "labels": row} for row in tokens]
@@ -345,7 +345,7 @@ def test_in_the_trainer_of_transformers(tiny_model, tmp_path):
         expected(input_ids=chunk, labels=chunk).loss.backward()
         principal.reduce_gradients()
         optimizer.step()
-        principal.scatter()
+        principal.write_back()
     start = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     assert torch.allclose(flat(model), flat(expected), atol=1e-6)
     assert not torch.equal(flat(model), flat(start))

@@ -95,7 +95,7 @@ def unrounded_gradient(mesh, together=False):
         found.append(torch.equal(grad, whole.flatten()[indices.long() + matrix.offset_local]))
         start += len(indices)
     rounded = torch.equal(principal.values.grad, principal.values.grad.bfloat16().float())
-    held = [s.unit.reduced for s in principal._slots if s.unit.reduced is not None]
+    held = [s.reduction.reduced for s in principal._segments if s.reduction.reduced is not None]
     left = [p.grad is not None for p in model.parameters()]
     return dict(exact=found, rounded=rounded, held=len(held), left=left, others=len(others))
 
@@ -136,7 +136,7 @@ def sparse_and_dense(mesh):
         principal.drop_gradients()
         assert not all(map(torch.equal, before, principal.indices))
         loss = model(inputs, False).float().square().mean()
-        unit = principal._slots[0].unit
+        unit = principal._segments[0].reduction
         in_float32 = most_alive(lambda loss=loss: loss.backward(), unit._shards * unit._row * 4)
         found[skip, sparse] = grad, reduced, principal.values.grad.clone(), in_float32
     return found
@@ -179,7 +179,7 @@ def memory_of_a_step(mesh):
         with_hooks = most_alive(lambda step_loss=step_loss: step_loss.backward(), shard_bytes)
         principal.reduce_gradients()
         optimizer.step()
-        principal.scatter()
+        principal.write_back()
     state = optimizer.state[principal.values]
     held = [principal.values, principal.values.grad, state["exp_avg"], state["exp_avg_sq"], *principal.indices]
     return dict(

@@ -15,13 +15,14 @@ from test_data import write_records
 from test_train import command, user_error, write_config
 
 from liftdist import config as configs
-from liftdist import schema, train
-from liftdist.distributed.mesh import Stopped
+from liftdist import schema
+from liftdist.errors import Stopped, UserError
 from liftdist.runs import checkpoint
 from liftdist.runs.saver import Checkpointer, Saved
-from liftdist.schema import UserError
+from liftdist.runs.stop import StopRequests
 from liftdist.training import trainer
 from liftdist.training.recorder import Recorder
+from liftdist.training.run import train
 
 WORLDS = {"1": (1, 1), "2": (2, 1), "3": (3, 1), "4": (4, 1), "2x2": (4, 2)}
 
@@ -124,11 +125,10 @@ def test_a_run_goes_on_where_it_was_stopped(tiny_model, tmp_path):
     first = command("train", config, "--nproc", 2)
     assert first.returncode == 75, first.stdout
     assert "liftdist: stopped (stop-requested); the same command continues" in first.stdout
-    assert json.loads((tmp_path / "run" / "stopped").read_text()) == {
-        "outcome": "stopped", "reason": "stop-requested", "attempt": 1,
-    }  # fmt: skip
+    end = builders.last_end(tmp_path / "run")
+    assert (end["outcome"], end["reason"]) == ("stopped", "stop-requested")
     assert command("train", config, "--nproc", 1).returncode == 0
-    assert not (tmp_path / "run" / "stopped").exists()
+    assert builders.last_end(tmp_path / "run")["outcome"] == "finished"
     assert len((tmp_path / "run" / "command.txt").read_text().splitlines()) == 1  # of those that came to train
     fresh = command("train", config, "--nproc", 1, "--fresh", "model.path=none")
     assert f"run_dir {tmp_path}/run is taken; starting in {tmp_path}/run-2" in fresh.stdout
@@ -143,9 +143,8 @@ def change_settings(mesh, first, others):
     """How a run with ``first`` settings ends, and how it goes on with each of ``others``."""
     ends = []
     for config, text, allowed in [first, *others]:
-        train.STOP.__init__()
         try:
-            train.train(config, mesh, text, set(allowed))
+            train(config, mesh, text, set(allowed), StopRequests())
             ends.append(metrics_of(config)[-1]["step"])
         except UserError as error:
             ends.append(str(error))
@@ -215,17 +214,17 @@ def test_another_batch_size_sees_the_rest_of_the_data_and_no_more(tiny_model, tm
 
 def run_until(mesh, config, text, step):
     """A run that is asked to stop after ``step``."""
-    original = trainer.Trainer.run_step
+    original, stop = trainer.Trainer.run_step, StopRequests()
 
     def run_step(self):
         figures = original(self)
         if self.step == step:
-            train.STOP.reason = "enough"
+            stop.reason = "enough"
         return figures
 
     trainer.Trainer.run_step = run_step
     with contextlib.suppress(Stopped):
-        train.train(config, mesh, text, {schema.COURSE})
+        train(config, mesh, text, {schema.COURSE}, stop)
 
 
 def test_a_value_from_the_environment_that_changed_is_noticed(tiny_model, tmp_path, monkeypatch):
@@ -246,7 +245,7 @@ def in_another_environment(mesh, file, overrides):
     os.environ["RATE"] = "0.5" if mesh.rank else "0.001"
     config, text = configs.load(file, overrides)
     try:
-        train.train(config, mesh, text, set())
+        train(config, mesh, text, set(), StopRequests())
     except UserError as error:
         return str(error)
     return ""
@@ -307,7 +306,7 @@ def break_after(mesh, config, text, step):
 
     trainer.Trainer.run_step = run_step
     try:
-        train.train(config, mesh, text, set())
+        train(config, mesh, text, set(), StopRequests())
     except RuntimeError:
         return
     raise AssertionError

@@ -9,20 +9,20 @@ from pathlib import Path
 
 import pytest
 
-from liftdist import files
-from liftdist.runs import claims as rundir
-from liftdist.schema import UserError
+from liftdist import files, heartbeat
+from liftdist.errors import UserError
+from liftdist.runs import claims, layout
 
 
 def claim(run_dir):
-    return rundir.claim(run_dir, lambda _: {})
+    return claims.claim(run_dir, lambda _: {})
 
 
 def claim_elsewhere(run_dir, **environment):
     """Claim in a process of its own, which then lives until it is killed."""
     code = (
-        "import sys, time; from pathlib import Path; from liftdist.runs import claims as rundir\n"
-        "attempt = rundir.claim(Path(sys.argv[1]), lambda _: {}); print(attempt.number, flush=True); time.sleep(100)"
+        "import sys, time; from pathlib import Path; from liftdist.runs import claims\n"
+        "attempt = claims.claim(Path(sys.argv[1]), lambda _: {}); print(attempt.number, flush=True); time.sleep(100)"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code, str(run_dir)], stdout=subprocess.PIPE, text=True, env={**os.environ, **environment}
@@ -37,7 +37,7 @@ def test_a_live_process_keeps_its_run_and_a_dead_one_does_not(tmp_path):
         with pytest.raises(UserError, match=rf"run: in use by job slurm 71, process {process.pid} on .* \(attempt 1,"):
             claim(tmp_path / "run")
         with pytest.raises(UserError, match="in use by"):
-            rundir.check_free(tmp_path / "run")
+            claims.check_free(tmp_path / "run")
     finally:
         process.kill()
     time.sleep(0.2)  # killed and not yet reaped: a zombie is dead
@@ -60,7 +60,7 @@ def test_a_claim_from_another_machine_lasts_as_long_as_its_heartbeat(tmp_path):
     path = pretend_elsewhere(run_dir)
     with pytest.raises(UserError, match=r"process \d+ on node7"):
         claim(run_dir)
-    silent = time.time() - rundir.LEASE - 1
+    silent = time.time() - claims.LEASE - 1
     os.utime(path, (silent, silent))
     assert claim(run_dir).number == 2
 
@@ -84,9 +84,9 @@ def test_a_requeued_job_takes_over_from_itself(tmp_path, monkeypatch):
 
 def test_one_of_many_that_claim_at_once_gets_the_run(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from liftdist.runs import claims as rundir; from liftdist.config import UserError\n"
+        "import sys, time; from pathlib import Path; from liftdist.errors import UserError; from liftdist.runs import claims\n"
         "while time.time() < float(sys.argv[2]): pass\n"
-        "try: rundir.claim(Path(sys.argv[1]), lambda _: {}); print('mine', flush=True); time.sleep(2)\n"
+        "try: claims.claim(Path(sys.argv[1]), lambda _: {}); print('mine', flush=True); time.sleep(2)\n"
         "except UserError: print('refused', flush=True)\n"
     )
     begin = str(time.time() + 1.5)
@@ -98,7 +98,7 @@ def test_one_of_many_that_claim_at_once_gets_the_run(tmp_path):
 
 
 def test_the_heartbeat_keeps_a_claim_fresh(tmp_path, monkeypatch):
-    monkeypatch.setattr(rundir, "HEARTBEAT", 0.05)
+    monkeypatch.setattr(heartbeat, "HEARTBEAT", 0.05)
     attempt = claim(tmp_path / "run")
     path = tmp_path / "run" / "attempts" / "attempt-00000001.jsonl"
     os.utime(path, (0, 0))
@@ -116,7 +116,7 @@ def test_a_damaged_claim_is_an_error_and_a_damaged_event_is_left_out(tmp_path):
     with path.open("a") as file:
         file.write('{"event": "comm')  # the disk was full
     attempt.note("end", outcome="failed")
-    assert [event["event"] for event in rundir.attempts(tmp_path / "run")[1]] == ["claim", "end"]
+    assert [event["event"] for event in claims.attempts(tmp_path / "run")[1]] == ["claim", "end"]
     path.write_text(path.read_text()[3:])
     with pytest.raises(UserError, match=r"attempt-00000001.jsonl: damaged: .*--fresh starts again"):
         claim(tmp_path / "run")
@@ -125,9 +125,9 @@ def test_a_damaged_claim_is_an_error_and_a_damaged_event_is_left_out(tmp_path):
 def test_a_folder_that_holds_no_run_is_refused(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="exists and holds no run"):
-        rundir.check_free(tmp_path)
+        claims.check_free(tmp_path)
     with pytest.raises(UserError, match="exists and holds no run"):
-        rundir.check_free(tmp_path / "file")
+        claims.check_free(tmp_path / "file")
 
 
 def test_symbolic_links_inside_a_run_directory_are_not_followed(tmp_path):
@@ -140,7 +140,7 @@ def test_symbolic_links_inside_a_run_directory_are_not_followed(tmp_path):
             (run_dir / name).rmdir()
         (run_dir / name).symlink_to(elsewhere)
         with pytest.raises(UserError, match=f"{name}: is not a folder; symbolic links inside a run directory are not"):
-            rundir.check_free(run_dir)
+            claims.check_free(run_dir)
         (run_dir / name).unlink()
     assert not any(elsewhere.iterdir())
     victim = tmp_path / "victim"
@@ -155,7 +155,7 @@ def test_symbolic_links_inside_a_run_directory_are_not_followed(tmp_path):
 
 def test_a_request_to_stop_for_an_earlier_attempt_is_forgotten(tmp_path):
     claim(tmp_path / "run").note("end", outcome="failed")
-    request = tmp_path / "run" / rundir.STOP_REQUESTED
+    request = tmp_path / "run" / layout.STOP_REQUESTED
     request.touch()
     claim(tmp_path / "run").note("end", outcome="failed")
     assert request.exists()  # it came while this process was alive: it is meant
@@ -165,10 +165,10 @@ def test_a_request_to_stop_for_an_earlier_attempt_is_forgotten(tmp_path):
 
 
 def test_a_fresh_start_takes_the_next_free_name(tmp_path):
-    assert rundir.next_free(tmp_path / "run") == tmp_path / "run"
+    assert layout.next_free(tmp_path / "run") == tmp_path / "run"
     (tmp_path / "run").mkdir()
-    assert rundir.next_free(tmp_path / "run") == tmp_path / "run"
+    assert layout.next_free(tmp_path / "run") == tmp_path / "run"
     (tmp_path / "run" / "file").touch()
     (tmp_path / "run-2").touch()
-    assert rundir.next_free(tmp_path / "run") == tmp_path / "run-3"
+    assert layout.next_free(tmp_path / "run") == tmp_path / "run-3"
     assert Path(tmp_path / "run" / "file").exists()

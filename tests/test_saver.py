@@ -43,10 +43,10 @@ def diverge(mesh, config, run_dir):
     saver = Checkpointer(attempt, mesh, 2, None)
     trainer.run_step()
     with torch.no_grad():
-        trainer.principal.values[3] += mesh.rank * 1e-6
+        trainer.method.principal.values[3] += mesh.rank * 1e-6
     diverged = builders.save(trainer, saver)
     with torch.no_grad():
-        trainer.principal.values[3] = torch.nan
+        trainer.method.principal.values[3] = torch.nan
     return str(diverged), str(builders.save(trainer, saver))
 
 
@@ -124,8 +124,8 @@ def save_on_a_slow_disk(mesh, config, run_dir):
     trainer = builders.trainer(mesh, config)
     writer = Checkpointer(builders.claimed(run_dir), mesh, 2, None)
     trainer.run_step()
-    state = trainer.principal.state_dict(trainer.optimizer)
-    writer.save(state, trainer.principal.matrices, {"step": 1, "state": trainer.state()})
+    state = trainer.method.principal.state_dict(trainer.method.optimizer)
+    writer.save(state, trainer.method.principal.matrices, {"step": 1, "state": trainer.state()})
     trainer.run_step()
     trainer.run_step()
     busy, first = writer.busy, writer.take_outcome()

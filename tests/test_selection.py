@@ -10,8 +10,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard
 
 from liftdist import PrincipalWeights
-from liftdist.distributed.mesh import gather, row_bounds, together
+from liftdist.distributed.collectives import gather, together
+from liftdist.distributed.sharding import row_bounds
 from liftdist.engine import selection
+from liftdist.runs import selections
 
 
 def model_of(mesh=None, dtype=torch.float32):
@@ -30,16 +32,16 @@ def whole_selection(mesh, folder):
         model, density=0.1, filter_rank=4, replicate_group=mesh.replicate_group, on_selected=kept.__setitem__
     )
     target = folder / f"{mesh.world_size}-{mesh.device_mesh.size(0)}"
-    selection.write(target, kept)
-    read_back = selection.read(target, principal.matrices)
+    selections.write(target, kept)
+    read_back = selections.read(target, principal.matrices, principal.counts)
     assert all(torch.equal(a, b) for a, b in zip(read_back, principal.indices, strict=True))
     assert all(indices.dtype == torch.int32 for indices in principal.indices)
     gather("read")
     with together():  # a damaged selection is replaced
         if mesh.is_main:
             (target / "selection.json").write_text("{}")
-    assert selection.write(target, kept)
-    read_back = selection.read(target, principal.matrices)
+    assert selections.write(target, kept)
+    read_back = selections.read(target, principal.matrices, principal.counts)
     assert all(torch.equal(a, b) for a, b in zip(read_back, principal.indices, strict=True))
     files = sorted(path.name for path in target.parent.iterdir() if path.name.startswith("."))
     return {
@@ -59,7 +61,7 @@ def test_selection_is_the_same_on_any_mesh(world_size, replicas, tmp_path):
     assert all(not left for _, left in found)  # no temporary folder stays
     # what one world size wrote, another reads
     folder = tmp_path / f"{world_size}-{replicas}"
-    assert [i.tolist() for i in selection.read(folder, alone.matrices)] == list(expected.values())
+    assert [i.tolist() for i in selections.read(folder, alone.matrices, alone.counts)] == list(expected.values())
 
 
 def not_finite(mesh):
@@ -89,27 +91,27 @@ def test_damaged_selections_are_refused(tmp_path):
         ("unsorted", lambda i: i.flip(0).contiguous(), "damaged"),
         ("range", lambda i: torch.cat([i[:-1], torch.tensor([10**6])]), "damaged"),
     ):
-        selection.write(tmp_path / name, kept | {"m2.weight": change(kept["m2.weight"])})
+        selections.write(tmp_path / name, kept | {"m2.weight": change(kept["m2.weight"])})
         with pytest.raises(ValueError, match=rf"m2\.weight is {problem}"):
-            selection.read(tmp_path / name, principal.matrices)
-    selection.write(tmp_path / "absent", {k: v for k, v in kept.items() if k != "m2.weight"})
+            selections.read(tmp_path / name, principal.matrices, principal.counts)
+    selections.write(tmp_path / "absent", {k: v for k, v in kept.items() if k != "m2.weight"})
     with pytest.raises(ValueError, match=r"no selection for m2\.weight"):
-        selection.read(tmp_path / "absent", principal.matrices)
+        selections.read(tmp_path / "absent", principal.matrices, principal.counts)
     file = next((tmp_path / "absent").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-9])
     with pytest.raises(ValueError, match="owner-00000-of-00001.safetensors: "):
-        selection.read(tmp_path / "absent", principal.matrices[:2])
+        selections.read(tmp_path / "absent", principal.matrices[:2], principal.counts[:2])
     assert set(json.loads((tmp_path / "short" / "selection.json").read_text())) == set(kept)
 
 
 @pytest.mark.parametrize("ranks_", [1, 2, 3, 8, 64])
 def test_dealing_is_balanced(ranks_):
     costs = [3.0, 1.0, 1.0, 3.0, 0.5, 2.0, 2.0] * 32
-    owners = selection.deal(costs, ranks_)
+    owners = selection.assign_owners(costs, ranks_)
     loads = [sum(c for c, o in zip(costs, owners, strict=True) if o == rank) for rank in range(ranks_)]
     if len(costs) >= 4 * ranks_:
         assert max(loads) <= 1.1 * max(sum(costs) / ranks_, max(costs))
-    assert selection.deal([], 3) == []
+    assert selection.assign_owners([], 3) == []
 
 
 def test_rows_are_dealt_as_torch_does():

@@ -15,25 +15,24 @@ import torch
 from test_data import write_records
 
 from liftdist import config as configs
-from liftdist import train
-from liftdist.distributed.mesh import Stopped, together
-from liftdist.engine import factors as lowrank
+from liftdist.distributed.collectives import together
+from liftdist.engine.criteria import low_rank
+from liftdist.errors import Stopped, UserError
 from liftdist.models import weights
-from liftdist.runs import checkpoint, saver
-from liftdist.runs import claims as rundir
-from liftdist.runs import watchdog as signals
-from liftdist.schema import UserError
-from liftdist.training import trainer
+from liftdist.runs import checkpoint, claims, saver
+from liftdist.runs.stop import StopRequests
+from liftdist.training import loss as training_loss
+from liftdist.training.run import train
 
 PHASES = ("forward", "accumulation", "evaluation", "refresh", "save", "selection", "loading")
 
 
-def run_once(mesh, config, text="train: {}", allowed=()):
+def run_once(mesh, config, text="train: {}", allowed=(), stop=None):
     """One attempt at a run, and how it ended."""
-    train.STOP.__init__()
-    train.STOP.catch(config.train.stop_signals)
+    stop = stop or StopRequests()
+    stop.catch(config.train.stop_signals)
     try:
-        train.train(config, mesh, text, set(allowed))
+        train(config, mesh, text, set(allowed), stop)
         return "finished"
     except (Stopped, UserError) as end:
         return f"{type(end).__name__}: {end}"
@@ -55,10 +54,10 @@ class Strike:
                 os.kill(os.getpid(), self.number)
 
     def __enter__(self):
-        self.originals = trainer.token_losses, lowrank.select, saver._write_file, weights.ModelFolder.read
+        self.originals = training_loss.token_losses, low_rank.select, saver._write_file, weights.ModelFolder.read
         losses, select, write, read = self.originals
 
-        def token_losses(model, batch):
+        def token_losses(model, batch, *rest):
             if model.training:
                 self.forwards += 1
                 if self.forwards in (3, 4):
@@ -67,7 +66,7 @@ class Strike:
                 self.evaluations += 1
                 if self.evaluations == 15:  # inside the second of ten micro-batches
                     self.hit("evaluation")
-            return losses(model, batch)
+            return losses(model, batch, *rest)
 
         def score(*arguments):
             self.hit("refresh" if self.forwards else "selection")
@@ -82,17 +81,17 @@ class Strike:
             self.hit("loading")
             return read(*arguments)
 
-        trainer.token_losses, lowrank.select, saver._write_file = token_losses, score, write_file
+        training_loss.token_losses, low_rank.select, saver._write_file = token_losses, score, write_file
         weights.ModelFolder.read = read_rows
         return self
 
     def __exit__(self, *_):
-        trainer.token_losses, lowrank.select, saver._write_file, weights.ModelFolder.read = self.originals
+        training_loss.token_losses, low_rank.select, saver._write_file, weights.ModelFolder.read = self.originals
 
 
 def files_of(run_dir):
     """Hashes of what the newest checkpoint holds, and its step."""
-    steps = checkpoint.accepted(run_dir, rundir.attempts(run_dir))
+    steps = checkpoint.accepted(run_dir, claims.attempts(run_dir))
     if not steps:
         return 0, {}
     manifest = checkpoint.open_step(run_dir / "checkpoints" / max(steps)).manifest
@@ -112,10 +111,10 @@ def stopped_in_every_phase(mesh, config, folder):
             end = run_once(mesh, config)
         torch.distributed.barrier()
         stopped_at, _ = files_of(folder / phase)
-        marker = json.loads((folder / phase / "stopped").read_text())
+        reason = builders.last_end(folder / phase)["reason"]
         again = run_once(mesh, config)
         same = files_of(folder / phase) == (step, expected)
-        outcomes[phase] = (end, strike.struck_in_step, stopped_at, marker["reason"], again, same)
+        outcomes[phase] = (end, strike.struck_in_step, stopped_at, reason, again, same)
     return outcomes
 
 
@@ -144,11 +143,11 @@ def test_a_run_stops_in_every_phase_and_continues_to_the_bit(tiny_model, tmp_pat
 
 def with_bad_numbers(mesh, config, kind, steps):
     """One attempt in which rank 1 computes a loss, or a gradient, that is no number in some steps."""
-    original, calls = trainer.token_losses, 0
+    original, calls = training_loss.token_losses, 0
 
-    def losses(model, batch):
+    def losses(model, batch, *rest):
         nonlocal calls
-        loss = original(model, batch)
+        loss = original(model, batch, *rest)
         calls += 1
         if mesh.rank == 1 and (calls + 1) // 2 in steps:
             if kind == "loss":
@@ -157,11 +156,11 @@ def with_bad_numbers(mesh, config, kind, steps):
                 loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss
 
-    trainer.token_losses = losses
+    training_loss.token_losses = losses
     try:
         return run_once(mesh, config)
     finally:
-        trainer.token_losses = original
+        training_loss.token_losses = original
 
 
 def numbers_gone_wrong(mesh, config, folder):
@@ -205,17 +204,17 @@ def test_a_step_that_goes_wrong_on_one_rank_changes_nothing_on_any(diverging, tm
 
 def with_large_gradients(mesh, config):
     """Gradients whose squares are beyond float32, in step 2: finite, and yet poison for Adam's second moment."""
-    original, calls = trainer.token_losses, 0
+    original, calls = training_loss.token_losses, 0
 
-    def losses(model, batch):
+    def losses(model, batch, *rest):
         nonlocal calls
         calls += 1
-        loss = original(model, batch)
+        loss = original(model, batch, *rest)
         if (calls + 1) // 2 == 2:
             loss.register_hook(lambda gradient: gradient * 1e25)
         return loss
 
-    trainer.token_losses = losses
+    training_loss.token_losses = losses
     config.optimizer.max_grad_norm = None
     return run_once(mesh, config)
 
@@ -369,16 +368,16 @@ def test_a_killed_rank_a_second_job_and_a_restart(tiny_model, tmp_path):
 def run_to(mesh, config, step):
     """The checkpoint of ``step`` in an undisturbed run."""
     loaded, text = configs.load(config)
-    original = saver.Checkpointer.save
+    original, stop = saver.Checkpointer.save, StopRequests()
 
     def save(self, state, matrices, manifest):
         original(self, state, matrices, manifest)
         if manifest["step"] == step:
-            train.STOP.reason = "there"
+            stop.reason = "there"
 
     saver.Checkpointer.save = save
     loaded.checkpoint.interval = 1 if step % 5 else 5
-    run_once(mesh, loaded, text)
+    run_once(mesh, loaded, text, stop=stop)
     files = checkpoint.open_step(Path(loaded.run_dir) / "checkpoints" / f"step-{step:08d}").manifest["files"]
     return json.dumps({name: entry["sha256"] for name, entry in files.items()})
 
@@ -442,7 +441,7 @@ def test_a_rank_that_hangs_is_reported_with_the_stacks_of_the_others(tiny_model,
 
 
 def test_signals_that_are_not_to_stop_a_run_do_what_they_always_did():
-    stop = signals.StopRequests()
+    stop = StopRequests()
     before = {name: signal.getsignal(signal.Signals[name]) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")}
     try:
         stop.catch()

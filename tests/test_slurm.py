@@ -15,7 +15,7 @@ from test_signals import files_of, run_once, write_config
 
 from liftdist import config as configs
 from liftdist.cluster import history, scheduler
-from liftdist.runs import claims as rundir
+from liftdist.runs import claims
 
 ROOT = Path(__file__).resolve().parent.parent
 INJECT = ROOT / "tests" / "inject"
@@ -177,17 +177,17 @@ def test_a_node_that_dies_and_one_that_is_cut_off(cluster, config, tmp_path):
     cut.wait_for("checkpoint step-00000005")
     (lost,) = scheduler.node_names(scheduler.jobs([cut.id])[0].nodes)
     dead = scheduler.node_names(scheduler.jobs([dying.id])[0].nodes)[1]
-    committed = rundir.attempts(dying.run_dir)[1]
+    committed = claims.attempts(dying.run_dir)[1]
     cluster("cut", lost)
     cluster("power-off", dead)
     try:
         dying.wait_for("continuing after step [1-5]0")
         cut.wait_for(r"attempt 2\)")
         began = time.monotonic()
-        while not any(event.get("event") == "end" for event in rundir.attempts(cut.run_dir)[1]):
+        while not any(event.get("event") == "end" for event in claims.attempts(cut.run_dir)[1]):
             assert time.monotonic() - began < 60  # it hears of its successor when it saves
             time.sleep(0.2)
-        assert "has taken over from this one" in str(rundir.attempts(cut.run_dir)[1][-1]["reason"])
+        assert "has taken over from this one" in str(claims.attempts(cut.run_dir)[1][-1]["reason"])
         assert dying.wait_for_state("COMPLETED") == "COMPLETED"
         assert cut.wait_for_state("COMPLETED") == "COMPLETED"
     finally:
@@ -195,7 +195,7 @@ def test_a_node_that_dies_and_one_that_is_cut_off(cluster, config, tmp_path):
         cluster("start", dead)
     starts = [event for event in history.read(dying.run_dir) if event["event"] == "start"]
     assert dead not in starts[1]["nodes"]
-    accepted = set(json.dumps(rundir.attempts(dying.run_dir)[2][0]["accepts"]).split('"'))
+    accepted = set(json.dumps(claims.attempts(dying.run_dir)[2][0]["accepts"]).split('"'))
     assert {f"step-{event['step']:08d}" for event in committed if event["event"] == "commit"} <= accepted
     check_undisturbed(config, dying)
     (tmp_path / "undisturbed").rename(tmp_path / "undisturbed-2")
@@ -208,9 +208,7 @@ def test_a_bug_fails_once_with_one_summary_and_a_cancelled_job_saves(config, tmp
     hostile = tmp_path / "a b$(touch canary)`touch canary`'\"; touch canary; %j#&|"
     running = Submitted(config, json.dumps(str(hostile)), "--nodes=1", "data.split=$(touch canary)", SLOW="2")
     running.run_dir = hostile
-    waiting = liftdist(
-        "submit", config, f"run_dir={tmp_path}/waiting", "--dependency", f"afterany:{running.id}", "--chain=2"
-    )
+    waiting = liftdist("submit", config, f"run_dir={tmp_path}/waiting", "--dependency", f"afterany:{running.id}")
     running.wait_for("training 2/")
     again = liftdist("submit", config, f"run_dir={json.dumps(str(hostile))}", code=2)
     assert f"in use by job slurm {running.id}" in again
@@ -225,7 +223,7 @@ def test_a_bug_fails_once_with_one_summary_and_a_cancelled_job_saves(config, tmp
     assert "given up" in liftdist("status", tmp_path / "failing")
     liftdist("cancel", tmp_path / "waiting")
     ids = re.findall(r"^job (\d+)", waiting, re.M)
-    assert [known.state for known in scheduler.jobs(ids)] == ["CANCELLED", "CANCELLED"]
+    assert [known.state for known in scheduler.jobs(ids)] == ["CANCELLED"]
     liftdist("cancel", hostile)
     running.wait_for("stopped as asked, saved step")
     assert running.wait_for_state("FAILED") == "FAILED"  # not COMPLETED: it has not finished

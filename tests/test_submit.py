@@ -15,7 +15,7 @@ from test_signals import write_config
 from liftdist import cli, schema
 from liftdist import config as configs
 from liftdist.cluster import history, job, scheduler, submit
-from liftdist.schema import UserError
+from liftdist.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -87,8 +87,6 @@ def test_arrays_and_sweeps(config, tmp_path):
         (["--sweep=run_dir=a,b"], "all tasks of an array are alike in run_dir"),
         (["--time=5"], "nothing is left for training"),
         (["--time=soon"], "slurm.time: is not of a form that SLURM takes"),
-        (["--chain=0"], "--chain must be at least 1"),
-        (["--chain=2", "--array=0-1"], "not with a job array"),
         (["--array=0-99999"], "more than 1000 tasks"),
         (["--nodes=3", "mesh.dp_replicate=2"], "3 ranks cannot be 2 replicas"),
         (["data.path=no-such.jsonl"], "no such file"),

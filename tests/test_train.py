@@ -14,9 +14,10 @@ from test_data import write_records
 from transformers import AutoModelForCausalLM
 
 from liftdist import config as configs
+from liftdist.console import Console
 from liftdist.models import weights
-from liftdist.training import setup as prepare
-from liftdist.training.recorder import Console
+from liftdist.runs.context import RunContext
+from liftdist.training import setup
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -219,10 +220,10 @@ def test_select_keeps_what_train_then_uses(tiny_model, tmp_path):
 
 def counts(mesh, config, folder):
     """Principal weights on this rank when the selection comes from the cache: selecting itself must not run."""
-    from liftdist.engine import factors as lowrank
+    from liftdist.engine.criteria import low_rank
 
-    lowrank.select = None
-    _, principal = prepare.principal(
-        config, folder, weights.digest(folder, Path(config.cache_dir)), mesh, Console(False)
+    low_rank.select = None
+    _, method = setup.model_and_method(
+        RunContext(config, mesh, Console(False)), folder, weights.digest(folder, Path(config.cache_dir))
     )
-    return principal.values.numel()
+    return method.principal.values.numel()

@@ -8,9 +8,9 @@ import ranks
 import torch
 from test_data import write_records
 
-from liftdist.schema import UserError
-from liftdist.training import setup as prepare
-from liftdist.training.recorder import Console
+from liftdist.console import Console
+from liftdist.errors import UserError
+from liftdist.training.inputs import prepare_inputs
 
 
 def losses_of(mesh, config):
@@ -20,7 +20,7 @@ def losses_of(mesh, config):
         losses=[f["train/loss"] for f in figures],
         lrs=[f["train/lr"] for f in figures],
         norms=[f["train/grad_norm"] for f in figures],
-        values=made.principal.values.detach().clone(),
+        values=made.method.principal.values.detach().clone(),
         sequences=made.consumed,
     )
 
@@ -86,9 +86,9 @@ def test_samples_beyond_the_context_of_the_model_are_refused(tiny_model, tmp_pat
     records.write_text(json.dumps({"prompt": "a", "completion": " b" * 600}) + "\n")
     config = builders.config(tiny_model, records, tmp_path, data=dict(max_length=1000))
     with pytest.raises(UserError, match=r"data.max_length=1000: .* a sample of 602 tokens, the model's context is 512"):
-        prepare.inputs(config, Console(False))
+        prepare_inputs(config, Console(False))
     config.data.max_length = 512
-    assert prepare.inputs(config, Console(False)).samples.truncated == 1
+    assert prepare_inputs(config, Console(False)).samples.truncated == 1
 
 
 def diverged(mesh, config):

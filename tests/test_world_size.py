@@ -9,10 +9,10 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from bench.traffic import Traffic
-from liftdist.distributed.mesh import gather
-from liftdist.models import load as models
-from liftdist.training import setup as prepare
-from liftdist.training.recorder import Console
+from liftdist.console import Console
+from liftdist.distributed.collectives import gather
+from liftdist.models import build
+from liftdist.training.inputs import prepare_inputs
 
 STEPS, REFRESH = 20, 7
 SETTINGS = {
@@ -35,7 +35,7 @@ def global_masks(principal):
 def run_training(mesh, model_folder, data, folder):
     config = builders.config(model_folder, data, folder, **SETTINGS)
     trainer = builders.trainer(mesh, config)
-    model, principal = trainer.model, trainer.principal
+    model, principal = trainer.model, trainer.method.principal
     masks, losses, dense, traffic, flat_bytes = [global_masks(principal)], [], [], [], []
     for _ in range(STEPS):
         counter = Traffic()
@@ -48,7 +48,7 @@ def run_training(mesh, model_folder, data, folder):
             masks.append(global_masks(principal))
     weights = {
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
-        for name, tensor in models.tensors(model).items()
+        for name, tensor in build.tensors(model).items()
     }
     group = mesh.replicate_group
     return dict(
@@ -81,14 +81,14 @@ def reference(tiny_model, tmp_path_factory):
 
     folder = tmp_path_factory.mktemp("reference")
     config = builders.config(tiny_model, write_records(folder / "records.jsonl"), folder, **SETTINGS)
-    inputs = prepare.inputs(config, Console(False))
+    inputs = prepare_inputs(config, Console(False))
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     names = linear_of(model)
     selected = {name: round(0.05 * model.get_parameter(name).numel()) for name in names}
     warmup = 2
     lrs = [5e-3 * (step / warmup if step < warmup else (STEPS - step) / (STEPS - warmup)) for step in range(STEPS)]
     lift = DenseLift(model, names, selected, config.selection.filter_rank, REFRESH, lrs, (0.9, 0.95), 1e-6)
-    from liftdist.data.tokenised import BatchOrder
+    from liftdist.data.order import BatchOrder
 
     order = BatchOrder(inputs.samples.lengths, 3, False, 64, 8)
     masks, losses = [lift.masks], []

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from liftdist import network
-from liftdist.runs import claims as rundir
-from liftdist.schema import UserError
+from liftdist.errors import UserError
+from liftdist.heartbeat import HEARTBEAT
 
 PROBLEMS = "problems.json"  # in the folder of logs: what the check of the nodes found
-SILENT = 4 * rundir.HEARTBEAT  # seconds without a sign of life after which a node is taken for dead
+SILENT = 4 * HEARTBEAT  # seconds without a sign of life after which a node is taken for dead
 CHECK_TIMEOUT = 120.0  # seconds that nodes have to find each other
 SLURMD_PORT = 6818  # where nodes listen unless SLURM says otherwise
 COMPARED = ("liftdist", "torch", "transformers")

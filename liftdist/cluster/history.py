@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from liftdist import files
-from liftdist.runs import claims as rundir
+from liftdist import environment, files
+from liftdist.runs import claims
 from liftdist.schema import Config
 
 JOBS = "jobs.jsonl"  # in the run directory
 PREEMPTED, TIME_LIMIT, NODE_FAILURE = "preempted", "time limit", "node failure"  # causes to requeue a job
+CAUSES = (PREEMPTED, TIME_LIMIT, NODE_FAILURE)
 ASKED = "asked to stop"  # the cause of an end that is no failure
 
 Event = dict[str, Any]
@@ -40,33 +41,28 @@ def read(run_dir: Path) -> list[Event]:
 
 def committed_step(run_dir: Path) -> int:
     """The step of the newest checkpoint that was committed, 0 before the first."""
-    events = itertools.chain.from_iterable(rundir.attempts(run_dir).values())
+    events = itertools.chain.from_iterable(claims.attempts(run_dir).values())
     return max((event["step"] for event in events if event.get("event") == "commit"), default=0)
 
 
 def this_start() -> dict[str, Any]:
-    job, start = rundir.this_job()
+    job, start = environment.this_job()
     # the family: this job and those it was submitted again as
     return {"job": job, "start": start, "family": os.environ.get("LIFTDIST_FIRST_JOB", job)}
 
 
 def start_name(event: Event) -> str:
     """The name of the start of a job that an event is about."""
-    return rundir.start_name(event["job"], event["start"])
+    return environment.start_name(event["job"], event["start"])
 
 
 def refusal(config: Config, events: Sequence[Event], family: str, cause: str, step: int) -> str | None:
     """Why a job may not be requeued for ``cause`` once more: its budget is spent, or nothing was gained since the last time."""
-    bounds = {
-        PREEMPTED: ("slurm.max_preemptions", config.slurm.max_preemptions),
-        TIME_LIMIT: ("slurm.max_time_limits", config.slurm.max_time_limits),
-        NODE_FAILURE: ("slurm.max_node_failures", config.slurm.max_node_failures),
-    }
-    setting, bound = bounds[cause]
-    of_cause = [e for e in events if e["event"] == "end" and e["family"] == family and e["cause"] == cause]
-    before = [event for event in of_cause if event["action"] in ("requeue", "nothing")]  # by itself, or by SLURM
-    if len(before) >= bound:
-        return f"requeued {len(before)} times for this, as often as {setting} allows"
-    if before and step <= before[-1]["step"]:
-        return f"no step was saved since it was last requeued for this, at step {before[-1]['step']}"
+    ends = [e for e in events if e["event"] == "end" and e["family"] == family and e["cause"] in CAUSES]
+    before = [event for event in ends if event["action"] in ("requeue", "nothing")]  # by itself, or by SLURM
+    if len(before) >= config.slurm.max_requeues:
+        return f"requeued {len(before)} times, as often as slurm.max_requeues allows"
+    alike = [event for event in before if event["cause"] == cause]
+    if alike and step <= alike[-1]["step"]:
+        return f"no step was saved since it was last requeued for this, at step {alike[-1]['step']}"
     return None

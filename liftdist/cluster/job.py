@@ -25,11 +25,13 @@ from pathlib import Path
 from typing import Any
 
 from liftdist import config as configs
-from liftdist import failures, files, network, preflight, schema
+from liftdist import failures, files, network, preflight
 from liftdist.cluster import health, history, launcher, scheduler
-from liftdist.runs import changes
-from liftdist.runs import claims as rundir
-from liftdist.schema import Config, UserError
+from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from liftdist.options import allowed_by, split_arguments
+from liftdist.redaction import redact
+from liftdist.runs import changes, claims, layout
+from liftdist.schema import Config
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The arguments of the batch script. One task of an array has its own of them, and a run directory of its own.
@@ -56,7 +58,7 @@ def of_task(arguments: Sequence[str], index: int | None) -> list[str]:
     values = sweep(options.sweep)
     if options.sweep and index >= len(values):
         raise UserError(f"array index {index}: the sweep has {len(values)} values, 0 to {len(values) - 1}")
-    words, _ = changes.split(rest)
+    words, _ = split_arguments(rest)
     chosen = values[index] if options.sweep else []
     config, _ = configs.load(words[0], [*words[1:], *chosen]) if words else (None, "")
     if config is None:
@@ -79,11 +81,11 @@ def sweep(given: Sequence[str]) -> list[list[str]]:
 
 
 def _load(arguments: Sequence[str]) -> tuple[Config, str, set[str]]:
-    words, flags = changes.split(arguments)
+    words, flags = split_arguments(arguments)
     if not words:
         raise UserError("slurm/train.sbatch: needs a config")
     config, text = configs.load(words[0], words[1:])
-    return config, text, changes.allowed_by(flags)
+    return config, text, allowed_by(flags)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +99,7 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
         Run directory, folder of logs, ``HOST:PORT`` of the head, then the arguments for the launcher.
 
     Raises:
-        UserError: as ``liftdist train``; an earlier job of the chain failed; SLURM requeued the job too often.
+        UserError: as ``liftdist train``; the job before this one failed; SLURM requeued the job too often.
     """
     index = os.environ.get("SLURM_ARRAY_TASK_ID")
     resolved = of_task(arguments, int(index) if index is not None else None)
@@ -106,7 +108,7 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
     changes.check_settings(config, text, allowed)
     start, step = history.this_start(), history.committed_step(run_dir)
     try:
-        _check_chain(history.read(run_dir))
+        _check_before(history.read(run_dir))
         _check_requeued(config, run_dir, start, step)
         preflight.check(config, ranks_per_node(config) * len(nodes), training=True)
     except UserError as error:
@@ -115,10 +117,10 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
         raise
     head = network.outgoing_address(network.resolve(nodes[1])) if len(nodes) > 1 else "127.0.0.1"
     port = network.free_port(int(os.environ["SLURM_JOB_ID"]) * 7)
-    logs = rundir.logs(run_dir, history.start_name(start))
+    logs = layout.logs(run_dir, history.start_name(start))
     for path in logs.iterdir():  # of another cluster, where a job had this number
         path.unlink()
-    given = changes.split(resolved)[0][0]
+    given = split_arguments(resolved)[0][0]
     kept = logs / "config.yaml"  # whoever edits his file now means another run
     files.write(kept, Path(given).read_text())
     resolved[resolved.index(given)] = str(kept)
@@ -135,7 +137,7 @@ def ranks_per_node(config: Config) -> int:
     return config.slurm.ranks_per_node or (int(gpus) if gpus.isdigit() and int(gpus) else 1)
 
 
-def _check_chain(events: Sequence[history.Event]) -> None:
+def _check_before(events: Sequence[history.Event]) -> None:
     before = os.environ.get("LIFTDIST_AFTER_JOB")
     ends = [event for event in events if event["event"] == "end" and event["job"] == before]
     if ends and ends[-1]["action"] == "fail":
@@ -154,7 +156,7 @@ def _check_requeued(config: Config, run_dir: Path, start: history.Event, step: i
     last = mine[-1]
     before = [event for event in events if event is not last]
     if last["event"] == "start":
-        silent = health.unheard(last["nodes"], rundir.logs(run_dir, history.start_name(last)))
+        silent = health.unheard(last["nodes"], layout.logs(run_dir, history.start_name(last)))
         of = f", {', '.join(silent)} first" if silent else ""
         message = f"ended without a word at step {step}{of}: a node was lost, or the job was killed"
         lost = {key: last[key] for key in ("job", "start", "family")}
@@ -193,8 +195,6 @@ def end(
     run_dir = Path(config.run_dir).expanduser()
     start, events, step = history.this_start(), history.read(run_dir), history.committed_step(run_dir)
     verdict = _judge(run_dir, start, nodes, logs, said, warned, terminated, step)
-    if verdict.cause == history.TIME_LIMIT and "LIFTDIST_NEXT" in os.environ:
-        verdict = Verdict("nothing", f"{verdict.message}; the next job of the chain goes on", schema.EXIT_STOPPED)
     if verdict.action == "requeue":
         assert verdict.cause is not None
         problem = history.refusal(config, events, start["family"], verdict.cause, step)
@@ -240,7 +240,7 @@ def _judge(
             "nothing", f"requeued by SLURM at step {step}{without}", 0, history.NODE_FAILURE if lost else None, lost
         )
     if found and found[0].kind == failures.USER_ERROR:
-        return Verdict("fail", found[0].error, schema.EXIT_USER_ERROR)
+        return Verdict("fail", found[0].error, EXIT_USER_ERROR)
     if known.get("PreemptTime", "None") not in ("None", "Unknown"):
         return Verdict("requeue", f"preempted, {saved}", 1, history.PREEMPTED)
     crashed = outcome != "stopped" and bool(found) and found[0].kind == failures.BUG
@@ -253,14 +253,14 @@ def _judge(
         if terminated:
             return Verdict("nothing", f"cancelled, {saved}", 1)
         if outcome == "stopped":
-            return Verdict("fail", f"stopped as asked, {saved}", schema.EXIT_STOPPED, history.ASKED)
+            return Verdict("fail", f"stopped as asked, {saved}", EXIT_STOPPED, history.ASKED)
     summary = failures.summary(found) or launcher.last_words(sorted(logs.glob("node-*.torchrun.log")))
     return Verdict("restart", summary, 1)
 
 
 def _outcome(run_dir: Path, start: history.Event) -> str | None:
     """How the newest attempt at the run by this start of the job ended, by its own word."""
-    attempts = rundir.attempts(run_dir)
+    attempts = claims.attempts(run_dir)
     claim, *others = attempts[max(attempts)] if attempts else [{}]
     job = claim.get("job") or {}
     if job.get("id") != f"slurm {os.environ['SLURM_JOB_ID']}" or job.get("time") != start["start"]:
@@ -282,7 +282,9 @@ def _is_over(said: Mapping[str, str]) -> bool:
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    """``python -m liftdist.job begin | check | end | again``, for the batch script: the answer is words with a null byte each."""
+    """``python -m liftdist.cluster.job begin | check | end | again``.
+
+    For the batch script: the answer is words with a null byte each."""
     command, *rest = sys.argv[1:] if given is None else given
     nodes = os.environ["LIFTDIST_NODES"].split()
     try:
@@ -309,12 +311,12 @@ def main(given: Sequence[str] | None = None) -> None:
             exclude, script, *arguments = rest
             answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, os.environ["LIFTDIST_LEAD"])
     except UserError as error:
-        text = configs.redact(str(error))
+        text = redact(str(error))
         print(f"liftdist: {text}", file=sys.stderr)
         if command == "check" and not int(os.environ["SLURM_NODEID"]):
             failed = failures.Failure(0, 0, platform.node(), time.time(), text, kind=failures.USER_ERROR)
             failures.write(Path(os.environ[failures.LOGS]), failed)
-        sys.exit(schema.EXIT_USER_ERROR)
+        sys.exit(EXIT_USER_ERROR)
     sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in answer))
 
 

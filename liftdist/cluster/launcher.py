@@ -37,10 +37,14 @@ from typing import Any, NoReturn
 from liftdist import config as configs
 from liftdist import failures, files, network, schema
 from liftdist.cluster import scheduler
+from liftdist.environment import start_name, this_job
+from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.failures import Failure
-from liftdist.runs import changes
-from liftdist.runs import claims as rundir
-from liftdist.schema import Config, UserError
+from liftdist.heartbeat import heartbeat
+from liftdist.options import split_arguments
+from liftdist.redaction import redact
+from liftdist.runs import claims, layout
+from liftdist.schema import Config
 
 FAILED = "failed"  # a file in the folder of logs: ranks of some node have failed
 JOIN_TIMEOUT, JOIN_TIMEOUT_SLURM = 600, 180  # seconds that nodes wait for each other: started by people, by SLURM
@@ -109,7 +113,7 @@ def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str
         raise UserError(f"--head {name}: is {head} on this machine; give the address by which the others reach it")
     if options.node_rank == 0:
         network.check_port(head, port)
-    attempt = len(rundir.attempts(Path(config.run_dir).expanduser())) + 1
+    attempt = len(claims.attempts(Path(config.run_dir).expanduser())) + 1
     own = head if options.node_rank == 0 else network.outgoing_address(head)
     return Place(nnodes, options.node_rank, head, port, f"{name}-{port}-{attempt}", own)
 
@@ -118,7 +122,7 @@ def _slurm_place(environ: Mapping[str, str]) -> Place:
     nodes, tasks = int(environ["SLURM_STEP_NUM_NODES"]), int(environ["SLURM_STEP_NUM_TASKS"])
     if nodes != tasks:
         raise UserError(f"{tasks} tasks on {nodes} nodes: start one a node, srun --ntasks-per-node=1")
-    start = rundir.start_name(*rundir.this_job(environ))
+    start = start_name(*this_job(environ))
     rank = int(environ["SLURM_NODEID"])
     in_job = failures.LOGS in environ
     if nodes == 1:
@@ -148,7 +152,7 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
     nproc = options.nproc or (config.slurm.ranks_per_node if where.in_job else None) or _gpus()
     logs: Path | None = None
     if where.id:
-        logs = rundir.logs(Path(config.run_dir).expanduser(), where.id)
+        logs = layout.logs(Path(config.run_dir).expanduser(), where.id)
     with _scratch(logs) as folder:
         environment = _environment(nproc, where, folder, logs)
         status = folder / f"node-{where.node_rank:05d}.status"
@@ -157,7 +161,7 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
         agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
         files.write(report, json.dumps({"host": platform.node()}))
         torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), "-m", "liftdist.train", *command]
-        with rundir.beating(lambda: os.utime(report)):
+        with heartbeat(lambda: os.utime(report)):
             code = _supervise(torchrun, environment, agent_log, folder, where.in_job)
         known = _status(status)
         files.write(report, json.dumps({"host": platform.node(), "ended": time.time(), "code": known or code}))
@@ -165,7 +169,7 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
             if code:
                 (folder / FAILED).touch()
             return code
-        if known == schema.EXIT_USER_ERROR or (known is None and code):
+        if known == EXIT_USER_ERROR or (known is None and code):
             print(f"liftdist: {failures.summary(failures.read(folder)) or last_words([agent_log])}", file=sys.stderr)
         if known is None and code:
             again = "the same command goes on from the newest checkpoint, if there is one"
@@ -345,16 +349,16 @@ def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="launch/torchrun", description=main.__doc__, allow_abbrev=False)
     arguments(parser)
     options, command = parser.parse_known_args(given)
-    words, _ = changes.split(command)
+    words, _ = split_arguments(command)
     try:
         if not words:
             raise UserError("launch/torchrun: needs a config")
         config, _ = configs.load(words[0], words[1:])
         code = launch(config, options, place(config, options), command)
     except UserError as error:
-        text = configs.redact(str(error))
+        text = redact(str(error))
         print(f"liftdist: {text}", file=sys.stderr)
-        code = schema.EXIT_USER_ERROR
+        code = EXIT_USER_ERROR
         if failures.LOGS in os.environ:  # for the batch script
             node = int(os.environ["SLURM_NODEID"])
             failed = Failure(-1 - node, 0, platform.node(), time.time(), text, kind=failures.USER_ERROR)

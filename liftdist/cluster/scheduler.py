@@ -12,7 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist.schema import NAME, Config, SlurmConfig, UserError
+from liftdist.errors import UserError
+from liftdist.schema import NAME, Config, SlurmConfig
 
 ENDED = (
     "COMPLETED",
@@ -87,8 +88,6 @@ def sbatch(
             "partition": slurm.partition,
             "account": slurm.account,
             "qos": slurm.qos,
-            "constraint": slurm.constraint,
-            "reservation": slurm.reservation,
             "exclude": slurm.exclude,
             "array": array,
             "dependency": dependency,

@@ -24,14 +24,16 @@ from liftdist import config as configs
 from liftdist import files, preflight, schema
 from liftdist.cluster import history, job, scheduler
 from liftdist.cluster.scheduler import Job
-from liftdist.runs import changes
-from liftdist.runs import claims as rundir
-from liftdist.schema import Config, UserError
+from liftdist.errors import UserError
+from liftdist.models.hub import resolve_model
+from liftdist.options import allowed_by, split_arguments
+from liftdist.runs import changes, layout
+from liftdist.schema import Config
 
 #: options that stand for a setting of the section ``slurm``
 SETTINGS = (
-    "nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time", "partition", "account", "qos", "constraint",
-    "reservation", "exclude", "container",
+    "nodes", "gpus_per_node", "ranks_per_node", "cpus_per_task", "time", "partition", "account", "qos", "exclude",
+    "container",
 )  # fmt: skip
 _POLL = 2.0  # seconds between two looks at a job that is followed
 
@@ -49,7 +51,6 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sweep", action="append", default=[], metavar="key=a,b,c", help="an array over these values")
     parser.add_argument("--array", help="indices of a job array, each with a run directory of its own")
     parser.add_argument("--dependency", help="jobs to wait for, as sbatch takes them")
-    parser.add_argument("--chain", type=int, default=1, metavar="N", help="N jobs, each going on where the last ended")
     parser.add_argument("--dry-run", action="store_true", help="show the command and submit nothing")
 
 
@@ -64,14 +65,10 @@ def submit(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None:
             _check_word(f"--{name.replace('_', '-')}", value)
             overrides.append(f"slurm.{name}={value if value.isdigit() else json.dumps(value)}")
-    if options.chain < 1:
-        raise UserError(f"--chain must be at least 1, got {options.chain}")
     for name in ("job_name", "array", "dependency"):
         _check_word(f"--{name.replace('_', '-')}", getattr(options, name))
     points = job.sweep(options.sweep)
     array = options.array or (f"0-{len(points) - 1}" if options.sweep else None)
-    if array is not None and options.chain > 1:
-        raise UserError("--chain: not with a job array")
     indices = _indices(array) if array else [None]
     if array:
         os.environ["SLURM_ARRAY_TASK_ID"] = str(indices[0])  # which a config may refer to
@@ -83,10 +80,9 @@ def submit(options: argparse.Namespace) -> None:
     script_words = [*sweeps, *options.flags, options.config, *overrides]
     runs = {index: _check(config, script_words, index, options.dry_run) for index in indices}
     name = options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "_", base.name).lstrip("-.")[:64] or "liftdist"
-    logs = base / rundir.LOGS
+    logs = base / layout.LOGS
     environment = _environment(config)
-    dependency = options.dependency
-    command = scheduler.sbatch(config, script_words, name, logs, array, dependency)
+    command = scheduler.sbatch(config, script_words, name, logs, array, options.dependency)
     shown = {key: environment[key] for key in ("LIFTDIST_PYTHON", "LIFTDIST_LEAD") if key in environment}
     if options.dry_run:
         print(shlex.join(["env", *(f"{key}={value}" for key, value in shown.items()), *command]))
@@ -97,15 +93,13 @@ def submit(options: argparse.Namespace) -> None:
     kept = logs.absolute() / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
     files.write(kept, Path(options.config).read_text())
     script_words[script_words.index(options.config)] = str(kept)
-    for link in range(options.chain, 0, -1):
-        command = scheduler.sbatch(config, script_words, name, logs, array, dependency)
-        id = scheduler.submit(command, environment | ({"LIFTDIST_NEXT": "yes"} if link > 1 else {}))
-        history.note(base, "submit", job=id, array=array, log=str(logs.absolute()))
-        for index, run_dir in runs.items():
-            if index is not None:
-                history.note(run_dir, "submit", job=f"{id}_{index}", log=str(logs.absolute()))
-            print(f"job {id}{'' if index is None else f'_{index}'}  run directory {run_dir}")
-        dependency, environment = f"afterany:{id}", environment | {"LIFTDIST_AFTER_JOB": id}
+    command = scheduler.sbatch(config, script_words, name, logs, array, options.dependency)
+    id = scheduler.submit(command, environment)
+    history.note(base, "submit", job=id, array=array, log=str(logs.absolute()))
+    for index, run_dir in runs.items():
+        if index is not None:
+            history.note(run_dir, "submit", job=f"{id}_{index}", log=str(logs.absolute()))
+        print(f"job {id}{'' if index is None else f'_{index}'}  run directory {run_dir}")
     print(
         f"liftdist status {shlex.quote(str(base))} shows how it goes; liftdist logs -f, liftdist cancel",
         file=sys.stderr,
@@ -140,10 +134,10 @@ def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool)
     if index is not None:
         os.environ["SLURM_ARRAY_TASK_ID"] = str(index)  # which a config may refer to
     resolved = job.of_task(words, index)
-    given, flags = changes.split(resolved)
+    given, flags = split_arguments(resolved)
     config, text = configs.load(given[0], given[1:])
     run_dir = Path(config.run_dir).expanduser()
-    changes.check_settings(config, text, changes.allowed_by(flags))
+    changes.check_settings(config, text, allowed_by(flags))
     ranks = base.slurm.ranks_per_node or base.slurm.gpus_per_node or 1
     config.mesh.layout(base.slurm.nodes * ranks)
     if base.slurm.gpu_memory is not None:
@@ -152,7 +146,7 @@ def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool)
         plan.check_fits(config, base.slurm.nodes, ranks)
     if not dry_run:
         preflight.check(config, base.slurm.nodes * ranks, training=True)
-        preflight.resolve_model(config.model.path)
+        resolve_model(config.model.path)
         waiting = [known for known in scheduler.jobs(_ids(run_dir)) if not known.has_ended]
         if waiting:
             raise UserError(
@@ -283,7 +277,7 @@ def logs(folder: Path, follow: bool, rank: int | None) -> None:
         raise UserError(f"{folder}: no job has started")
     id, path = found
     if rank is not None:
-        starts = sorted((runs[0] / rundir.LOGS).glob(f"*/rank-{rank:05d}.log"), key=lambda log: log.stat().st_mtime)
+        starts = sorted((runs[0] / layout.LOGS).glob(f"*/rank-{rank:05d}.log"), key=lambda log: log.stat().st_mtime)
         if not starts:
             raise UserError(f"{folder}: no output of rank {rank}; that of rank 0 is in the log of the job")
         path = starts[-1]
@@ -318,7 +312,7 @@ def cancel(folder: Path, now: bool) -> None:
                 continue
             nothing = False
             if found.state == "RUNNING" and not now:
-                (run_dir / rundir.STOP_REQUESTED).touch()
+                (run_dir / layout.STOP_REQUESTED).touch()
                 print(f"job {found.id} saves and ends; --now ends it at once")
             else:
                 _scancel(found)

@@ -1,111 +1,23 @@
-"""Records: where they come from and what they say.
+"""Where records come from: a file or a data set of the hub.
 
-    source (file or hub) -> record -> chat messages, or (prompt, response)
-
-Every error names its file and line. Imports no torch: the first records are checked before anything is started.
+A source knows its number of records, reads any range of them, each with its place for errors, and has a digest of its contents.
+A local file is read only as far as it is asked for: the first records of a large one are there at once.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from liftdist.schema import DataConfig, UserError
+from liftdist import digests
+from liftdist.errors import UserError
 
-CHECKED_RECORDS = 1000  # records looked at before anything is started
 LOCAL_SUFFIXES = (".jsonl", ".json", ".parquet")
 
 Record = Mapping[str, Any]
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Formats. A format turns a record into chat messages, or into a prompt and a response.
-
-ALPACA = (
-    "Below is an instruction that describes a task{with_input}. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
-)
-CHAT_ROLES = {role: role for role in ("system", "developer", "user", "assistant", "tool", "function")}
-SHAREGPT_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-
-
-def _alpaca(record: Record) -> tuple[str, str]:
-    instruction, given = _text(record, "instruction"), record.get("input") or ""
-    if not isinstance(given, str):
-        raise ValueError(f"'input' must be text, got {type(given).__name__}")
-    prompt = ALPACA.format(
-        instruction=instruction,
-        with_input=", paired with an input that provides further context" if given else "",
-        input=f"### Input:\n{given}\n\n" if given else "",
-    )
-    return prompt, _text(record, "output")
-
-
-def _prompt_completion(record: Record) -> tuple[str, str]:
-    return _text(record, "prompt"), _text(record, "completion")
-
-
-def _messages(record: Record) -> list[dict[str, str]]:
-    return _chat(record, "messages", "role", "content", CHAT_ROLES)
-
-
-def _sharegpt(record: Record) -> list[dict[str, str]]:
-    return _chat(record, "conversations", "from", "value", SHAREGPT_ROLES)
-
-
-#: format -> (fields by which it is told, reader)
-FORMATS: dict[str, tuple[tuple[str, ...], Callable[[Record], Any]]] = {
-    "alpaca": (("instruction", "output"), _alpaca),
-    "prompt_completion": (("prompt", "completion"), _prompt_completion),
-    "messages": (("messages",), _messages),
-    "sharegpt": (("conversations",), _sharegpt),
-}
-
-
-def _text(record: Record, key: str) -> str:
-    if key not in record:
-        raise ValueError(f"field {key!r} is missing (fields: {', '.join(map(str, record)) or 'none'})")
-    if not isinstance(record[key], str):
-        kind = "null" if record[key] is None else type(record[key]).__name__
-        raise ValueError(f"{key!r} must be text, got {kind}")
-    return record[key]
-
-
-def _chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(
-            f"{key!r} must be a list of turns, got {type(turns).__name__ if turns is None or turns else 'an empty list'}"
-        )
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"a turn of {key!r} must be an object, got {type(turn).__name__}")
-        who = _text(turn, role)
-        if who not in roles:
-            raise ValueError(f"{role!r} must be one of {', '.join(roles)}, got {who!r}")
-        messages.append({"role": roles[who], "content": _text(turn, content)})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{key!r} has no turn of the assistant, so nothing to learn")
-    return messages
-
-
-def detect_format(record: Record) -> str:
-    """The format whose fields the record has. Raises ``ValueError`` if none fits."""
-    present = {field for field, value in record.items() if value is not None}  # tables have a null for an absent field
-    for names in (present, set(record)):
-        for name, (fields, _) in FORMATS.items():
-            if names.issuperset(fields):
-                return name
-    wanted = "; ".join("/".join(fields) for fields, _ in FORMATS.values())
-    raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {wanted})")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sources. A source knows its number of records and reads any range of them, with a place to name in errors.
 
 
 class JsonlSource:
@@ -114,18 +26,38 @@ class JsonlSource:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._numbers, self._offsets = array("q"), array("q")  # of each record: its line, and where that begins
-        offset = 0
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
+        self._line = self._scanned = 0  # lines and bytes that are indexed
+        self._complete = False
+
+    def _index(self, end: int | None = None) -> None:
+        """Find where records begin: the first ``end``, or all."""
+        if self._complete or (end is not None and len(self._offsets) >= end):
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._scanned)
+            for line in file:
+                self._line += 1
                 if line.strip():
-                    self._numbers.append(number)
-                    self._offsets.append(offset)
-                offset += len(line)
+                    self._numbers.append(self._line)
+                    self._offsets.append(self._scanned)
+                self._scanned += len(line)
+                if end is not None and len(self._offsets) >= end:
+                    return
+        self._complete = True
+
+    def __bool__(self) -> bool:
+        self._index(1)
+        return bool(self._offsets)
 
     def __len__(self) -> int:
+        self._index()
         return len(self._offsets)
 
+    def digest(self, cache_dir: Path) -> str:
+        return digests.of_file(self.path, cache_dir)
+
     def read(self, begin: int, end: int) -> Iterator[tuple[str, Record]]:
+        self._index(end)
         with self.path.open("rb") as file:
             for number, offset in zip(self._numbers[begin:end], self._offsets[begin:end], strict=True):
                 file.seek(offset)
@@ -142,10 +74,17 @@ class JsonlSource:
 
 
 class ListSource:
-    """Records in memory or memory-mapped: a JSON array, or a data set of the ``datasets`` library."""
+    """Records in memory or memory-mapped: a JSON array, or a data set of the ``datasets`` library.
 
-    def __init__(self, name: str, records: Any) -> None:
-        self.name, self.records = name, records
+    Args:
+        origin: the file they were read from, or the fingerprint that the library gives them.
+    """
+
+    def __init__(self, name: str, records: Any, origin: Path | str) -> None:
+        self.name, self.records, self._origin = name, records, origin
+
+    def digest(self, cache_dir: Path) -> str:
+        return self._origin if isinstance(self._origin, str) else digests.of_file(self._origin, cache_dir)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -165,8 +104,8 @@ def is_local(path: str) -> bool:
     return Path(path).suffix in LOCAL_SUFFIXES or path.startswith((".", "/", "~")) or Path(path).exists()
 
 
-def open_source(path: str, subset: str | None, split: str) -> tuple[Source, str]:
-    """The source of a path or hub name, and a digest of its content.
+def open_source(path: str, subset: str | None, split: str) -> Source:
+    """The source of a path or hub name.
 
     Raises:
         UserError: it is missing, unreadable, empty or of an unknown kind.
@@ -179,20 +118,18 @@ def open_source(path: str, subset: str | None, split: str) -> tuple[Source, str]
     if file.suffix not in LOCAL_SUFFIXES:
         raise UserError(f"data {path}: must end in {', '.join(LOCAL_SUFFIXES)}")
     try:
-        with file.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
         source: Source
         if file.suffix == ".jsonl":
             source = JsonlSource(file)
         elif file.suffix == ".parquet":
-            source = ListSource(path, _load_dataset("parquet", data_files=str(file), split="train"))
+            source = ListSource(path, _load_dataset("parquet", data_files=str(file), split="train"), file)
         else:
             source = _open_json(file)
     except OSError as error:
         raise UserError(f"data {path}: {error.strerror or error}") from None
-    if not len(source):
+    if not source:
         raise UserError(f"data {path}: holds no record")
-    return source, digest
+    return source
 
 
 def _open_json(file: Path) -> Source:
@@ -201,17 +138,17 @@ def _open_json(file: Path) -> Source:
         if stream.read(4096).lstrip()[:1] != b"[":
             return JsonlSource(file)
     try:
-        return ListSource(str(file), json.loads(file.read_bytes()))
+        return ListSource(str(file), json.loads(file.read_bytes()), file)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         line = f":{error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{file}{line}: not JSON: {getattr(error, 'msg', error)}") from None
 
 
-def _open_hub(path: str, subset: str | None, split: str) -> tuple[Source, str]:
+def _open_hub(path: str, subset: str | None, split: str) -> Source:
     records = _load_dataset(path, subset, split=split)
     if not len(records):
         raise UserError(f"data {path}: split {split} holds no record")
-    return ListSource(f"{path}[{split}]", records), records._fingerprint
+    return ListSource(f"{path}[{split}]", records, str(records._fingerprint))
 
 
 def _load_dataset(*args: Any, **options: Any) -> Any:
@@ -223,32 +160,3 @@ def _load_dataset(*args: Any, **options: Any) -> Any:
     except Exception as error:  # the library raises almost anything
         name = options.get("data_files", args[0])
         raise UserError(f"data {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
-
-
-def check_first_records(config: DataConfig) -> None:
-    """Read the first records of local files as training would. Quick, without torch; hub data is not touched.
-
-    Raises:
-        UserError: naming file and line.
-    """
-    for path in filter(None, (config.path, config.eval_path)):
-        if is_local(path):
-            source, _ = open_source(path, None, "train")
-            read = reader(source, config.format)
-            for where, record in source.read(0, CHECKED_RECORDS):
-                at(where, read, record)
-
-
-def reader(source: Source, format: str) -> Callable[[Record], Any]:
-    """Reads a record of ``source``; ``auto`` looks at the first."""
-    if format == "auto":
-        where, first = next(source.read(0, 1))
-        format = at(where, detect_format, first)
-    return FORMATS[format][1]
-
-
-def at(where: str, function: Callable[[Record], Any], record: Record) -> Any:
-    try:
-        return function(record)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from None

@@ -1,7 +1,7 @@
 """AdamW on the principal weights that writes them into the model in the same pass over memory.
 
 An entry has an index (4 B), a gradient, a value and two moments (16 B). One kernel reads them once, and writes value, moments, a
-cleared gradient and the weight in the model. torch's own AdamW and :meth:`PrincipalWeights.scatter`, one after the other, do
+cleared gradient and the weight in the model. torch's own AdamW and :meth:`PrincipalWeights.write_back`, one after the other, do
 the same in several passes, and do it wherever the kernel does not run.
 """
 
@@ -21,7 +21,7 @@ BLOCK = 1024  # entries that one program of the kernel steps
 
 
 class PrincipalAdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW`` on ``principal.values`` whose ``step()`` does ``principal.scatter()``, too.
+    """``torch.optim.AdamW`` on ``principal.values`` whose ``step()`` does ``principal.write_back()``, too.
 
     Its state is that of ``torch.optim.AdamW``. On GPUs that Triton compiles for, all is one kernel; ``in_one_kernel`` says so,
     and False takes torch's own way. Collective: ranks that hold the same weights must not differ in it.
@@ -51,10 +51,10 @@ class PrincipalAdamW(torch.optim.AdamW):
         unusual = len(self.param_groups) > 1 or any(self.param_groups[0][key] for key in ("amsgrad", "maximize"))
         if self.in_one_kernel and not unusual and gradient is not None and self.state[values] and values.numel():
             self._step_in_one_kernel(gradient)
-            self.principal.scattered()
+            self.principal.written_back()
         else:  # the first step makes the state
             super().step()
-            self.principal.scatter()
+            self.principal.write_back()
         return loss
 
     def _step_in_one_kernel(self, gradient: Tensor) -> None:
@@ -63,25 +63,25 @@ class PrincipalAdamW(torch.optim.AdamW):
         state["step"] += 1
         step = state["step"].to(gradient.device, torch.float64)
         scales = torch.stack([group["lr"] / (1 - beta1**step), (1 - beta2**step).rsqrt()])
-        begin, slots = 0, []
+        begin, segments = 0, []
         for matrix, indices in zip(self.principal.matrices, self.principal.indices, strict=True):
-            slots.append([begin, indices.numel(), indices.data_ptr(), matrix.rows_local.data_ptr()])
+            segments.append([begin, indices.numel(), indices.data_ptr(), matrix.address])
             begin += indices.numel()
         values = self.principal.values.detach()
-        self._launch(slots, scales.float(), values, gradient, state["exp_avg"], state["exp_avg_sq"])
+        self._launch(segments, scales.float(), values, gradient, state["exp_avg"], state["exp_avg_sq"])
 
-    def _launch(self, slots: list[list[int]], scales: Tensor, *entries: Tensor) -> None:
+    def _launch(self, segments: list[list[int]], scales: Tensor, *entries: Tensor) -> None:
         import triton
         import triton.language as tl
 
         from liftdist.engine import kernels
 
         group = self.param_groups[0]
-        weight = self.principal.matrices[0].rows_local.dtype
-        grid = (triton.cdiv(max(1, *(slot[1] for slot in slots)), BLOCK), len(slots))
+        weight = self.principal.matrices[0].dtype
+        grid = (triton.cdiv(max(1, *(segment[1] for segment in segments)), BLOCK), len(segments))
         with torch.cuda.device_of(scales):
-            kernels.adamw_and_scatter[grid](
-                torch.tensor(slots, device=scales.device),
+            kernels.adamw_and_write_back[grid](
+                torch.tensor(segments, device=scales.device),
                 scales,
                 *entries,
                 *group["betas"],
@@ -101,10 +101,12 @@ class PrincipalAdamW(torch.optim.AdamW):
         """Whether the kernel runs here: Triton may be absent, or lack a compiler."""
         nothing = torch.zeros(2, device=self.principal.values.device)
         try:
-            if len({matrix.rows_local.dtype for matrix in self.principal.matrices}) > 1:
+            if len({matrix.dtype for matrix in self.principal.matrices}) > 1:
                 raise ValueError("weights of several dtypes")
             self._launch([[0, 0, 0, 0]], nothing, nothing, nothing, nothing, nothing)
         except Exception as error:  # whatever it is, the other way does the same
-            warnings.warn(f"AdamW and scatter run one after the other: no Triton kernel here ({error})", stacklevel=3)
+            warnings.warn(
+                f"AdamW and write-back run one after the other: no Triton kernel here ({error})", stacklevel=3
+            )
             return False
         return True

@@ -1,4 +1,4 @@
-"""The part of the flat vector that belongs to one matrix, and which of its weights were principal before.
+"""The segment of the flat vector that belongs to one matrix, and which of its weights were principal before.
 
 values[begin : begin + k_local] = W_local.flat[indices]         a bit a weight remembers those of earlier refreshes
 """
@@ -11,17 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from liftdist.engine.matrices import Matrix
-from liftdist.engine.reductions import Unit
+from liftdist.engine.reductions import FSDPReduction
 
 
 @dataclass
-class Slot:
-    """A matrix and its part of the flat vector."""
+class Segment:
+    """A matrix and its segment of the flat vector."""
 
     matrix: Matrix
     indices: Tensor  # [k_local] int32, into this rank's rows
     begin: int
-    unit: Unit | None
+    reduction: FSDPReduction | None
     past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, a bit for each weight that was principal before
 
     @property
@@ -33,19 +33,19 @@ class Slot:
         """``[d_local]`` int64 sorted flat indices that were principal before and are not now."""
         if self.past is None:
             return self.indices.new_empty(0, dtype=torch.int64)
-        flags = _unpack(self.past, self.matrix.rows_local.numel())
+        flags = _unpack(self.past, self.matrix.numel_local)
         flags[self.indices] = False
         return flags.nonzero().squeeze(1)
 
     def past_and_present(self) -> Tensor:
         """What ``past`` becomes once these indices are replaced."""
-        flags = torch.zeros(self.matrix.rows_local.numel(), dtype=torch.bool, device=self.indices.device)
+        flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.indices.device)
         flags[self.indices] = True
         bits = _pack(flags)
         return bits if self.past is None else bits | self.past
 
 
-def positions(old: Slot, new: Slot) -> Tensor:
+def positions(old: Segment, new: Segment) -> Tensor:
     """``[k_local]`` int64: for each index of ``new`` its position in the flat vector of ``old``, or -1."""
     if not old.indices.numel() or not new.indices.numel():
         return torch.full_like(new.indices, -1, dtype=torch.int64)

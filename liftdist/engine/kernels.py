@@ -7,8 +7,8 @@ import triton.language as tl
 
 
 @triton.jit
-def adamw_and_scatter(
-    slots,  # [matrices, 4] int64: begin in the flat vector, entries, address of indices (int32), address of weights
+def adamw_and_write_back(
+    segments,  # [matrices, 4] int64: begin in the flat vector, entries, address of indices (int32), address of weights
     scales,  # [2] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
     values,  # [k_local] float32, as are the next three
     gradient,
@@ -22,10 +22,10 @@ def adamw_and_scatter(
     BLOCK: tl.constexpr,
 ):
     """AdamW of a block of entries of one matrix (arXiv 1711.05101), whose weights it writes and whose gradient it clears."""
-    slot = slots + 4 * tl.program_id(1)
+    segment = segments + 4 * tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = place < tl.load(slot + 1)
-    at = tl.load(slot) + place
+    inside = place < tl.load(segment + 1)
+    at = tl.load(segment) + place
     g = tl.load(gradient + at, mask=inside)
     m = tl.load(first + at, mask=inside)
     v = tl.load(second + at, mask=inside)
@@ -38,5 +38,5 @@ def adamw_and_scatter(
     tl.store(second + at, v, mask=inside)
     tl.store(values + at, x, mask=inside)
     tl.store(gradient + at, 0.0, mask=inside)
-    index = tl.load(tl.load(slot + 2).to(tl.pointer_type(tl.int32)) + place, mask=inside)
-    tl.store(tl.load(slot + 3).to(tl.pointer_type(WEIGHT)) + index, x.to(WEIGHT), mask=inside)
+    index = tl.load(tl.load(segment + 2).to(tl.pointer_type(tl.int32)) + place, mask=inside)
+    tl.store(tl.load(segment + 3).to(tl.pointer_type(WEIGHT)) + index, x.to(WEIGHT), mask=inside)

@@ -1,8 +1,7 @@
-"""The matrices of a model that are trained: which they are, how many weights of each, and how the ranks hold them.
+"""The matrices of a model that are trained: which they are, and how the ranks hold them.
 
 every ``nn.Linear`` whose name fits, but the output head        W [m, n]
 plain, or cut by rows over the shards of FSDP2                  W_local [m_local, n], rows row_bounds[s] to row_bounds[s + 1]
-of each matrix ``density m n`` weights, or ``R (m + n)``        as many as a LoRA of rank R has
 """
 
 from __future__ import annotations
@@ -11,12 +10,14 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from liftdist.distributed.mesh import Group, local_tensor, row_bounds
-from liftdist.schema import UserError
+from liftdist.distributed.collectives import Group
+from liftdist.distributed.sharding import local_tensor, row_bounds
+from liftdist.errors import UserError
 
 
 def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, nn.Parameter]:
@@ -45,13 +46,30 @@ def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A trained matrix and this rank's part of it."""
+    """A trained matrix and this rank's part of it. All that reads or writes its memory goes through here."""
 
     name: str
     param: nn.Parameter  # plain [m, n], or DTensor of [m, n] cut by rows
-    num_selected: int  # principal weights of the whole matrix
     row_bounds: tuple[int, ...]  # [shards + 1] shard s holds rows row_bounds[s] to row_bounds[s + 1]
     shard: int  # this rank's position among the shards
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the whole matrix."""
+        return self.param.shape[0], self.param.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.param.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows_local.device
+
+    @property
+    def numel_local(self) -> int:
+        """Weights that this rank holds."""
+        return self.rows_local.numel()
 
     @property
     def columns(self) -> int:
@@ -67,20 +85,22 @@ class Matrix:
         """Flat index, in the whole matrix, of this rank's first entry."""
         return self.row_bounds[self.shard] * self.columns
 
+    @property
+    def address(self) -> int:
+        """Where this rank's first entry lies in memory, for kernels that write the weights themselves."""
+        return self.rows_local.data_ptr()
 
-def budget(shape: Sequence[int], density: float | None, budget_rank: int | None) -> int:
-    """Principal weights of a matrix of ``shape (m, n)``: ``round(density m n)``, or ``min(R (m + n), m n)`` as LIFT counts."""
-    m, n = shape
-    if (density is None) == (budget_rank is None):
-        raise ValueError(f"give exactly one of density and budget_rank, got {density} and {budget_rank}")
-    if density is None:
-        return min((budget_rank or 0) * (m + n), m * n)
-    if not 0 < density <= 1:
-        raise ValueError(f"density must be above 0 and at most 1, got {density}")
-    return round(density * (m * n))
+    def read(self, indices: Tensor) -> Tensor:
+        """``[k]`` in the dtype of the model: the weights at flat local ``indices``."""
+        return self.rows_local.view(-1).index_select(0, indices)
+
+    def write(self, indices: Tensor, values: Tensor) -> None:
+        """Set the weights at flat local ``indices`` to ``values [k]``, rounded to the dtype of the model."""
+        rows = self.rows_local.view(-1)
+        rows.index_copy_(0, indices.long(), values.to(rows))
 
 
-def describe(name: str, param: nn.Parameter, num_selected: int) -> Matrix:
+def describe(name: str, param: nn.Parameter) -> Matrix:
     """The :class:`Matrix` of a parameter. Raises ``ValueError`` for a sharding other than by rows over one axis."""
     if isinstance(param, DTensor):
         mesh, placements = param.device_mesh, param.placements
@@ -95,7 +115,7 @@ def describe(name: str, param: nn.Parameter, num_selected: int) -> Matrix:
         shards, shard = 1, 0
     if not local_tensor(param).is_contiguous():
         raise ValueError(f"{name}: its memory must be contiguous, got strides {local_tensor(param).stride()}")
-    return Matrix(name, param, num_selected, row_bounds(param.shape[0], shards), shard)
+    return Matrix(name, param, row_bounds(param.shape[0], shards), shard)
 
 
 def check_alike(matrices: Sequence[Matrix]) -> None:

@@ -7,7 +7,7 @@ For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorte
     indices    = concat over j of S_j                      int32, local to each matrix                   4 B
 
 Backward: as soon as the gradient of a layer is reduced, a hook adds its principal entries to ``values.grad`` and drops
-the dense gradient. Step: any optimizer on ``values``, then ``scatter`` rounds the values into the model's weights.
+the dense gradient. Step: any optimizer on ``values``, then ``write_back`` rounds the values into the model's weights.
 
 Weights that were principal before a refresh and are not any more keep what they were trained to, in the model alone. A bit
 for each weight of the trained matrices remembers them from the first refresh on: they are part of what a run has changed.
@@ -15,7 +15,6 @@ for each weight of the trained matrices remembers them from the first refresh on
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
@@ -25,22 +24,23 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from liftdist.distributed.mesh import Group, all_reduce_sum, local_tensor
-from liftdist.engine import factors as lowrank
+from liftdist.distributed.collectives import Group, all_reduce_sum
+from liftdist.distributed.sharding import local_tensor
 from liftdist.engine import reductions, selection
-from liftdist.engine.flat import Slot, positions
+from liftdist.engine.budgets.per_matrix import PerMatrix
+from liftdist.engine.criteria.low_rank import LowRank
+from liftdist.engine.flat import Segment, positions
 from liftdist.engine.matrices import (
     Matrix,
-    budget,
     check_alike,
     default_replicate_group,
     describe,
     principal_parameters,
     shard_group,
 )
-from liftdist.engine.reductions import Unit
-from liftdist.engine.selection import Criterion
-from liftdist.schema import UserError
+from liftdist.engine.reductions import FSDPReduction
+from liftdist.engine.selection import Budget, Criterion
+from liftdist.errors import UserError
 
 #: What takes the gradients of a parameter, both weakly.
 _taken: MutableMapping[Tensor, weakref.ref[PrincipalWeights]] = WeakTensorKeyDictionary()
@@ -55,12 +55,13 @@ class PrincipalWeights:
         density: share of each matrix to train; or
         budget_rank: ``R``: train ``min(R (m + n), m n)`` weights of each ``[m, n]`` matrix.
         filter_rank: rank of the approximation whose largest entries are principal.
-        method: ``"fast"`` or ``"exact"``, see :func:`liftdist.lowrank.select`.
+        method: ``"fast"`` or ``"exact"``, see :func:`liftdist.engine.criteria.low_rank.select`.
         modules: patterns of the names of the linear modules to train; all but the output head by default.
-        criterion: ``(weight, num_selected, seed) -> indices``, in place of the low-rank one.
+        criterion: in place of the low-rank one, see :class:`liftdist.engine.selection.Criterion`.
+        budget: in place of ``density`` and ``budget_rank``, see :class:`liftdist.engine.selection.Budget`.
         replicate_group: ranks that hold the same rows of other replicas. By default all ranks where the model is not
             sharded, and none where it is sharded over all ranks.
-        initial_indices: a function from the matrices to ``[k_local]`` int32 for each, to skip the first selection;
+        initial_indices: a function that gives ``[k_local]`` int32 for each of :attr:`matrices`, to skip the first selection;
             it may return None, on all ranks alike.
         multiple_of: pad the flat vector with zeros to a multiple of this: optimizers that keep their state quantised in
             blocks, such as torchao's, leave others as they are.
@@ -84,8 +85,9 @@ class PrincipalWeights:
         method: str = "fast",
         modules: Sequence[str] = ("*",),
         criterion: Criterion | None = None,
+        budget: Budget | None = None,
         replicate_group: Group = None,
-        initial_indices: Callable[[list[Matrix]], list[Tensor] | None] | None = None,
+        initial_indices: Callable[[PrincipalWeights], list[Tensor] | None] | None = None,
         multiple_of: int = 1,
         sparse_reduce_scatter: bool = True,
         progress: Callable[[int, int], None] | None = None,
@@ -100,10 +102,11 @@ class PrincipalWeights:
         trained = principal_parameters(model, modules)
         if any(param in _taken and _taken[param]() is not None for param in trained.values()):
             raise ValueError("the model has principal weights already, which take its gradients: drop them first")
-        self.matrices = [
-            describe(name, param, budget(param.shape, density, budget_rank)) for name, param in trained.items()
-        ]
-        self.num_selected = sum(matrix.num_selected for matrix in self.matrices)  # of the whole model
+        self.matrices = [describe(name, param) for name, param in trained.items()]
+        self.criterion = criterion or LowRank(filter_rank, method)
+        allotted = (budget or PerMatrix(density, budget_rank)).allot({m.name: m.shape for m in self.matrices})
+        self.counts = [allotted[matrix.name] for matrix in self.matrices]  # principal weights of each whole matrix
+        self.num_selected = sum(self.counts)
         if not self.num_selected:
             raise UserError(f"nothing to train: density {density} selects no weight of any matrix")
         check_alike(self.matrices)
@@ -112,18 +115,14 @@ class PrincipalWeights:
             param.requires_grad_(id(param) in kept)
         self.shard_group = shard_group(self.matrices[0].param)
         self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
-        self._criterion = criterion or functools.partial(_low_rank, filter_rank=filter_rank, method=method)
-        self._costs = [
-            lowrank.cost(matrix.param.shape[0], matrix.columns, filter_rank, method) for matrix in self.matrices
-        ]
         self._progress = progress
         self._multiple_of = multiple_of
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
-        units = reductions.watch(self._fsdp_modules, list(trained.values()), sparse_reduce_scatter)
-        indices = initial_indices(self.matrices) if initial_indices else None
+        watched = reductions.watch(self._fsdp_modules, list(trained.values()), sparse_reduce_scatter)
+        indices = initial_indices(self) if initial_indices else None
         indices = indices if indices is not None else self.select(on_selected)
-        self._use(self._lay_out(indices, [units.get(id(matrix.param)) for matrix in self.matrices]))
+        self._use(self._lay_out(indices, [watched.get(id(matrix.param)) for matrix in self.matrices]))
         self.values = nn.Parameter(self._read_shards())
         self._grad = torch.zeros_like(self.values)
         self.values.grad = self._grad
@@ -135,8 +134,8 @@ class PrincipalWeights:
         """Principal indices of the weights as they are now, ``[k_local]`` int32 for each matrix. Collective."""
         return selection.select(
             self.matrices,
-            self._criterion,
-            self._costs,
+            self.counts,
+            self.criterion,
             self.shard_group,
             self.replicate_group,
             self._progress,
@@ -146,12 +145,12 @@ class PrincipalWeights:
     @property
     def indices(self) -> list[Tensor]:
         """For each of :attr:`matrices`, ``[k_local]`` int32 sorted flat indices into this rank's rows."""
-        return [slot.indices for slot in self._slots]
+        return [segment.indices for segment in self._segments]
 
     def reduce_gradients(self, divisor: Tensor | float | None = None) -> None:
         """Sum the flat gradient over the replicas and divide it: by ``divisor``, or by the number of replicas."""
-        for unit in {id(slot.unit): slot.unit for slot in self._slots if slot.unit}.values():
-            unit.drop()  # of a module of which some matrix took no part in the backward
+        for reduction in {id(s.reduction): s.reduction for s in self._segments if s.reduction}.values():
+            reduction.drop()  # of a module of which some matrix took no part in the backward
         grad = self._attached_grad()
         all_reduce_sum(grad, self.replicate_group)
         if divisor is None:
@@ -173,15 +172,14 @@ class PrincipalWeights:
         return norm
 
     @torch.no_grad()
-    def scatter(self) -> None:
+    def write_back(self) -> None:
         """Write the values into the model's weights, rounded to their dtype, and clear the flat gradient."""
-        for slot in self._slots:
-            weight = slot.matrix.rows_local.view(-1)
-            weight.index_copy_(0, slot.indices.long(), self.values[slot.span].to(weight.dtype))
+        for segment in self._segments:
+            segment.matrix.write(segment.indices, self.values[segment.span])
         self._attached_grad().zero_()
-        self.scattered()
+        self.written_back()
 
-    def scattered(self) -> None:
+    def written_back(self) -> None:
         """Told by whoever has written the values into the model's weights and cleared the flat gradient."""
         for module in self._fsdp_modules:
             module.reshard()  # a copy gathered before, by an evaluation say, would be stale now
@@ -200,12 +198,12 @@ class PrincipalWeights:
             ValueError: the optimizer holds state that is neither a scalar nor of the shape of ``values``.
         """
         states = self._element_states(optimizer)
-        old_slots, old_values = self._slots, self.values.detach()
-        self._use(self._lay_out(self.select(), [slot.unit for slot in old_slots]))
-        for old, new in zip(old_slots, self._slots, strict=True):
+        old_segments, old_values = self._segments, self.values.detach()
+        self._use(self._lay_out(self.select(), [segment.reduction for segment in old_segments]))
+        for old, new in zip(old_segments, self._segments, strict=True):
             new.past = old.past_and_present()
         # [k_local] where each new entry stood in the old vector, -1 if it did not
-        places = [positions(old, new) for old, new in zip(old_slots, self._slots, strict=True)]
+        places = [positions(old, new) for old, new in zip(old_segments, self._segments, strict=True)]
         source = self._flat(places, padding=-1)
         stayed = source >= 0
         values = self._read_shards()
@@ -236,15 +234,15 @@ class PrincipalWeights:
         flat |= {f"optimizer.{key}": _dense(state[key]) for state, key in self._element_states(optimizer)}
         flat = {key: tensor.to("cpu", copy=True) for key, tensor in flat.items()}
         result: dict[str, Tensor] = {}
-        for slot in self._slots:
-            matrix, dropped = slot.matrix, slot.dropped
+        for segment in self._segments:
+            matrix, dropped = segment.matrix, segment.dropped
             dtype = torch.int32 if matrix.param.numel() < 2**31 else torch.int64
-            whole = {"indices": slot.indices, "dropped_indices": dropped}
+            whole = {"indices": segment.indices, "dropped_indices": dropped}
             for key, local in whole.items():
                 result[f"{matrix.name}/{key}"] = (local.long() + matrix.offset_local).to(dtype).cpu()
-            result[f"{matrix.name}/dropped_values"] = matrix.rows_local.view(-1)[dropped].cpu()
+            result[f"{matrix.name}/dropped_values"] = matrix.read(dropped).cpu()
             for key, tensor in flat.items():
-                result[f"{matrix.name}/{key}"] = tensor[slot.span]
+                result[f"{matrix.name}/{key}"] = tensor[segment.span]
         return result
 
     @torch.no_grad()
@@ -266,21 +264,20 @@ class PrincipalWeights:
             return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
 
         indices = [local(matrix, "indices") for matrix in self.matrices]
-        slots = self._lay_out(indices, [slot.unit for slot in self._slots])
-        for slot in slots:
-            rows, dropped = slot.matrix.rows_local, local(slot.matrix, "dropped_indices")
+        segments = self._lay_out(indices, [segment.reduction for segment in self._segments])
+        for segment in segments:
+            dropped = local(segment.matrix, "dropped_indices")
             if dropped.numel():
-                dropped = dropped.to(rows.device)
-                values = state[f"{slot.matrix.name}/dropped_values"].to(rows)
-                rows.view(-1).index_copy_(0, dropped, values)
-                slot.past = Slot(slot.matrix, dropped, 0, None).past_and_present()
-        self._use(slots)
+                dropped = dropped.to(segment.matrix.device)
+                segment.matrix.write(dropped, state[f"{segment.matrix.name}/dropped_values"])
+                segment.past = Segment(segment.matrix, dropped, 0, None).past_and_present()
+        self._use(segments)
 
         def flat(key: str) -> Tensor:
             return self._flat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
 
         self._replace_values(flat("values"))
-        self.scatter()
+        self.write_back()
         keys = {key.partition("/optimizer.")[2] for key in state if "/optimizer." in key}
         if optimizer is not None and (keys or scalars):
             elements = {key: flat(f"optimizer.{key}") for key in keys}
@@ -298,7 +295,7 @@ class PrincipalWeights:
     def non_finite(self) -> list[str]:
         """Names of the matrices whose principal gradient on this rank is not finite."""
         grad = self._attached_grad()
-        return [slot.matrix.name for slot in self._slots if not grad[slot.span].isfinite().all()]
+        return [segment.matrix.name for segment in self._segments if not grad[segment.span].isfinite().all()]
 
     def drop_gradients(self) -> None:
         """Forget the flat gradient, as if there had been no backward."""
@@ -310,25 +307,23 @@ class PrincipalWeights:
         self._grad = torch.zeros_like(values)
         self.values.grad = self._grad
 
-    def _lay_out(self, indices: Sequence[Tensor], units: Sequence[Unit | None]) -> list[Slot]:
-        slots, begin = [], 0
-        for matrix, chosen, unit in zip(self.matrices, indices, units, strict=True):
-            chosen = chosen.to(matrix.rows_local.device, torch.int32).contiguous()  # they may be anybody's
-            slots.append(Slot(matrix, chosen, begin, unit))
+    def _lay_out(self, indices: Sequence[Tensor], found: Sequence[FSDPReduction | None]) -> list[Segment]:
+        segments, begin = [], 0
+        for matrix, chosen, reduction in zip(self.matrices, indices, found, strict=True):
+            chosen = chosen.to(matrix.device, torch.int32).contiguous()  # they may be anybody's
+            segments.append(Segment(matrix, chosen, begin, reduction))
             begin += chosen.numel()
-        return slots
+        return segments
 
-    def _use(self, slots: list[Slot]) -> None:
-        self._slots = slots
-        for slot in slots:
-            if slot.unit is not None:
-                slot.unit.choose(slot.matrix.param, slot.indices)
+    def _use(self, segments: list[Segment]) -> None:
+        self._segments = segments
+        for segment in segments:
+            if segment.reduction is not None:
+                segment.reduction.choose(segment.matrix.param, segment.indices)
 
     def _read_shards(self) -> Tensor:
         """``[k_local]`` float32, the model's own values of the principal weights."""
-        return self._flat(
-            [slot.matrix.rows_local.view(-1).index_select(0, slot.indices).float() for slot in self._slots]
-        )
+        return self._flat([segment.matrix.read(segment.indices).float() for segment in self._segments])
 
     def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
         """One vector of what belongs to each matrix, padded as ``values`` is."""
@@ -344,14 +339,14 @@ class PrincipalWeights:
     @torch.no_grad()
     def _collect(self, number: int, param: Tensor) -> None:
         """Post-accumulate-grad hook of matrix ``number``: take the principal entries, drop the dense gradient."""
-        slot, dense = self._slots[number], param.grad
+        segment, dense = self._segments[number], param.grad
         param.grad = None
         if dense is None:
             return
         source = local_tensor(dense)
-        if slot.unit is not None:
-            source = slot.unit.unrounded(source)
-        self._attached_grad()[slot.span] += source.reshape(-1).index_select(0, slot.indices)
+        if segment.reduction is not None:
+            source = segment.reduction.unrounded(source)
+        self._attached_grad()[segment.span] += source.reshape(-1).index_select(0, segment.indices)
 
     def _element_states(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[dict, str]]:
         """``(state, key)`` of each tensor of optimizer state that has one element for each principal weight."""
@@ -379,10 +374,6 @@ def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
             alive._collect(number, param)
 
     return hook
-
-
-def _low_rank(weight: Tensor, num_selected: int, seed: int, *, filter_rank: int, method: str) -> Tensor:
-    return lowrank.select(weight, num_selected, filter_rank, method, seed)
 
 
 def _dense(state: Tensor) -> Tensor:

@@ -30,10 +30,11 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceScatter
 from torch.distributed.tensor import DTensor, Shard
 
-from liftdist.distributed.mesh import all_gather_single, reduce_scatter_single, row_bounds
+from liftdist.distributed.collectives import all_gather_single, reduce_scatter_single
+from liftdist.distributed.sharding import row_bounds
 
 
-class Unit:
+class FSDPReduction:
     """One FSDP module: its gradients come out of one reduction, as views of one buffer. Is its ``ReduceScatter``, too."""
 
     def __init__(
@@ -119,7 +120,9 @@ class Unit:
         return self._width
 
 
-def watch(modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse: bool = True) -> dict[int, Unit]:
+def watch(
+    modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse: bool = True
+) -> dict[int, FSDPReduction]:
     """Take over the reductions of FSDP modules that hold trained ``params``; the unit of each of them, by ``id``.
 
     Args:
@@ -127,7 +130,7 @@ def watch(modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse:
             first backward.
     """
     trained = {id(param) for param in params if isinstance(param, DTensor)}
-    of_param: dict[int, Unit] = {}
+    of_param: dict[int, FSDPReduction] = {}
     for module in modules:
         # modules that were given to one fully_shard() together have one
         group = module._get_fsdp_state()._fsdp_param_group
@@ -138,12 +141,17 @@ def watch(modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse:
             continue
         shards = owned[0].device_mesh.size(owned[0].placements.index(Shard(0)))
         others = group._all_reduce_hook
-        if isinstance(former := getattr(others, "__self__", None), Unit):  # of principal weights that were dropped
+        if isinstance(
+            former := getattr(others, "__self__", None), FSDPReduction
+        ):  # of principal weights that were dropped
             others = former._others
-        unit = Unit(owned, shards, group.mp_policy.param_dtype or owned[0].dtype, others)
+        unit = FSDPReduction(owned, shards, group.mp_policy.param_dtype or owned[0].dtype, others)
         if any(param.dtype != torch.float32 for param in owned):
             module.set_all_reduce_hook(unit.keep)
-        if shards > 1 and type(group._reduce_scatter_comm) in (DefaultReduceScatter, Unit):  # not somebody's own
+        if shards > 1 and type(group._reduce_scatter_comm) in (
+            DefaultReduceScatter,
+            FSDPReduction,
+        ):  # not somebody's own
             module.set_custom_reduce_scatter(unit if sparse else DefaultReduceScatter())  # type: ignore[arg-type]
         of_param.update(dict.fromkeys(map(id, owned), unit))
     return of_param

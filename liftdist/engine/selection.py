@@ -1,6 +1,6 @@
 """Which rank factors which matrix, and how every rank gets the indices of its own rows.
 
-    1. deal      matrices to all ranks by cost, the dearest first, each to the rank with the least to do
+    1. assign    each matrix gets an owner: the most costly first, each to the rank with the least to do
     2. gather    in rounds: every owner receives the rows of its next matrix from the shards of its replica
     3. select    the owner scores the whole matrix with the same code as a single process would
     4. return    the owner cuts the sorted indices at the row boundaries and sends each shard its own
@@ -13,28 +13,44 @@ the criterion is a function.
 from __future__ import annotations
 
 import hashlib
-import json
-import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from liftdist.distributed.mesh import Group, agree, gather, together
+from liftdist.distributed.collectives import Group, together
 from liftdist.engine.matrices import Matrix
-from liftdist.schema import UserError
-
-#: ``(weight [m, n], num_selected, seed) -> [num_selected] int64 sorted flat indices``
-Criterion = Callable[[Tensor, int, int], Tensor]
+from liftdist.errors import UserError
 
 
-def deal(costs: Sequence[float], num_ranks: int) -> list[int]:
-    """Owner of each item: the dearest first, each to the rank with the least to do (longest processing time first)."""
+class Criterion(Protocol):
+    """Which entries of a weight matrix are trained. A plain function will do.
+
+    It may have ``cost(m, n)``, the relative time that a matrix takes, and ``workspace(m, n, num_selected)``, the bytes it needs.
+    What else decides its result are its dataclass fields: they name a selection that is kept on disk.
+    """
+
+    def __call__(self, weight: Tensor, num_selected: int, seed: int, /) -> Tensor:
+        """``weight [m, n] -> [num_selected]`` int64 sorted flat indices."""
+
+
+class Budget(Protocol):
+    """How many weights of each matrix are trained."""
+
+    def allot(self, shapes: Mapping[str, tuple[int, int]], /) -> Mapping[str, int]:
+        """From the shapes of all trained matrices, by name."""
+
+
+def cost_of(criterion: Criterion, m: int, n: int) -> float:
+    """Relative time that ``criterion`` takes for an ``[m, n]`` matrix."""
+    cost: Callable[[int, int], float] = getattr(criterion, "cost", lambda m, n: float(m * n))
+    return cost(m, n)
+
+
+def assign_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
+    """Owner of each item: the most costly first, each to the rank with the least to do (longest processing time first)."""
     loads, owners = [0.0] * num_ranks, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[item] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
@@ -49,8 +65,8 @@ def seed_of(name: str) -> int:
 
 def select(
     matrices: Sequence[Matrix],
+    counts: Sequence[int],
     criterion: Criterion,
-    costs: Sequence[float],
     shard_group: Group = None,
     replicate_group: Group = None,
     progress: Callable[[int, int], None] | None = None,
@@ -59,7 +75,7 @@ def select(
     """Select the principal weights of all ``matrices``, together on all ranks of both groups.
 
     Args:
-        costs: time to factor each matrix, in any unit.
+        counts: weights to select of each.
         shard_group: the ranks that hold the rows of one replica.
         replicate_group: the ranks that hold the same rows of other replicas.
         progress: called on every rank with matrices done and in all.
@@ -75,7 +91,8 @@ def select(
     shard = 0 if shard_group is None else shard_group.rank()
     replicas = 1 if replicate_group is None else replicate_group.size()
     replica = 0 if replicate_group is None else replicate_group.rank()
-    owners = deal(costs, replicas * shards)
+    costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
+    owners = assign_owners(costs, replicas * shards)
     queues = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(replicas * shards)]
     for queue in queues:
         queue.sort(key=lambda i: (-costs[i], i))  # alike in cost within a round
@@ -95,7 +112,7 @@ def select(
         indices = torch.empty(0, dtype=torch.int64)
         if mine is not None and whole is not None and failure is None:
             try:  # the other ranks wait in the exchanges: go on, raise at the end
-                indices = _score(matrices[mine], whole, criterion)
+                indices = _score(matrices[mine], counts[mine], whole, criterion)
                 if on_selected is not None:
                     on_selected(matrices[mine].name, indices)
             except ValueError as error:
@@ -116,19 +133,17 @@ def select(
     return [found[i] for i in range(len(matrices))]
 
 
-def _score(matrix: Matrix, whole: Tensor, criterion: Criterion) -> Tensor:
+def _score(matrix: Matrix, count: int, whole: Tensor, criterion: Criterion) -> Tensor:
     """What the criterion selects of ``whole``, checked: it may be anybody's function."""
-    indices = criterion(whole, matrix.num_selected, seed_of(matrix.name))
-    if indices.dtype != torch.int64 or indices.shape != (matrix.num_selected,):
-        raise ValueError(
-            f"the criterion must return [{matrix.num_selected}] int64, got {list(indices.shape)} {indices.dtype}"
-        )
-    if not _ascending_within(indices, whole.numel()):
+    indices = criterion(whole, count, seed_of(matrix.name))
+    if indices.dtype != torch.int64 or indices.shape != (count,):
+        raise ValueError(f"the criterion must return [{count}] int64, got {list(indices.shape)} {indices.dtype}")
+    if not ascending_within(indices, whole.numel()):
         raise ValueError(f"the criterion must return ascending flat indices below {whole.numel()}")
     return indices.to(whole.device)
 
 
-def _ascending_within(indices: Tensor, size: int) -> bool:
+def ascending_within(indices: Tensor, size: int) -> bool:
     if not indices.numel():
         return True
     return bool((indices[1:] > indices[:-1]).all()) and int(indices[0]) >= 0 and int(indices[-1]) < size
@@ -200,68 +215,3 @@ def _share(
         dist.broadcast(message, group=group, group_src=sender)
         if sender != replica:
             found.update(zip(items, (part.clone() for part in message.split(lengths)), strict=True))
-
-
-# A selection on disk: a folder of safetensors files, one an owner, each with whole sorted flat indices by parameter
-# name, and selection.json with the file of each parameter. Independent of the world size.
-
-
-def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
-    """Write the selection that the ranks hold between them; ``selected`` is this rank's. Collective.
-
-    Returns:
-        Whether all ranks now see the folder: false where they do not share the file system, and nothing is left then.
-    """
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    with together():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        made = tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent) if rank == 0 else ""
-    temporary = Path(gather(made)[0])
-    if agree(not temporary.is_dir()):
-        with together():
-            if rank == 0:
-                temporary.rmdir()
-        return False
-    file = f"owner-{rank:05d}-of-{ranks:05d}.safetensors"
-    with together():
-        save_file({name: _smallest(indices).cpu() for name, indices in selected.items()}, temporary / file)
-        (temporary / file).chmod(0o644)
-    files = {name: f for names, f in gather((sorted(selected), file)) for name in names}
-    with together():
-        if rank == 0:
-            (temporary / "selection.json").write_text(json.dumps(files, indent=1, sort_keys=True))
-            temporary.chmod(0o755)
-            if folder.exists():  # damaged, or another run was first: either way this one is good
-                folder.rename(temporary.with_name(f"{temporary.name}-replaced"))
-            temporary.rename(folder)
-            shutil.rmtree(temporary.with_name(f"{temporary.name}-replaced"), ignore_errors=True)
-    return True
-
-
-def read(folder: Path, matrices: Sequence[Matrix]) -> list[Tensor]:
-    """What :func:`select` returns, from a folder that :func:`write` left. Not collective.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: a parameter is absent, or the number, order or range of its indices is not what it must be.
-    """
-    files = json.loads((folder / "selection.json").read_text())
-    result = []
-    for matrix in matrices:
-        if matrix.name not in files:
-            raise ValueError(f"{folder}: no selection for {matrix.name}")
-        try:
-            with safe_open(folder / files[matrix.name], framework="pt") as file:
-                indices = file.get_tensor(matrix.name).long()
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"{folder / files[matrix.name]}: {error}") from None
-        if indices.numel() != matrix.num_selected or not _ascending_within(indices, matrix.param.numel()):
-            raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
-        begin = matrix.offset_local
-        cuts = torch.searchsorted(indices, torch.tensor([begin, begin + matrix.rows_local.numel()])).tolist()
-        result.append((indices[cuts[0] : cuts[1]] - begin).to(torch.int32).to(matrix.rows_local.device))
-    return result
-
-
-def _smallest(indices: Tensor) -> Tensor:
-    return indices.to(torch.int32) if not indices.numel() or int(indices[-1]) < 2**31 else indices

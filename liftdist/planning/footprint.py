@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -26,21 +26,23 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
 
-from liftdist.distributed.mesh import row_bounds
-from liftdist.engine import factors as lowrank
-from liftdist.engine.matrices import budget, principal_parameters
-from liftdist.models import load as models
+from liftdist.distributed.sharding import row_bounds
+from liftdist.engine.matrices import principal_parameters
+from liftdist.errors import UserError
+from liftdist.models import build
+from liftdist.models.head import in_chunks
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.schema import Config, UserError
-from liftdist.training import loss
+from liftdist.registry import BUDGETS, CRITERIA
+from liftdist.schema import Config
+from liftdist.training.losses.cross_entropy import summed
 
 
 @dataclass(frozen=True)
-class Unit:
+class FSDPUnit:
     """An FSDP module: what is gathered and reduced together."""
 
     shapes: tuple[tuple[int, ...], ...]  # of all parameters
-    trained: tuple[tuple[int, int], ...]  # of the trained matrices
+    trained: Mapping[str, tuple[int, int]]  # of the trained matrices, by name
 
     @property
     def numel(self) -> int:
@@ -48,7 +50,7 @@ class Unit:
 
     def padded(self, shards: int, trained: bool = False) -> int:
         """Weights that the fullest shard holds, and that every shard is padded to."""
-        shapes = self.trained if trained else self.shapes
+        shapes = self.trained.values() if trained else self.shapes
         return sum(row_bounds(shape[0], shards)[1] * math.prod(shape[1:]) for shape in shapes)
 
 
@@ -56,9 +58,9 @@ class Unit:
 class Sizes:
     """A model as the planner sees it."""
 
-    layers: tuple[Unit, ...]
-    embedding: Unit  # empty where it is the head, too, and in the root
-    root: Unit
+    layers: tuple[FSDPUnit, ...]
+    embedding: FSDPUnit  # empty where it is the head, too, and in the root
+    root: FSDPUnit
     itemsize: int  # bytes of a weight
     query: int  # attention's width: heads x head dim
 
@@ -67,24 +69,24 @@ class Sizes:
         return sum(unit.numel for unit in self.units)
 
     @property
-    def trained(self) -> list[tuple[int, int]]:
-        return [shape for unit in self.units for shape in unit.trained]
+    def trained(self) -> dict[str, tuple[int, int]]:
+        return {name: shape for unit in self.units for name, shape in unit.trained.items()}
 
     @property
-    def units(self) -> tuple[Unit, ...]:
+    def units(self) -> tuple[FSDPUnit, ...]:
         return *self.layers, self.embedding, self.root
 
 
 def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
     """Of a model that needs no memory. Raises ``UserError``: no module fits the patterns."""
-    trained = {id(param) for param in principal_parameters(model, patterns).values()}
+    trained = {id(param): name for name, param in principal_parameters(model, patterns).items()}
 
-    def unit(params: Iterator[nn.Parameter]) -> Unit:
+    def unit(params: Iterator[nn.Parameter]) -> FSDPUnit:
         unique = list({id(param): param for param in params}.values())
-        chosen = [(p.shape[0], p.shape[1]) for p in unique if id(p) in trained]
-        return Unit(tuple(tuple(p.shape) for p in unique), tuple(chosen))
+        chosen = {trained[id(p)]: (p.shape[0], p.shape[1]) for p in unique if id(p) in trained}
+        return FSDPUnit(tuple(tuple(p.shape) for p in unique), chosen)
 
-    layers, embedding = models.decoder_layers(model), models.own_embedding(model)
+    layers, embedding = build.decoder_layers(model), build.own_embedding(model)
     looked_up = list(embedding.parameters()) if embedding is not None else []
     inside = {id(param) for param in (*layers.parameters(), *looked_up)}
     text = model.config.get_text_config()
@@ -113,8 +115,8 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
     for layers in (1, 2):
         live = LiveBytes()
         with FakeTensorMode(allow_non_fake_inputs=True), packing_known(config.data.packing), live:
-            model = models.build(_with_layers(hf_config, layers), config.model).to_empty(device="cpu").train()
-            models.recompute(model, config.model)
+            model = build.build(_with_layers(hf_config, layers), config.model).to_empty(device="cpu").train()
+            build.recompute(model, config.model)
             trained = {id(param) for param in _trained(model, config.selection.modules)}
             for param in model.parameters():
                 param.requires_grad_(id(param) in trained)
@@ -123,8 +125,8 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
             shape = (rows, config.data.max_length)
             tokens = torch.zeros(shape, dtype=torch.int64)
             before = live.peak = live.now
-            loss.in_chunks(model)
-            total = model.chunked_loss(tokens, None, torch.arange(shape[1]), tokens)
+            in_chunks(model)
+            total = model.chunked_loss(tokens, None, torch.arange(shape[1]), tokens, summed)
             kept.append(live.now - before)
             losses.append(live.peak - live.now)
             live.peak = live.now
@@ -164,23 +166,20 @@ def _with_layers(hf_config: Any, layers: int) -> Any:
 def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[str, int]:
     """Bytes by component, on the fullest rank."""
 
-    def whole(unit: Unit) -> int:
+    def whole(unit: FSDPUnit) -> int:
         return size.itemsize * unit.padded(shards) * shards
 
     gathered, embedding, root = max(map(whole, size.layers)), whole(size.embedding), whole(size.root)
     reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
-    largest = max(m * n for m, n in size.trained)
-    choice = config.selection
+    largest = max(m * n for m, n in size.trained.values())
     counts = selected(size, config)
-    factoring = max(
-        lowrank.workspace(m, n, count, choice.filter_rank, choice.method)
-        for (m, n), count in zip(size.trained, counts, strict=True)
-    )
+    workspace = criterion(config).workspace
+    factoring = max(workspace(*shape, counts[name]) for name, shape in size.trained.items())
     sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # of a gradient to be reduced
-    exchanged = max(16 * shards * _width(unit, config, shards) for unit in size.units) if shards > 1 else 0
+    exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0
     return {
         "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units),
-        "principal": 20 * sum(-(-count // shards) for count in counts),
+        "principal": 20 * sum(-(-count // shards) for count in counts.values()),
         "once principal": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
         if config.selection.refresh_interval
         else 0,
@@ -207,9 +206,15 @@ def peak(parts: dict[str, int]) -> int:
     return held + max(training, gathering, parts["selecting"])
 
 
-def selected(size: Sizes, config: Config) -> list[int]:
-    choice = config.selection
-    return [budget(shape, choice.density, choice.budget_rank) for shape in size.trained]
+def criterion(config: Config) -> Any:
+    """What selects the weights: see :class:`liftdist.engine.selection.Criterion`."""
+    return CRITERIA.load(config.selection.criterion).make(config.selection)
+
+
+def selected(size: Sizes, config: Config) -> dict[str, int]:
+    """Weights to train of each matrix, by name."""
+    allotted: dict[str, int] = BUDGETS.load(config.selection.budget).make(config.selection).allot(size.trained)
+    return allotted
 
 
 @dataclass(frozen=True)
@@ -241,7 +246,8 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         gathered = sum(unit.padded(shards) for unit in (*size.layers, *size.layers, *once))
         found.append(Collective("dp_shard", "all_gather", micro * calls, micro * size.itemsize * gathered))
         reduced = [unit for unit in size.units if unit.trained]
-        widths = [_width(unit, config, shards) for unit in reduced]
+        counts = selected(size, config)
+        widths = [_width(unit, counts, shards) for unit in reduced]
         dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
         sparse = [config.mesh.sparse_reduce_scatter and 8 * w < d // shards for w, d in zip(widths, dense, strict=True)]
         where = sum(4 * width for width, chosen in zip(widths, sparse, strict=True) if chosen)
@@ -250,15 +256,14 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
             found.append(Collective("dp_shard", "all_gather", micro * sum(sparse), micro * where))
         found.append(Collective("dp_shard", "reduce_scatter", micro * len(reduced), micro * what))
     if replicas > 1:
-        flat = 4 * sum(-(-count // shards) for count in selected(size, config))
+        flat = 4 * sum(-(-count // shards) for count in selected(size, config).values())
         found.append(Collective("dp_replicate", "all_reduce", 1, flat))
     return found
 
 
-def _width(layer: Unit, config: Config, shards: int) -> int:
-    """Principal weights of a layer that a shard holds, if they are spread evenly."""
-    choice = config.selection
-    return sum(-(-budget(s, choice.density, choice.budget_rank) // shards) for s in layer.trained)
+def _width(unit: FSDPUnit, counts: Mapping[str, int], shards: int) -> int:
+    """Principal weights of a unit that a shard holds, if they are spread evenly."""
+    return sum(-(-counts[name] // shards) for name in unit.trained)
 
 
 def micro_batches(config: Config, ranks: int) -> int:
@@ -274,6 +279,6 @@ def rows(config: Config, ranks: int) -> int:
 def operations(size: Sizes, config: Config) -> int:
     """Floating-point operations of a token in forward and backward, without what is computed twice."""
     products = size.numel - size.embedding.numel  # which is looked up
-    trained = sum(m * n for m, n in size.trained)
+    trained = sum(m * n for m, n in size.trained.values())
     attention = 2 * len(size.layers) * size.query * config.data.max_length  # causal: half of all pairs, two products
     return 2 * (2 * products + trained) + 3 * attention

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from liftdist.distributed.mesh import local_tensor
+from liftdist.distributed.sharding import local_tensor
 
 
 class LiveBytes(TorchDispatchMode):

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 from transformers import AutoConfig
 
 from liftdist import config as configs
-from liftdist.engine import factors as lowrank
 from liftdist.engine import selection
-from liftdist.models import load as models
+from liftdist.errors import UserError
+from liftdist.models import build
 from liftdist.planning import footprint
 from liftdist.planning.footprint import Sizes
-from liftdist.schema import Config, UserError
+from liftdist.schema import Config
 
 GIB = 2**30
 
@@ -71,7 +71,7 @@ def plan(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
     hf_config = _hf_config(config)
-    size = footprint.sizes(models.build(hf_config, config.model), config.selection.modules)
+    size = footprint.sizes(build.build(hf_config, config.model), config.selection.modules)
     probes: dict[int, footprint.Activations] = {}
 
     def memory_of(count: int) -> dict[str, int]:
@@ -82,10 +82,10 @@ def plan(
 
     parts = memory_of(shards)
     usable = round(USABLE * gpu.memory * GIB) if gpu else None
-    costs = [lowrank.cost(m, n, config.selection.filter_rank, config.selection.method) for m, n in size.trained]
-    owners = selection.deal(costs, replicas * shards)
+    costs = [selection.cost_of(footprint.criterion(config), m, n) for m, n in size.trained.values()]
+    owners = selection.assign_owners(costs, replicas * shards)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in set(owners)]
-    selected = sum(footprint.selected(size, config))
+    selected = sum(footprint.selected(size, config).values())
     travels = [
         dataclasses.asdict(one) | {"sent": one.sent(shards if one.axis == "dp_shard" else replicas)}
         for one in footprint.traffic(size, config, replicas, shards)
@@ -119,7 +119,7 @@ def plan(
 def _hf_config(config: Config) -> Any:
     folder = Path(config.model.path).expanduser()
     if folder.is_dir():
-        return models.check_type(folder, config.model)
+        return build.check_type(folder, config.model)
     try:
         return AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
     except Exception as error:  # the library raises almost anything

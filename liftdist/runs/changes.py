@@ -15,38 +15,20 @@ from typing import Any
 
 import yaml
 
-from liftdist import config as configs
 from liftdist import schema
-from liftdist.runs import claims as rundir
-from liftdist.schema import COURSE, STATE, Config, UserError
-
-FLAGS = {
-    "--allow-changes": (COURSE, "continue a run with other data, batch size, steps or optimizer settings"),
-    "--allow-state-changes": (
-        STATE,
-        "continue it even with another base model, dtype or selection: principal weights are selected anew",
-    ),
-}
+from liftdist.errors import UserError
+from liftdist.options import CONTINUATION_FLAGS
+from liftdist.redaction import redact
+from liftdist.runs import claims, layout
+from liftdist.schema import COURSE, STATE, Config
 
 Change = tuple[str, str]
 
 
-def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of a command as words, of which the config is the first, and flags."""
-    flags = [word for word in arguments if word.startswith("--")]
-    return [word for word in arguments if not word.startswith("--")], flags
-
-
-def allowed_by(flags: Sequence[str]) -> set[str]:
-    """The kinds of changes that ``flags`` allow: who allows another meaning of the state allows another course."""
-    kinds = {FLAGS[flag][0] for flag in flags}
-    return kinds | {COURSE} if STATE in kinds else kinds
-
-
 def refuse(found: Sequence[Change], allowed: set[str], run_dir: Path) -> None:
     """Raises ``UserError`` for changes of a kind that is not allowed, those of the state first."""
-    for flag, (kind, _) in reversed(FLAGS.items()):
-        refused = [configs.redact(text) for found_kind, text in found if found_kind == kind]
+    for flag, (kind, _) in reversed(CONTINUATION_FLAGS.items()):
+        refused = [redact(text) for found_kind, text in found if found_kind == kind]
         if refused and kind not in allowed:
             raise UserError(
                 f"run_dir {run_dir}: made with other settings: {'; '.join(refused)}; {flag} goes on with them, "
@@ -103,11 +85,11 @@ def check_settings(config: Config, text: str, allowed: set[str]) -> None:
         UserError: some have changed, and that was not allowed.
     """
     run_dir = Path(config.run_dir).expanduser()
-    commits = [event for events in rundir.attempts(run_dir).values() for event in events if event["event"] == "commit"]
+    commits = [event for events in claims.attempts(run_dir).values() for event in events if event["event"] == "commit"]
     if not commits:
         return
     try:
-        manifest = run_dir / rundir.CHECKPOINTS / commits[-1]["folder"] / rundir.MANIFEST
+        manifest = run_dir / layout.CHECKPOINTS / commits[-1]["folder"] / layout.MANIFEST
         found = of_settings(json.loads(manifest.read_text())["config"], text)
     except (OSError, ValueError, KeyError):
         return  # what is damaged is said when it is read

@@ -32,11 +32,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liftdist import files
-from liftdist.distributed.mesh import gather, row_bounds, together
+from liftdist.distributed.collectives import gather, together
+from liftdist.distributed.sharding import row_bounds
 from liftdist.engine.matrices import Matrix
-from liftdist.runs import claims as rundir
-from liftdist.runs.claims import CHECKPOINTS, MANIFEST, Event
-from liftdist.schema import UserError
+from liftdist.errors import UserError
+from liftdist.runs import layout
+from liftdist.runs.claims import Event
+from liftdist.runs.layout import CHECKPOINTS, MANIFEST
 
 FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
@@ -193,7 +195,7 @@ def accepted(run_dir: Path, history: Mapping[int, list[Event]]) -> dict[str, str
     if not history:
         if folders:
             raise UserError(
-                f"run_dir {run_dir}: holds checkpoints, but no attempt in {rundir.ATTEMPTS}/ vouches for them"
+                f"run_dir {run_dir}: holds checkpoints, but no attempt in {layout.ATTEMPTS}/ vouches for them"
             )
         return {}
     newest = max(history)

@@ -19,23 +19,19 @@ import os
 import platform
 import secrets
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from liftdist import __version__, files
-from liftdist.schema import UserError
+from liftdist.environment import slurm_start
+from liftdist.errors import UserError
+from liftdist.heartbeat import heartbeat
+from liftdist.runs.layout import ATTEMPTS, CHECKPOINTS, LOGS, STOP_REQUESTED, TENSORBOARD
 
-HEARTBEAT = 5.0  # seconds between two signs of life, of an attempt or of a node: touches of its file
 LEASE = 90.0  # seconds after which an attempt that was not touched is dead; file systems cache times for up to 60
-
-ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboard", "logs"  # folders
-MANIFEST = "manifest.json"  # of a checkpoint
-STOP_REQUESTED = "stop-requested"  # a file by which anybody may ask the run to stop
-STOPPED = "stopped"  # says why a run stopped before its end
 
 Event = dict[str, Any]
 
@@ -100,11 +96,6 @@ def check_free(run_dir: Path) -> None:
         raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
 
 
-def logs(run_dir: Path, start: str) -> Path:
-    """The folder for what nodes and ranks tell in one start of a job, ``logs/START``; created if need be."""
-    return files.real_folder(files.real_folder(run_dir / LOGS) / start)
-
-
 def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> None:
     claim = events[0]
     silent = now - path.stat().st_mtime
@@ -125,24 +116,6 @@ def _job() -> dict[str, str] | None:
     if "SLURM_JOB_ID" not in os.environ:
         return None
     return {"id": f"slurm {os.environ['SLURM_JOB_ID']}", "time": slurm_start(os.environ)}
-
-
-def slurm_start(environ: Mapping[str, str]) -> str:
-    """Which start of its SLURM job a process belongs to: how often that was requeued and, then, restarted: ``2.0``."""
-    return f"{environ.get('SLURM_RESTART_COUNT', '0')}.{environ.get('LIFTDIST_TRY', '0')}"
-
-
-def this_job(environ: Mapping[str, str] = os.environ) -> tuple[str, str]:
-    """The SLURM job of this process, an array task as ``12_3``; and its start: how often it was requeued, then restarted."""
-    job = environ["SLURM_JOB_ID"]
-    if "SLURM_ARRAY_TASK_ID" in environ:
-        job = f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
-    return job, slurm_start(environ)
-
-
-def start_name(job: str, start: str) -> str:
-    """The name of one start of a job: of its folder of logs, and of its rendezvous."""
-    return f"{job}-{start}"
 
 
 def _is_earlier(job: Mapping[str, str] | None, launch: str | None) -> bool:
@@ -226,26 +199,7 @@ class Attempt:
             if self._is_mine():
                 os.utime(_path(self.run_dir, self.number), follow_symlinks=False)
 
-        return beating(beat)
-
-
-@contextlib.contextmanager
-def beating(beat: Callable[[], None]) -> Iterator[None]:
-    """Call ``beat`` every ``HEARTBEAT`` seconds while the block runs, from a thread of its own. It may raise ``OSError``."""
-    ended = threading.Event()
-
-    def run() -> None:
-        while not ended.wait(HEARTBEAT):
-            with contextlib.suppress(OSError):
-                beat()
-
-    thread = threading.Thread(target=run, name="heartbeat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        ended.set()
-        thread.join(HEARTBEAT)  # a file system that hangs must not hold the end
+        return heartbeat(beat)
 
 
 def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, str]]) -> Attempt:
@@ -279,8 +233,6 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
         except OSError as error:
             raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
         _clear_request(run_dir)
-        with contextlib.suppress(FileNotFoundError):
-            (run_dir / STOPPED).unlink()
         return attempt
 
 
@@ -297,12 +249,3 @@ def _clear_request(run_dir: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         if (run_dir / STOP_REQUESTED).lstat().st_mtime < float(started) - 2:  # clocks of machines differ a little
             (run_dir / STOP_REQUESTED).unlink()
-
-
-def next_free(run_dir: Path) -> Path:
-    """The first of ``run_dir``, ``run_dir-2``, ``run_dir-3``, ... that does not exist, or is empty."""
-    number, candidate = 1, run_dir
-    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
-        number += 1
-        candidate = run_dir.with_name(f"{run_dir.name}-{number}")
-    return candidate

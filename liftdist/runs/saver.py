@@ -25,14 +25,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from liftdist import files
-from liftdist.distributed.mesh import Mesh, gather, together
+from liftdist import files, safetensors_io
+from liftdist.distributed.collectives import gather, together
+from liftdist.distributed.mesh import Mesh
 from liftdist.engine.matrices import Matrix
-from liftdist.models import weights
+from liftdist.errors import UserError
 from liftdist.runs import checkpoint
 from liftdist.runs.checkpoint import Step, step_number
-from liftdist.runs.claims import CHECKPOINTS, MANIFEST, Attempt, Superseded
-from liftdist.schema import UserError
+from liftdist.runs.claims import Attempt, Superseded
+from liftdist.runs.layout import CHECKPOINTS, MANIFEST
 
 KEEP = "keep"  # a file of this name in a checkpoint keeps it from being removed
 
@@ -142,7 +143,7 @@ class Checkpointer:
                 _check_finite(state)
                 entry: dict[str, Any] = {"shard": shard}
                 if replicas > 1:
-                    entry["state"] = weights.digest_of(sorted(state.items()))
+                    entry["state"] = safetensors_io.digest_of(sorted(state.items()))
                 if shard % replicas == replica:  # replicas hold the same: they share the work
                     if not temporary.is_dir():
                         raise OSError(f"{temporary} is not to be seen on this rank: run_dir must be shared by all")
@@ -263,7 +264,7 @@ def _write_file(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
             for key, tensor in state.items():
                 if not torch.equal(saved.get_tensor(key), tensor):
                     raise OSError(f"{path}: the disk does not hold what was written")
-        weights.header(path)
+        safetensors_io.header(path)
         return {"bytes": path.stat().st_size, "sha256": checkpoint.sha256_of(path)}
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None

@@ -1,67 +1,26 @@
-"""The summed loss of labelled tokens, whose logits never exist whole.
-
-    L = sum over labelled tokens t of  logsumexp(W h_t) - (W h_t)[y_t]         W [vocabulary, d] the frozen output head
-
-Tokens are taken in chunks. As ``W`` is frozen, ``dL/dh_t`` is all that backward needs: it is computed right after a chunk's
-logits, in forward, and nothing is computed twice.
-
-A model may do more to its logits than multiply by ``W``: scale, or cap them. :func:`is_plain` finds that out by trying.
-"""
+"""The summed loss of the labelled tokens of a micro-batch: by the model's own logits, or in chunks where it can."""
 
 from __future__ import annotations
 
 import inspect
-import types
-from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import register_fsdp_forward_method
-from transformers import PreTrainedModel
 
 from liftdist.data.tokenised import IGNORED
-
-CHUNK_LOGITS = 2**25  # logits of a chunk; about 14 B each exist at once
-
-
-class _ChunkedLoss(torch.autograd.Function):
-    """``(hidden [T, d], head [V, d], labels [T]) -> []`` float32; only ``hidden`` gets a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        tokens = max(1, CHUNK_LOGITS // head.shape[0])
-        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        for begin in range(0, hidden.shape[0], tokens):
-            with torch.set_grad_enabled(gradient is not None):
-                part = hidden[begin : begin + tokens].detach().requires_grad_(gradient is not None)
-                loss = sum_of_losses(F.linear(part, head), labels[begin : begin + tokens])
-            if gradient is not None:
-                gradient[begin : begin + tokens] = torch.autograd.grad(loss, part)[0]
-            total += loss.detach()
-        ctx.save_for_backward(gradient)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient.float() * outer[0]).to(gradient.dtype), None, None
+from liftdist.models.head import Loss
+from liftdist.training.losses.cross_entropy import summed
 
 
-def sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """``[T, V], [T] -> []`` float32."""
-    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-
-
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def token_losses(model: nn.Module, batch: dict[str, Tensor], loss: Loss = summed) -> Tensor:
     """Sum of the losses of all labelled tokens of a micro-batch ``[B, L]``, float32 ``[]``.
 
-    Logits are computed for labelled places alone, where the model can, and in chunks, where :func:`in_chunks` was told to.
+    Logits are computed for labelled places alone, where the model can,
+    and in chunks after :func:`liftdist.models.head.in_chunks`.
 
     Args:
         batch: ``input_ids``, ``position_ids`` on the device of the model, and ``labels``, the next token at each place or
             ``IGNORED``, which may be on the host: then nobody waits for the device to know which are labelled.
+        loss: of logits and labels, see :data:`liftdist.registry.LOSSES`.
     """
     input_ids, position_ids, labels = batch["input_ids"], batch["position_ids"], batch["labels"]
     places = (labels != IGNORED).any(0).nonzero().squeeze(1)
@@ -69,47 +28,7 @@ def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         places = places.new_zeros(1)
     labels, places = labels[:, places].to(input_ids.device), places.to(input_ids.device)
     if chunked := getattr(model, "chunked_loss", None):
-        return chunked(input_ids, position_ids, places, labels)
+        return chunked(input_ids, position_ids, places, labels, loss)
     chosen = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **chosen).logits
-    return sum_of_losses((logits if chosen else logits[:, places]).flatten(0, 1), labels.flatten())
-
-
-def in_chunks(model: PreTrainedModel) -> None:
-    """From now on :func:`token_losses` computes the logits of ``model``, which must be plain, in chunks."""
-    model.chunked_loss = types.MethodType(_chunked_loss, model)
-    register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded: FSDP holds the head whole meanwhile
-
-
-def _chunked_loss(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, places: Tensor, labels: Tensor
-) -> Tensor:
-    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
-    return _ChunkedLoss.apply(hidden[:, places].flatten(0, 1), model.get_output_embeddings().weight, labels.flatten())
-
-
-def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether the model's logits are what the chunked loss takes them for: tried on a few tokens. Collective."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
-        return False
-    tokens = torch.arange(1, 9, device=device).unsqueeze(0)
-    model.plain_logits = types.MethodType(_plain_logits, model)
-    register_fsdp_forward_method(model, "plain_logits")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:  # not compiled for these few tokens, if it is to be compiled
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits
-            plain = model.plain_logits(tokens, tokens - 1)
-    finally:
-        del model.plain_logits
-        for module in training:
-            module.training = True
-    return plain is not None and torch.equal(plain, logits)
-
-
-def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-    output = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    hidden = getattr(output, "last_hidden_state", None)
-    return None if hidden is None else F.linear(hidden, model.get_output_embeddings().weight)
+    return loss((logits if chosen else logits[:, places]).flatten(0, 1), labels.flatten())

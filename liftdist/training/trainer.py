@@ -11,56 +11,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel, get_scheduler
 
-from liftdist.data import tokenised as data
-from liftdist.distributed.mesh import Mesh, gather
-from liftdist.engine.adamw import PrincipalAdamW
-from liftdist.engine.principal import PrincipalWeights
-from liftdist.schema import Config, UserError
-from liftdist.training.loss import token_losses
-from liftdist.training.recorder import Stopwatch
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """What is known before weights are read."""
-
-    folder: Path
-    samples: data.Samples
-    eval_samples: data.Samples | None
-
-
-@torch.no_grad()
-def evaluate(
-    model: nn.Module, samples: data.Samples, config: Config, mesh: Mesh, boundary: Callable[[], None] = lambda: None
-) -> float:
-    """Mean loss over all labelled tokens of ``samples``; ``boundary`` is called between micro-batches. Collective."""
-    model.eval()
-    everything = [[sample] for sample in range(len(samples))]
-    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for micro in data.deal(everything, samples.lengths, mesh.rank, mesh.world_size, config.train.micro_batch_size):
-        boundary()
-        batch = _to_device(data.collate(samples, micro), mesh)
-        totals[0] += token_losses(model, batch)
-        totals[1] += int((batch["labels"] != data.IGNORED).sum())
-    model.train()
-    dist.all_reduce(totals)
-    return (totals[0] / totals[1]).item()
-
-
-def _to_device(batch: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """A batch with the labels left on the host, where they are looked at."""
-    return {key: value if key == "labels" else value.to(mesh.device) for key, value in batch.items()}
-
+from liftdist.data.batches import collate, to_device
+from liftdist.data.order import BatchOrder, split_micro_batches
+from liftdist.data.tokenised import IGNORED
+from liftdist.distributed.collectives import gather
+from liftdist.distributed.mesh import Mesh
+from liftdist.errors import UserError
+from liftdist.methods.lift import Lift
+from liftdist.registry import LOSSES
+from liftdist.schema import Config
+from liftdist.training import loss as losses
+from liftdist.training.inputs import Inputs
+from liftdist.training.stopwatch import Stopwatch
 
 LARGEST_NORM: float = torch.finfo(torch.float32).max ** 0.5
 
@@ -78,24 +48,18 @@ class Trainer:
         mesh: Mesh,
         inputs: Inputs,
         model: PreTrainedModel,
-        principal: PrincipalWeights,
+        method: Lift,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config, self.mesh, self.inputs, self.model, self.principal = config, mesh, inputs, model, principal
+        self.config, self.mesh, self.inputs, self.model, self.method = config, mesh, inputs, model, method
         self._beat = beat
-        optimizer, train = config.optimizer, config.train
-        self.order = data.BatchOrder(
+        train = config.train
+        self._loss = LOSSES.load(train.loss).summed
+        self.order = BatchOrder(
             inputs.samples.lengths, train.seed, config.data.packing, config.data.max_length, train.batch_size
         )
         self.epochs = train.epochs if train.steps is None else None
         self.steps = train.steps or self.order.steps(train.epochs)
-        self.optimizer = PrincipalAdamW(
-            principal,
-            lr=optimizer.lr,
-            betas=(optimizer.betas[0], optimizer.betas[1]),
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-        )
         self.schedule = self._make_schedule()
         self.watch = Stopwatch(mesh.device)
         self.step = 0
@@ -109,7 +73,7 @@ class Trainer:
         settings = self.config.optimizer
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
         warmup = round(settings.warmup_ratio * self.steps)
-        return get_scheduler(name, self.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
+        return get_scheduler(name, self.method.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
 
     def state(self) -> dict[str, Any]:
         """The part of the state that is alike on all ranks, as plain numbers."""
@@ -120,12 +84,12 @@ class Trainer:
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluated": self.evaluated,
             "seed": self.config.train.seed,  # with step and rank: the random state
-            "optimizer": self.principal.scalar_states(self.optimizer),
+            "optimizer": self.method.scalars(),
         }
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from :meth:`state` and from the tensors of :meth:`PrincipalWeights.state_dict`, cut to this rank's rows."""
-        self.principal.load_state_dict(tensors, self.optimizer, state["optimizer"])
+        """Go on from :meth:`state` and from the tensors of the method's ``state_dict``, cut to this rank's rows."""
+        self.method.load_state_dict(tensors, state["optimizer"])
         self.step, self.consumed, self.evaluated = state["step"], state["consumed"], state["evaluated"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         if self.epochs is not None:  # the batch size, or the data, may be another now
@@ -148,13 +112,11 @@ class Trainer:
         random = np.random.SeedSequence([self.config.train.seed, step, self.mesh.rank])
         torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
         figures: dict[str, float] = {}
-        interval = self.config.selection.refresh_interval
-        if interval and step % interval == 0:
-            with self.watch("refresh"):
-                figures["selection/survived"] = self.principal.refresh(self.optimizer)
+        with self.watch("refresh"):
+            figures |= self.method.before_step(step)
         sequences = self.order.batch(self.consumed, self.epochs)
         lengths = self.inputs.samples.lengths
-        micro_batches = data.deal(
+        micro_batches = split_micro_batches(
             sequences, lengths, self.mesh.rank, self.mesh.world_size, self.config.train.micro_batch_size
         )
         loss_and_labels = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
@@ -162,19 +124,19 @@ class Trainer:
         tokens = 0
         for micro in micro_batches:
             with self.watch("data"):
-                batch = _to_device(data.collate(self.inputs.samples, micro), self.mesh)
+                batch = to_device(collate(self.inputs.samples, micro), self.mesh.device)
                 tokens += sum(int(lengths[sample]) for sequence in micro for sample in sequence)
             with self.watch("forward_backward"):
-                loss = token_losses(self.model, batch)
+                loss = losses.token_losses(self.model, batch, self._loss)
                 loss.backward()
                 micro_losses.append(loss.detach())
                 loss_and_labels[0] += loss.detach()
-                loss_and_labels[1] += int((batch["labels"] != data.IGNORED).sum())
+                loss_and_labels[1] += int((batch["labels"] != IGNORED).sum())
             self._beat()
         with self.watch("exchange"):
             dist.all_reduce(loss_and_labels)
-            self.principal.reduce_gradients(loss_and_labels[1].float())
-            norm = self.principal.clip_grad_norm_(self.config.optimizer.max_grad_norm)
+            self.method.reduce(loss_and_labels[1].float())
+            norm = self.method.clip()
         mean_loss = (loss_and_labels[0] / loss_and_labels[1]).item()
         figures |= {
             "train/loss": mean_loss,
@@ -186,7 +148,7 @@ class Trainer:
         if finite:
             self.skipped_in_a_row = 0
             with self.watch("update"):
-                self._update(step)
+                self.method.step(step - self.skipped)
         else:
             self._skip(step, figures, micro_batches, micro_losses)
         self.schedule.step()
@@ -196,20 +158,13 @@ class Trainer:
         figures["local/tokens"] = tokens
         return figures
 
-    def _update(self, step: int) -> None:
-        if self.config.optimizer.reference_numerics:
-            # (sqrt(v) / sqrt(c) + eps / sqrt(c)) is the authors' (sqrt(v) + eps) / sqrt(c), c = 1 - beta2^t
-            correction = 1 - self.config.optimizer.betas[1] ** (step - self.skipped)
-            self.optimizer.param_groups[0]["eps"] = self.config.optimizer.eps / correction**0.5
-        self.optimizer.step()
-
     def _skip(
-        self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], losses: list[Tensor]
+        self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], micro_losses: list[Tensor]
     ) -> None:
         """Forget the gradient of a step that went wrong, on all ranks, and say where it did."""
-        wrong = [micro for micro, loss in zip(micro_batches, losses, strict=True) if not loss.isfinite()]
-        reports = gather((self.principal.non_finite(), wrong, micro_batches))
-        self.principal.drop_gradients()
+        wrong = [micro for micro, loss in zip(micro_batches, micro_losses, strict=True) if not loss.isfinite()]
+        reports = gather((self.method.non_finite(), wrong, micro_batches))
+        self.method.skip()
         self.skipped += 1
         self.skipped_in_a_row += 1
         matrices = sorted({name for names, _, _ in reports for name in names})

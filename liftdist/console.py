@@ -1,0 +1,63 @@
+"""Messages and progress for people."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from tqdm import tqdm
+
+from liftdist.redaction import redact
+
+
+class Console:
+    """Messages and progress on stderr: bars on a terminal, plain lines elsewhere. Only the main rank speaks."""
+
+    def __init__(self, enabled: bool) -> None:
+        self._enabled = enabled
+        self._bars = enabled and sys.stderr.isatty()
+
+    def say(self, message: str) -> None:
+        if self._enabled:
+            tqdm.write(redact(message), file=sys.stderr)
+            sys.stderr.flush()
+
+    @contextmanager
+    def progress(self, title: str, unit: str, total: int | None = None) -> Iterator[Progress]:
+        bar = tqdm(total=total, desc=title, unit=unit, disable=not self._bars, leave=False, dynamic_ncols=True)
+        progress = Progress(title, bar, self if not self._bars else None)
+        try:
+            yield progress
+        finally:
+            progress.close()
+
+
+class Progress:
+    """One advancing count. Without a terminal it speaks at most every ten seconds, and with each note."""
+
+    def __init__(self, title: str, bar: tqdm, console: Console | None) -> None:
+        self._title, self._bar, self._console = title, bar, console
+        self._spoke = time.monotonic()
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if self._console is not None and time.monotonic() - self._spoke > 10:
+            self._console.say(f"{self._title}: {done} of {total}")
+            self._spoke = time.monotonic()
+
+    def close(self) -> None:
+        """Say nothing more, whoever still counts."""
+        self._bar.close()
+        self._console = None
+
+    def step(self, done: int, total: int, note: str, seconds_left: float) -> None:
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+        if self._console is not None:
+            left = int(seconds_left)
+            clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
+            self._console.say(f"{self._title} {done}/{total}  {note}  {clock} left")

@@ -1,0 +1,1 @@
+"""Data formats, one a file: ``FIELDS`` and ``read(record)``, see :data:`liftdist.registry.FORMATS`. Must not know tokenizers."""

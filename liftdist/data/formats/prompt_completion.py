@@ -1,0 +1,12 @@
+"""Prompt and completion, joined as they are: a space or newline between them is the user's to write."""
+
+from __future__ import annotations
+
+from liftdist.data.records import text
+from liftdist.data.sources import Record
+
+FIELDS = ("prompt", "completion")
+
+
+def read(record: Record) -> tuple[str, str]:
+    return text(record, "prompt"), text(record, "completion")

@@ -1,0 +1,86 @@
+"""What a record says: fields, chat turns, and which format it has.
+
+record -> format (liftdist/data/formats) -> chat messages, or (prompt, response)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from liftdist.data.sources import Record, Source, is_local, open_source
+from liftdist.errors import UserError
+from liftdist.registry import FORMATS
+from liftdist.schema import DataConfig
+
+CHECKED_RECORDS = 1000  # records looked at before anything is started
+
+
+def text(record: Record, key: str) -> str:
+    if key not in record:
+        raise ValueError(f"field {key!r} is missing (fields: {', '.join(map(str, record)) or 'none'})")
+    if not isinstance(record[key], str):
+        kind = "null" if record[key] is None else type(record[key]).__name__
+        raise ValueError(f"{key!r} must be text, got {kind}")
+    return record[key]
+
+
+def chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
+    turns = record.get(key)
+    if not isinstance(turns, list) or not turns:
+        raise ValueError(
+            f"{key!r} must be a list of turns, got {type(turns).__name__ if turns is None or turns else 'an empty list'}"
+        )
+    messages = []
+    for turn in turns:
+        if not isinstance(turn, Mapping):
+            raise ValueError(f"a turn of {key!r} must be an object, got {type(turn).__name__}")
+        who = text(turn, role)
+        if who not in roles:
+            raise ValueError(f"{role!r} must be one of {', '.join(roles)}, got {who!r}")
+        messages.append({"role": roles[who], "content": text(turn, content)})
+    if not any(message["role"] == "assistant" for message in messages):
+        raise ValueError(f"{key!r} has no turn of the assistant, so nothing to learn")
+    return messages
+
+
+def detect_format(record: Record) -> str:
+    """The format whose fields the record has. Raises ``ValueError`` if none fits."""
+    known = {name: FORMATS.load(name).FIELDS for name in FORMATS}
+    present = {field for field, value in record.items() if value is not None}  # tables have a null for an absent field
+    for names in (present, set(record)):
+        for name, fields in known.items():
+            if names.issuperset(fields):
+                return name
+    wanted = "; ".join("/".join(fields) for fields in known.values())
+    raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {wanted})")
+
+
+def reader(source: Source, format: str) -> Callable[[Record], Any]:
+    """Reads a record of ``source``; ``auto`` looks at the first."""
+    if format == "auto":
+        where, first = next(source.read(0, 1))
+        format = str(at(where, detect_format, first))
+    read: Callable[[Record], Any] = FORMATS.load(format).read
+    return read
+
+
+def at(where: str, function: Callable[[Record], Any], record: Record) -> Any:
+    try:
+        return function(record)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def check_first_records(config: DataConfig) -> None:
+    """Read the first records of local files as training would. Quick, without torch; hub data is not touched.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    for path in filter(None, (config.path, config.eval_path)):
+        if is_local(path):
+            source = open_source(path, None, "train")
+            read = reader(source, config.format)
+            for where, record in source.read(0, CHECKED_RECORDS):
+                at(where, read, record)

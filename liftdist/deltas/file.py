@@ -1,0 +1,111 @@
+"""Delta files: written whole or not at all, checked whole when read."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from liftdist import files, safetensors_io
+from liftdist.deltas.codec import decode, encode
+from liftdist.deltas.delta import Change, Delta, changed, check_fits, is_finite
+from liftdist.errors import UserError
+from liftdist.safetensors_io import DTYPES
+
+FORMAT = "liftdist-delta-1"
+PATCH_FORMAT = "sparse-patch"
+
+
+def read(path: Path) -> Delta:
+    """The delta in a file, all of it checked.
+
+    Raises:
+        UserError: the file is absent, cut short, damaged, or no delta; an index out of range; a value that is not finite.
+    """
+    try:
+        entries = safetensors_io.header(path)
+        metadata = entries.get("__metadata__", {})
+        if (kind := metadata.get("format")) != FORMAT:
+            kind = "a sparse patch" if kind == PATCH_FORMAT else "another kind of safetensors file"
+            raise ValueError(f"is {kind}, not a delta that this version reads")
+        tensors = json.loads(metadata["tensors"])
+        if _contents_digest(path) != metadata["sha256"]:
+            raise ValueError("its contents do not have the hash they were written with")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from None
+    except struct.error:
+        raise UserError(f"{path}: is empty or cut short") from None
+    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path}: damaged, or no delta: {error}") from None
+
+    def get(name: str) -> Change:
+        about = tensors[name]
+        with safe_open(path, framework="pt") as file:
+            kept = set(file.keys())
+            gaps, values = file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values")
+            base = file.get_tensor(f"{name}.base") if f"{name}.base" in kept else None
+        indices = decode(gaps, about["count"])
+        change = Change(tuple(about["shape"]), DTYPES[about["stored"]], indices, values, base)
+        check_fits(name, indices, int(torch.Size(change.shape).numel()))
+        for part in (values, base):
+            if part is not None and part.shape != indices.shape:
+                raise ValueError(f"{name}: has {part.numel()} values for {indices.numel()} indices")
+        if not is_finite(values):
+            raise ValueError(f"{name}: holds a value that is not finite")
+        return change
+
+    delta = Delta(path, metadata["base"], list(tensors), get)
+    for name in delta.names:
+        try:
+            get(name)
+        except (ValueError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path}: {error}") from None
+    return delta
+
+
+def write(delta: Delta, path: Path, with_base: bool = True) -> None:
+    """Write a delta, whole or not at all.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    tensors: dict[str, Tensor] = {}
+    about: dict[str, Any] = {}
+    for name, change in changed(delta):
+        tensors[f"{name}.gaps"], tensors[f"{name}.values"] = encode(change.indices), change.values
+        if with_base and change.base is not None:
+            tensors[f"{name}.base"] = change.base
+        stored = safetensors_io.dtype_name(change.stored)
+        about[name] = {"shape": list(change.shape), "stored": stored, "count": change.indices.numel()}
+    metadata = {
+        "format": FORMAT,
+        "base": delta.base,
+        "tensors": json.dumps(about),
+        "sha256": safetensors_io.digest_of(sorted(tensors.items())),
+    }
+    save(tensors, path, metadata)
+
+
+def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file, whole or not at all."""
+    if path.exists():
+        raise UserError(f"{path}: exists")
+    try:
+        with files.written_beside(path) as temporary:
+            save_file(tensors, temporary, metadata)
+            temporary.chmod(files.mode(0o666))
+            files.sync_file(temporary)
+            temporary.rename(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path}: cannot be written: {error}") from None
+
+
+def _contents_digest(path: Path) -> str:
+    with safe_open(path, framework="pt") as file:
+        return safetensors_io.digest_of((name, file.get_tensor(name)) for name in sorted(file.keys()))

@@ -1,0 +1,48 @@
+"""Digests of files that are remembered: a large file is hashed once, and again only when it has changed.
+
+CACHE_DIR/digests/KEY        KEY: sha256 over path, size, times and inode of the files
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from liftdist import files
+
+
+class Remembered:
+    """The place in the cache of one digest of a kind. Raises ``OSError`` if a file is missing."""
+
+    def __init__(self, kind: str, paths: Sequence[Path], cache_dir: Path) -> None:
+        stats = [
+            (str(path.resolve()), (s := path.stat()).st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino) for path in paths
+        ]
+        key = hashlib.sha256(json.dumps([kind, stats]).encode()).hexdigest()[:24]
+        self._path = cache_dir.expanduser() / "digests" / key
+
+    def read(self) -> str | None:
+        """The digest, in 64 hexadecimal digits; None if it is not known."""
+        with contextlib.suppress(OSError, ValueError):
+            text = self._path.read_text()
+            return text if len(text) == 64 else None
+        return None
+
+    def write(self, digest: str) -> None:
+        with contextlib.suppress(OSError):  # only a shortcut
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            files.write(self._path, digest)
+
+
+def of_file(path: Path, cache_dir: Path) -> str:
+    """sha256 of a file's contents. Raises ``OSError``."""
+    remembered = Remembered("contents", [path], cache_dir)
+    if (known := remembered.read()) is not None:
+        return known
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    remembered.write(digest)
+    return digest

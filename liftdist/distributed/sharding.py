@@ -1,0 +1,27 @@
+"""How rows are cut over ranks: as ``torch.chunk`` does, so that the last ranks may hold fewer rows, or none."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor, or the tensor itself; no copy, no autograd."""
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
+    """``[shards + 1]`` where each shard's rows begin, dealt as ``torch.chunk`` does: the last shards may hold none."""
+    chunk = -(-rows // shards)
+    return tuple(min(rows, chunk * shard) for shard in range(shards + 1))
+
+
+def rows_of(tensor: Tensor) -> tuple[int, int]:
+    """The rows ``[begin, end)`` of a parameter that this rank holds."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.shape[0] if tensor.ndim else 0
+    axis = tensor.placements.index(Shard(0))
+    bounds = row_bounds(tensor.shape[0], tensor.device_mesh.size(axis))
+    shard = tensor.device_mesh.get_local_rank(axis)
+    return bounds[shard], bounds[shard + 1]

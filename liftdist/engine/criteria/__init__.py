@@ -1,0 +1,1 @@
+"""Which weights of a matrix are trained, one rule a file, see :data:`liftdist.registry.CRITERIA`. Must not know ranks."""

@@ -1,0 +1,5 @@
+"""What is trained, and how the trainer drives it: one method a file, see :data:`liftdist.registry.METHODS`.
+
+In: a model on its devices, a run's context. Out: gradients reduced, steps taken, state to save. Must not know data, the loop, or
+what a delta is.
+"""

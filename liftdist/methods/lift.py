@@ -1,0 +1,161 @@
+"""LIFT: the principal weights of each matrix, as one flat vector, and the optimizer that steps it (arXiv 2506.00772).
+
+    attach -> for each step: before_step, forward and backward, reduce, clip, step or skip
+
+A method is what the trainer drives. Another one has the same members; the loop, the checkpoints and the export stay as they are.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from liftdist.distributed import collectives
+from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.matrices import Matrix
+from liftdist.engine.principal import PrincipalWeights
+from liftdist.registry import BUDGETS, CRITERIA
+from liftdist.runs import selections
+from liftdist.runs.context import RunContext
+from liftdist.schema import Config
+
+GIB = 2**30
+
+
+class Lift:
+    """The principal weights of a model and their optimizer, with the settings of a run."""
+
+    def __init__(self, config: Config, principal: PrincipalWeights, selection: Path | None = None) -> None:
+        self._config = config
+        self.selection = selection  # the folder in the cache that keeps the first selection
+        self.principal = principal
+        settings = config.optimizer
+        self.optimizer = PrincipalAdamW(
+            principal,
+            lr=settings.lr,
+            betas=(settings.betas[0], settings.betas[1]),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+
+    @property
+    def matrices(self) -> list[Matrix]:
+        """What is trained, in the order of the state."""
+        return self.principal.matrices
+
+    def before_step(self, step: int) -> dict[str, float]:
+        """What is due before the forward of ``step``, counted from 1: a refresh, every so many. Collective."""
+        interval = self._config.selection.refresh_interval
+        if not interval or step % interval:
+            return {}
+        return {"selection/survived": self.principal.refresh(self.optimizer)}
+
+    def reselect(self) -> None:
+        """Select anew: the state that was loaded means something else now. Collective."""
+        self.principal.refresh(self.optimizer)
+
+    def reduce(self, labels: Tensor) -> None:
+        """Sum the gradient over the replicas and divide it by the number of labels in the global batch. Collective."""
+        self.principal.reduce_gradients(labels)
+
+    def clip(self) -> Tensor:
+        """Clip the gradient to ``optimizer.max_grad_norm``; its norm before. Collective."""
+        return self.principal.clip_grad_norm_(self._config.optimizer.max_grad_norm)
+
+    def step(self, number: int) -> None:
+        """Update the weights; ``number`` counts the updates from 1."""
+        settings = self._config.optimizer
+        if settings.reference_numerics:
+            # (sqrt(v) / sqrt(c) + eps / sqrt(c)) is the authors' (sqrt(v) + eps) / sqrt(c), c = 1 - beta2^t
+            correction = 1 - settings.betas[1] ** number
+            self.optimizer.param_groups[0]["eps"] = settings.eps / correction**0.5
+        self.optimizer.step()
+
+    def skip(self) -> None:
+        """Forget the gradient, as if there had been no backward."""
+        self.principal.drop_gradients()
+
+    def non_finite(self) -> list[str]:
+        """Names of the matrices whose gradient on this rank is not finite."""
+        return self.principal.non_finite()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this rank holds beyond the base model, copied to the host: see :meth:`PrincipalWeights.state_dict`."""
+        return self.principal.state_dict(self.optimizer)
+
+    def scalars(self) -> dict[str, float]:
+        """The state that is one number each, alike on all ranks."""
+        return self.principal.scalar_states(self.optimizer)
+
+    def load_state_dict(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+        """Take over :meth:`state_dict`, cut to this rank's rows, and :meth:`scalars`, on a model that holds the base weights."""
+        self.principal.load_state_dict(tensors, self.optimizer, scalars)
+
+    def describe(self, model: nn.Module) -> str:
+        """What is trained, for people. Collective."""
+        everything = sum(param.numel() for param in model.parameters())
+        fullest = max(collectives.gather(self.principal.values.numel()))
+        lines = [
+            f"weights of the model      {everything}",
+            f"principal weights         {self.principal.num_selected} ({self.principal.num_selected / everything:.2%})",
+            f"on the fullest rank       {fullest} ({fullest * 20 / GIB:.3f} GiB of values, gradient, moments and indices)",
+        ]
+        for matrix, count in zip(self.matrices, self.principal.counts, strict=True):
+            lines.append(f"{matrix.name}  {list(matrix.shape)}  {count}")
+        return "\n".join(lines)
+
+
+def attach(context: RunContext, model: nn.Module, base: str, from_checkpoint: bool = False) -> Lift:
+    """Select the principal weights of ``model``, or take the selection that is kept in the cache. Collective.
+
+    Args:
+        base: digest of the model's weights.
+        from_checkpoint: select none, a checkpoint will bring them.
+    """
+    config, console, choice = context.config, context.console, context.config.selection
+    kept: dict[str, Tensor] = {}
+    cached: Path | None = None
+
+    def known(principal: PrincipalWeights) -> list[Tensor] | None:
+        nonlocal cached
+        if from_checkpoint:
+            return [torch.empty(0, dtype=torch.int32, device=matrix.device) for matrix in principal.matrices]
+        key = selections.key(base, principal.criterion, principal.matrices, principal.counts)
+        cached = Path(config.cache_dir).expanduser() / "selections" / key
+        indices = None
+        try:
+            indices = selections.read(cached, principal.matrices, principal.counts)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            console.say(f"selection in {cached} ignored: {error}")
+        return None if collectives.agree(indices is None) else indices
+
+    if not from_checkpoint:
+        console.say(f"selecting principal weights ({choice.method}, filter rank {choice.filter_rank})")
+    started = time.perf_counter()
+    with console.progress("selecting", "matrix") as progress:
+        principal = PrincipalWeights(
+            model,
+            criterion=CRITERIA.load(choice.criterion).make(choice),
+            budget=BUDGETS.load(choice.budget).make(choice),
+            modules=choice.modules,
+            replicate_group=context.mesh.replicate_group,
+            initial_indices=known,
+            sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
+            progress=context.cancellation.at_boundaries(progress),
+            on_selected=lambda name, indices: kept.__setitem__(name, indices.cpu()),
+        )
+    if collectives.agree(bool(kept)) and cached is not None and not selections.write(cached, kept):
+        console.say(f"selection not kept: cache_dir {config.cache_dir} is not shared by all ranks")
+    total = sum(matrix.param.numel() for matrix in principal.matrices)
+    everything = sum(param.numel() for param in model.parameters())
+    console.say(
+        f"{principal.num_selected} principal weights in {len(principal.matrices)} matrices: "
+        f"{principal.num_selected / total:.2%} of them, {principal.num_selected / everything:.2%} of the model's {everything} "
+        f"weights ({time.perf_counter() - started:.1f} s)"
+    )
+    return Lift(config, principal, cached)

@@ -1,0 +1,98 @@
+"""A model without memory, and where its parts are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from liftdist.errors import UserError
+from liftdist.models import check
+from liftdist.schema import ModelConfig
+
+
+def check_type(folder: Path, config: ModelConfig) -> Any:
+    """The transformers configuration in ``folder``; reads no weights.
+
+    Raises:
+        UserError: no or damaged ``config.json``, unknown or unsupported model type, quantised weights, no safetensors.
+    """
+    check.check_model_folder(folder, config.trust_remote_code)
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # a malformed field surfaces as almost anything
+        raise UserError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
+
+
+def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer in ``folder``. Raises ``UserError`` if there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+    except Exception as error:  # the library raises almost anything
+        raise UserError(f"model.path {folder}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+
+
+def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
+    """The model without memory (on the meta device). Raises ``UserError`` for an architecture that is not supported."""
+    dtype = getattr(torch, config.dtype)
+    try:
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(
+                hf_config,
+                dtype=dtype,
+                attn_implementation=config.attn_implementation,
+                trust_remote_code=config.trust_remote_code,
+            )
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"model.attn_implementation={config.attn_implementation}: {str(error).splitlines()[0]}"
+        ) from None
+    model.tie_weights()
+    model.config.use_cache = False
+    decoder_layers(model)
+    for name, param in model.named_parameters():
+        if param.ndim > 2:
+            raise UserError(f"{type(model).__name__}: {name} {tuple(param.shape)}: fused experts are not supported")
+    return model
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The decoder's layers. Raises ``UserError`` for a model that is built otherwise."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise UserError(f"{type(model).__name__}: its decoder has no list of layers, which is not supported")
+    return layers
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by name, shared ones once."""
+    persistent = set(model.state_dict(keep_vars=True))
+    return {
+        name: tensor
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]
+        if name in persistent or isinstance(tensor, nn.Parameter)
+    }
+
+
+def own_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """The embedding of tokens, where the output head is a module with a weight of its own."""
+    head = model.get_output_embeddings()
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:  # under a name that transformers does not know
+        return None
+    if head is None or {id(param) for param in head.parameters()} & {id(param) for param in embedding.parameters()}:
+        return None
+    return embedding
+
+
+def recompute(model: PreTrainedModel, config: ModelConfig) -> None:
+    """Have each decoder layer recomputed in backward, where the config says so."""
+    if config.activation_checkpointing:  # the older name is that of transformers 5.17
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
+        model.disable_input_require_grads()  # for the reentrant kind; the embedding has no backward

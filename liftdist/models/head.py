@@ -1,0 +1,90 @@
+"""The output head of a causal language model, and a loss over it whose logits never exist whole.
+
+    L = sum over labelled tokens t of  loss(W h_t, y_t)         W [vocabulary, d] the frozen output head
+
+Tokens are taken in chunks. As ``W`` is frozen, ``dL/dh_t`` is all that backward needs: it is computed right after a chunk's
+logits, in forward, and nothing is computed twice.
+
+A model may do more to its logits than multiply by ``W``: scale, or cap them. :func:`is_plain` finds that out by trying.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+CHUNK_LOGITS = 2**25  # logits of a chunk; about 14 B each exist at once
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits [T, V], labels [T] -> [] float32, summed
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """``(hidden [T, d], head [V, d], labels [T], loss) -> []`` float32; only ``hidden`` gets a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+        tokens = max(1, CHUNK_LOGITS // head.shape[0])
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        for begin in range(0, hidden.shape[0], tokens):
+            with torch.set_grad_enabled(gradient is not None):
+                part = hidden[begin : begin + tokens].detach().requires_grad_(gradient is not None)
+                summed = loss(F.linear(part, head), labels[begin : begin + tokens])
+            if gradient is not None:
+                gradient[begin : begin + tokens] = torch.autograd.grad(summed, part)[0]
+            total += summed.detach()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None
+
+
+def in_chunks(model: PreTrainedModel) -> None:
+    """Give ``model``, which must be plain, the method ``chunked_loss(input_ids, position_ids, places, labels, loss)``."""
+    model.chunked_loss = types.MethodType(_chunked_loss, model)
+    register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded: FSDP holds the head whole meanwhile
+
+
+def _chunked_loss(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, places: Tensor, labels: Tensor, loss: Loss
+) -> Tensor:
+    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    chosen = hidden[:, places].flatten(0, 1)
+    return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss)
+
+
+def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether the model's logits are what the chunked loss takes them for: tried on a few tokens. Collective."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
+        return False
+    tokens = torch.arange(1, 9, device=device).unsqueeze(0)
+    model.plain_logits = types.MethodType(_plain_logits, model)
+    register_fsdp_forward_method(model, "plain_logits")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:  # not compiled for these few tokens, if it is to be compiled
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits
+            plain = model.plain_logits(tokens, tokens - 1)
+    finally:
+        del model.plain_logits
+        for module in training:
+            module.training = True
+    return plain is not None and torch.equal(plain, logits)
+
+
+def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
+    output = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    return None if hidden is None else F.linear(hidden, model.get_output_embeddings().weight)

@@ -1,0 +1,88 @@
+"""Everything that is chosen by name, in a config or on the command line, and where it is implemented.
+
+    entry "low_rank" of CRITERIA  ->  module liftdist/engine/criteria/low_rank.py, imported when the name is chosen
+
+To add one: write the file, add its line here, test it. The settings, their validation, ``--help`` and the reference read the
+names from here, without importing the modules.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import ModuleType
+
+from liftdist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Registry:
+    """Names of one kind, each with its meaning in one line. A name is also that of the module in ``package``."""
+
+    kind: str
+    package: str
+    entries: Mapping[str, str]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def load(self, name: str) -> ModuleType:
+        """The module that implements ``name``. Raises ``UserError`` for an unknown name."""
+        if name not in self.entries:
+            near = difflib.get_close_matches(name, self.entries, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"{self.kind} {name!r}: must be one of {', '.join(self.entries)}{hint}")
+        return importlib.import_module(f"{self.package}.{name}")
+
+
+#: ``FIELDS``, by which ``data.format: auto`` recognises a record, and ``read(record)``: chat messages, or prompt and response.
+FORMATS = Registry(
+    "data format",
+    "liftdist.data.formats",
+    {
+        "alpaca": "`instruction`, `input` (optional), `output`, in the Alpaca wording",
+        "prompt_completion": "`prompt`, `completion`, joined as they are",
+        "messages": "`messages`, each with `role` and `content`",
+        "sharegpt": "`conversations`, each with `from` and `value`",
+    },
+)
+
+#: ``make(settings, attach)``: what is trained, see :class:`liftdist.methods.lift.Lift`.
+METHODS = Registry("method", "liftdist.methods", {"lift": "the principal weights of each matrix"})
+
+#: ``make(settings)``: a :class:`liftdist.engine.selection.Criterion`.
+CRITERIA = Registry(
+    "criterion", "liftdist.engine.criteria", {"low_rank": "the largest entries after low-rank approximation"}
+)
+
+#: ``make(settings)``: a :class:`liftdist.engine.selection.Budget`.
+BUDGETS = Registry(
+    "budget", "liftdist.engine.budgets", {"per_matrix": "each matrix by its own size, from `density` or `budget_rank`"}
+)
+
+#: ``token_losses(logits, labels)``: the summed loss of labelled tokens.
+LOSSES = Registry("loss", "liftdist.training.losses", {"cross_entropy": "negative log-likelihood"})
+
+#: ``run(model, inputs, context)``: figures by tag.
+EVALUATIONS = Registry("evaluation", "liftdist.evaluation", {"held_out_loss": "mean loss on `data.eval_path`"})
+
+#: ``open(run_dir, after)``: a :class:`liftdist.training.recorder.Tracker`.
+TRACKERS = Registry(
+    "tracker",
+    "liftdist.training.trackers",
+    {"jsonl": "one line a step in `metrics.jsonl`", "tensorboard": "curves in `tensorboard/`"},
+)
+
+#: ``write(delta, base, target, dtype)``.
+EXPORT_FORMATS = Registry(
+    "export format",
+    "liftdist.deltas.formats",
+    {
+        "hf": "the fine-tuned model as a Hugging Face folder",
+        "delta": "changed weights and their base values",
+        "shira": "an adapter for peft",
+        "patch": "flat indices and absolute values",
+    },
+)

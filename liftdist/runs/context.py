@@ -1,0 +1,20 @@
+"""What every part of a run on one rank shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from liftdist.console import Console
+from liftdist.distributed.mesh import Mesh
+from liftdist.runs.stop import CancellationPoint
+from liftdist.schema import Config
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """Handed down from the entry point; nothing in it changes during a run."""
+
+    config: Config
+    mesh: Mesh
+    console: Console
+    cancellation: CancellationPoint = field(default_factory=CancellationPoint)

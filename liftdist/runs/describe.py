@@ -1,0 +1,65 @@
+"""Files by which a run directory explains itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from liftdist import __version__, files
+from liftdist.distributed.mesh import Mesh
+from liftdist.redaction import redact
+
+SHOWN_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy")
+SHOWN_ENVIRONMENT = (
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "NCCL_",
+    "GLOO_",
+    "SLURM_JOB_ID",
+    "SLURM_NNODES",
+)
+
+
+def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
+    """Write config, command and environment, without secrets, so that the folder explains itself."""
+    files.write(run_dir / "config.yaml", text)
+    with files.open_to_append(run_dir / "command.txt") as file:  # one line an attempt
+        file.write(_command() + "\n")
+    environment = {
+        "liftdist": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in SHOWN_PACKAGES},
+        "git": _git_state(),
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(mesh.device)
+        if mesh.device.type == "cuda"
+        else platform.processor() or "cpu",
+        "mesh": {"dp_replicate": mesh.device_mesh.size(0), "dp_shard": mesh.device_mesh.size(1)},
+        "variables": {k: redact(v) for k, v in sorted(os.environ.items()) if k.startswith(SHOWN_ENVIRONMENT)},
+    }
+    files.write(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def _command() -> str:
+    """The command as it was typed, or the rank's own where nobody typed ``liftdist``."""
+    typed = os.environ.get("LIFTDIST_COMMAND")
+    return shlex.join(map(redact, json.loads(typed) if typed else sys.orig_argv))
+
+
+def _git_state() -> str | None:
+    checkout = Path(__file__).parents[2]
+    if not (checkout / "pyproject.toml").exists():
+        return None  # installed: a repository around it is somebody else's
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,25 @@
+"""What stands where in a run directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from liftdist import files
+
+ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboard", "logs"  # folders
+MANIFEST = "manifest.json"  # of a checkpoint
+STOP_REQUESTED = "stop-requested"  # a file by which anybody may ask the run to stop
+
+
+def logs(run_dir: Path, start: str) -> Path:
+    """The folder for what nodes and ranks tell in one start of a job, ``logs/START``; created if need be."""
+    return files.real_folder(files.real_folder(run_dir / LOGS) / start)
+
+
+def next_free(run_dir: Path) -> Path:
+    """The first of ``run_dir``, ``run_dir-2``, ``run_dir-3``, ... that does not exist, or is empty."""
+    number, candidate = 1, run_dir
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        number += 1
+        candidate = run_dir.with_name(f"{run_dir.name}-{number}")
+    return candidate

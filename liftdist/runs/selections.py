@@ -1,0 +1,106 @@
+"""Selections on disk: found once, used by every run that would find the same.
+
+    CACHE_DIR/selections/KEY/owner-00000-of-00004.safetensors      whole sorted flat indices, by parameter
+                             selection.json                        the file of each parameter
+
+Independent of the world size. The key holds everything that decides the selection: the base weights, their dtype, the criterion
+with all of its fields, and the shape and count of every matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from liftdist import __version__, files
+from liftdist.distributed.collectives import agree, gather, together
+from liftdist.engine.matrices import Matrix
+from liftdist.engine.selection import Criterion, ascending_within
+
+
+def key(base: str, criterion: Criterion, matrices: Sequence[Matrix], counts: Sequence[int]) -> str:
+    """The name of a selection.
+
+    Args:
+        base: digest of the model's weights.
+        criterion: a dataclass, of whose fields none can be forgotten.
+    """
+    assert dataclasses.is_dataclass(criterion)
+    assert not isinstance(criterion, type)
+    kind = f"{type(criterion).__module__}.{type(criterion).__qualname__}"
+    described: Any = [[m.name, m.shape, str(m.dtype), count] for m, count in zip(matrices, counts, strict=True)]
+    parts = [__version__, base, kind, dataclasses.asdict(criterion), described]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
+    """Write the selection that the ranks hold between them; ``selected`` is this rank's. Collective.
+
+    Returns:
+        Whether all ranks now see the folder: false where they do not share the file system, and nothing is left then.
+    """
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    made: Path | None = None
+    with together():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        made = files.folder_beside(folder) if rank == 0 else None
+    temporary: Path = gather(made)[0]
+    try:
+        if agree(not temporary.is_dir()):
+            return False
+        file = f"owner-{rank:05d}-of-{ranks:05d}.safetensors"
+        with together():
+            save_file({name: _smallest(indices).cpu() for name, indices in selected.items()}, temporary / file)
+            (temporary / file).chmod(files.mode(0o666))
+        file_of = {name: f for names, f in gather((sorted(selected), file)) for name in names}
+        with together():
+            if rank == 0:
+                (temporary / "selection.json").write_text(json.dumps(file_of, indent=1, sort_keys=True))
+                if folder.exists():  # damaged, or another run was first: either way this one is good
+                    folder.rename(replaced := folder.with_name(f"{temporary.name}-replaced"))
+                    shutil.rmtree(replaced, ignore_errors=True)
+                files.publish(temporary, folder)
+        return True
+    finally:
+        if rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int]) -> list[Tensor]:
+    """What :func:`liftdist.engine.selection.select` returns, from a folder that :func:`write` left. Not collective.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a parameter is absent, or the number, order or range of its indices is not what it must be.
+    """
+    file_of = json.loads((folder / "selection.json").read_text())
+    result = []
+    for matrix, count in zip(matrices, counts, strict=True):
+        if matrix.name not in file_of:
+            raise ValueError(f"{folder}: no selection for {matrix.name}")
+        try:
+            with safe_open(folder / file_of[matrix.name], framework="pt") as file:
+                indices = file.get_tensor(matrix.name).long()
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{folder / file_of[matrix.name]}: {error}") from None
+        if indices.numel() != count or not ascending_within(indices, matrix.param.numel()):
+            raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
+        begin = matrix.offset_local
+        cuts = torch.searchsorted(indices, torch.tensor([begin, begin + matrix.numel_local])).tolist()
+        result.append((indices[cuts[0] : cuts[1]] - begin).to(torch.int32).to(matrix.device))
+    return result
+
+
+def _smallest(indices: Tensor) -> Tensor:
+    return indices.to(torch.int32) if not indices.numel() or int(indices[-1]) < 2**31 else indices

@@ -1,0 +1,64 @@
+"""The safetensors format below its library: headers, dtypes by name, digests of tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}  # by the names that safetensors gives them
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The header of a safetensors file. Raises ``ValueError``, ``OSError`` or ``struct.error`` for one that is cut short."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = struct.unpack("<Q", file.read(8))[0]
+        if length > size - 8:
+            raise ValueError(f"{path.name} is not a complete safetensors file")
+        entries = json.loads(file.read(length))
+    end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
+    if size != 8 + length + end:
+        raise ValueError(f"{path.name} has {size} bytes, its header speaks of {8 + length + end}")
+    return entries
+
+
+def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """sha256 over name, dtype, shape and bytes of tensors, in the order in which they come."""
+    state = hashlib.sha256()
+    for name, tensor in tensors:
+        state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        state.update(bytes_of(tensor))
+    return state.hexdigest()
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """The memory of a tensor on the host, row-major."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """What safetensors calls a dtype."""
+    return next(name for name, known in DTYPES.items() if known == dtype)

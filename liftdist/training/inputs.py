@@ -1,0 +1,69 @@
+"""What is known before weights are read: the model's folder and the tokenised data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from liftdist.console import Console
+from liftdist.data import tokenised
+from liftdist.errors import UserError
+from liftdist.models import build
+from liftdist.models.hub import resolve_model
+from liftdist.runs.stop import CancellationPoint
+from liftdist.schema import Config
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is known before weights are read."""
+
+    folder: Path
+    samples: tokenised.Samples
+    eval_samples: tokenised.Samples | None
+
+
+def prepare_inputs(
+    config: Config, console: Console, part: float = 0.0, cancellation: CancellationPoint | None = None
+) -> Inputs:
+    """Check the model's folder and its tokenizer, and tokenise the data. Not collective.
+
+    Raises:
+        UserError: whatever is wrong with them.
+    """
+    cancellation = cancellation or CancellationPoint()
+    folder = resolve_model(config.model.path)
+    hf_config = build.check_type(folder, config.model)
+    tokenizer = build.load_tokenizer(folder, config.model)
+    text_config = hf_config.get_text_config()
+    vocabulary = text_config.vocab_size
+    if len(tokenizer) > vocabulary:
+        raise UserError(
+            f"model.path {folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary} embeddings"
+        )
+
+    def samples_of(path: str, split: str) -> tokenised.Samples:
+        with console.progress("tokenising", "part") as progress:
+            samples = tokenised.tokenise(
+                path,
+                config.data,
+                tokenizer,
+                vocabulary,
+                Path(config.cache_dir),
+                split,
+                part,
+                cancellation.checking(progress),
+            )
+        longest, context = int(samples.lengths.max()), getattr(text_config, "max_position_embeddings", None)
+        if context and longest > context:
+            raise UserError(
+                f"data.max_length={config.data.max_length}: {path} has a sample of {longest} tokens, "
+                f"the model's context is {context}"
+            )
+        counts = {"truncated": samples.truncated, "dropped": samples.dropped}
+        note = "".join(f", {count} {what}" for what, count in counts.items() if count)
+        console.say(f"data {path}: {len(samples)} samples, {int(samples.lengths.sum())} tokens{note}")
+        return samples
+
+    evaluation = samples_of(config.data.eval_path, config.data.eval_split) if config.data.eval_path else None
+    return Inputs(folder, samples_of(config.data.path, config.data.split), evaluation)

@@ -1,0 +1,164 @@
+"""Steps, evaluations and checkpoints in their order."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from typing import Any
+
+from liftdist.distributed import collectives
+from liftdist.errors import UserError
+from liftdist.registry import EVALUATIONS
+from liftdist.runs.context import RunContext
+from liftdist.runs.saver import Checkpointer
+from liftdist.training.recorder import Recorder
+from liftdist.training.stopwatch import GIB, memory
+from liftdist.training.trainer import Trainer
+
+
+class Loop:
+    """Steps, evaluations and checkpoints in their order."""
+
+    def __init__(
+        self,
+        context: RunContext,
+        trainer: Trainer,
+        recorder: Recorder,
+        checkpointer: Checkpointer,
+        origin: dict[str, Any],
+    ) -> None:
+        self._context, self.trainer, self.recorder = context, trainer, recorder
+        self.console, self.cancellation = context.console, context.cancellation
+        self.checkpointer, self.origin = checkpointer, origin
+        self._step_seconds = 0.0
+        self._lead = float(os.environ.get("LIFTDIST_LEAD", "inf"))  # seconds from a scheduler's warning to its end
+
+    def to_the_end(self) -> None:
+        """All steps that are left. Raises ``Stopped``, between steps or inside an evaluation, where all ranks agreed to."""
+        trainer, config = self.trainer, self.trainer.config
+        trainer.watch.read()
+        began, first, tokens = time.perf_counter(), trainer.step, 0.0
+        with self.console.progress("training", "step", trainer.steps) as progress:
+            while True:
+                paused = time.perf_counter()
+                self._pause()
+                began += time.perf_counter() - paused
+                if trainer.step >= trainer.steps:
+                    break
+                figures = trainer.run_step()
+                tokens += figures.pop("local/tokens")
+                if trainer.problem:
+                    self.console.say(trainer.problem)
+                if trainer.step % config.train.log_interval == 0 or trainer.step == trainer.steps:
+                    elapsed = time.perf_counter() - began
+                    figures |= rank_figures(trainer, elapsed, trainer.step - first, tokens)
+                    self.recorder.scalars(trainer.step, figures)
+                    self._step_seconds = figures["time/step"]
+                    left = figures["time/step"] * (trainer.steps - trainer.step)
+                    progress.step(trainer.step, trainer.steps, _note(figures), left)
+                    began, first, tokens = time.perf_counter(), trainer.step, 0.0
+        self.save_last()
+
+    def _pause(self) -> None:
+        """What is due between two steps."""
+        trainer, config = self.trainer, self.trainer.config
+        self._report_save()
+        self.cancellation.boundary()
+        if self._is_due(config.train.eval_interval) or trainer.step in (0, trainer.steps):
+            self._evaluate()
+        # a step that went wrong may be followed by more: the checkpoint before them is the one to go back to
+        if trainer.step and self._is_due(config.checkpoint.interval) and not trainer.skipped_in_a_row:
+            self._save()
+
+    def _is_due(self, interval: int) -> bool:
+        return bool(interval) and self.trainer.step % interval == 0
+
+    def _evaluate(self) -> None:
+        trainer = self.trainer
+        if trainer.evaluated == trainer.step:
+            return
+        figures: dict[str, float] = {}
+        for name in EVALUATIONS:
+            figures |= EVALUATIONS.load(name).run(self._context, trainer.inputs, trainer.model)
+        if figures:
+            trainer.evaluated = trainer.step
+            self.recorder.scalars(trainer.step, figures)
+            shown = ", ".join(f"evaluation {tag.removeprefix('eval/')} {value:.4f}" for tag, value in figures.items())
+            self.console.say(f"step {trainer.step}: {shown}")
+
+    def _save(self) -> None:
+        """Begin to save the state as it is, unless that was done already."""
+        trainer = self.trainer
+        began = time.perf_counter()
+        self.checkpointer.wait(self.cancellation.beat)  # until then ranks may know different things of the save before
+        self._report_save()
+        if self.checkpointer.last_step == trainer.step:
+            return
+        state = trainer.method.state_dict()
+        self.checkpointer.save(
+            state, trainer.method.matrices, self.origin | {"step": trainer.step, "state": trainer.state()}
+        )
+        self.recorder.scalars(trainer.step, {"checkpoint/blocked_seconds": time.perf_counter() - began})
+
+    def save_last(self) -> None:
+        """Save, and wait until everything is committed. Raises what went wrong."""
+        if self.trainer.step:
+            self._save()
+            self.checkpointer.wait(self.cancellation.beat)
+            outcome = self.checkpointer.take_outcome()
+            if isinstance(outcome, Exception):
+                raise UserError(f"step {self.trainer.step} is not saved: {outcome}") from outcome
+            if outcome:
+                self.console.say(f"checkpoint {outcome.name}")
+
+    def _report_save(self) -> None:
+        outcome = self.checkpointer.take_outcome()
+        if isinstance(outcome, OSError | ValueError) and not isinstance(outcome, UserError):
+            self.console.say(f"CHECKPOINT FAILED, training goes on: {outcome}")
+            self.recorder.scalars(self.trainer.step, {"checkpoint/failed": 1.0})
+        elif isinstance(outcome, Exception):
+            self.cancellation.fail(outcome)
+        elif outcome is not None:
+            self.console.say(f"checkpoint {outcome.name}")
+            self._check_lead(outcome.seconds)
+            self.recorder.scalars(
+                self.trainer.step, {"checkpoint/seconds": outcome.seconds, "checkpoint/gib": outcome.bytes / GIB}
+            )
+
+    def _check_lead(self, save_seconds: float) -> None:
+        """Say once if a job would end before it has saved: a save may be under way, and the step, when the warning comes."""
+        needed = self._step_seconds + 2 * save_seconds
+        if needed > self._lead:
+            self.console.say(
+                f"the warning comes {self._lead:.0f} s before the time limit, but a step and two saves take {needed:.0f} s: "
+                f"set slurm.signal_lead={math.ceil(2 * needed)}"
+            )
+            self._lead = math.inf
+
+
+def rank_figures(trainer: Trainer, elapsed: float, steps: int, tokens: float) -> dict[str, float]:
+    """Throughput, time by phase and memory of every rank, over the last ``steps`` steps of ``elapsed`` s. Collective."""
+    phases = trainer.watch.read()
+    ranks = collectives.gather({"tokens": tokens, "phases": phases, "memory": memory(trainer.mesh.device)})
+    total = sum(rank["tokens"] for rank in ranks)
+    figures = {
+        "throughput/tokens_per_second": total / elapsed,
+        "throughput/tokens_per_second_per_rank": total / elapsed / len(ranks),
+        "throughput/data_wait_share": max(rank["phases"].get("data", 0.0) for rank in ranks) / elapsed,
+        "time/step": elapsed / steps,
+    }
+    for phase in ("forward_backward", "exchange", "update", "refresh"):
+        figures[f"time/{phase}"] = max(rank["phases"].get(phase, 0.0) for rank in ranks) / steps
+    for number, rank in enumerate(ranks):
+        figures |= {f"memory_gib/{key}/rank{number}": value for key, value in rank["memory"].items()}
+    return figures
+
+
+def _note(figures: dict[str, float]) -> str:
+    peaks = [value for key, value in figures.items() if "/device_peak/" in key or "/host_peak/" in key]
+    on_device = [value for key, value in figures.items() if "/device_peak/" in key]
+    return (
+        f"loss {figures['train/loss']:.4f}  {figures['throughput/tokens_per_second']:.0f} tokens/s  "
+        f"peak {max(on_device or peaks):.1f} GiB"
+    )

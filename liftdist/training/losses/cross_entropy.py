@@ -1,0 +1,16 @@
+"""Negative log-likelihood of the labelled tokens.
+
+L = sum over labelled tokens t of  logsumexp(z_t) - z_t[y_t]
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from liftdist.data.tokenised import IGNORED
+
+
+def summed(logits: Tensor, labels: Tensor) -> Tensor:
+    """``logits [T, V], labels [T] -> []`` float32; ``IGNORED`` labels do not count."""
+    return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

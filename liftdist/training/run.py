@@ -1,0 +1,173 @@
+"""One run on all ranks.
+
+claim the run directory -> inputs -> newest checkpoint, or none -> model and method -> steps -> export
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from liftdist import preflight, schema
+from liftdist.console import Console
+from liftdist.deltas import of_run
+from liftdist.deltas.export import export_merged
+from liftdist.distributed import collectives
+from liftdist.distributed.collectives import together
+from liftdist.distributed.mesh import Mesh
+from liftdist.errors import PeerError, Stopped, UserError
+from liftdist.models import weights
+from liftdist.redaction import redact
+from liftdist.runs import changes, checkpoint, claims, layout
+from liftdist.runs.claims import Attempt
+from liftdist.runs.context import RunContext
+from liftdist.runs.describe import describe_run
+from liftdist.runs.layout import CHECKPOINTS
+from liftdist.runs.saver import Checkpointer
+from liftdist.runs.stop import CancellationPoint, StopRequests
+from liftdist.runs.watchdog import Watchdog
+from liftdist.schema import Config
+from liftdist.training import setup
+from liftdist.training.inputs import prepare_inputs
+from liftdist.training.loop import Loop
+from liftdist.training.recorder import Recorder
+from liftdist.training.trainer import Trainer
+
+
+def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRequests) -> None:
+    """Run ``config`` to its end, from its newest checkpoint on, on all ranks. Collective.
+
+    Args:
+        text: the config as it is kept in the run directory.
+        allowed: kinds of changes that a run which continues may have, see :mod:`liftdist.runs.changes`.
+        stop: where requests to stop arrive.
+
+    Raises:
+        Stopped: as asked; what was trained is saved.
+    """
+    console = Console(mesh.is_main)
+    torch.manual_seed(config.train.seed)
+    if config.train.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    run_dir = Path(config.run_dir).expanduser()
+    claimed: Attempt | None = None
+    with together():
+        preflight.check_cache_dir(config)
+    with together():
+        if mesh.is_main:
+            claimed = claims.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
+            stop.watch(run_dir)
+    attempt: Attempt = collectives.gather(claimed)[0]
+    stacks = run_dir / f"hang-{attempt.number}"
+    watchdog = Watchdog(config.train.hang_timeout, stacks, mesh.rank, mesh.world_size)
+    context = RunContext(config, mesh, console, CancellationPoint(stop, watchdog))
+    outcome: dict[str, Any] = {"outcome": "failed"}
+    try:
+        with attempt.heartbeat() if mesh.is_main else contextlib.nullcontext():
+            with watchdog.watching():
+                trainer = _run(context, text, allowed, attempt)
+            if config.train.export:
+                _export(trainer, attempt, console)
+        outcome = {"outcome": "finished"}
+    except Stopped as reason:
+        outcome = {"outcome": "stopped", "reason": str(reason)}
+        if mesh.is_main:
+            stop.done()
+        raise
+    except BaseException as error:
+        outcome["reason"] = redact(f"{type(error).__name__}: {error}")
+        raise
+    finally:
+        if mesh.is_main:
+            attempt.note("end", **outcome)
+
+
+def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) -> Trainer:
+    """Everything but the export."""
+    config, mesh, console, cancellation = context.config, context.mesh, context.console, context.cancellation
+    run_dir = attempt.run_dir
+    with together():
+        inputs = prepare_inputs(config, console, mesh.rank / mesh.world_size, cancellation)
+    shards = mesh.device_mesh.size(1)
+    saved = checkpoint.newest(run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat)
+    base = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
+    origin = changes.origin(config, text, base, inputs.samples.digest)
+    first = collectives.gather(origin)[0]
+    with together():
+        changes.check_alike(origin, first, mesh.rank)
+        changed = changes.between(saved.manifest, origin) if saved else []
+        changes.refuse(changed, allowed, run_dir)
+    if changed:
+        console.say("changed since the checkpoint: " + "; ".join(redact(line) for _, line in changed))
+    model, method = setup.model_and_method(context, inputs.folder, base, from_checkpoint=saved is not None)
+    model.train()
+    trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
+    if saved is not None:
+        with together():
+            tensors = saved.read(method.matrices)
+        trainer.restore(saved.manifest["state"], tensors)
+        del tensors
+        if schema.STATE in {kind for kind, _ in changed}:  # the state means something else now
+            method.reselect()
+        console.say(
+            f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
+            f"learning rate {trainer.schedule.get_last_lr()[0]:.3g}"
+            if trainer.step < trainer.steps
+            else f"nothing is left to train: step {trainer.step} of {trainer.steps} is done"
+        )
+    checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
+    with together():
+        if mesh.is_main:  # not before: what failed until here can be put right and started again
+            describe_run(run_dir, text, mesh)
+        after = trainer.step if saved else None if attempt.number == 1 else -1
+        recorder = Recorder(run_dir, mesh.is_main, after, console.say)
+    recorder.text("config", text)
+    recorder.text("parameters", method.describe(model))
+    console.say(
+        f"{trainer.steps} steps of {config.train.batch_size} sequences on {mesh.world_size} ranks "
+        f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}"
+    )
+    run = Loop(context, trainer, recorder, checkpointer, origin)
+    try:
+        run.to_the_end()
+    except Stopped as reason:
+        console.say(f"{reason}: saving step {trainer.step}")
+        run.save_last()
+        raise
+    except (UserError, PeerError):  # all ranks are here: what is being written may be finished
+        checkpointer.wait(cancellation.beat)
+        raise
+    finally:
+        recorder.close()
+    return trainer
+
+
+def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
+    """Write the fine-tuned model, from the last checkpoint, unless an earlier attempt did. Collective."""
+    run_dir, base = attempt.run_dir, trainer.inputs.folder
+    target = run_dir / "export"
+    if not _is_exported(run_dir, trainer.step, trainer.mesh):
+        with together():
+            step = checkpoint.open_step(run_dir / CHECKPOINTS / f"step-{trainer.step:08d}")
+            trained = of_run.of_run(step, base)
+            if trainer.mesh.is_main and target.exists():  # of a shorter run, which was continued
+                target.rename(layout.next_free(target))
+        export_merged(trained, base, target, trainer.model.dtype)
+        if trainer.mesh.is_main:
+            attempt.note("export", step=trainer.step)
+    console.say(f"fine-tuned model in {target}")
+
+
+def _is_exported(run_dir: Path, step: int, mesh: Mesh) -> bool:
+    """Whether an earlier attempt exported this very step. Collective."""
+    events: list[claims.Event] = []
+    with together():
+        if mesh.is_main:
+            events = [event for events in claims.attempts(run_dir).values() for event in events]
+    exports = [event["step"] for event in events if event["event"] == "export"]
+    return collectives.agree(bool(exports) and exports[-1] == step and (run_dir / "export").is_dir())
