@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from liftdist import schema
 from liftdist.errors import UserError
-from liftdist.redaction import REFERENCE, REFERENCED, redact, redact_tree
+from liftdist.redaction import note_references, redact, redact_tree
 from liftdist.schema import Config
 
 Root = TypeVar("Root")
@@ -45,7 +45,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), root: type = Config) -
     """
     path = Path(path)
     text = _read(path)
-    REFERENCED.update(name for part in (text, *overrides) for name in REFERENCE.findall(part))
+    note_references([text, *overrides])
     origin: dict[str, str] = {}
 
     def where(key: str) -> str:

@@ -1,33 +1,64 @@
-"""Secrets are kept out of everything that is printed or written."""
+"""Secrets are kept out of everything that is printed or written.
+
+A secret is the value of an environment variable that is named like one, or that the config refers to by
+``${oc.env:NAME}``. Values that are short, common words, numbers or, by the kind of the variable, paths are none: replacing
+them would garble the text around them.
+"""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+LEAST_LENGTH = 6  # of a secret
+ANYWHERE_LENGTH = 12  # from here on it is replaced inside of words, too
+
+_SECRET_NAME = re.compile(
+    r"PASSW(OR)?D|PASSPHRASE|(^|_)(TOKEN|SECRET|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SECRET_?KEY|CREDENTIALS?|PASS|PAT)(_|$)|(^|_)KEY$",
+    re.IGNORECASE,
+)
+_HARMLESS_NAME = re.compile(
+    r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|SLURM_\w+|\w*_(FILE|PATH|DIR|COUNT|LIMIT|TYPE|NAME|LENGTH)",
+    re.IGNORECASE,
+)
+_COMMON_VALUE = re.compile(
+    r"[-+.\deE_]+|disabled?|enabled?|default|localhost|unknown|undefined|required|optional|bfloat16|float\d+",
+    re.IGNORECASE,
+)
+_REFERENCE = re.compile(r"oc\.env:\s*(\w+)")
+
+_referenced: set[str] = set()  # names of the variables that the config asked for
+
+
+def note_references(texts: Iterable[str]) -> None:
+    """From now on the variables that ``texts`` refer to by ``${oc.env:NAME}`` count as secrets."""
+    _referenced.update(name for text in texts for name in _REFERENCE.findall(text))
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """``text`` without secrets: the value of an environment variable that is named like one, or that the config
-    asked for by ``${oc.env:NAME}``, is replaced by ``<NAME>``."""
+    """``text`` with each secret replaced by ``<NAME>``, the name of its variable."""
     environment = os.environ if environment is None else environment
-    secrets = {n: v for n, v in environment.items() if len(v) >= 4 and (SECRET_NAME.search(n) or n in REFERENCED)}
-    secrets = {n: v for n, v in secrets.items() if not HARMLESS_NAME.fullmatch(n)}
+    secrets = {name: value for name, value in environment.items() if _is_secret(name, value)}
     for name, value in sorted(secrets.items(), key=lambda item: -len(item[1])):
-        text = text.replace(value, f"<{name}>")
+        if len(value) >= ANYWHERE_LENGTH:
+            text = text.replace(value, f"<{name}>")
+        elif value in text:
+            text = re.sub(rf"(?<!\w){re.escape(value)}(?!\w)", lambda _, name=name: f"<{name}>", text)  # type: ignore[misc]
     return text
 
 
+def _is_secret(name: str, value: str) -> bool:
+    if not (name in _referenced or _SECRET_NAME.search(name)) or _HARMLESS_NAME.fullmatch(name):
+        return False
+    return len(value) >= LEAST_LENGTH and not _COMMON_VALUE.fullmatch(value)
+
+
 def redact_tree(value: Any) -> Any:
+    """A config as nested mappings and lists, with every text redacted."""
     if isinstance(value, dict):
         return {key: redact_tree(item) for key, item in value.items()}
     if isinstance(value, list):
         return [redact_tree(item) for item in value]
     return redact(value) if isinstance(value, str) else value
-
-
-SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSW|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE", re.IGNORECASE)
-HARMLESS_NAME = re.compile(r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|SLURM_\w+")
-REFERENCE = re.compile(r"oc\.env:\s*(\w+)")
-REFERENCED: set[str] = set()  # names of the variables that the config asked for
