@@ -17,10 +17,9 @@ from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.models.hub import resolve_model
 from liftdist.options import CONTINUATION_FLAGS, allowed_by
 from liftdist.redaction import redact
+from liftdist.registry import EXPORT_FORMATS
 from liftdist.runs import changes, layout
 from liftdist.schema import Config
-
-FORMATS = ("hf", "delta", "shira", "patch")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -215,9 +214,7 @@ def _check_output(path: Path) -> None:
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", type=Path, help="run directory, or a delta")
-    parser.add_argument(
-        "--format", choices=FORMATS, default="hf", help="Hugging Face folder, delta, SHiRA adapter, sparse patch"
-    )
+    parser.add_argument("--format", choices=tuple(EXPORT_FORMATS), default="hf", help="what to write")
     parser.add_argument("--output", type=Path, required=True, help="folder or file to write, which must not exist")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     parser.add_argument("--base", type=Path, help="folder of the base model (default: the run's model.path)")

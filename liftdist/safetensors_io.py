@@ -7,7 +7,7 @@ import json
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -31,17 +31,22 @@ DTYPES = {
 }  # by the names that safetensors gives them
 
 
+def data_begin(file: BinaryIO) -> int:
+    """Where the bytes of the tensors begin: after eight bytes with the length of the header, and the header."""
+    return 8 + int(struct.unpack("<Q", file.read(8))[0])
+
+
 def header(path: Path) -> dict[str, Any]:
     """The header of a safetensors file. Raises ``ValueError``, ``OSError`` or ``struct.error`` for one that is cut short."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = struct.unpack("<Q", file.read(8))[0]
-        if length > size - 8:
+        begin = data_begin(file)
+        if begin > size:
             raise ValueError(f"{path.name} is not a complete safetensors file")
-        entries = json.loads(file.read(length))
+        entries = json.loads(file.read(begin - 8))
     end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    if size != 8 + length + end:
-        raise ValueError(f"{path.name} has {size} bytes, its header speaks of {8 + length + end}")
+    if size != begin + end:
+        raise ValueError(f"{path.name} has {size} bytes, its header speaks of {begin + end}")
     return entries
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from liftdist import files
 from liftdist.data import records, sources
 from liftdist.errors import UserError
 from liftdist.schema import DataConfig
@@ -150,7 +149,6 @@ def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]
 
     rows, counts = encoded
     part.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{part.name}-", dir=part.parent))
     features = datasets.Features(
         {
             "input_ids": datasets.Sequence(datasets.Value("int32")),
@@ -161,13 +159,11 @@ def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]
     )
     columns = {name: [row[name] for row in rows] for name in features}
     datasets.disable_progress_bars()
-    if rows:
-        datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(temporary))
-    (temporary / "counts.json").write_text(json.dumps(counts))
-    temporary.chmod(0o755)
     try:
-        temporary.rename(part)
+        with files.new_folder(part) as folder:
+            if rows:
+                datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
+            (folder / "counts.json").write_text(json.dumps(counts))
     except OSError:
-        shutil.rmtree(temporary)
         if not part.exists():
             raise

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -90,7 +89,7 @@ def rewrite(
     finish: Callable[[Path], None],
     replace: bool = False,
 ) -> None:
-    """Write a model folder, file by file, its files dealt to the ranks; it appears under its name when it is complete.
+    """Write a model folder, file by file, its files shared by the ranks; it appears under its name when it is complete.
 
     Args:
         edit: from a tensor's name and value, what takes its place.
@@ -98,52 +97,66 @@ def rewrite(
         replace: take the place of a folder that exists.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    made = ""
+    made: Path | None = None
     with together(), disk_errors(target):
         if rank == 0:
             if target.exists() and not replace:
                 raise UserError(f"{target}: exists")
-            made = tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent)
+            made = files.folder_beside(target)
             if replace:
-                _check_exchange(Path(made), target)
-    temporary = Path(gather(made)[0])
+                _check_exchange(made, target)
+    temporary: Path = gather(made)[0]
     try:
-        members: dict[str, list[str]] = {}
-        for name, file in stored.file_of.items():
-            members.setdefault(file, []).append(name)
-        total = 0
         with together(), disk_errors(target):
-            for file in sorted(members)[rank::ranks]:
-                tensors = {name: edit(name, stored.read(name)).contiguous() for name in members[file]}
-                save_file(tensors, temporary / file, {"format": "pt"})
-                total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-                del tensors
-        total = sum(gather(total))
+            written = _write_weights(stored, temporary, edit, rank, ranks)
+        total = sum(gather(written))
         with together(), disk_errors(target):
             if rank == 0:
-                if (stored.folder / check.INDEX).exists():
-                    index = json.loads((stored.folder / check.INDEX).read_text())
-                    if index.get("metadata", {}).get("total_size") == total:
-                        shutil.copyfile(stored.folder / check.INDEX, temporary / check.INDEX)
-                    else:
-                        index["metadata"] = index.get("metadata", {}) | {"total_size": total}
-                        (temporary / check.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                _write_index(stored, temporary, total)
                 finish(temporary)
-                for path in temporary.iterdir():
-                    if path.is_file() and not path.is_symlink():
-                        old = target / path.name
-                        path.chmod(old.stat().st_mode & 0o777 if replace and old.is_file() else files.mode(0o666))
-                        files.sync_file(path)
-                temporary.chmod(target.stat().st_mode & 0o777 if replace else files.mode(0o777))
-                files.sync_folder(temporary)
-                if replace:
-                    _exchange(temporary, target)
-                else:
-                    temporary.rename(target)
-                files.sync_folder(target.parent)
+                _take_modes(temporary, target if replace else None)
+                permissions = target.stat().st_mode & 0o777 if replace else 0o777
+                files.publish(temporary, target, permissions, _exchange if replace else None)
     finally:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what is left of a failure, or the replaced folder
+
+
+def _write_weights(
+    stored: ModelFolder, folder: Path, edit: Callable[[str, Tensor], Tensor], rank: int, ranks: int
+) -> int:
+    """Write this rank's share of the weight files, one at a time. Returns the bytes of their tensors."""
+    members: dict[str, list[str]] = {}
+    for name, file in stored.file_of.items():
+        members.setdefault(file, []).append(name)
+    total = 0
+    for file in sorted(members)[rank::ranks]:
+        tensors = {name: edit(name, stored.read(name)).contiguous() for name in members[file]}
+        save_file(tensors, folder / file, {"format": "pt"})
+        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        del tensors
+    return total
+
+
+def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:
+    """The index of the weight files, where there is one: as it was, but for their size."""
+    if not (stored.folder / check.INDEX).exists():
+        return
+    index = json.loads((stored.folder / check.INDEX).read_text())
+    if index.get("metadata", {}).get("total_size") == total:
+        shutil.copyfile(stored.folder / check.INDEX, folder / check.INDEX)
+    else:
+        index["metadata"] = index.get("metadata", {}) | {"total_size": total}
+        (folder / check.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _take_modes(folder: Path, old: Path | None) -> None:
+    """Files get the permissions that those of their name have in the folder they replace, or that the umask gives."""
+    for path in folder.iterdir():
+        if path.is_file() and not path.is_symlink():
+            before = old / path.name if old else None
+            known = before is not None and before.is_file()
+            path.chmod(before.stat().st_mode & 0o777 if known and before else files.mode(0o666))
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from liftdist.deltas.delta import Delta, by_name, check_same_base, edit
 from liftdist.distributed.collectives import together
 from liftdist.distributed.sharding import local_tensor, rows_of
 from liftdist.errors import UserError
+from liftdist.models.names import NameMap
 
 
 def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | None = None) -> None:
@@ -24,11 +25,11 @@ def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | N
         if isinstance(part, FSDPModule):
             part.reshard()  # after a forward some parameters may be gathered copies
     params = dict(module.named_parameters())
-    prefix = f"{getattr(module, 'base_model_prefix', '')}."
-    names = {name: name if name in params else prefix + name for d in (apply, undo) if d for name in d.names}
+    stored = dict.fromkeys(name for delta in (apply, undo) if delta for name in delta.names)
+    names = NameMap.between(params, stored, getattr(module, "base_model_prefix", "")).parameter
 
     def edited(name: str) -> tuple[Tensor, Tensor]:
-        if names[name] not in params:
+        if name not in names:
             raise UserError(f"the model has no {name}")
         param = params[names[name]]
         local, rows = local_tensor(param), rows_of(param)
@@ -42,8 +43,8 @@ def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | N
     with torch.no_grad():
         with together():
             check_same_base(apply, undo)
-            for name in names:
+            for name in stored:
                 edited(name)
-        for name in names:
+        for name in stored:
             local, result = edited(name)
             local.copy_(result)

@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from liftdist.deltas.delta import Change, Delta, bits, check_fits
 from liftdist.errors import UserError
 from liftdist.models.hub import resolve_model
+from liftdist.models.names import NameMap
 from liftdist.models.weights import ModelFolder
 from liftdist.runs import checkpoint, claims
 from liftdist.runs.checkpoint import Step
@@ -24,16 +25,18 @@ def of_run(step: Step, base: Path) -> Delta:
         UserError: ``base`` does not hold the parameters.
     """
     stored_files = ModelFolder(base)
-    names = {}
-    for name in step.manifest["parameters"]:
-        stored = name if name in stored_files.file_of else name.partition(".")[2]  # without the base model's prefix
-        if stored not in stored_files.file_of:
-            raise UserError(f"{base}: has no {name}, which the run trained")
-        names[stored] = name
+    trained = step.manifest.parameters
+    names = NameMap(step.manifest.snapshot.names)
+    if not names.stored:  # written before the map was kept
+        prefix = next(iter(trained)).partition(".")[0]
+        names = NameMap.between(trained, stored_files.file_of, prefix)
+    for name in trained:
+        if names.stored.get(name) not in stored_files.file_of:
+            raise UserError(f"{base}: has no {name}, which the run trained; --base must name the model it started from")
 
     def get(stored: str) -> Change:
         try:
-            indices, values = step.touched(names[stored])
+            indices, values = step.touched(names.parameter[stored])
         except FileNotFoundError:
             raise UserError(f"{step.folder}: was removed meanwhile; a file named keep in it keeps it") from None
         tensor = stored_files.read(stored)
@@ -43,7 +46,7 @@ def of_run(step: Step, base: Path) -> Delta:
         changed = bits(before) != bits(after)
         return Change(tuple(tensor.shape), tensor.dtype, indices[changed], after[changed], before[changed])
 
-    return Delta(step.folder, step.manifest["base"], list(names), get)
+    return Delta(step.folder, step.manifest.provenance.base, list(names.parameter), get)
 
 
 def between(before: Path, after: Path, base: str) -> Delta:
@@ -92,10 +95,10 @@ def of_run_dir(
     say(f"exporting {step.folder}")
     if base is None:
         try:
-            base = resolve_model(OmegaConf.create(step.manifest["config"]).model.path)
+            base = resolve_model(OmegaConf.create(step.manifest.provenance.config).model.path)
         except OmegaConfBaseException as error:
             raise UserError(f"{run_dir}: model.path: {str(error).splitlines()[0]}; give --base") from None
         except UserError as error:
             raise UserError(f"{error}; give --base") from None
-    dtype = next(iter(step.manifest["parameters"].values()))["dtype"]
+    dtype = next(iter(step.manifest.parameters.values())).dtype
     return of_run(step, base), base, getattr(torch, dtype)

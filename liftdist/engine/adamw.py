@@ -7,8 +7,11 @@ the same in several passes, and do it wherever the kernel does not run.
 
 from __future__ import annotations
 
+import subprocess
+import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,15 +101,30 @@ class PrincipalAdamW(torch.optim.AdamW):
         return bool(compiles)
 
     def _compiles(self) -> bool:
-        """Whether the kernel runs here: Triton may be absent, or lack a compiler."""
+        """Whether the kernel runs here: Triton may be absent, or lack a compiler or a driver. Raises any other error: a bug."""
+        if len({matrix.dtype for matrix in self.principal.matrices}) > 1:
+            return False  # the kernel writes weights of one dtype
         nothing = torch.zeros(2, device=self.principal.values.device)
         try:
-            if len({matrix.dtype for matrix in self.principal.matrices}) > 1:
-                raise ValueError("weights of several dtypes")
             self._launch([[0, 0, 0, 0]], nothing, nothing, nothing, nothing, nothing)
-        except Exception as error:  # whatever it is, the other way does the same
+        except Exception as error:
+            if not _is_missing_toolchain(error):
+                raise
             warnings.warn(
-                f"AdamW and write-back run one after the other: no Triton kernel here ({error})", stacklevel=3
+                f"AdamW and the writing of weights run one after the other: no kernel here ({error})", stacklevel=3
             )
             return False
         return True
+
+
+def _is_missing_toolchain(error: Exception) -> bool:
+    """Whether Triton cannot work on this machine: it is absent, or its own code found no compiler or driver that will do."""
+    if isinstance(error, ImportError):
+        return True
+    own = isinstance(error, RuntimeError | OSError | subprocess.SubprocessError)
+    innermost = [frame.filename for frame in traceback.extract_tb(error.__traceback__)][-1:]
+    return (
+        own
+        and not isinstance(error, torch.AcceleratorError)
+        and any("triton" in Path(name).parts for name in innermost)
+    )

@@ -22,13 +22,17 @@ from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import local_tensor, rows_of
 from liftdist.errors import UserError
 from liftdist.models.build import build, check_type, decoder_layers, own_embedding, recompute, tensors
-from liftdist.models.names import match
+from liftdist.models.names import NameMap, match
 from liftdist.models.weights import ModelFolder
 from liftdist.schema import ModelConfig
 
 
-def load(folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None] = lambda: None) -> PreTrainedModel:
-    """The model, its parameters cut by rows over ``mesh.shard_mesh`` and filled. Collective.
+def load(
+    folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None] = lambda: None
+) -> tuple[PreTrainedModel, NameMap]:
+    """The model, its parameters cut by rows over ``mesh.shard_mesh`` and filled, and the names of its tensors.
+
+    Collective.
 
     ``check`` is called after every tensor. Frozen or not is left to the caller.
     Gradients are summed over the shards in float32, not averaged.
@@ -48,7 +52,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None
         compute_buffers(model)
         _fill(model, files, names, check)
         _verify(model, files, names, random.Random(mesh.rank))
-    return model
+    return model, names
 
 
 def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
@@ -96,17 +100,17 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def _fill(model: PreTrainedModel, files: ModelFolder, names: dict[str, str], check: Callable[[], None]) -> None:
+def _fill(model: PreTrainedModel, files: ModelFolder, names: NameMap, check: Callable[[], None]) -> None:
     for name, tensor in tensors(model).items():
         begin, end = rows_of(tensor)
         local = local_tensor(tensor)
         if local.numel():
-            local.copy_(files.read(names[name], begin, end) if tensor.ndim else files.read(names[name]))
+            local.copy_(files.read(names.stored[name], begin, end) if tensor.ndim else files.read(names.stored[name]))
         check()
 
 
 @torch.no_grad()
-def _verify(model: PreTrainedModel, files: ModelFolder, names: dict[str, str], chance: random.Random) -> None:
+def _verify(model: PreTrainedModel, files: ModelFolder, names: NameMap, chance: random.Random) -> None:
     """Compare a random row of every tensor, as the model holds it, with the file read whole. Catches rows in wrong places."""
     for name, tensor in tensors(model).items():
         begin, end = rows_of(tensor)
@@ -114,9 +118,9 @@ def _verify(model: PreTrainedModel, files: ModelFolder, names: dict[str, str], c
             continue
         row = chance.randrange(begin, end)
         local = local_tensor(tensor)
-        info = files.info(names[name])
+        info = files.info(names.stored[name])
         if local.shape[1:] != torch.Size(info["shape"][1:]) or local.shape[0] != end - begin:
             raise RuntimeError(f"{name}: holds {tuple(local.shape)}, not rows {begin} to {end} of {info['shape']}")
-        expected = files.row(names[name], row).to(local.dtype)
+        expected = files.row(names.stored[name], row).to(local.dtype)
         if not torch.equal(local[row - begin].cpu(), expected):
-            raise RuntimeError(f"{name}: row {row} is not what {files.file_of[names[name]]} holds")
+            raise RuntimeError(f"{name}: row {row} is not what {files.file_of[names.stored[name]]} holds")

@@ -24,7 +24,7 @@ from liftdist.digests import Remembered
 from liftdist.distributed.collectives import gather, together
 from liftdist.errors import UserError
 from liftdist.models import check
-from liftdist.safetensors_io import DTYPES, header
+from liftdist.safetensors_io import DTYPES, data_begin, header
 
 
 class ModelFolder:
@@ -63,9 +63,8 @@ class ModelFolder:
         """The bytes of a tensor, in pieces."""
         path = self.folder / self.file_of[name]
         with path.open("rb") as file:
-            base = 8 + struct.unpack("<Q", file.read(8))[0]
             begin, end = self.info(name)["data_offsets"]
-            file.seek(base + begin)
+            file.seek(data_begin(file) + begin)
             for offset in range(begin, end, 1 << 22):
                 yield file.read(min(1 << 22, end - offset))
 
@@ -75,8 +74,7 @@ class ModelFolder:
         dtype, row_shape = DTYPES[info["dtype"]], info["shape"][1:]
         size = dtype.itemsize * int(torch.Size(row_shape).numel())
         with (self.folder / self.file_of[name]).open("rb") as file:
-            base = 8 + struct.unpack("<Q", file.read(8))[0]
-            file.seek(base + info["data_offsets"][0] + row * size)
+            file.seek(data_begin(file) + info["data_offsets"][0] + row * size)
             return torch.frombuffer(bytearray(file.read(size)), dtype=dtype).view(row_shape)
 
 

@@ -1,17 +1,15 @@
 """What has changed between a checkpoint and the command that continues from it, and whether that was allowed.
 
-a change is (kind, text); the kind says what it changes: config.NOTHING, COURSE or STATE
+a change is (kind, text); the kind says what it changes: schema.NOTHING, COURSE or STATE
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import platform
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -19,13 +17,14 @@ from liftdist import schema
 from liftdist.errors import UserError
 from liftdist.options import CONTINUATION_FLAGS
 from liftdist.redaction import redact
-from liftdist.runs import claims, layout
+from liftdist.runs import claims, layout, manifest
+from liftdist.runs.manifest import Provenance
 from liftdist.schema import COURSE, STATE, Config
 
-Change = tuple[str, str]
+SettingChange = tuple[str, str]
 
 
-def refuse(found: Sequence[Change], allowed: set[str], run_dir: Path) -> None:
+def refuse(found: Sequence[SettingChange], allowed: set[str], run_dir: Path) -> None:
     """Raises ``UserError`` for changes of a kind that is not allowed, those of the state first."""
     for flag, (kind, _) in reversed(CONTINUATION_FLAGS.items()):
         refused = [redact(text) for found_kind, text in found if found_kind == kind]
@@ -36,46 +35,53 @@ def refuse(found: Sequence[Change], allowed: set[str], run_dir: Path) -> None:
             )
 
 
-def origin(config: Config, text: str, base: str, data: str) -> dict[str, Any]:
-    """What a checkpoint says of where its state comes from.
+def provenance(config: Config, text: str, base: str, data: str) -> Provenance:
+    """Where the state of a run comes from.
 
     Args:
         text: the config, as :func:`liftdist.config.load` gives it.
         base: digest of the base model.
         data: digest of the training samples.
     """
-    return {"config": text, "from_environment": _fingerprints(config, text), "base": base, "data": data}
+    return Provenance(text, _fingerprints(config, text), base, data)
 
 
-def check_alike(mine: dict[str, Any], first: dict[str, Any], rank: int) -> None:
+def check_alike(mine: Provenance, first: Provenance, rank: int) -> None:
     """Raises ``UserError`` if this rank starts from something else than rank 0 does: it would decide otherwise."""
     names = {"config": "settings", "from_environment": "environment", "base": "model weights", "data": "training data"}
-    if different := [name for key, name in names.items() if mine[key] != first[key]]:
+    if different := [name for key, name in names.items() if getattr(mine, key) != getattr(first, key)]:
         raise UserError(f"rank {rank} on {platform.node()} has other {' and '.join(different)} than rank 0")
 
 
-def between(before: dict[str, Any], after: dict[str, Any]) -> list[Change]:
-    """The changes from one :func:`origin` to another."""
-    found = of_settings(before["config"], after["config"])
+def between(before: Provenance, after: Provenance) -> list[SettingChange]:
+    """The changes from one state to another."""
+    found = of_settings(before.config, after.config)
     kinds = _kinds()
-    for key, value in after["from_environment"].items():
-        if before["from_environment"].get(key, value) != value:
-            found.append((kinds[key], f"{key}: another value from the environment"))
-    if before["base"] != after["base"]:
-        found.append((STATE, f"model.path: other weights ({before['base'][:12]} -> {after['base'][:12]})"))
-    if before["data"] != after["data"] and not any(text.startswith("data.") for _, text in found):
+    for key, value in after.from_environment.items():
+        if before.from_environment.get(key, value) != value:
+            found.append((kinds[schema.template(key)], f"{key}: another value from the environment"))
+    if before.base != after.base:
+        found.append((STATE, f"model.path: other weights ({before.base[:12]} -> {after.base[:12]})"))
+    if before.data != after.data and not any(text.startswith("data.") for _, text in found):
         found.append((COURSE, "data.path: other contents of the same name"))
     return found
 
 
-def of_settings(before: str, after: str) -> list[Change]:
+def of_settings(before: str, after: str) -> list[SettingChange]:
     """Every setting that differs between two configs, as :func:`liftdist.config.load` gives their text."""
     old, new = (dict(schema.leaves(yaml.safe_load(text))) for text in (before, after))
-    return [
-        (kind, f"{key}: {old[key]} -> {new[key]}")
-        for key, kind in _kinds().items()
-        if key in old and key in new and old[key] != new[key]
-    ]
+    kinds = _kinds()
+    entries = {
+        key.rpartition(".N.")[0] + "." for key in kinds if ".N." in key
+    }  # of lists of sections: they may come and go
+    found = []
+    for key in dict.fromkeys([*old, *new]):
+        kind = kinds.get(schema.template(key))
+        everywhere = key in old and key in new  # a setting that only one version knows is no change
+        listed = schema.template(key).startswith(tuple(entries))
+        if kind is not None and (everywhere or listed) and old.get(key) != new.get(key):
+            found.append((kind, f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"))
+    return found
 
 
 def check_settings(config: Config, text: str, allowed: set[str]) -> None:
@@ -89,8 +95,8 @@ def check_settings(config: Config, text: str, allowed: set[str]) -> None:
     if not commits:
         return
     try:
-        manifest = run_dir / layout.CHECKPOINTS / commits[-1]["folder"] / layout.MANIFEST
-        found = of_settings(json.loads(manifest.read_text())["config"], text)
+        kept = manifest.read(run_dir / layout.CHECKPOINTS / commits[-1]["folder"] / layout.MANIFEST)
+        found = of_settings(kept.provenance.config, text)
     except (OSError, ValueError, KeyError):
         return  # what is damaged is said when it is read
     refuse(found, allowed, run_dir)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,8 +38,9 @@ from liftdist.errors import UserError
 from liftdist.runs import layout
 from liftdist.runs.claims import Event
 from liftdist.runs.layout import CHECKPOINTS, MANIFEST
+from liftdist.runs.manifest import Manifest
+from liftdist.runs.manifest import read as read_manifest
 
-FORMAT = 1
 _STEP = re.compile(r"step-(\d{8,})")
 _PIECE = 1 << 22
 
@@ -50,32 +50,29 @@ class Step:
     """A committed checkpoint."""
 
     folder: Path
-    manifest: dict[str, Any]
+    manifest: Manifest
 
     @property
     def number(self) -> int:
-        return int(self.manifest["step"])
+        return self.manifest.step
 
     def overlapping(self, shard: int, shards: int) -> list[str]:
         """The files that hold rows of shard ``shard`` of ``shards``."""
-        names = []
-        for name, entry in self.manifest["files"].items():
-            for rows, saved in self.manifest["row_bounds"].items():
-                bounds = row_bounds(int(rows), shards)
-                begin, end = (
-                    max(bounds[shard], saved[entry["shard"]]),
-                    min(bounds[shard + 1], saved[entry["shard"] + 1]),
-                )
-                if begin < end:
-                    names.append(name)
-                    break
-        return names
+
+        def overlaps(theirs: int) -> bool:
+            for rows, saved in self.manifest.row_bounds.items():
+                mine = row_bounds(rows, shards)
+                if max(mine[shard], saved[theirs]) < min(mine[shard + 1], saved[theirs + 1]):
+                    return True
+            return False
+
+        return [name for name, file in self.manifest.files.items() if overlaps(file.shard)]
 
     def verify(self, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:
         """Raises ``ValueError`` or ``OSError``, naming the file, unless the files are byte for byte what was saved."""
         for name in names:
-            entry, path = self.manifest["files"][name], self.folder / name
-            if sha256_of(path, beat) != entry["sha256"]:
+            path = self.folder / name
+            if sha256_of(path, beat) != self.manifest.files[name].sha256:
                 raise ValueError(f"{path} is damaged: its contents are not what was saved")
 
     def read(self, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
@@ -86,12 +83,11 @@ class Step:
         Raises:
             UserError: a matrix has another shape, or the checkpoint holds one that is not in ``matrices``.
         """
-        saved = self.manifest["parameters"]
+        saved = self.manifest.parameters
         for matrix in matrices:
-            shape = saved.get(matrix.name, {"shape": list(matrix.param.shape)})["shape"]
-            if shape != list(matrix.param.shape):
+            if matrix.name in saved and saved[matrix.name].shape != list(matrix.shape):
                 raise UserError(
-                    f"{self.folder}: {matrix.name} is {shape} there, {list(matrix.param.shape)} in the model"
+                    f"{self.folder}: {matrix.name} is {saved[matrix.name].shape} there, {list(matrix.shape)} in the model"
                 )
         if missing := sorted(set(saved) - {matrix.name for matrix in matrices}):
             raise UserError(f"{self.folder}: holds {missing[0]}, which is not trained now; its weights would be lost")
@@ -101,10 +97,10 @@ class Step:
             with safe_open(self.folder / name, framework="pt") as file:
                 for matrix in matrices:
                     if matrix.name in saved:
-                        begin, end = matrix.offset_local, matrix.offset_local + matrix.rows_local.numel()
-                        for key, tensor in _slices(file, matrix.name, saved[matrix.name]["keys"], begin, end).items():
+                        begin, end = matrix.offset_local, matrix.offset_local + matrix.numel_local
+                        for key, tensor in _slices(file, matrix.name, saved[matrix.name].keys, begin, end).items():
                             parts.setdefault(f"{matrix.name}/{key}", []).append(tensor)
-        keys = {key: dtype for entry in saved.values() for key, dtype in entry["keys"].items()}
+        keys = {key: dtype for entry in saved.values() for key, dtype in entry.keys.items()}
         return {
             f"{matrix.name}/{key}": torch.cat(found)
             if (found := parts.get(f"{matrix.name}/{key}"))
@@ -116,9 +112,9 @@ class Step:
     def touched(self, name: str) -> tuple[Tensor, Tensor]:
         """Every weight of a matrix that the run has ever trained: ``[t]`` int64 sorted flat indices, ``[t]`` values in the
         dtype of the model, as the run uses them."""
-        keys = self.manifest["parameters"][name]["keys"]
+        keys = self.manifest.parameters[name].keys
         parts = []
-        for file_name in self.manifest["files"]:
+        for file_name in self.manifest.files:
             with safe_open(self.folder / file_name, framework="pt") as file:
                 part = {key: file.get_tensor(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
             part["values"] = part["values"].to(part["dropped_values"].dtype)
@@ -155,34 +151,21 @@ def open_step(folder: Path, sha256: str | None = None) -> Step:
     if folder.is_symlink():
         raise ValueError(f"{folder} is a symbolic link")
     path = folder / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-        own = manifest.pop("sha256")
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if own != manifest_digest(manifest):
-        raise ValueError(f"{path} is damaged: its contents do not have its hash")
-    if sha256 is not None and own != sha256:
+    manifest = read_manifest(path)
+    if sha256 is not None and manifest.sha256 != sha256:
         raise ValueError(f"{path} is not the one that was committed")
-    if manifest["format"] != FORMAT:
-        raise UserError(f"{path} has format {manifest['format']}, this version reads {FORMAT}")
-    if manifest["step"] != step_number(folder.name):
-        raise ValueError(f"{path} is of step {manifest['step']}: the folder was renamed")
-    shards = {len(bounds) - 1 for bounds in manifest["row_bounds"].values()}
-    if [{entry["shard"] for entry in manifest["files"].values()}] != [set(range(shard)) for shard in shards]:
+    if manifest.step != step_number(folder.name):
+        raise ValueError(f"{path} is of step {manifest.step}: the folder was renamed")
+    shards = {len(bounds) - 1 for bounds in manifest.row_bounds.values()}
+    if [{file.shard for file in manifest.files.values()}] != [set(range(shard)) for shard in shards]:
         raise ValueError(f"{path} does not list one file for each of {shards} shards")
-    for name, entry in manifest["files"].items():
+    for name, entry in manifest.files.items():
         file = folder / name
         if Path(name).name != name or file.is_symlink() or not file.is_file():
             raise ValueError(f"{file} is missing")
-        if file.stat().st_size != entry["bytes"]:
-            raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes, not {entry['bytes']}")
-    return Step(folder, manifest | {"sha256": own})
-
-
-def manifest_digest(manifest: Mapping[str, Any]) -> str:
-    """The hash that a manifest holds of itself."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+        if file.stat().st_size != entry.bytes:
+            raise ValueError(f"{file} is damaged: it has {file.stat().st_size} bytes, not {entry.bytes}")
+    return Step(folder, manifest)
 
 
 def accepted(run_dir: Path, history: Mapping[int, list[Event]]) -> dict[str, str]:
@@ -209,8 +192,8 @@ def accepted(run_dir: Path, history: Mapping[int, list[Event]]) -> dict[str, str
     for folder in folders:  # a commit may not have been noted
         with contextlib.suppress(ValueError, OSError, KeyError):
             step = open_step(folder)
-            if (step.manifest["attempt"], step.manifest["nonce"]) == (newest, claim["nonce"]):
-                found[folder.name] = step.manifest["sha256"]
+            if (step.manifest.attempt, step.manifest.nonce) == (newest, claim["nonce"]):
+                found[folder.name] = step.manifest.sha256
     return found
 
 
@@ -249,7 +232,7 @@ def newest(
             return step
         with together():  # only what the first rank finds damaged, too, is: another may merely not see the file system
             if is_main and step is not None:
-                _, reason = _attempted(lambda: step.verify(step.manifest["files"], beat))  # noqa: B023
+                _, reason = _attempted(lambda: step.verify(step.manifest.files, beat))  # noqa: B023
                 if reason is None:
                     raise UserError(
                         f"{problems[0]}; rank 0 finds it whole: is run_dir the same folder on every machine?"

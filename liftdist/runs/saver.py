@@ -8,12 +8,11 @@ Only what is left of the bar holds up training. The thread's collectives have a 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
-import tempfile
 import threading
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +33,7 @@ from liftdist.runs import checkpoint
 from liftdist.runs.checkpoint import Step, step_number
 from liftdist.runs.claims import Attempt, Superseded
 from liftdist.runs.layout import CHECKPOINTS, MANIFEST
+from liftdist.runs.manifest import Manifest, Parameter, ShardFile, Snapshot
 
 KEEP = "keep"  # a file of this name in a checkpoint keeps it from being removed
 
@@ -45,6 +45,16 @@ class Saved:
     name: str
     bytes: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What one rank did for a save."""
+
+    shard: int
+    state: str | None  # digest of what it holds, where there are replicas
+    name: str = ""
+    file: ShardFile | None = None  # where this rank wrote it
 
 
 class Checkpointer:
@@ -65,19 +75,17 @@ class Checkpointer:
                 for left_over in folder.glob(".step-*"):
                     shutil.rmtree(left_over, ignore_errors=True)
 
-    def save(self, state: dict[str, Tensor], matrices: Sequence[Matrix], manifest: dict[str, Any]) -> None:
+    def save(self, state: dict[str, Tensor], matrices: Sequence[Matrix], snapshot: Snapshot) -> None:
         """Begin to save; waits for the save before, if it has not ended. Collective.
 
         Args:
-            state: what ``PrincipalWeights.state_dict`` gave.
-            manifest: the rest of the state, with ``step``.
+            state: the tensors of this rank, as ``PrincipalWeights.state_dict`` gives them.
         """
         self.wait()
-        self.last_step = int(manifest["step"])
+        self.last_step = snapshot.step
         self._outcome = None
-        manifest = manifest | {"format": checkpoint.FORMAT, "attempt": self.attempt.number, "nonce": self.attempt.nonce}
         self._thread = threading.Thread(
-            target=self._run, args=(state, list(matrices), manifest), name="checkpoint", daemon=True
+            target=self._run, args=(state, list(matrices), snapshot), name="checkpoint", daemon=True
         )
         self._thread.start()
 
@@ -86,7 +94,10 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def take_outcome(self) -> Saved | Exception | None:
-        """What became of the save that ended last: the commit, or the error, alike on all ranks; once."""
+        """What became of the save that ended last, alike on all ranks; once.
+
+        The commit; an ``OSError`` where the disk failed; or any other error, which ends the run.
+        """
         if self.busy:
             return None
         outcome, self._outcome = self._outcome, None
@@ -100,109 +111,114 @@ class Checkpointer:
             if not self._thread.is_alive():
                 self._thread = None
 
-    def _run(self, state: dict[str, Tensor], matrices: list[Matrix], manifest: dict[str, Any]) -> None:
+    def _run(self, state: dict[str, Tensor], matrices: list[Matrix], snapshot: Snapshot) -> None:
         try:
-            self._outcome = self._write(state, matrices, manifest)
+            self._outcome = self._write(state, matrices, snapshot)
         except Exception as error:
             self._outcome = error
             self.last_step = None
 
-    def _write(self, state: dict[str, Tensor], matrices: list[Matrix], manifest: dict[str, Any]) -> Saved:
-        shards = len(matrices[0].row_bounds) - 1
-        replicas = self._ranks // shards
-        replica, shard = divmod(self._rank, shards)
-        folder = self.attempt.run_dir / CHECKPOINTS
+    def _write(self, state: dict[str, Tensor], matrices: list[Matrix], snapshot: Snapshot) -> Saved:
         started = time.perf_counter()
-
-        def agreed(work: Callable[[], Any]) -> list[Any]:
-            """What ``work`` returned on every rank; the first error of any rank is raised on all."""
-            result, error = None, None
-            try:
-                result = work()
-            except Exception as caught:
-                error = _describe(caught)
-            reports = gather((result, error), self._group)
-            for _, problem in reports:
-                if problem is not None:
-                    kind, text = problem
-                    raise {"Superseded": Superseded, "UserError": UserError}.get(kind, OSError)(text)
-            return [result for result, _ in reports]
-
-        def make_folder() -> str:
-            if not self._is_main:
-                return ""
-            self.attempt.check_current()
-            files.real_folder(folder)
-            return tempfile.mkdtemp(prefix=f".step-{manifest['step']:08d}-", dir=folder)  # mode 0700
-
-        temporary = Path(agreed(make_folder)[0])
+        temporary = Path(self._agreed(lambda: self._make_folder(snapshot.step))[0])
         try:
-            name = f"shard-{shard:05d}-of-{shards:05d}.safetensors"
-
-            def write_shard() -> dict[str, Any]:
-                _check_finite(state)
-                entry: dict[str, Any] = {"shard": shard}
-                if replicas > 1:
-                    entry["state"] = safetensors_io.digest_of(sorted(state.items()))
-                if shard % replicas == replica:  # replicas hold the same: they share the work
-                    if not temporary.is_dir():
-                        raise OSError(f"{temporary} is not to be seen on this rank: run_dir must be shared by all")
-                    entry |= _write_file(temporary / name, state)
-                    entry["name"] = name
-                return entry
-
-            entries = agreed(write_shard)
-            counts = torch.zeros(len(matrices), 2, dtype=torch.int64)  # principal and dropped weights, over all shards
-            if replica == 0:
-                sizes = [[state[f"{m.name}/{key}"].numel() for key in ("indices", "dropped_indices")] for m in matrices]
-                counts.copy_(torch.tensor(sizes))
-            dist.all_reduce(counts, group=self._group)
+            shards = len(matrices[0].row_bounds) - 1
+            entries = self._agreed(lambda: self._write_shard(temporary, state, shards))
             for entry in entries:
-                if entry.get("state") != entries[entry["shard"]].get("state"):
-                    raise RuntimeError(f"replicas have diverged: they hold different weights in shard {entry['shard']}")
-
-            def commit() -> str:
-                if not self._is_main:
-                    return ""
-                manifest["files"] = {
-                    entry["name"]: {key: entry[key] for key in ("shard", "bytes", "sha256")}
-                    for entry in sorted(entries, key=lambda entry: entry["shard"])
-                    if "name" in entry
-                }
-                manifest["row_bounds"] = {str(m.param.shape[0]): list(m.row_bounds) for m in matrices}
-                manifest["parameters"] = _parameters(matrices, counts, state)
-                return self._commit(temporary, manifest)
-
-            committed = agreed(commit)[0]
+                if entry.state != entries[entry.shard].state:
+                    raise RuntimeError(f"replicas have diverged: they hold different weights in shard {entry.shard}")
+            parameters = self._describe_parameters(state, matrices, shards)
+            written = sorted((entry for entry in entries if entry.file), key=lambda entry: entry.shard)
+            manifest = Manifest(
+                snapshot,
+                self.attempt.number,
+                self.attempt.nonce,
+                {entry.name: entry.file for entry in written if entry.file},
+                {matrix.shape[0]: list(matrix.row_bounds) for matrix in matrices},
+                parameters,
+            )
+            committed = self._agreed(lambda: self._commit(temporary, manifest))[0]
         except BaseException:
             if self._is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
         self._verified.add(committed)
-        saved = Saved(committed, sum(entry.get("bytes", 0) for entry in entries), time.perf_counter() - started)
+        size = sum(entry.file.bytes for entry in written if entry.file)
+        saved = Saved(committed, size, time.perf_counter() - started)
         if self._is_main:
             fields = {"bytes": saved.bytes, "seconds": round(saved.seconds, 3)}
-            self.attempt.note(
-                "commit", step=manifest["step"], folder=committed, sha256=self._steps[committed], **fields
-            )
+            self.attempt.note("commit", step=snapshot.step, folder=committed, sha256=self._steps[committed], **fields)
             self._remove_old()
         return saved
 
-    def _commit(self, temporary: Path, manifest: dict[str, Any]) -> str:
-        """Make a written folder visible under its name."""
-        manifest["sha256"] = checkpoint.manifest_digest(manifest)
-        with (temporary / MANIFEST).open("x", encoding="utf-8") as file:
-            json.dump(manifest, file, sort_keys=True, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        files.sync_folder(temporary)
-        target = temporary.with_name(f"step-{manifest['step']:08d}")
+    def _agreed(self, work: Callable[[], Any]) -> list[Any]:
+        """What ``work`` returned on every rank; the first error of any rank is raised on all. Collective.
+
+        Raises:
+            OSError: the disk. UserError, Superseded: as they are. RuntimeError: anything else, which is a bug.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = _describe(caught)
+        for rank, (_, problem) in enumerate(reports := gather((result, error), self._group)):
+            if problem is not None:
+                kind, text = problem
+                raise kind(f"rank {rank}: {text}" if kind is RuntimeError else text)
+        return [result for result, _ in reports]
+
+    def _make_folder(self, step: int) -> str:
+        if not self._is_main:
+            return ""
         self.attempt.check_current()
-        if target.is_symlink() or target.exists():  # of an attempt that is not believed
+        folder = files.real_folder(self.attempt.run_dir / CHECKPOINTS)
+        return str(files.folder_beside(folder / f"step-{step:08d}"))  # mode 0700
+
+    def _write_shard(self, temporary: Path, state: dict[str, Tensor], shards: int) -> _Written:
+        """Write this rank's file; replicas hold the same, and share the work."""
+        _check_finite(state)
+        replicas = self._ranks // shards
+        replica, shard = divmod(self._rank, shards)
+        name = f"shard-{shard:05d}-of-{shards:05d}.safetensors"
+        digest = safetensors_io.digest_of(sorted(state.items())) if replicas > 1 else None
+        if shard % replicas != replica:
+            return _Written(shard, digest)
+        if not temporary.is_dir():
+            raise OSError(
+                f"{temporary} does not exist on this rank: run_dir must be on a file system that all ranks share"
+            )
+        return _Written(shard, digest, name, _write_file(temporary / name, state, shard))
+
+    def _describe_parameters(
+        self, state: dict[str, Tensor], matrices: list[Matrix], shards: int
+    ) -> dict[str, Parameter]:
+        """What the manifest says of every matrix. Collective."""
+        counts = torch.zeros(len(matrices), 2, dtype=torch.int64)  # principal and dropped weights, over all shards
+        if self._rank < shards:  # of the first replica
+            sizes = [[state[f"{m.name}/{key}"].numel() for key in ("indices", "dropped_indices")] for m in matrices]
+            counts.copy_(torch.tensor(sizes))
+        dist.all_reduce(counts, group=self._group)
+        keys: dict[str, dict[str, str]] = {}
+        for key, tensor in state.items():
+            name, _, kind = key.rpartition("/")
+            keys.setdefault(name, {})[kind] = str(tensor.dtype).removeprefix("torch.")
+        return {
+            m.name: Parameter(list(m.shape), str(m.dtype).removeprefix("torch."), principal, dropped, keys[m.name])
+            for m, (principal, dropped) in zip(matrices, counts.tolist(), strict=True)
+        }
+
+    def _commit(self, temporary: Path, manifest: Manifest) -> str:
+        """Make a written folder visible under its name."""
+        if not self._is_main:
+            return ""
+        manifest = manifest.write(temporary / MANIFEST)
+        target = temporary.with_name(f"step-{manifest.step:08d}")
+        self.attempt.check_current()
+        if target.is_symlink() or target.exists():  # of an attempt that was superseded
             checkpoint.set_aside_as(target)
-        temporary.rename(target)
-        files.sync_folder(target.parent)
-        self._steps[target.name] = manifest["sha256"]
+        files.publish(temporary, target, 0o700)
+        self._steps[target.name] = manifest.sha256
         return target.name
 
     def _remove_old(self) -> None:
@@ -221,26 +237,17 @@ class Checkpointer:
                 shutil.rmtree(folder.rename(folder.with_name(f".{name}-removed-{self.attempt.number}")))
 
 
-def _parameters(matrices: Sequence[Matrix], counts: Tensor, state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a manifest says of every matrix; ``counts`` is ``[matrices, 2]``, its principal and dropped weights."""
-    keys: dict[str, dict[str, str]] = {}
-    for key, tensor in state.items():
-        name, _, kind = key.rpartition("/")
-        keys.setdefault(name, {})[kind] = str(tensor.dtype).removeprefix("torch.")
-    return {
-        matrix.name: {
-            "shape": list(matrix.param.shape),
-            "dtype": str(matrix.param.dtype).removeprefix("torch."),
-            "principal": principal,
-            "dropped": dropped,
-            "keys": keys[matrix.name],
-        }
-        for matrix, (principal, dropped) in zip(matrices, counts.tolist(), strict=True)
-    }
-
-
-def _describe(error: Exception) -> tuple[str, str]:
-    return type(error).__name__, files.reason(error) if isinstance(error, OSError) else str(error)
+def _describe(error: Exception) -> tuple[type[Exception], str]:
+    """The kind of an error for all ranks, and its text; of a bug with where it was raised."""
+    for kind in (Superseded, UserError):
+        if isinstance(error, kind):
+            return kind, str(error)
+    if isinstance(error, OSError):
+        return OSError, files.reason(error)
+    return (
+        RuntimeError,
+        f"saving failed: {type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__))}",
+    )
 
 
 def _check_finite(state: Mapping[str, Tensor]) -> None:
@@ -252,7 +259,7 @@ def _check_finite(state: Mapping[str, Tensor]) -> None:
             )
 
 
-def _write_file(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
+def _write_file(path: Path, state: dict[str, Tensor], shard: int) -> ShardFile:
     """Write, sync, and read back from the disk what one rank holds."""
     try:
         save_file(state, path)
@@ -265,6 +272,6 @@ def _write_file(path: Path, state: dict[str, Tensor]) -> dict[str, Any]:
                 if not torch.equal(saved.get_tensor(key), tensor):
                     raise OSError(f"{path}: the disk does not hold what was written")
         safetensors_io.header(path)
-        return {"bytes": path.stat().st_size, "sha256": checkpoint.sha256_of(path)}
+        return ShardFile(shard, path.stat().st_size, checkpoint.sha256_of(path))
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None

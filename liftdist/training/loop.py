@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 import time
-from typing import Any
+from collections.abc import Callable
 
 from liftdist.distributed import collectives
 from liftdist.errors import UserError
 from liftdist.registry import EVALUATIONS
 from liftdist.runs.context import RunContext
+from liftdist.runs.manifest import Snapshot
 from liftdist.runs.saver import Checkpointer
 from liftdist.training.recorder import Recorder
 from liftdist.training.stopwatch import GIB, memory
@@ -26,12 +27,14 @@ class Loop:
         trainer: Trainer,
         recorder: Recorder,
         checkpointer: Checkpointer,
-        origin: dict[str, Any],
+        snapshot: Callable[[], Snapshot],
     ) -> None:
         self._context, self.trainer, self.recorder = context, trainer, recorder
         self.console, self.cancellation = context.console, context.cancellation
-        self.checkpointer, self.origin = checkpointer, origin
+        self.checkpointer, self._snapshot = checkpointer, snapshot
         self._step_seconds = 0.0
+        self._failed_saves = self._failed_in_a_row = 0
+        self._saved = f"step-{checkpointer.last_step:08d}" if checkpointer.last_step else None
         self._lead = float(os.environ.get("LIFTDIST_LEAD", "inf"))  # seconds from a scheduler's warning to its end
 
     def to_the_end(self) -> None:
@@ -95,10 +98,7 @@ class Loop:
         self._report_save()
         if self.checkpointer.last_step == trainer.step:
             return
-        state = trainer.method.state_dict()
-        self.checkpointer.save(
-            state, trainer.method.matrices, self.origin | {"step": trainer.step, "state": trainer.state()}
-        )
+        self.checkpointer.save(trainer.method.state_dict(), trainer.method.matrices, self._snapshot())
         self.recorder.scalars(trainer.step, {"checkpoint/blocked_seconds": time.perf_counter() - began})
 
     def save_last(self) -> None:
@@ -107,24 +107,35 @@ class Loop:
             self._save()
             self.checkpointer.wait(self.cancellation.beat)
             outcome = self.checkpointer.take_outcome()
+            if isinstance(outcome, OSError | UserError):
+                raise UserError(f"step {self.trainer.step} is not saved: {outcome}; {self._since()}") from outcome
             if isinstance(outcome, Exception):
-                raise UserError(f"step {self.trainer.step} is not saved: {outcome}") from outcome
+                raise outcome
             if outcome:
                 self.console.say(f"checkpoint {outcome.name}")
+        if self._failed_saves:
+            self.console.say(f"{self._failed_saves} saves failed during this run; the last one did not")
 
     def _report_save(self) -> None:
         outcome = self.checkpointer.take_outcome()
-        if isinstance(outcome, OSError | ValueError) and not isinstance(outcome, UserError):
-            self.console.say(f"CHECKPOINT FAILED, training goes on: {outcome}")
-            self.recorder.scalars(self.trainer.step, {"checkpoint/failed": 1.0})
+        if isinstance(outcome, OSError):
+            self._failed_saves += 1
+            self._failed_in_a_row += 1
+            again = f" ({self._failed_in_a_row} in a row)" if self._failed_in_a_row > 1 else ""
+            self.console.say(f"CHECKPOINT FAILED{again}, training goes on: {outcome}; {self._since()}")
+            self.recorder.scalars(self.trainer.step, {"checkpoint/failed": float(self._failed_in_a_row)})
         elif isinstance(outcome, Exception):
             self.cancellation.fail(outcome)
         elif outcome is not None:
+            self._failed_in_a_row, self._saved = 0, outcome.name
             self.console.say(f"checkpoint {outcome.name}")
             self._check_lead(outcome.seconds)
             self.recorder.scalars(
                 self.trainer.step, {"checkpoint/seconds": outcome.seconds, "checkpoint/gib": outcome.bytes / GIB}
             )
+
+    def _since(self) -> str:
+        return f"the newest checkpoint is {self._saved}" if self._saved else "there is no checkpoint yet"
 
     def _check_lead(self, save_seconds: float) -> None:
         """Say once if a job would end before it has saved: a save may be under way, and the step, when the warning comes."""

@@ -15,7 +15,7 @@ import torch
 from liftdist import preflight, schema
 from liftdist.console import Console
 from liftdist.deltas import of_run
-from liftdist.deltas.export import export_merged
+from liftdist.deltas.formats import hf
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
@@ -27,6 +27,7 @@ from liftdist.runs.claims import Attempt
 from liftdist.runs.context import RunContext
 from liftdist.runs.describe import describe_run
 from liftdist.runs.layout import CHECKPOINTS
+from liftdist.runs.manifest import Snapshot
 from liftdist.runs.saver import Checkpointer
 from liftdist.runs.stop import CancellationPoint, StopRequests
 from liftdist.runs.watchdog import Watchdog
@@ -96,21 +97,22 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     shards = mesh.device_mesh.size(1)
     saved = checkpoint.newest(run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat)
     base = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
-    origin = changes.origin(config, text, base, inputs.samples.digest)
-    first = collectives.gather(origin)[0]
+    provenance = changes.provenance(config, text, base, inputs.samples.digest)
+    first = collectives.gather(provenance)[0]
     with together():
-        changes.check_alike(origin, first, mesh.rank)
-        changed = changes.between(saved.manifest, origin) if saved else []
+        changes.check_alike(provenance, first, mesh.rank)
+        changed = changes.between(saved.manifest.provenance, provenance) if saved else []
         changes.refuse(changed, allowed, run_dir)
     if changed:
         console.say("changed since the checkpoint: " + "; ".join(redact(line) for _, line in changed))
-    model, method = setup.model_and_method(context, inputs.folder, base, from_checkpoint=saved is not None)
+    model, names, method = setup.model_and_method(context, inputs.folder, base, from_checkpoint=saved is not None)
+    trained = {matrix.name: names.stored[matrix.name] for matrix in method.matrices}
     model.train()
     trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
     if saved is not None:
         with together():
             tensors = saved.read(method.matrices)
-        trainer.restore(saved.manifest["state"], tensors)
+        trainer.restore(saved.manifest.snapshot.state, tensors)
         del tensors
         if schema.STATE in {kind for kind, _ in changed}:  # the state means something else now
             method.reselect()
@@ -132,7 +134,13 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         f"{trainer.steps} steps of {config.train.batch_size} sequences on {mesh.world_size} ranks "
         f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}"
     )
-    run = Loop(context, trainer, recorder, checkpointer, origin)
+    run = Loop(
+        context,
+        trainer,
+        recorder,
+        checkpointer,
+        lambda: Snapshot(trainer.step, trainer.state(), provenance, trained),
+    )
     try:
         run.to_the_end()
     except Stopped as reason:
@@ -157,7 +165,7 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
             trained = of_run.of_run(step, base)
             if trainer.mesh.is_main and target.exists():  # of a shorter run, which was continued
                 target.rename(layout.next_free(target))
-        export_merged(trained, base, target, trainer.model.dtype)
+        hf.write(trained, base, target, trainer.model.dtype)
         if trainer.mesh.is_main:
             attempt.note("export", step=trainer.step)
     console.say(f"fine-tuned model in {target}")

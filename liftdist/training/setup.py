@@ -13,25 +13,26 @@ from liftdist.models import weights
 from liftdist.models.head import in_chunks, is_plain
 from liftdist.models.hub import resolve_model
 from liftdist.models.load import load
+from liftdist.models.names import NameMap
 from liftdist.registry import METHODS
 from liftdist.runs.context import RunContext
 
 
 def model_and_method(
     context: RunContext, folder: Path, base: str, from_checkpoint: bool = False
-) -> tuple[PreTrainedModel, Lift]:
-    """The sharded model, and what is trained of it. Collective.
+) -> tuple[PreTrainedModel, NameMap, Lift]:
+    """The sharded model, the names of its tensors in the folder, and what is trained of it. Collective.
 
     Args:
         base: digest of the folder's weights.
         from_checkpoint: whether a checkpoint will bring what is trained.
     """
     config, mesh = context.config, context.mesh
-    model = load(folder, config.model, mesh, context.cancellation.check)
+    model, names = load(folder, config.model, mesh, context.cancellation.check)
     method: Lift = METHODS.load(config.method).attach(context, model, base, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
-    return model, method
+    return model, names, method
 
 
 def select_only(context: RunContext) -> None:
@@ -39,7 +40,7 @@ def select_only(context: RunContext) -> None:
     config = context.config
     with together():
         folder = resolve_model(config.model.path)
-    _, method = model_and_method(
+    _, _, method = model_and_method(
         context, folder, weights.digest(folder, Path(config.cache_dir), context.cancellation.beat)
     )
     context.console.say(f"kept in {method.selection}")

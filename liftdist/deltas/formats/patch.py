@@ -1,0 +1,29 @@
+"""A sparse patch: flat indices and absolute values of each tensor that changed.
+
+NAME.indices   [k] int32 or int64, flat        NAME.values   [k]        metadata: format, digest of the base, shapes
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from liftdist.deltas import delta as deltas
+from liftdist.deltas import file as delta_file
+from liftdist.deltas.delta import Delta
+
+
+def write(delta: Delta, base: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a sparse patch: for each tensor ``NAME.indices`` (flat, int32 or int64) and ``NAME.values``, which are absolute;
+    the shapes are in the metadata."""
+    tensors, shapes = {}, {}
+    for name, change in deltas.changed(delta):
+        size = int(torch.Size(change.shape).numel())
+        tensors[f"{name}.indices"] = change.indices.to(torch.int32 if size < 2**31 else torch.int64)
+        tensors[f"{name}.values"] = change.values
+        shapes[name] = list(change.shape)
+    delta_file.save(
+        tensors, target, {"format": delta_file.PATCH_FORMAT, "base": delta.base, "shapes": json.dumps(shapes)}
+    )
