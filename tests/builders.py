@@ -1,23 +1,34 @@
-"""Small models and configs for tests: real architectures with few weights."""
+"""Small models, records, configs and runs for tests: real architectures with few weights."""
 
 import contextlib
 import hashlib
+import json
 import shutil
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from liftdist.console import Console
 from liftdist.distributed.collectives import gather
+from liftdist.errors import Stopped, UserError
 from liftdist.models import weights
 from liftdist.runs import checkpoint, claims, saver
 from liftdist.runs.context import RunContext
+from liftdist.runs.stop import StopRequests
 from liftdist.schema import Config
 from liftdist.training import setup
 from liftdist.training.inputs import Inputs, prepare_inputs
+from liftdist.training.run import train
 from liftdist.training.trainer import Trainer
 
+RECORDS = {  # one of every format
+    "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
+    "prompt_completion": {"prompt": "1+2=", "completion": "3"},
+    "messages": {"messages": [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "1+2"}, {"from": "gpt", "value": "3"}]},
+}
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 
 STEPS, REFRESH = 20, 7
@@ -53,6 +64,20 @@ def llama(folder: Path, tokenizer_from: Path | None = None, model_type: str = "l
     for name in TOKENIZER_FILES if tokenizer_from else ():
         shutil.copy(tokenizer_from / name, folder / name)
     return folder
+
+
+def frozen_model(folder: Path, model_type: str = "llama", **sizes):
+    """Such a model in memory, without gradients for its weights."""
+    return AutoModelForCausalLM.from_pretrained(llama(folder, None, model_type, **sizes)).requires_grad_(False)
+
+
+def write_records(path: Path, count: int = 40) -> Path:
+    """Up to forty prompt/completion records."""
+    lines = [
+        {"prompt": f"{a} plus {b} is", "completion": f" {a + b}" * (1 + a % 3)} for a in range(8) for b in range(5)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[:count]))
+    return path
 
 
 def config(model: Path, records: Path, folder: Path, /, **sections) -> Config:
@@ -160,3 +185,64 @@ def verified(folder):
     step = checkpoint.open_step(folder)
     step.verify(step.manifest["files"])
     return step
+
+
+def run_once(mesh, config, text="train: {}", allowed=(), stop=None):
+    """One attempt at a run, and how it ended. Collective."""
+    stop = stop or StopRequests()
+    stop.catch(config.train.stop_signals)
+    try:
+        train(config, mesh, text, set(allowed), stop)
+        return "finished"
+    except (Stopped, UserError) as end:
+        return f"{type(end).__name__}: {end}"
+
+
+def files_of(run_dir):
+    """Hashes of what the newest checkpoint holds, and its step."""
+    steps = accepted_in(run_dir)
+    if not steps:
+        return 0, {}
+    manifest = checkpoint.open_step(run_dir / "checkpoints" / max(steps)).manifest
+    return manifest["step"], {name: entry["sha256"] for name, entry in manifest["files"].items()}
+
+
+def train_and_save(mesh, settings: Config) -> dict[str, torch.Tensor]:
+    """A run without its loop: all of its steps and one checkpoint of the last. The weights it ended with. Collective."""
+    attempt = claims.claim(Path(settings.run_dir), lambda _: {})
+    made = trainer(mesh, settings)
+    for _ in range(settings.train.steps):
+        made.run_step()
+    base = weights.digest(made.inputs.folder, Path(settings.run_dir).parent / "cache")
+    text = json.dumps({"model": {"path": settings.model.path, "dtype": settings.model.dtype}})
+    writer = saver.Checkpointer(attempt, mesh, 1, None)
+    origin = {"config": text, "base": base, "data": "", "step": made.step, "state": made.state()}
+    writer.save(made.method.principal.state_dict(made.method.optimizer), made.method.principal.matrices, origin)
+    writer.wait()
+    return {name: param.full_tensor().detach().clone() for name, param in made.model.named_parameters()}
+
+
+def keep_two_of_five(mesh, config, run_dir):
+    """Save after each of five steps, keep two and the marked second; which were there each time, and at the end. Collective."""
+    attempt = claimed_by_all(mesh, run_dir)
+    made = trainer(mesh, config)
+    checkpointer = saver.Checkpointer(attempt, mesh, 2, None)
+    left = []
+    for _ in range(5):
+        made.run_step()
+        name = save(made, checkpointer).name
+        if made.step == 2 and mesh.is_main:
+            (run_dir / "checkpoints" / name / "keep").touch()
+        left.append(sorted(p.name[-1] for p in (run_dir / "checkpoints").glob("step-*")))
+    return left, sorted(p.name for p in (run_dir / "checkpoints").iterdir())
+
+
+def contents(folder):
+    """Every file of a model folder; weights by tensor."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        if path.suffix == ".safetensors":
+            found |= {name: t.view(torch.uint8).numpy().tobytes() for name, t in load_file(path).items() if t.ndim}
+        else:
+            found[str(path.relative_to(folder))] = path.read_bytes()
+    return found

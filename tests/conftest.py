@@ -1,7 +1,6 @@
 import json
 import os
 import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 
@@ -10,9 +9,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from commands import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "launch")]
 torch.set_num_threads(1)
 
 
@@ -45,6 +43,13 @@ def smollm2() -> Path:
     import quickstart
 
     return quickstart.model_folder(ROOT / ".cache" / "quickstart")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2)
 
 
 @pytest.fixture(scope="session")

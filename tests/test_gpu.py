@@ -3,11 +3,11 @@
 import json
 import shutil
 
+import builders
 import pytest
 import torch
-from test_data import write_records
-from test_principal import flat, make, mlp
-from test_train import command, write_config
+from commands import run_command, write_config
+from plain_models import flat, make, mlp
 
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
@@ -63,8 +63,8 @@ def test_adamw_and_write_back_in_one_kernel(dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_run_on_a_gpu(dtype, tiny_model, tmp_path):
-    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
-    run = command(
+    config = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
+    run = run_command(
         "train", config, f"model.dtype={dtype}", "train.deterministic=true", environment={"CUDA_VISIBLE_DEVICES": "0"}
     )
     assert run.returncode == 0, run.stdout
@@ -75,11 +75,11 @@ def test_a_run_on_a_gpu(dtype, tiny_model, tmp_path):
 
 
 def test_a_run_on_a_gpu_continues_to_the_bit(tiny_model, tmp_path):
-    config = write_config(tmp_path, tiny_model, write_records(tmp_path / "records.jsonl"))
+    config = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
     last = tmp_path / "run" / "checkpoints" / "step-00000005"
     hashes = []
     for _ in range(2):
-        run = command(
+        run = run_command(
             "train", config, "model.dtype=bfloat16", "train.deterministic=true", "train.export=false",
             "checkpoint.interval=1", "checkpoint.keep=9", environment={"CUDA_VISIBLE_DEVICES": "0"},
         )  # fmt: skip

@@ -1,0 +1,212 @@
+"""``liftdist submit`` before anything is queued: what it composes, what it refuses, and that no word of it is ever run."""
+
+import contextlib
+import os
+import re
+import shlex
+import subprocess
+
+import builders
+import pytest
+from commands import ROOT, call, write_job_config
+
+from liftdist import config as configs
+from liftdist import schema
+from liftdist.cluster import history, job, scheduler, submit
+from liftdist.errors import UserError
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    return write_job_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
+
+
+def test_the_command_can_be_pasted(config, tmp_path):
+    words = ["--nodes=4", "--gpus-per-node=8", "--time=12:00:00", "--partition=gpu", "--exclude=bad[1-3]", "--dry-run"]
+    code, said = call("submit", config, "train.seed=7", f"run_dir={tmp_path}/my run", *words)
+    assert code == 0
+    command = shlex.split(said)
+    assert command[0] == "env"
+    at = command.index("sbatch")
+    script = command.index(str(ROOT / "slurm" / "train.sbatch"))
+    assert set(command[at + 1 : script]) == {
+        "--parsable", "--requeue", "--job-name=my_run", "--nodes=4", "--ntasks-per-node=1", "--gpus-per-node=8",
+        "--time=12:00:00", "--partition=gpu", "--exclude=bad[1-3]", "--export=ALL", "--open-mode=append", "--signal=B:USR1@300",
+        f"--output={tmp_path}/my run/logs/slurm-%j.out",
+    }  # fmt: skip
+    assert command[script + 1 : script + 4] == [str(config), "train.seed=7", f"run_dir={tmp_path}/my run"]
+    assert not (tmp_path / "my run").exists()
+    again, echoed = call("submit", *command[script + 1 :], "--dry-run")
+    assert (again, shlex.split(echoed)) == (0, command)  # the settings say all
+
+
+def test_arrays_and_sweeps(config, tmp_path):
+    code, said = call("submit", config, "--sweep=optimizer.lr=1e-3,1e-4", "--sweep=train.seed=1,2", "--dry-run")
+    assert code == 0
+    assert "--array=0-3" in said
+    words = ["--sweep", "optimizer.lr=1e-3,1e-4", "--sweep", "train.seed=1,2", str(config)]
+    resolved = [job.of_task(words, index) for index in range(4)]
+    assert [words[1:3] for words in resolved] == [
+        [f"optimizer.lr={lr}", f"train.seed={seed}"] for lr in ("1e-3", "1e-4") for seed in (1, 2)
+    ]
+    assert len({words[3] for words in resolved}) == 4  # a run directory each
+    with pytest.raises(UserError, match="array index 4: the sweep has 4 values"):
+        job.of_task(words, 4)
+    with pytest.raises(UserError, match="needs a job array"):
+        job.of_task(words, None)
+    code, said = call("submit", config, "train.seed=${oc.env:SLURM_ARRAY_TASK_ID}", "--array=1-2", "--dry-run")
+    assert (code, "train.seed=${oc.env:SLURM_ARRAY_TASK_ID}" in shlex.split(said)) == (0, True)
+    assert submit._indices("0-6:3,9%2") == [0, 3, 6, 9]
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--sweep=optimizer.lr"], "expected key=a,b,c"),
+        (["--sweep=optimizer.lr=1e-3,"], "expected key=a,b,c"),
+        (["--sweep=optimizer.rl=1,2"], "unknown key 'optimizer.rl'"),
+        (["--nodes=two"], "slurm.nodes"),
+        (["--nodes=0"], "must be at least 1"),
+        (["--sweep=slurm.nodes=1,2"], "all tasks of an array are alike in slurm.nodes"),
+        (["--sweep=run_dir=a,b"], "all tasks of an array are alike in run_dir"),
+        (["--time=5"], "nothing is left for training"),
+        (["--time=soon"], "slurm.time: is not of a form that SLURM takes"),
+        (["--array=0-99999"], "more than 1000 tasks"),
+        (["--nodes=3", "mesh.dp_replicate=2"], "3 ranks cannot be 2 replicas"),
+        (["data.path=no-such.jsonl"], "no such file"),
+        (["model.path=./no-such"], "no such folder"),
+        (["train.stpes=3"], "did you mean 'train.steps'"),
+        (['slurm.options=["--wrap=touch x"]'], "is not of a form that SLURM takes"),
+    ],
+)
+def test_mistakes_fail_before_anything_is_queued(words, problem, config):
+    code, said = call("submit", config, *words)
+    assert code == 2
+    assert said.startswith("liftdist: ")
+    assert problem in said
+    assert said.count("\n") == 1
+
+
+def test_slurm_is_asked_before_a_job_is_queued(cluster, config, tmp_path):
+    for words, problem in (
+        (["--nodes=99"], "Requested node configuration is not available"),
+        (["--partition=nope"], "invalid partition specified: nope"),
+    ):
+        code, said = call("submit", config, *words)
+        assert code == 2, said
+        assert problem in said
+    assert not (tmp_path / "run" / "jobs.jsonl").exists()
+
+
+def hostile(canary):
+    """Strings that would run something, or pass for something else, where a word is not taken as a word."""
+    commands = [f"touch {canary}", f"touch${{IFS}}{canary}", f">{canary}"]
+    frames = [
+        "$({})", "`{}`", "; {};", "| {}", "|| {}", "&& {}", "& {} &", "\n{}\n", "'; {}; '", '"; {}; "', "x$({})y", "$(({}))",
+        "<({})", ">({})", "x\r\n{}\r\n", "\\$({})", "'$({})'", '"$({})"', "${{x:-$({})}}", "*; {}", "--wrap={}", "-{}",
+        "--output=/dev/null;{}", "%j$({})", "../$({})", "~$({})", "!{}", "#SBATCH --wrap={}", "x #{}", "a b;{}", "$'\\n'{}",
+        "\t{}", "=$({})", "a=$({})", "{{a,$({})}}", "$IFS$({})", "x\\\n{}",
+    ]  # fmt: skip
+    plain = [
+        "..",
+        "../..",
+        "-",
+        "--",
+        "--help",
+        "-J",
+        "/",
+        "",
+        " ",
+        "%",
+        "%j",
+        "~",
+        "*",
+        "?",
+        "[",
+        "\\",
+        "'",
+        '"',
+        "\u202e",
+        "é",
+    ]
+    return [frame.format(command) for frame in frames for command in commands] + plain
+
+
+PLACES = {
+    "run_dir": "run_dir={}",
+    "value": "data.subset={}",
+    "key": "{}=1",
+    "partition": "--partition={}",
+    "container": "--container={}",
+    "config": None,
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_no_word_is_ever_run(place, cluster, config, tmp_path, monkeypatch):
+    """Over a hundred hostile strings in every place: refused, or handed on as a word, to SLURM too."""
+    monkeypatch.chdir(tmp_path)
+    strings = hostile("canary")
+    assert len(strings) > 100
+    accepted = 0
+    for text in strings:
+        words = [config, PLACES[place].format(text)] if PLACES[place] else [f"./{text}"]
+        code, said = call("submit", *words, "--dry-run")
+        if code == 0 and said.startswith("env "):
+            accepted += 1
+            assert any(text in word for word in shlex.split(said))
+            pasted = said.replace(" sbatch ", " sbatch --test-only ", 1)
+            subprocess.run(["bash", "-c", pasted], check=False, capture_output=True, timeout=60)
+        else:
+            assert code == 2, (text, said)
+            assert "Traceback" not in said
+    assert not (tmp_path / "canary").exists()
+    assert accepted >= {"run_dir": 40, "value": 60, "container": 80}.get(place, 0)
+
+
+@pytest.mark.parametrize("place", ["name", "array", "dependency"])
+def test_names_of_jobs_are_of_a_form_that_slurm_takes(place, cluster, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded, _ = configs.load(config)
+    for text in hostile("canary"):
+        given = dict(name="x", array=None, dependency=None) | {place: text}
+        try:
+            command = scheduler.sbatch(loaded, [str(config)], log=tmp_path, **given)
+        except UserError:
+            continue
+        else:
+            assert re.fullmatch(r"[A-Za-z0-9_@+.,-]+", text, re.ASCII)
+            with contextlib.suppress(UserError):  # SLURM may refuse it
+                scheduler.test_only(command, os.environ)
+    assert not (tmp_path / "canary").exists()
+
+
+def test_only_what_slurm_takes_reaches_its_options():
+    """The settings that become options of sbatch; two of them are tried through the command above."""
+    bounds = {key: leaf.metadata for key, leaf in schema.settings() if key.startswith("slurm.")}
+    free = {"slurm.container", "slurm.container_runtime", "slurm.container_mounts"}
+    texts = {key for key, bound in bounds.items() if bound["pattern"]}
+    numbers = {key for key, leaf in schema.settings() if key in bounds and re.search("int|float", str(leaf.type))}
+    assert texts | numbers | free == set(bounds)
+    for key in texts:
+        for text in hostile("canary"):
+            taken = configs._problem(text, bounds[key]) is None
+            assert not taken or re.fullmatch(r"[A-Za-z0-9_@%+.,:/=\[\]()*&|-]+", text, re.ASCII), (key, text)
+
+
+def test_a_folder_holds_a_run_or_those_of_an_array(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    history.note(tmp_path / "run", "submit", job="1", array="0-1", log=str(tmp_path))
+    code, said = call("submit", config, f"run_dir={tmp_path}/run")
+    assert (code, said) == (2, f"liftdist: run_dir {tmp_path}/run: holds the runs of an array; give another\n")
+
+
+def test_without_slurm_there_is_one_line(config, monkeypatch):
+    monkeypatch.setenv("PATH", "/nonexistent")
+    code, said = call("submit", config)
+    assert (code, said) == (2, "liftdist: sbatch: not found; this is no machine of a SLURM cluster\n")
+
+
+def test_the_lead_of_the_warning_is_what_was_asked(config):
+    assert "--signal=B:USR1@90" in call("submit", config, "slurm.signal_lead=90", "--dry-run")[1]
+    assert os.environ.get("LIFTDIST_LEAD") is None

@@ -1,0 +1,18 @@
+"""The texts that the formats of records are read into."""
+
+import builders
+
+from liftdist.registry import FORMATS
+
+
+def test_alpaca_wording():
+    prompt, response = FORMATS.load("alpaca").read(builders.RECORDS["alpaca"])
+    assert prompt == (
+        "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
+        "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
+    )
+    prompt, _ = FORMATS.load("alpaca").read(
+        {"instruction": "Add.", "output": "3", "answer": "3"}
+    )  # LLM-Adapters' extra field
+    assert "Input" not in prompt
+    assert response == "3"

@@ -1,0 +1,111 @@
+"""What a run made, in every form it can be exported to."""
+
+import json
+import shutil
+
+import builders
+import pytest
+import ranks
+import torch
+from commands import liftdist
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from liftdist import safetensors_io
+from liftdist.deltas import file as delta_file
+from liftdist.deltas import folder as model_folders
+from liftdist.deltas import of_run
+from liftdist.deltas.export import export
+from liftdist.errors import UserError
+from liftdist.models import check, weights
+
+
+def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
+    folder, parameters = trained
+    cache = ("--cache-dir", folder / "cache")
+    for form in ("hf", "delta", "shira", "patch"):
+        liftdist("export", folder / "run", "--format", form, "--output", tmp_path / form, *cache)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert merged.dtype == torch.bfloat16
+    moved = 0
+    for name, param in merged.named_parameters():
+        assert torch.equal(param.view(torch.int16), parameters[name].view(torch.int16)), name
+        moved += int((param != AutoModelForCausalLM.from_pretrained(folders[0]).get_parameter(name)).sum())
+    assert moved > 1000
+    expected = {p.name for p in folders[0].iterdir() if p.is_file()}
+    assert {p.name for p in (tmp_path / "hf").iterdir()} == expected
+    assert "lm_head.weight" not in json.loads((tmp_path / "hf" / check.INDEX).read_text())["weight_map"]  # tied
+    assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
+
+    liftdist("apply", tmp_path / "delta", folders[0], "--output", tmp_path / "applied", *cache)
+    assert weights.digest(tmp_path / "applied", tmp_path) == weights.digest(tmp_path / "hf", tmp_path)
+    liftdist("export", tmp_path / "delta", "--base", folders[0], "--output", tmp_path / "again", *cache)
+    assert weights.digest(tmp_path / "again", tmp_path) == weights.digest(tmp_path / "hf", tmp_path)
+
+    patch = load_file(tmp_path / "patch")
+    patched = AutoModelForCausalLM.from_pretrained(folders[0])
+    shapes = json.loads(safetensors_io.header(tmp_path / "patch")["__metadata__"]["shapes"])
+    for name, shape in shapes.items():
+        param = patched.get_parameter(name)
+        assert list(param.shape) == shape
+        param.data.view(-1)[patch[f"{name}.indices"].long()] = patch[f"{name}.values"]
+    assert all(torch.equal(p, parameters[name]) for name, p in patched.named_parameters())
+    assert "exists" in liftdist("export", folder / "run", "--output", tmp_path / "hf", *cache, code=2)
+    assert "those it has: 5" in liftdist(
+        "export", folder / "run", "--step", 3, "--output", tmp_path / "x", *cache, code=2
+    )
+    other = ("--base", folders[1], "--output", tmp_path / "x")
+    assert "is another model than the base" in liftdist("export", folder / "run", *other, *cache, code=2)
+
+
+def test_peft_loads_the_adapter_and_computes_what_the_merged_model_does(trained, folders, tmp_path):
+    from peft import PeftModel
+
+    folder, _ = trained
+    for form in ("hf", "shira"):
+        liftdist(
+            "export", folder / "run", "--format", form, "--output", tmp_path / form, "--cache-dir", folder / "cache"
+        )
+    tokens = torch.randint(0, 49152, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits
+        base = AutoModelForCausalLM.from_pretrained(folders[0])
+        plain = base(tokens).logits
+        adapted = PeftModel.from_pretrained(base, tmp_path / "shira")
+        logits = adapted(tokens).logits
+        unloaded = adapted.merge_and_unload()(tokens).logits
+    assert not torch.equal(merged, plain)
+    assert torch.equal(logits, merged)
+    assert torch.equal(unloaded, merged)
+
+
+def test_a_float32_run_of_a_bf16_model_loses_nothing(folders, tmp_path):
+    config = builders.config(
+        folders[0],
+        builders.write_records(tmp_path / "records.jsonl"),
+        tmp_path,
+        optimizer=dict(lr=1e-4),
+        train=dict(steps=2),
+    )
+    (parameters,) = ranks.run(1, builders.train_and_save, config)
+    changes, base, dtype = of_run.of_run_dir(tmp_path / "run", None, None)
+    assert dtype == torch.float32
+    delta_file.write(changes, tmp_path / "delta")
+    export(changes, base, tmp_path / "hf", "hf", tmp_path / "cache", dtype)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert all(torch.equal(param, parameters[name]) for name, param in merged.named_parameters())
+    applied = model_folders.change_folder(
+        base, tmp_path / "cache", delta_file.read(tmp_path / "delta"), output=tmp_path / "applied"
+    )
+    undone = model_folders.change_folder(
+        applied, tmp_path / "cache", undo=delta_file.read(tmp_path / "delta"), output=tmp_path / "undone"
+    )
+    assert builders.contents(undone) == builders.contents(base)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_exported_is_named(trained, folders, tmp_path):
+    run_dir = shutil.copytree(trained[0] / "run", tmp_path / "run")
+    changes, _, _ = of_run.of_run_dir(run_dir, None, folders[0])
+    shutil.rmtree(run_dir / "checkpoints")
+    with pytest.raises(UserError, match="step-00000005: was removed meanwhile; a file named keep in it keeps it"):
+        changes.get(changes.names[0])

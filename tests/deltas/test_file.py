@@ -1,0 +1,91 @@
+"""The file of a delta: small, and never believed when something is wrong with it."""
+
+import json
+import shutil
+
+import builders
+import torch
+from commands import liftdist
+from safetensors.torch import save_file
+
+from liftdist import safetensors_io
+from liftdist.deltas import codec
+from liftdist.deltas import file as delta_file
+from liftdist.models import check
+
+
+def test_a_changed_weight_costs_about_five_bytes(folders, deltas, tmp_path):
+    weights_changed = sum(
+        delta_file.read(deltas[0]).get(name).indices.numel() for name in delta_file.read(deltas[0]).names
+    )
+    assert weights_changed > 5000
+    overhead = 4000  # names and offsets of 14 matrices
+    assert (deltas[0].stat().st_size - overhead) / weights_changed <= 6.4
+    liftdist("diff", *folders[:2], "--output", tmp_path / "slim", "--cache-dir", deltas[2], "--without-base")
+    assert ((tmp_path / "slim").stat().st_size - overhead) / weights_changed <= 4.4
+    out = tmp_path / "out"
+    liftdist("apply", tmp_path / "slim", folders[0], "--output", out, "--cache-dir", deltas[2])
+    assert builders.contents(out) == builders.contents(folders[1])
+    copy = shutil.copytree(folders[0], tmp_path / "copy")
+    said = liftdist("apply", tmp_path / "slim", copy, "--cache-dir", deltas[2], code=2)
+    assert "holds no base values, so this could not be taken back" in said
+    assert "give --output" in said
+    assert "cannot be undone" in liftdist("apply", tmp_path / "slim", out, "--undo", "--cache-dir", deltas[2], code=2)
+
+
+def rewrite(path, target, metadata=None, **tensors):
+    """A delta with other tensors or metadata, and the hash that goes with them."""
+    import safetensors
+
+    with safetensors.safe_open(path, "pt") as file:
+        about, kept = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    kept |= tensors
+    about |= {"sha256": safetensors_io.digest_of(sorted(kept.items()))} | (metadata or {})
+    save_file(kept, target, about)
+    return target
+
+
+def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders, deltas, tmp_path):
+    one, _, cache = deltas
+    base = shutil.copytree(folders[0], tmp_path / "model")
+    before = builders.contents(base)
+    name = "model.layers.1.mlp.up_proj.weight"
+    change = delta_file.read(one).get(name)
+    values = change.values.clone()
+    values[3] = torch.nan
+    beyond = change.indices.clone()
+    beyond[-1] = 100 * 203
+    twice = codec.encode(change.indices)
+    twice[1] = 0
+    (tmp_path / "short").write_bytes(one.read_bytes()[:-1])
+    (tmp_path / "empty").touch()
+    flipped = bytearray(one.read_bytes())
+    flipped[-100] ^= 4
+    (tmp_path / "flipped").write_bytes(flipped)
+    about = json.loads(safetensors_io.header(one)["__metadata__"]["tensors"])
+    other_shape = {"tensors": json.dumps(about | {name: about[name] | {"shape": [100, 203]}})}
+    renamed = {"tensors": json.dumps({key.replace("layers.1", "layers.7"): value for key, value in about.items()})}
+    one_name = f"{name}.gaps"
+    for problem, path in (
+        ("not a safetensors file|damaged|cut short", folders[0] / check.INDEX),
+        ("No such file", tmp_path / "none"),
+        ("is empty or cut short", tmp_path / "empty"),
+        ("is another kind of safetensors file, not a delta", next(folders[0].glob("*.safetensors"))),
+        ("short has", tmp_path / "short"),
+        ("do not have the hash", tmp_path / "flipped"),
+        ("not finite", rewrite(one, tmp_path / "nan", **{f"{name}.values": values})),
+        ("out of range", rewrite(one, tmp_path / "beyond", **{one_name: codec.encode(beyond)})),
+        ("do not ascend", rewrite(one, tmp_path / "twice", **{one_name: twice})),
+        (
+            "number of indices|values for",
+            rewrite(one, tmp_path / "few", **{one_name: codec.encode(change.indices[:-9])}),
+        ),
+        ("the delta is for", rewrite(one, tmp_path / "shape", other_shape)),
+        ("damaged|layers.7", rewrite(one, tmp_path / "name", renamed)),
+        ("is another model than the base", rewrite(one, tmp_path / "base", {"base": "0" * 64})),
+    ):
+        said = liftdist("apply", path, base, "--cache-dir", cache, code=2)
+        assert any(part in said for part in problem.split("|")), (problem, said)
+        assert len(said.splitlines()) == 1, said
+        assert builders.contents(base) == before
+        assert sorted(p.name for p in tmp_path.iterdir() if p.name.startswith(".")) == []

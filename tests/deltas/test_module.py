@@ -1,0 +1,60 @@
+"""A delta on a model in memory, sharded or not."""
+
+import pytest
+import ranks
+import torch
+from transformers import AutoModelForCausalLM
+
+from liftdist.deltas import file as delta_file
+from liftdist.deltas.module import change_module
+from liftdist.errors import UserError
+from liftdist.models.load import load
+from liftdist.schema import ModelConfig
+
+
+def on_a_sharded_model(mesh, base, first, second, one, two):
+    model = load(base, ModelConfig(path=str(base)), mesh)
+
+    def equals(folder):
+        whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+        return all(
+            torch.equal(param.full_tensor().view(torch.int16), whole.get_parameter(name).view(torch.int16))
+            for name, param in model.named_parameters()
+        )
+
+    one, two = delta_file.read(one), delta_file.read(two)
+    outcomes = [equals(base)]
+    export_errors = []
+    for apply, undo, expected in ((one, None, first), (two, one, second), (None, two, base)):
+        with torch.no_grad():
+            model(torch.ones(1, 3, dtype=torch.int64))  # leaves gathered copies of some parameters
+        change_module(model, apply, undo)
+        outcomes.append(equals(expected))
+    for apply, undo in ((None, one), (two, one)):
+        try:
+            change_module(model, apply, undo)
+        except (UserError, RuntimeError) as error:
+            export_errors.append(str(error))
+    outcomes.append(equals(base))
+    return outcomes, export_errors
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_apply_undo_and_swap_on_a_model_in_memory_are_exact(world_size, folders, deltas):
+    for outcomes, errors in ranks.run(world_size, on_a_sharded_model, *folders, *deltas[:2]):
+        assert outcomes == [True] * 5
+        assert len(errors) == 2
+        assert all("does not hold the new values of the delta" in error for error in errors)
+
+
+def test_a_plain_module_and_one_loaded_in_another_dtype(folders, deltas):
+    model = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    before = {name: param.clone() for name, param in model.named_parameters()}
+    one = delta_file.read(deltas[0])
+    change_module(model, one)
+    after = AutoModelForCausalLM.from_pretrained(folders[1], dtype=torch.float32)
+    assert all(torch.equal(param, after.get_parameter(name)) for name, param in model.named_parameters())
+    change_module(model, undo=one)
+    assert all(torch.equal(param, before[name]) for name, param in model.named_parameters())
+    with pytest.raises(UserError, match="the model has no model"):
+        change_module(torch.nn.Linear(3, 3), one)

@@ -1,0 +1,99 @@
+"""Planned memory and traffic: against real ranks, and against a whole step on ranks that do not exist."""
+
+import builders
+import pytest
+import ranks
+import torch
+
+from bench import contenders, memory, scale
+from liftdist.engine import topk
+from liftdist.engine.criteria import low_rank
+from liftdist.planning.live_bytes import LiveBytes
+from liftdist.schema import Config
+
+SMALL = dict(
+    vocab_size=1000, hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5,
+    num_key_value_heads=1, tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def a_step(mesh, folder, settings):
+    config = Config(run_dir="none")
+    config.selection.density, config.selection.method = 0.05, "exact"
+    for key, value in settings.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    found = memory.measured(folder, config, mesh)
+    return found["peak"], found["planned"]
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_planned_memory_is_within_a_tenth_of_what_a_rank_has(world, tmp_path):
+    sizes = {"hidden_size": 256, "intermediate_size": 700, "num_attention_heads": 4, "num_hidden_layers": 4}
+    folder = builders.llama(tmp_path / "model", dtype=torch.bfloat16, vocab_size=3000, **sizes)
+    for settings in (
+        {"train__micro_batch_size": 2, "data__max_length": 300, "data__packing": True},
+        {"train__micro_batch_size": 1, "data__max_length": 1500},
+        {"train__micro_batch_size": 2, "data__max_length": 300, "model__activation_checkpointing": True},
+        {"train__micro_batch_size": 1, "data__max_length": 4},
+    ):
+        found = ranks.run(world, a_step, folder, settings)
+        peak, planned = max(found)
+        assert planned == pytest.approx(peak, rel=0.1), settings
+
+
+@pytest.mark.parametrize(
+    ("world", "replicas", "mesh"),
+    [
+        (1024, 1, {}),
+        (8, 1, {"density": 0.3}),
+        (12, 4, {}),
+        (48, 16, {}),
+        (8, 1, {"sparse_reduce_scatter": False}),
+        (4, 4, {}),
+        (1, 1, {}),
+    ],
+)
+def test_collectives_and_memory_of_a_step_are_as_planned(world, replicas, mesh):
+    found = scale.step(SMALL, scale.settings(world, replicas, **mesh), world)
+    for key in ("read", "collectives"):
+        assert found[key] == found[f"planned_{key}"]
+    assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
+    assert bool(found["collectives"]) == (world > 1)
+
+
+@pytest.mark.parametrize("method", ["fast", "exact"])
+@pytest.mark.parametrize(
+    ("shape", "filter_rank"), [((900, 300), 16), ((300, 900), 16), ((700, 700), 4), ((1200, 1200), 8), ((60, 60), 64)]
+)
+def test_memory_of_a_selection(shape, filter_rank, method, monkeypatch):
+    monkeypatch.setattr(topk, "BLOCK", 2**16)
+    weight = contenders.slow_spectrum(*shape, torch.device("cpu")).bfloat16()
+    count = round(0.05 * weight.numel())
+    with LiveBytes() as live:
+        low_rank.select(weight, count, filter_rank, method)
+    assert live.peak <= 1.05 * low_rank.workspace(*shape, count, filter_rank, method)
+
+
+def test_nothing_grows_with_the_number_of_replicas():
+    few, many = (scale.step(SMALL, scale.settings(3 * replicas, replicas), 3 * replicas) for replicas in (4, 64))
+    assert many["peak"] == few["peak"]
+    assert many["collectives"] == few["collectives"]
+
+
+@pytest.mark.parametrize("name", scale.MODELS)
+def test_owners_have_much_the_same_to_do(name):
+    for world in (2, 8, 16, 56, 128, 200):
+        found = scale.balance(scale.MODELS[name], world)
+        if found["matrices_a_rank"] >= 4:
+            assert found["ratio"] <= 1.1, world
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", scale.MODELS)
+@pytest.mark.parametrize("replicas", [1, 128])
+def test_a_step_of_models_that_fit_nowhere(name, replicas):
+    found = scale.step(scale.MODELS[name], scale.settings(1024, replicas), 1024)
+    for key in ("read", "collectives"):
+        assert found[key] == found[f"planned_{key}"]
+    assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)

@@ -1,0 +1,77 @@
+"""The planner as a command, and before a job is submitted."""
+
+import json
+import shutil
+
+import builders
+import pytest
+from commands import call, write_config
+
+from liftdist.errors import UserError
+from liftdist.planning import plan
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    shutil.copy(tiny_model / "config.json", folder)  # and nothing else
+    return write_config(tmp_path, folder, builders.write_records(tmp_path / "records.jsonl"))
+
+
+def test_a_plan_needs_no_weights(config):
+    code, said = call("plan", config, "--nodes=2", "--gpus-per-node=4", "--gpu=h100", "mesh.dp_replicate=2")
+    assert code == 0, said
+    assert "2 replicas of 4 shards" in said
+    assert "fits: " in said
+    assert "tokens/s" in said
+    assert (
+        "tokens/s" not in call("plan", config, "--gpus-per-node=8", "--gpu-memory=24")[1]
+    )  # of a GPU that is not known
+    found = json.loads(call("plan", config, "--gpus-per-node=2", "--json")[1])
+    assert found["layout"] == {"nodes": 1, "gpus_per_node": 2, "dp_replicate": 1, "dp_shard": 2}
+    assert found["model"]["matrices"] == 14
+    assert found["fits"] is None
+    assert found["peak"] > sum(found["memory"][part] for part in ("weights", "principal", "activations"))
+
+
+def test_what_does_not_fit_is_said_with_what_would(config):
+    config.write_text(config.read_text().replace("micro_batch_size: 2", "micro_batch_size: 1"))
+    on_one = json.loads(call("plan", config, "--gpus-per-node=1", "--json")[1])
+    gib = (on_one["peak"] - 0.3 * on_one["memory"]["weights"]) / plan.USABLE / plan.GIB
+    code, said = call("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib}")
+    assert code == 1
+    assert "does not fit: " in said
+    assert "it needs 2 shards" in said
+    _, said = call("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib / 50}")
+    assert "stay on any number of shards: take GPUs with more memory" in said
+    _, said = call("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib}", "data.max_length=50000")
+    assert "stay on any number of shards: set model.activation_checkpointing=true, or lower data.max_length" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["--gpu=h1000"], "--gpu h1000: must be one of a10"),
+        (["--nodes=0"], "--nodes must be above 0"),
+        (["--gpu-memory=nan"], "--gpu-memory must be above 0"),
+        (["--gpus-per-node=3", "mesh.dp_replicate=2"], "3 ranks cannot be 2 replicas"),
+        (["model.path=/nonexistent"], "model.path /nonexistent"),
+        (["selection.modules=[nothing]"], "no linear module fits"),
+        (["selection.density=0.00000001", "model.path=/nonexistent"], "model.path"),
+    ],
+)
+def test_mistakes_are_one_line(words, problem, config):
+    code, said = call("plan", config, *words)
+    assert (code, said.count("\n")) == (2, 1)
+    assert problem in said
+
+
+def test_a_run_that_cannot_fit_is_not_submitted(tiny_model, tmp_path):
+    loaded = builders.config(tiny_model, builders.write_records(tmp_path / "records.jsonl"), tmp_path)
+    plan.check_fits(loaded, 1, 2)
+    loaded.slurm.gpu_memory = 80.0
+    plan.check_fits(loaded, 1, 2)
+    loaded.slurm.gpu_memory = 0.001
+    with pytest.raises(UserError, match=r"slurm.gpu_memory=0.001: does not fit: .* on 2 shards"):
+        plan.check_fits(loaded, 1, 2)

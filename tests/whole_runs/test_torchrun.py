@@ -1,0 +1,182 @@
+"""Whole jobs under torchrun: ranks that are killed or hang, and signals to every process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import builders
+import pytest
+import ranks
+from commands import write_job_config
+
+from liftdist import config as configs
+from liftdist.runs import checkpoint, saver
+from liftdist.runs.stop import StopRequests
+
+
+def torchrun(config, *options, overrides=()):
+    """Start a job of two ranks under torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", *options]
+    return subprocess.Popen(
+        [*command, "-m", "liftdist.train", str(config), *overrides],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
+    )
+
+
+def read_until(process, text):
+    """Read a job's output up to a line with ``text``."""
+    seen = []
+    for line in process.stdout:
+        seen.append(line)
+        if text in line:
+            return "".join(seen)
+    raise AssertionError("".join(seen))
+
+
+def ranks_of(config):
+    """Processes of a job by rank."""
+    found = {}
+    for folder in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = dict(v.split(b"=", 1) for v in (folder / "environ").read_bytes().split(b"\0") if b"=" in v)
+        except OSError:
+            continue
+        if b"liftdist.train" in words and str(config).encode() in words and b"RANK" in variables:
+            found[int(variables[b"RANK"])] = int(folder.name)
+    return found
+
+
+def is_alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def seconds_until(condition, limit):
+    began = time.monotonic()
+    while not condition():
+        assert time.monotonic() - began < limit
+        time.sleep(0.02)
+    return time.monotonic() - began
+
+
+def test_a_killed_rank_a_second_job_and_a_restart(tiny_model, tmp_path):
+    """A rank is killed mid-step: its peer goes, torchrun starts both again, and the end is that of an undisturbed run."""
+    config = write_job_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"), steps=400)
+    job = torchrun(config, "--standalone", "--max-restarts", "2")
+    read_until(job, "training 12/400")
+    second = subprocess.run(
+        [sys.executable, "-m", "liftdist.cli", "train", str(config), "--nproc", "2"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert second.returncode == 2
+    assert "in use by process" in second.stderr
+    first = ranks_of(config)
+    os.kill(first[1], signal.SIGKILL)
+    killed = time.monotonic()
+    assert seconds_until(lambda: not is_alive(first[0]), 10) < 2
+    said = read_until(job, "training ")
+    assert "continuing after step" in said or "continuing after step" in read_until(job, "continuing after step")
+    print(f"training again {time.monotonic() - killed:.1f} s after the kill")
+    assert time.monotonic() - killed < 30
+    (tmp_path / "run" / "stop-requested").touch()
+    rest = job.communicate(timeout=60)[0]
+    assert "stopped (stop-requested); the same command continues" in rest
+    assert not (tmp_path / "run" / "stop-requested").exists()
+    stopped_at, files = builders.files_of(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "disturbed")
+    (undisturbed,) = set(ranks.run(2, run_to, config, stopped_at))
+    assert undisturbed == json.dumps(files)
+
+
+def run_to(mesh, config, step):
+    """The checkpoint of ``step`` in an undisturbed run."""
+    loaded, text = configs.load(config)
+    original, stop = saver.Checkpointer.save, StopRequests()
+
+    def save(self, state, matrices, manifest):
+        original(self, state, matrices, manifest)
+        if manifest["step"] == step:
+            stop.reason = "there"
+
+    saver.Checkpointer.save = save
+    loaded.checkpoint.interval = 1 if step % 5 else 5
+    builders.run_once(mesh, loaded, text, stop=stop)
+    files = checkpoint.open_step(Path(loaded.run_dir) / "checkpoints" / f"step-{step:08d}").manifest["files"]
+    return json.dumps({name: entry["sha256"] for name, entry in files.items()})
+
+
+@pytest.mark.parametrize("through", ["torchrun", pytest.param("liftdist", marks=pytest.mark.slow)])
+def test_no_rank_outlives_its_agent(through, tiny_model, tmp_path):
+    config = write_job_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"), steps=100000)
+    job = torchrun(config, "--standalone") if through == "torchrun" else command(config)
+    read_until(job, "training 2/")
+    pids = ranks_of(config)
+    assert sorted(pids) == [0, 1]
+    job.kill()
+    assert seconds_until(lambda: not any(map(is_alive, pids.values())), 10) < 5
+    job.communicate()
+
+
+def command(config):
+    """Start a job of two ranks by the command, in a session of its own, as a terminal does."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "liftdist.cli", "train", str(config), "--nproc", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
+    )
+
+
+def test_signals_to_every_process_of_a_job_stop_it_once(tiny_model, tmp_path):
+    """As schedulers send them: to the command, to torchrun and to the ranks, one after the other and again."""
+    config = write_job_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"), steps=100000)
+    job = command(config)
+    read_until(job, "training 2/")
+    agent = int(Path(f"/proc/{ranks_of(config)[0]}/stat").read_text().rsplit(")", 1)[1].split()[1])
+    for number in (signal.SIGUSR1, signal.SIGTERM, signal.SIGINT):
+        for pid in (agent, *ranks_of(config).values(), job.pid):
+            os.kill(pid, number)
+    said = job.communicate(timeout=60)[0]
+    assert job.returncode == 75, said
+    assert said.count("liftdist: stopped (SIG") == 1  # whichever of them is handled first
+    assert "Traceback" not in said
+    assert builders.files_of(tmp_path / "run")[0] >= 2
+
+
+def test_a_rank_that_hangs_is_reported_with_the_stacks_of_the_others(tiny_model, tmp_path):
+    config = write_job_config(
+        tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"), steps=100000, hang_timeout=3
+    )
+    job = torchrun(config, "--standalone")
+    read_until(job, "training 2/")
+    pids = ranks_of(config)
+    os.kill(pids[1], signal.SIGSTOP)
+    try:
+        said = read_until(job, "no progress for 3 s") + read_until(job, "ranks wait")
+    finally:
+        os.kill(pids[1], signal.SIGKILL)
+    job.communicate(timeout=60)
+    assert "1 of 2 ranks wait" in said
+    assert "no sign of rank 1: stopped, or its machine is gone" in said
+    stacks = (tmp_path / "run" / "hang-1" / "rank-00000.txt").read_text()
+    assert "to_the_end" in stacks
+    assert "Thread 0x" in stacks
