@@ -80,6 +80,7 @@ class Manifest:
         snapshot = tree.pop("snapshot")
         tree |= snapshot.pop("provenance") | snapshot | {"format": FORMAT}
         del tree["sha256"]
+        tree = json.loads(json.dumps(tree))  # as it will be read: numbers become texts where they are keys
         sha256 = _digest(tree)
         with path.open("x", encoding="utf-8") as file:
             json.dump(tree | {"sha256": sha256}, file, sort_keys=True, indent=1)
