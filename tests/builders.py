@@ -16,6 +16,7 @@ from liftdist.errors import Stopped, UserError
 from liftdist.models import weights
 from liftdist.runs import checkpoint, claims, saver
 from liftdist.runs.context import RunContext
+from liftdist.runs.manifest import Provenance, Snapshot
 from liftdist.runs.stop import StopRequests
 from liftdist.schema import Config
 from liftdist.training import setup
@@ -30,6 +31,8 @@ RECORDS = {  # one of every format
     "sharegpt": {"conversations": [{"from": "human", "value": "1+2"}, {"from": "gpt", "value": "3"}]},
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
+
+NOWHERE = Provenance(config="", from_environment={}, base="", data="")  # where only the state matters
 
 STEPS, REFRESH = 20, 7
 SETTINGS = {
@@ -108,22 +111,28 @@ def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Tra
     """What a run sets up before its first step, from a checkpoint or from the start. Collective."""
     inputs = _inputs(repr(settings), settings)
     base = weights.digest(inputs.folder, Path(settings.cache_dir))
-    model, method = setup.model_and_method(
+    model, _, method = setup.model_and_method(
         RunContext(settings, mesh, Console(False)), inputs.folder, base, from_checkpoint=saved is not None
     )
     model.train()
     made = Trainer(settings, mesh, inputs, model, method)
     if saved is not None:
-        made.restore(saved.manifest["state"], saved.read(method.matrices))
+        made.restore(saved.manifest.snapshot.state, saved.read(method.matrices))
     return made
 
 
 def save(made: Trainer, checkpointer: saver.Checkpointer) -> saver.Saved | Exception | None:
     """Save a trainer's state and wait for the outcome. Collective."""
-    origin = {"step": made.step, "state": made.state()}
-    checkpointer.save(made.method.principal.state_dict(made.method.optimizer), made.method.principal.matrices, origin)
+    begin_to_save(made, checkpointer)
     checkpointer.wait()
     return checkpointer.take_outcome()
+
+
+def begin_to_save(made: Trainer, checkpointer: saver.Checkpointer, provenance=NOWHERE) -> None:
+    """Hand a trainer's state to the thread that saves it. Collective."""
+    principal = made.method.principal
+    snapshot = Snapshot(made.step, made.state(), provenance)
+    checkpointer.save(principal.state_dict(made.method.optimizer), principal.matrices, snapshot)
 
 
 def global_digest(made: Trainer) -> str:
@@ -183,7 +192,7 @@ def accepted_in(run_dir):
 
 def verified(folder):
     step = checkpoint.open_step(folder)
-    step.verify(step.manifest["files"])
+    step.verify(step.manifest.files)
     return step
 
 
@@ -204,7 +213,7 @@ def files_of(run_dir):
     if not steps:
         return 0, {}
     manifest = checkpoint.open_step(run_dir / "checkpoints" / max(steps)).manifest
-    return manifest["step"], {name: entry["sha256"] for name, entry in manifest["files"].items()}
+    return manifest.step, {name: file.sha256 for name, file in manifest.files.items()}
 
 
 def train_and_save(mesh, settings: Config) -> dict[str, torch.Tensor]:
@@ -216,8 +225,7 @@ def train_and_save(mesh, settings: Config) -> dict[str, torch.Tensor]:
     base = weights.digest(made.inputs.folder, Path(settings.run_dir).parent / "cache")
     text = json.dumps({"model": {"path": settings.model.path, "dtype": settings.model.dtype}})
     writer = saver.Checkpointer(attempt, mesh, 1, None)
-    origin = {"config": text, "base": base, "data": "", "step": made.step, "state": made.state()}
-    writer.save(made.method.principal.state_dict(made.method.optimizer), made.method.principal.matrices, origin)
+    begin_to_save(made, writer, Provenance(config=text, from_environment={}, base=base, data=""))
     writer.wait()
     return {name: param.full_tensor().detach().clone() for name, param in made.model.named_parameters()}
 

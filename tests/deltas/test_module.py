@@ -13,7 +13,7 @@ from liftdist.schema import ModelConfig
 
 
 def on_a_sharded_model(mesh, base, first, second, one, two):
-    model = load(base, ModelConfig(path=str(base)), mesh)
+    model, _ = load(base, ModelConfig(path=str(base)), mesh)
 
     def equals(folder):
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

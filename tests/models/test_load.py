@@ -14,7 +14,6 @@ from liftdist.deltas import delta as deltas
 from liftdist.deltas.formats import hf
 from liftdist.models import build, check, weights
 from liftdist.models.load import _verify, load
-from liftdist.models.names import match
 from liftdist.schema import ModelConfig
 
 FAMILIES = {
@@ -45,7 +44,7 @@ def logits_and_export(mesh, folder):
     for name in FAMILIES:
         base = folder / name
         config = ModelConfig(path=str(base), dtype="float32", activation_checkpointing=name == "llama")
-        model = load(base, config, mesh)
+        model, _ = load(base, config, mesh)
         whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
         with torch.no_grad():
             equal = torch.equal(model(input_ids=tokens).logits, whole(input_ids=tokens).logits)
@@ -91,7 +90,7 @@ def anonymous_peak(work):
 def load_large(mesh, folder, warm_up):
     config = ModelConfig(path=str(folder), dtype="bfloat16")
     load(warm_up, ModelConfig(path=str(warm_up), dtype="bfloat16"), mesh)  # libraries and pools
-    model, peak = anonymous_peak(lambda: load(folder, config, mesh))
+    (model, _), peak = anonymous_peak(lambda: load(folder, config, mesh))
     share = sum(t.to_local().numel() * 2 for t in model.parameters())
     layer = sum(p.numel() * 2 for p in build.decoder_layers(model)[0].parameters())
     return dict(peak=peak, share=share, layer=layer, whole=sum(p.numel() * 2 for p in model.parameters()))
@@ -109,9 +108,8 @@ def test_a_rank_needs_little_more_memory_than_its_share(tmp_path):
 def misplaced_rows(mesh, folder):
     """A loader that shifts rows must be caught by the comparison with the file."""
     config = ModelConfig(path=str(folder), dtype="float32")
-    model = load(folder, config, mesh)
+    model, names = load(folder, config, mesh)
     checkpoint = weights.ModelFolder(folder)
-    names = match(model, checkpoint)
     caught = 0
     for param in (model.model.layers[0].mlp.up_proj.weight, model.model.embed_tokens.weight):
         local = param.to_local().detach()

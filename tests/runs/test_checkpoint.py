@@ -1,5 +1,6 @@
 """Checkpoints: exact on the same ranks, the same on any others, and never believed when something is wrong with them."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -65,12 +66,12 @@ def test_a_checkpoint_holds_what_the_base_model_lacks_and_no_more(two_steps):
     assert payload < found[0]["bytes"][1] < payload + headers
     files = sorted(path.name for path in step.folder.iterdir())
     assert files == ["manifest.json", "shard-00000-of-00002.safetensors", "shard-00001-of-00002.safetensors"]
-    for name, parameter in step.manifest["parameters"].items():
+    for name, parameter in step.manifest.parameters.items():
         indices = torch.cat([load_file(step.folder / file)[f"{name}/indices"] for file in files[1:]])
         assert (indices[1:] > indices[:-1]).all()
-        assert indices.numel() == parameter["principal"]
+        assert indices.numel() == parameter.principal
         touched, values = step.touched(name)
-        assert touched.numel() == values.numel() == parameter["principal"] + parameter["dropped"]
+        assert touched.numel() == values.numel() == parameter.principal + parameter.dropped
         assert (touched[1:] > touched[:-1]).all()
 
 
@@ -220,9 +221,10 @@ def test_what_an_older_attempt_writes_is_not_believed(run_dir):
     new = builders.claimed(run_dir)
     assert (new.number, new.accepts) == (2, before)
     folder = shutil.copytree(run_dir / "checkpoints" / "step-00000002", run_dir / "checkpoints" / "step-00000003")
-    manifest = json.loads((folder / "manifest.json").read_text()) | {"step": 3}  # attempt 1 goes on writing
-    del manifest["sha256"]
-    (folder / "manifest.json").write_text(json.dumps(manifest | {"sha256": checkpoint.manifest_digest(manifest)}))
+    manifest = checkpoint.open_step(run_dir / "checkpoints" / "step-00000002").manifest
+    (folder / "manifest.json").unlink()
+    later = dataclasses.replace(manifest.snapshot, step=3)  # attempt 1 goes on writing
+    dataclasses.replace(manifest, snapshot=later).write(folder / "manifest.json")
     assert checkpoint.open_step(folder).number == 3
     assert builders.accepted_in(run_dir) == before
     with pytest.raises(claims.Superseded, match="attempt 2 has taken over from this one, attempt 1"):
@@ -252,7 +254,7 @@ def test_an_attempt_commits_over_what_an_older_one_left(run_dir, tiny_model, tmp
     ((refused, name),) = ranks.run(1, commit_over_a_leftover, config, run_dir)
     assert "attempt 2 has taken over" in refused
     assert name == "step-00000003"
-    assert checkpoint.open_step(left_over).manifest["attempt"] == 2
+    assert checkpoint.open_step(left_over).manifest.attempt == 2
     assert (run_dir / "checkpoints" / "set-aside-1-step-00000003").is_dir()
     # one to keep, and that is verified: those that attempt 1 left are older
     assert sorted(builders.accepted_in(run_dir)) == ["step-00000003"]

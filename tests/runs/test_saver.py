@@ -2,9 +2,10 @@
 
 import shutil
 import subprocess
-import time
+import threading
 
 import builders
+import hooks
 import ranks
 import torch
 
@@ -107,22 +108,17 @@ def test_a_save_does_not_hold_up_training(tiny_model, tmp_path):
 
 def save_on_a_slow_disk(mesh, config, run_dir):
     """Steps go on while a file is being written; the outcome comes later."""
-    write = saver._write_file
-
-    def slow(path, state):
-        time.sleep(1.0)
-        return write(path, state)
-
-    saver._write_file = slow
     trainer = builders.trainer(mesh, config)
     writer = Checkpointer(builders.claimed(run_dir), mesh, 2, None)
     trainer.run_step()
-    state = trainer.method.principal.state_dict(trainer.method.optimizer)
-    writer.save(state, trainer.method.principal.matrices, {"step": 1, "state": trainer.state()})
-    trainer.run_step()
-    trainer.run_step()
-    busy, first = writer.busy, writer.take_outcome()
-    writer.wait()
+    released = threading.Event()
+    with hooks.around(saver, "_write_file", before=lambda *_: released.wait()):
+        builders.begin_to_save(trainer, writer)
+        trainer.run_step()
+        trainer.run_step()
+        busy, first = writer.busy, writer.take_outcome()
+        released.set()
+        writer.wait()
     return busy, first, trainer.step, writer.take_outcome().name
 
 

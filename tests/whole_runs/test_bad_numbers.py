@@ -3,6 +3,7 @@
 import json
 
 import builders
+import hooks
 import pytest
 import ranks
 import torch
@@ -12,11 +13,10 @@ from liftdist.training import loss as training_loss
 
 def with_bad_numbers(mesh, config, kind, steps):
     """One attempt in which rank 1 computes a loss, or a gradient, that is no number in some steps."""
-    original, calls = training_loss.token_losses, 0
+    calls = 0
 
-    def losses(model, batch, *rest):
+    def spoil(loss, *_):
         nonlocal calls
-        loss = original(model, batch, *rest)
         calls += 1
         if mesh.rank == 1 and (calls + 1) // 2 in steps:
             if kind == "loss":
@@ -25,11 +25,8 @@ def with_bad_numbers(mesh, config, kind, steps):
                 loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss
 
-    training_loss.token_losses = losses
-    try:
+    with hooks.around(training_loss, "token_losses", after=spoil):
         return builders.run_once(mesh, config)
-    finally:
-        training_loss.token_losses = original
 
 
 def numbers_gone_wrong(mesh, config, folder):
@@ -73,19 +70,18 @@ def test_a_step_that_goes_wrong_on_one_rank_changes_nothing_on_any(diverging, tm
 
 def with_large_gradients(mesh, config):
     """Gradients whose squares are beyond float32, in step 2: finite, and yet poison for Adam's second moment."""
-    original, calls = training_loss.token_losses, 0
+    calls = 0
 
-    def losses(model, batch, *rest):
+    def spoil(loss, *_):
         nonlocal calls
         calls += 1
-        loss = original(model, batch, *rest)
         if (calls + 1) // 2 == 2:
             loss.register_hook(lambda gradient: gradient * 1e25)
         return loss
 
-    training_loss.token_losses = losses
     config.optimizer.max_grad_norm = None
-    return builders.run_once(mesh, config)
+    with hooks.around(training_loss, "token_losses", after=spoil):
+        return builders.run_once(mesh, config)
 
 
 def test_a_gradient_whose_square_overflows_is_no_step(diverging, tmp_path):

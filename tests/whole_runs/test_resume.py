@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import builders
+import hooks
 import pytest
 import ranks
 from commands import run_command, user_error, write_config
@@ -216,16 +217,14 @@ def test_another_batch_size_sees_the_rest_of_the_data_and_no_more(tiny_model, tm
 
 def run_until(mesh, config, text, step):
     """A run that is asked to stop after ``step``."""
-    original, stop = trainer.Trainer.run_step, StopRequests()
+    stop = StopRequests()
 
-    def run_step(self):
-        figures = original(self)
-        if self.step == step:
+    def stop_there(figures, trained):
+        if trained.step == step:
             stop.reason = "enough"
         return figures
 
-    trainer.Trainer.run_step = run_step
-    with contextlib.suppress(Stopped):
+    with hooks.around(trainer.Trainer, "run_step", after=stop_there), contextlib.suppress(Stopped):
         train(config, mesh, text, {schema.COURSE}, stop)
 
 
@@ -280,16 +279,10 @@ def test_curves_go_on_without_a_step_twice(tiny_model, tmp_path):
 
 def break_after(mesh, config, text, step):
     """A run that a bug ends after ``step``."""
-    original = trainer.Trainer.run_step
 
-    def run_step(self):
-        if self.step == step:
+    def fail(trained):
+        if trained.step == step:
             raise RuntimeError("a bug")
-        return original(self)
 
-    trainer.Trainer.run_step = run_step
-    try:
+    with hooks.around(trainer.Trainer, "run_step", before=fail), pytest.raises(RuntimeError, match="a bug"):
         train(config, mesh, text, set(), StopRequests())
-    except RuntimeError:
-        return
-    raise AssertionError

@@ -1,10 +1,12 @@
 """Runs that are asked to stop at any moment: on real ranks, with real signals."""
 
+import contextlib
 import os
 import signal
 import time
 
 import builders
+import hooks
 import ranks
 import torch
 
@@ -23,6 +25,7 @@ class Strike:
         self.mesh, self.phase, self.number = mesh, phase, number
         self.forwards = self.evaluations = 0
         self.struck_in_step = None
+        self.hooks = contextlib.ExitStack()
 
     def hit(self, phase):
         if phase == self.phase and self.struck_in_step is None:
@@ -32,39 +35,31 @@ class Strike:
                 os.kill(os.getpid(), self.number)
 
     def __enter__(self):
-        self.originals = training_loss.token_losses, low_rank.select, saver._write_file, weights.ModelFolder.read
-        losses, select, write, read = self.originals
-
-        def token_losses(model, batch, *rest):
-            if model.training:
-                self.forwards += 1
-                if self.forwards in (3, 4):
-                    self.hit("forward" if self.forwards == 3 else "accumulation")
-            else:
-                self.evaluations += 1
-                if self.evaluations == 15:  # inside the second of ten micro-batches
-                    self.hit("evaluation")
-            return losses(model, batch, *rest)
-
-        def score(*arguments):
-            self.hit("refresh" if self.forwards else "selection")
-            return select(*arguments)
-
-        def write_file(path, state):
-            self.hit("save")
-            time.sleep(0.3)
-            return write(path, state)
-
-        def read_rows(*arguments):
-            self.hit("loading")
-            return read(*arguments)
-
-        training_loss.token_losses, low_rank.select, saver._write_file = token_losses, score, write_file
-        weights.ModelFolder.read = read_rows
+        around = self.hooks.enter_context
+        around(hooks.around(training_loss, "token_losses", before=self.in_forward))
+        around(
+            hooks.around(low_rank, "select", before=lambda *_: self.hit("refresh" if self.forwards else "selection"))
+        )
+        around(hooks.around(saver, "_write_file", before=self.in_save))
+        around(hooks.around(weights.ModelFolder, "read", before=lambda *_: self.hit("loading")))
         return self
 
     def __exit__(self, *_):
-        training_loss.token_losses, low_rank.select, saver._write_file, weights.ModelFolder.read = self.originals
+        self.hooks.close()
+
+    def in_forward(self, model, *_):
+        if model.training:
+            self.forwards += 1
+            if self.forwards in (3, 4):
+                self.hit("forward" if self.forwards == 3 else "accumulation")
+        else:
+            self.evaluations += 1
+            if self.evaluations == 15:  # inside the second of ten micro-batches
+                self.hit("evaluation")
+
+    def in_save(self, *_):
+        self.hit("save")
+        time.sleep(0.3)
 
 
 def stopped_in_every_phase(mesh, config, folder):

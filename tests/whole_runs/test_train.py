@@ -183,7 +183,7 @@ def counts(mesh, config, folder):
     from liftdist.engine.criteria import low_rank
 
     low_rank.select = None
-    _, method = setup.model_and_method(
+    _, _, method = setup.model_and_method(
         RunContext(config, mesh, Console(False)), folder, weights.digest(folder, Path(config.cache_dir))
     )
     return method.principal.values.numel()
