@@ -31,6 +31,7 @@ from liftdist import PrincipalWeights
 from liftdist.distributed.collectives import gather
 from liftdist.distributed.mesh import Mesh
 from liftdist.runs import checkpoint, claims
+from liftdist.runs.manifest import Provenance, Snapshot
 from liftdist.runs.saver import Checkpointer, Saved
 
 RANKS = 2
@@ -66,7 +67,7 @@ def _save_for_ever(rank: int, folder: Path, run_dir: Path) -> None:
             with torch.no_grad():
                 principal.values.fill_(step)
             principal.write_back()
-            saver.save(principal.state_dict(), principal.matrices, {"step": step})
+            saver.save(principal.state_dict(), principal.matrices, Snapshot(step, {}, Provenance("", {}, "", "")))
             saver.wait()
             outcome = saver.take_outcome()
             if rank == 0 and isinstance(outcome, Saved):

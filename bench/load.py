@@ -43,7 +43,7 @@ def main() -> None:
     ):
         for _ in range(options.rounds):
             read = 0
-            seconds, model = measure.timed(lambda: load(options.model, config.model, mesh))
+            seconds, (model, _) = measure.timed(lambda: load(options.model, config.model, mesh))
             taken.append(seconds)
             share = sum(local_tensor(tensor).nbytes for tensor in build.tensors(model).values())
         ratio = max(collectives.gather(read / share))

@@ -27,7 +27,7 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
     live = LiveBytes()
     rows, length = config.train.micro_batch_size, config.data.max_length
     with live:
-        model = load(folder, config.model, mesh)
+        model, _ = load(folder, config.model, mesh)
         for param in model.parameters():
             live.add(param)
         contender = contenders.Liftdist(model, config, mesh, sharded=True)

@@ -159,7 +159,7 @@ def rank(options: argparse.Namespace) -> None:
         console = Console(mesh.is_main)
         inputs = prepare_inputs(config, console)
         base = weights.digest(inputs.folder, Path(config.cache_dir))
-        model, method = setup.model_and_method(RunContext(config, mesh, console), inputs.folder, base)
+        model, _, method = setup.model_and_method(RunContext(config, mesh, console), inputs.folder, base)
         model.train()
         trainer = Trainer(config, mesh, inputs, model, method)
         dense = Dense(trainer, mesh)

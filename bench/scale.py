@@ -28,6 +28,7 @@ from liftdist.engine.criteria import low_rank
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.models import build, head
 from liftdist.models.load import _fill, shard
+from liftdist.models.names import NameMap
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
@@ -84,7 +85,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         live, traffic = LiveBytes(), Traffic()
         with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
-            _fill(model, folder, {name: name for name in build.tensors(model)}, lambda: None)
+            _fill(model, folder, NameMap({name: name for name in build.tensors(model)}), lambda: None)
             model.train()
             principal = PrincipalWeights(
                 model,
