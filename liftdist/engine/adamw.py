@@ -111,7 +111,8 @@ class PrincipalAdamW(torch.optim.AdamW):
             if not _is_missing_toolchain(error):
                 raise
             warnings.warn(
-                f"AdamW and the writing of weights run one after the other: no kernel here ({error})", stacklevel=3
+                f"AdamW and the writing of weights run one after the other, no Triton kernel here ({error})",
+                stacklevel=3,
             )
             return False
         return True
