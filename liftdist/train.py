@@ -17,14 +17,13 @@ if __name__ == "__main__":
     _early.catch()  # the imports below take seconds in which a signal must not be lost, nor taken for a crash
 
 import argparse
-import json
 import os
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from liftdist import config as configs
+from liftdist import environment
 from liftdist.console import Console
 from liftdist.distributed import mesh as meshes
 from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, PeerError, Stopped, UserError
@@ -51,7 +50,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
     try:
         config, text = configs.load(options.config, options.overrides)
         # SIGUSR2 is how the batch script of a SLURM job passes on a warning
-        stop.catch([*config.train.stop_signals, *(["SIGUSR2"] if failures.LOGS in os.environ else [])])
+        stop.catch([*config.train.stop_signals, *(["SIGUSR2"] if environment.LOGS.is_set() else [])])
         with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
             met = True
             if options.select_only:
@@ -63,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             _say(str(error))
         _leave(EXIT_USER_ERROR, stop, met)
     except Stopped as reason:
-        typed = json.loads(os.environ.get("LIFTDIST_COMMAND", "[]"))
+        typed = environment.COMMAND.get([])
         how = (
             f"the same command with run_dir={config.run_dir}, without --fresh,"
             if "--fresh" in typed
@@ -82,20 +81,19 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
 
 
 def _say(message: str) -> None:
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+    if environment.LOCAL_RANK.get(0) == 0:
         print(f"liftdist: {redact(message)}", file=sys.stderr, flush=True)
 
 
 def _leave(code: int, stop: StopRequests, all_do: bool = True) -> None:
     """Exit. The launcher learns the code from a file, as torchrun makes every code 1, and starts again what may restart."""
     stop.ignore()
-    status = os.environ.get("LIFTDIST_STATUS_FILE")
-    if status:
-        Path(status).write_text(str(code))
+    if (status := environment.STATUS_FILE.get()) is not None:
+        status.write_text(str(code))
         sys.exit(0 if all_do else code)
-    if code == EXIT_STOPPED and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+    if code == EXIT_STOPPED and environment.AGENT_MAX_RESTARTS.get(0) > 0:
         sys.exit(0)  # torchrun would start again what was asked to stop
-    time.sleep(1.0 if int(os.environ.get("LOCAL_RANK", 0)) else 0.0)  # let the speaking rank finish its line
+    time.sleep(1.0 if environment.LOCAL_RANK.get(0) > 0 else 0.0)  # let the speaking rank finish its line
     sys.exit(code)
 
 

@@ -8,7 +8,6 @@ alike (stop, give up, go on) are collective here: a rank that acted alone would 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from liftdist import environment
 from liftdist.distributed.collectives import Group
 from liftdist.errors import PeerError, Stopped, UserError
 
@@ -57,18 +57,18 @@ def start(layout: Callable[[int], tuple[int, int]], timeout: timedelta) -> Itera
         timeout: a collective that takes longer ends the job.
     """
     if torch.cuda.is_available():
-        local_ranks, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        local_ranks, gpus = environment.LOCAL_WORLD_SIZE.get(1), torch.cuda.device_count()
         if local_ranks > gpus:  # known to every rank of the machine, so that none waits for another
             raise UserError(
                 f"{local_ranks} ranks on this machine, but {gpus} GPUs are visible; start one rank for each GPU"
             )
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", environment.LOCAL_RANK.get(0))
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     else:
         device, backend = torch.device("cpu"), "gloo"
-    layout(int(os.environ.get("WORLD_SIZE", 1)))
-    if "RANK" in os.environ:
+    layout(environment.WORLD_SIZE.get(1))
+    if environment.RANK.is_set():
         dist.init_process_group(backend, timeout=timeout)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)

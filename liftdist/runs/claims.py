@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from liftdist import __version__, files
-from liftdist.environment import slurm_start
+from liftdist import __version__, environment, files
 from liftdist.errors import UserError
 from liftdist.heartbeat import heartbeat
 from liftdist.runs.layout import ATTEMPTS, CHECKPOINTS, LOGS, STOP_REQUESTED, TENSORBOARD
@@ -113,21 +112,20 @@ def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> N
 
 def _job() -> dict[str, str] | None:
     """The SLURM job of this process, and which start of it."""
-    if "SLURM_JOB_ID" not in os.environ:
-        return None
-    return {"id": f"slurm {os.environ['SLURM_JOB_ID']}", "time": slurm_start(os.environ)}
+    job = environment.SLURM_JOB_ID.get()
+    return None if job is None else {"id": f"slurm {job}", "time": environment.slurm_start()}
 
 
 def _is_earlier(job: Mapping[str, str] | None, launch: str | None) -> bool:
     """Whether a claim is of an earlier start of this job, or of this very start, whose ranks were started again since."""
     mine = _job()
-    if launch is not None and launch == os.environ.get("LIFTDIST_LAUNCH"):
-        return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun has ended the ranks before
+    if launch is not None and launch == environment.LAUNCH.get():
+        return environment.AGENT_RESTARTS.get(0) > 0  # torchrun has ended the ranks before
     if mine is None or job is None:
         return False
     if mine["id"] == job["id"]:
         return mine["time"] != job["time"]  # requeued, or restarted by its batch script
-    return job["id"] == f"slurm {os.environ.get('LIFTDIST_AFTER_JOB')}"  # which this one was made to wait for
+    return job["id"] == f"slurm {environment.AFTER_JOB.get()}"  # which this one was made to wait for
 
 
 def _this_process() -> dict[str, Any]:
@@ -222,7 +220,7 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
             "time": round(time.time(), 3),
             "version": __version__,
             "job": _job(),
-            "launch": os.environ.get("LIFTDIST_LAUNCH"),
+            "launch": environment.LAUNCH.get(),
             "process": _this_process(),
             "accepts": attempt.accepts,
         }
@@ -242,10 +240,10 @@ def _path(run_dir: Path, number: int) -> Path:
 
 def _clear_request(run_dir: Path) -> None:
     """Remove a request to stop that was meant for an earlier attempt: one older than the command that started this one."""
-    started = os.environ.get("LIFTDIST_STARTED")
+    started = environment.STARTED.get()
     if started is None:
         seconds = int(_process_state(os.getpid())[1]) / os.sysconf("SC_CLK_TCK")  # after the machine's start
-        started = str(time.time() - float(Path("/proc/uptime").read_text().split()[0]) + seconds)
+        started = time.time() - float(Path("/proc/uptime").read_text().split()[0]) + seconds
     with contextlib.suppress(FileNotFoundError):
-        if (run_dir / STOP_REQUESTED).lstat().st_mtime < float(started) - 2:  # clocks of machines differ a little
+        if (run_dir / STOP_REQUESTED).lstat().st_mtime < started - 2:  # clocks of machines differ a little
             (run_dir / STOP_REQUESTED).unlink()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from liftdist import __version__, files
+from liftdist import __version__, environment, files
 from liftdist.distributed.mesh import Mesh
 from liftdist.redaction import redact
 
@@ -23,7 +23,7 @@ SHOWN_ENVIRONMENT = (
     "OMP_NUM_THREADS",
     "NCCL_",
     "GLOO_",
-    "SLURM_JOB_ID",
+    environment.SLURM_JOB_ID.name,
     "SLURM_NNODES",
 )
 
@@ -33,7 +33,7 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
     files.write(run_dir / "config.yaml", text)
     with files.open_to_append(run_dir / "command.txt") as file:  # one line an attempt
         file.write(_command() + "\n")
-    environment = {
+    facts = {
         "liftdist": __version__,
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in SHOWN_PACKAGES},
@@ -45,13 +45,12 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
         "mesh": {"dp_replicate": mesh.device_mesh.size(0), "dp_shard": mesh.device_mesh.size(1)},
         "variables": {k: redact(v) for k, v in sorted(os.environ.items()) if k.startswith(SHOWN_ENVIRONMENT)},
     }
-    files.write(run_dir / "environment.json", json.dumps(environment, indent=2) + "\n")
+    files.write(run_dir / "environment.json", json.dumps(facts, indent=2) + "\n")
 
 
 def _command() -> str:
     """The command as it was typed, or the rank's own where nobody typed ``liftdist``."""
-    typed = os.environ.get("LIFTDIST_COMMAND")
-    return shlex.join(map(redact, json.loads(typed) if typed else sys.orig_argv))
+    return shlex.join(map(redact, environment.COMMAND.get(sys.orig_argv)))
 
 
 def _git_state() -> str | None:

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from liftdist import failures, files
+from liftdist import environment, failures, files
 
 _PR_SET_PDEATHSIG = 1
 _LAST_WORDS = 8.0  # seconds from the end of patience to the end of the process
@@ -21,7 +21,7 @@ _LAST_WORDS = 8.0  # seconds from the end of patience to the end of the process
 
 def die_with_parent() -> None:
     """Have this process killed when the agent that started it dies, so that no rank outlives its job."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if environment.AGENT_RUN_ID.is_set():
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:  # it died before

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable
 
+from liftdist import environment
 from liftdist.distributed import collectives
 from liftdist.errors import UserError
 from liftdist.registry import EVALUATIONS
@@ -35,7 +35,7 @@ class Loop:
         self._step_seconds = 0.0
         self._failed_saves = self._failed_in_a_row = 0
         self._saved = f"step-{checkpointer.last_step:08d}" if checkpointer.last_step else None
-        self._lead = float(os.environ.get("LIFTDIST_LEAD", "inf"))  # seconds from a scheduler's warning to its end
+        self._lead = environment.LEAD.get(math.inf)  # seconds from a scheduler's warning to its end
 
     def to_the_end(self) -> None:
         """All steps that are left. Raises ``Stopped``, between steps or inside an evaluation, where all ranks agreed to."""
