@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +160,10 @@ def _load_dataset(*args: Any, **options: Any) -> Any:
     except Exception as error:  # the library raises almost anything
         name = options.get("data_files", args[0])
         raise UserError(f"data {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
+
+
+def remember_digests(paths: Iterable[str | None], cache_dir: Path) -> None:
+    """Hash local files once, for the ranks of this machine to find their digests. Raises ``UserError`` as :func:`open_source`."""
+    for path in paths:
+        if path is not None and is_local(path):
+            open_source(path, None, "train").digest(cache_dir)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from liftdist.data.chat import encode
 IGNORED = -100  # label of a token that does not count towards the loss
 #: Settings that do not decide what the tokens are; all others are part of the key of the cache.
 NOT_IN_TOKENS = ("path", "eval_path", "subset", "split", "eval_split", "packing")
+FORMAT = 2  # of the parts
 PART_RECORDS = 2048  # records tokenised as one unit of work
 
 
@@ -72,16 +73,9 @@ def tokenise(
     Raises:
         UserError: a record that cannot be read (file and line), or nothing left to learn.
     """
-    import datasets
-
     source = sources.open_source(path, config.subset, split)
     read = records.reader(source, config.format)
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_TOKENS}
-    key = hashlib.sha256(
-        json.dumps(
-            [source.digest(cache_dir), settings, _tokenizer_digest(tokenizer), vocabulary, 2], sort_keys=True
-        ).encode()
-    ).hexdigest()[:24]
+    key = _key(source, config, tokenizer, vocabulary, cache_dir)
     folder = cache_dir.expanduser() / "tokens" / key
     starts = range(0, len(source), PART_RECORDS)
     parts = [folder / f"part-{number:06d}" for number in range(len(starts))]
@@ -92,13 +86,32 @@ def tokenise(
         if not parts[number].exists():
             part = source.read(starts[number], starts[number] + PART_RECORDS)
             _write_part(parts[number], _encode_all(part, read, tokenizer, vocabulary, config))
-    counts = [json.loads((part / "counts.json").read_text()) for part in parts]
-    loaded = [datasets.load_from_disk(str(p)) for p, count in zip(parts, counts, strict=True) if count["kept"]]
-    if not loaded:
+    samples = _load(parts, key, path)
+    if samples is None:
         raise UserError(
             f"data {path}: nothing to learn: in all {len(source)} samples no token of a response is left within "
             f"data.max_length={config.max_length} (data.overlong={config.overlong})"
         )
+    return samples
+
+
+def _key(
+    source: sources.Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cache_dir: Path
+) -> str:
+    """The name of the tokens in the cache: of all that decides them."""
+    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_TOKENS}
+    parts = [source.digest(cache_dir), settings, _tokenizer_digest(tokenizer), vocabulary, FORMAT]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _load(parts: Sequence[Path], key: str, path: str) -> Samples | None:
+    """The samples of all parts; None if there are none."""
+    import datasets
+
+    counts = [json.loads((part / "counts.json").read_text()) for part in parts]
+    loaded = [datasets.load_from_disk(str(p)) for p, count in zip(parts, counts, strict=True) if count["kept"]]
+    if not loaded:
+        return None
     table = datasets.concatenate_datasets(loaded)
     return Samples(
         table.select_columns(["input_ids", "labels"]),

@@ -13,6 +13,7 @@ the criterion is a function.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -87,28 +88,20 @@ def select(
     Raises:
         UserError: naming the parameter, when its weights are not finite; a ``ValueError``, on every rank.
     """
-    shards = 1 if shard_group is None else shard_group.size()
-    shard = 0 if shard_group is None else shard_group.rank()
-    replicas = 1 if replicate_group is None else replicate_group.size()
-    replica = 0 if replicate_group is None else replicate_group.rank()
+    shards, shard = _size_and_rank(shard_group)
+    replicas, replica = _size_and_rank(replicate_group)
     costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
     owners = assign_owners(costs, replicas * shards)
-    queues = [[i for i, owner in enumerate(owners) if owner == rank] for rank in range(replicas * shards)]
-    for queue in queues:
-        queue.sort(key=lambda i: (-costs[i], i))  # alike in cost within a round
-    rounds = max(map(len, queues))
+    rounds = _rounds(costs, owners, replicas * shards)
     found: dict[int, Tensor] = {}
     failure: Exception | None = None
-    turns = [
-        [queue[turn] if turn < len(queue) else None for queue in queues[replica * shards :][:shards]]
-        for turn in range(rounds)
-    ]
-    arriving = _start_gather(matrices, turns[0], shard, shard_group)
-    for turn, wanted in enumerate(turns):
-        mine = wanted[shard]
-        whole = arriving()
-        if turn + 1 < rounds:  # the next matrices travel while these are factored
-            arriving = _start_gather(matrices, turns[turn + 1], shard, shard_group)
+    first = replica * shards
+    arriving = _start_gather(matrices, rounds[0][first : first + shards], shard, shard_group)
+    for number, items in enumerate(rounds):
+        wanted = items[first : first + shards]
+        mine, whole = wanted[shard], arriving()
+        if number + 1 < len(rounds):  # the next matrices travel while these are factored
+            arriving = _start_gather(matrices, rounds[number + 1][first : first + shards], shard, shard_group)
         indices = torch.empty(0, dtype=torch.int64)
         if mine is not None and whole is not None and failure is None:
             try:  # the other ranks wait in the exchanges: go on, raise at the end
@@ -120,17 +113,28 @@ def select(
             except Exception as error:
                 failure = error
         del whole
-        for item, local in zip(wanted, _return_indices(matrices, mine, indices, shard_group), strict=True):
-            if item is not None:
-                found[item] = local
+        returned = _return_indices(matrices, mine, indices, shard_group)
+        found |= {item: local for item, local in zip(wanted, returned, strict=True) if item is not None}
         if progress is not None:
-            progress(sum(min(turn + 1, len(queue)) for queue in queues), len(matrices))
+            progress(sum(item is not None for earlier in rounds[: number + 1] for item in earlier), len(matrices))
     with together():
         if failure is not None:
             raise failure
     if replicate_group is not None:
         _share(matrices, [owner // shards for owner in owners], found, replica, replicate_group)
     return [found[i] for i in range(len(matrices))]
+
+
+def _size_and_rank(group: Group) -> tuple[int, int]:
+    return (1, 0) if group is None else (group.size(), group.rank())
+
+
+def _rounds(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[list[int | None]]:
+    """For each round the matrix of every rank, if it has one: the most costly first, so that those of a round are alike."""
+    queues: list[list[int]] = [[] for _ in range(ranks)]
+    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
+        queues[owners[item]].append(item)
+    return [list(items) for items in itertools.zip_longest(*queues)]
 
 
 def _score(matrix: Matrix, count: int, whole: Tensor, criterion: Criterion) -> Tensor:

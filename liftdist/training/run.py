@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from liftdist import preflight, schema
+from liftdist import environment, preflight, schema
 from liftdist.console import Console
+from liftdist.data import sources
 from liftdist.deltas import of_run
 from liftdist.deltas.formats import hf
 from liftdist.distributed import collectives
@@ -23,17 +24,18 @@ from liftdist.errors import PeerError, Stopped, UserError
 from liftdist.models import weights
 from liftdist.redaction import redact
 from liftdist.runs import changes, checkpoint, claims, layout
+from liftdist.runs.checkpoint import Step
 from liftdist.runs.claims import Attempt
 from liftdist.runs.context import RunContext
 from liftdist.runs.describe import describe_run
 from liftdist.runs.layout import CHECKPOINTS
-from liftdist.runs.manifest import Snapshot
+from liftdist.runs.manifest import Provenance, Snapshot
 from liftdist.runs.saver import Checkpointer
 from liftdist.runs.stop import CancellationPoint, StopRequests
 from liftdist.runs.watchdog import Watchdog
 from liftdist.schema import Config
 from liftdist.training import setup
-from liftdist.training.inputs import prepare_inputs
+from liftdist.training.inputs import Inputs, prepare_inputs
 from liftdist.training.loop import Loop
 from liftdist.training.recorder import Recorder
 from liftdist.training.trainer import Trainer
@@ -91,61 +93,32 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRe
 def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) -> Trainer:
     """Everything but the export."""
     config, mesh, console, cancellation = context.config, context.mesh, context.console, context.cancellation
-    run_dir = attempt.run_dir
-    with together():
-        inputs = prepare_inputs(config, console, mesh.rank / mesh.world_size, cancellation)
+    inputs = _inputs(context)
     shards = mesh.device_mesh.size(1)
-    saved = checkpoint.newest(run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat)
+    saved = checkpoint.newest(
+        attempt.run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat
+    )
     base = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
     provenance = changes.provenance(config, text, base, inputs.samples.digest)
-    first = collectives.gather(provenance)[0]
-    with together():
-        changes.check_alike(provenance, first, mesh.rank)
-        changed = changes.between(saved.manifest.provenance, provenance) if saved else []
-        changes.refuse(changed, allowed, run_dir)
-    if changed:
-        console.say("changed since the checkpoint: " + "; ".join(redact(line) for _, line in changed))
+    means_other = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
     model, names, method = setup.model_and_method(context, inputs.folder, base, from_checkpoint=saved is not None)
-    trained = {matrix.name: names.stored[matrix.name] for matrix in method.matrices}
     model.train()
     trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
     if saved is not None:
-        with together():
-            tensors = saved.read(method.matrices)
-        trainer.restore(saved.manifest.snapshot.state, tensors)
-        del tensors
-        if schema.STATE in {kind for kind, _ in changed}:  # the state means something else now
-            method.reselect()
-        console.say(
-            f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
-            f"learning rate {trainer.schedule.get_last_lr()[0]:.3g}"
-            if trainer.step < trainer.steps
-            else f"nothing is left to train: step {trainer.step} of {trainer.steps} is done"
-        )
+        _resume(context, trainer, saved, attempt, means_other)
     checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
-    with together():
-        if mesh.is_main:  # not before: what failed until here can be put right and started again
-            describe_run(run_dir, text, mesh)
-        after = trainer.step if saved else None if attempt.number == 1 else -1
-        recorder = Recorder(run_dir, mesh.is_main, after, console.say)
-    recorder.text("config", text)
-    recorder.text("parameters", method.describe(model))
-    console.say(
-        f"{trainer.steps} steps of {config.train.batch_size} sequences on {mesh.world_size} ranks "
-        f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}"
-    )
-    run = Loop(
-        context,
-        trainer,
-        recorder,
-        checkpointer,
-        lambda: Snapshot(trainer.step, trainer.state(), provenance, trained),
-    )
+    recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
+    trained = {matrix.name: names.stored[matrix.name] for matrix in method.matrices}
+
+    def snapshot() -> Snapshot:
+        return Snapshot(trainer.step, trainer.state(), provenance, trained)
+
+    loop = Loop(context, trainer, recorder, checkpointer, snapshot)
     try:
-        run.to_the_end()
+        loop.to_the_end()
     except Stopped as reason:
         console.say(f"{reason}: saving step {trainer.step}")
-        run.save_last()
+        loop.save_last()
         raise
     except (UserError, PeerError):  # all ranks are here: what is being written may be finished
         checkpointer.wait(cancellation.beat)
@@ -153,6 +126,69 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     finally:
         recorder.close()
     return trainer
+
+
+def _inputs(context: RunContext) -> Inputs:
+    """The tokenised data. The first rank of each machine hashes a file, the others find its digest in the cache. Collective."""
+    config, mesh = context.config, context.mesh
+    with together():
+        if environment.LOCAL_RANK.get(0) == 0:
+            sources.remember_digests([config.data.path, config.data.eval_path], Path(config.cache_dir))
+    with together():
+        return prepare_inputs(config, context.console, mesh.rank / mesh.world_size, context.cancellation)
+
+
+def _check_changes(
+    context: RunContext, provenance: Provenance, saved: Step | None, allowed: set[str], run_dir: Path
+) -> bool:
+    """Compare all ranks with each other and with the checkpoint. Collective.
+
+    Returns:
+        Whether the state that was saved means something else now.
+
+    Raises:
+        UserError: ranks differ, or something has changed that may not.
+    """
+    first = collectives.gather(provenance)[0]
+    with together():
+        changes.check_alike(provenance, first, context.mesh.rank)
+        changed = changes.between(saved.manifest.provenance, provenance) if saved else []
+        changes.refuse(changed, allowed, run_dir)
+    if changed:
+        context.console.say("changed since the checkpoint: " + "; ".join(redact(line) for _, line in changed))
+    return schema.STATE in {kind for kind, _ in changed}
+
+
+def _resume(context: RunContext, trainer: Trainer, saved: Step, attempt: Attempt, means_other: bool) -> None:
+    """Put the state of a checkpoint into the trainer. Collective."""
+    with together():
+        tensors = saved.read(trainer.method.matrices)
+    trainer.restore(saved.manifest.snapshot.state, tensors)
+    if means_other:
+        trainer.method.reselect()
+    context.console.say(
+        f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
+        f"learning rate {trainer.schedule.get_last_lr()[0]:.3g}"
+        if trainer.step < trainer.steps
+        else f"nothing is left to train: step {trainer.step} of {trainer.steps} is done"
+    )
+
+
+def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt, resumed: bool) -> Recorder:
+    """Say what runs, in the run directory and on the console; from here on figures are recorded. Collective."""
+    mesh, run_dir = context.mesh, attempt.run_dir
+    with together():
+        if mesh.is_main:  # not before: what failed until here can be corrected and started again
+            describe_run(run_dir, text, mesh)
+        after = trainer.step if resumed else None if attempt.number == 1 else -1
+        recorder = Recorder(run_dir, mesh.is_main, after, context.console.say)
+    recorder.text("config", text)
+    recorder.text("parameters", trainer.method.describe(trainer.model))
+    context.console.say(
+        f"{trainer.steps} steps of {context.config.train.batch_size} sequences on {mesh.world_size} ranks "
+        f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}"
+    )
+    return recorder
 
 
 def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
