@@ -132,8 +132,9 @@ def _plan_arguments(parser: argparse.ArgumentParser) -> None:
 def _plan(options: argparse.Namespace) -> None:
     from liftdist.planning import plan  # imports torch
 
-    for line in plan.run(options):
-        print(line, flush=True)
+    lines, fits = plan.run(options)
+    print(*lines, sep="\n", flush=True)
+    sys.exit(0 if fits else 1)
 
 
 def _submit(options: argparse.Namespace) -> None:

@@ -11,17 +11,14 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
-
-from transformers import AutoConfig
 
 from liftdist import config as configs
 from liftdist.engine import selection
 from liftdist.errors import UserError
 from liftdist.models import build
+from liftdist.models.hub import resolve_config
 from liftdist.planning import footprint
 from liftdist.planning.footprint import Sizes
 from liftdist.schema import Config
@@ -70,7 +67,7 @@ def plan(
     # with the attention that transformers chooses: another may not be installed here, and keeps about as much
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
-    hf_config = _hf_config(config)
+    hf_config = build.check_type(resolve_config(config.model.path), config.model)
     size = footprint.sizes(build.build(hf_config, config.model), config.selection.modules)
     probes: dict[int, footprint.Activations] = {}
 
@@ -114,17 +111,6 @@ def plan(
             stays = footprint.peak(memory_of(MOST_SHARDS)) if result["smallest"] is None else None
             result["advice"] = _advice(config, footprint.rows(config, replicas * shards), result, stays)
     return result
-
-
-def _hf_config(config: Config) -> Any:
-    folder = Path(config.model.path).expanduser()
-    if folder.is_dir():
-        return build.check_type(folder, config.model)
-    try:
-        return AutoConfig.from_pretrained(config.model.path, trust_remote_code=config.model.trust_remote_code)
-    except Exception as error:  # the library raises almost anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"model.path {config.model.path}: {reason}") from None
 
 
 def _shard_counts(gpus_per_node: int) -> Iterator[int]:
@@ -207,8 +193,8 @@ def _gib(size: float) -> str:
 # The command.
 
 
-def run(options: argparse.Namespace) -> Iterator[str]:
-    """A plan, line by line; ends with code 1 where the run does not fit. Raises ``UserError``."""
+def run(options: argparse.Namespace) -> tuple[Iterable[str], bool]:
+    """The lines of a plan; and False where it is known that the run does not fit. Raises ``UserError``."""
     config, _ = configs.load(options.config, options.overrides)
     nodes = config.slurm.nodes if options.nodes is None else options.nodes
     gpus_per_node = options.gpus_per_node
@@ -226,9 +212,7 @@ def run(options: argparse.Namespace) -> Iterator[str]:
     if gib is not None:
         gpu = (gpu or Gpu(gib))._replace(memory=gib)
     found = plan(config, nodes, gpus_per_node, gpu, options.link_gbps)
-    yield from [json.dumps(found, indent=2)] if options.json else describe(found)
-    if found["fits"] is False:
-        sys.exit(1)
+    return [json.dumps(found, indent=2)] if options.json else describe(found), found["fits"] is not False
 
 
 def describe(found: dict[str, Any]) -> Iterator[str]:
