@@ -96,7 +96,7 @@ def _merge_file(path: Path, text: str, root: type, origin: dict[str, str]) -> An
     try:
         config.merge_with(OmegaConf.create(text))
     except OmegaConfBaseException as error:
-        key = _dotted(getattr(error, "full_key", None))
+        key = _key_of(error, nodes)
         raise UserError(f"{origin.get(key, f'{path}: {key}')}: {_explain(error, key, root)}") from None
     except yaml.MarkedYAMLError as error:  # what a loader minds and a parser does not: a key given twice
         line = error.problem_mark.line + 1 if error.problem_mark else 1
@@ -120,8 +120,8 @@ def _merge_override(config: Any, override: str, root: type, origin: dict[str, st
             held = f"0 to {len(entries) - 1}" if entries else "none"
             raise UserError(f"{origin[key]}: there is no entry {match[1]} (entries: {held}); add it in the file")
     try:
-        value = text if re.fullmatch(_CLOCK, text) else OmegaConf.from_dotlist([f"value={text}"]).value
-        OmegaConf.update(config, key, value)
+        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
+        OmegaConf.update(config, key, text if re.fullmatch(_CLOCK, text) else parsed["value"])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{origin[key]}: {_explain(error, key, root)}") from None
 
@@ -140,6 +140,15 @@ def _nodes(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, yaml.N
         for number, entry in enumerate(node.value):
             yield f"{prefix}{number}", entry.start_mark.line + 1, entry
             yield from _nodes(entry, f"{prefix}{number}.")
+
+
+def _key_of(error: Exception, nodes: Sequence[tuple[str, int, yaml.Node]]) -> str:
+    """The key that an error of OmegaConf is about; of an entry in a list it says the last part alone, and the value."""
+    key = _dotted(getattr(error, "full_key", None))
+    for name, _, node in nodes:
+        if name.endswith(f".{key}") and isinstance(node, yaml.ScalarNode) and f"'{node.value}'" in str(error):
+            return name
+    return key
 
 
 def _dotted(key: str | None) -> str:

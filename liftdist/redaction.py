@@ -19,10 +19,10 @@ _SECRET_NAME = re.compile(
     r"PASSW(OR)?D|PASSPHRASE|(^|_)(TOKEN|SECRET|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SECRET_?KEY|CREDENTIALS?|PASS|PAT)(_|$)|(^|_)KEY$",
     re.IGNORECASE,
 )
-_HARMLESS_NAME = re.compile(
-    r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|SLURM_\w+|\w*_(FILE|PATH|DIR|COUNT|LIMIT|TYPE|NAME|LENGTH)",
-    re.IGNORECASE,
-)
+_HARMLESS_NAME = re.compile(r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|SLURM_\w+")
+_HARMLESS_KIND = re.compile(
+    r"_(FILE|PATH|DIR|COUNT|LIMIT|TYPE|NAME|LENGTH)$", re.IGNORECASE
+)  # of one named like a secret
 _COMMON_VALUE = re.compile(
     r"[-+.\deE_]+|disabled?|enabled?|default|localhost|unknown|undefined|required|optional|bfloat16|float\d+",
     re.IGNORECASE,
@@ -50,7 +50,8 @@ def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
 
 
 def _is_secret(name: str, value: str) -> bool:
-    if not (name in _referenced or _SECRET_NAME.search(name)) or _HARMLESS_NAME.fullmatch(name):
+    named_like_one = _SECRET_NAME.search(name) and not _HARMLESS_KIND.search(name)
+    if not (name in _referenced or named_like_one) or _HARMLESS_NAME.fullmatch(name):
         return False
     return len(value) >= LEAST_LENGTH and not _COMMON_VALUE.fullmatch(value)
 
