@@ -1,10 +1,12 @@
-"""The kinds of files that hold records."""
+"""The kinds of files that hold records, and how much of them is read."""
 
+import hashlib
 import json
 
 import builders
 
-from liftdist.data import tokenised
+from liftdist import digests
+from liftdist.data import records, sources, tokenised
 
 
 def test_sources_agree(tokenizer, tmp_path):
@@ -19,3 +21,31 @@ def test_sources_agree(tokenizer, tmp_path):
         config = builders.config(tmp_path, path, tmp_path).data
         tables.append(tokenised.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache").table[:])
     assert tables[0] == tables[1] == tables[2]
+
+
+def test_the_first_records_are_there_without_reading_the_rest(tmp_path, monkeypatch):
+    """The whole file was hashed and indexed before its first record was looked at."""
+    line = json.dumps({"prompt": "a" * 100, "completion": "b"}) + "\n"
+    path = tmp_path / "large.jsonl"
+    path.write_text(line * 20_000)
+    monkeypatch.setattr(hashlib, "file_digest", lambda *_: 1 / 0)
+    source = sources.JsonlSource(path)
+    assert len(list(source.read(0, 10))) == 10
+    assert source._scanned < 64 * len(line)
+    records.check_first_records(builders.config(tmp_path, path, tmp_path).data)
+    assert len(source) == 20_000
+    assert [where for where, _ in source.read(19_998, 20_005)] == [f"{path}:19999", f"{path}:20000"]
+
+
+def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+    path = builders.write_records(tmp_path / "a.jsonl")
+    hashed = []
+    original = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda *given: hashed.append(1) or original(*given))
+    first = digests.of_file(path, tmp_path / "cache")
+    assert first == hashlib.sha256(path.read_bytes()).hexdigest()
+    sources.remember_digests([str(path), None, "some/hub-name"], tmp_path / "cache")
+    assert sources.open_source(str(path), None, "train").digest(tmp_path / "cache") == first
+    assert hashed == [1]
+    path.write_text(path.read_text() * 2)
+    assert digests.of_file(path, tmp_path / "cache") != first

@@ -109,3 +109,44 @@ def test_a_checkpoint_that_is_removed_while_it_is_exported_is_named(trained, fol
     shutil.rmtree(run_dir / "checkpoints")
     with pytest.raises(UserError, match="step-00000005: was removed meanwhile; a file named keep in it keeps it"):
         changes.get(changes.names[0])
+
+
+def test_an_adapter_finds_its_modules_where_the_files_lack_the_prefix(folders, tmp_path):
+    """Files of a base model alone have no ``model.`` before their names; peft knows the names in the model."""
+    from peft import PeftModel
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(folders[0]).model.save_pretrained(base)
+    for name in builders.TOKENIZER_FILES:
+        shutil.copy(folders[0] / name, base / name)
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(settings | {"architectures": ["LlamaForCausalLM"]}))
+    assert "layers.0.mlp.up_proj.weight" in weights.ModelFolder(base).file_of
+    records = builders.write_records(tmp_path / "records.jsonl")
+    config = builders.config(
+        base, records, tmp_path, model=dict(dtype="bfloat16"), optimizer=dict(lr=0.05), train=dict(steps=2)
+    )
+    ranks.run(1, builders.train_and_save, config)
+    cache = ("--cache-dir", tmp_path / "cache")
+    for form in ("hf", "shira", "delta"):
+        liftdist("export", tmp_path / "run", "--format", form, "--output", tmp_path / form, *cache)
+    assert "layers.0.mlp.up_proj.weight" in delta_file.read(tmp_path / "delta").names
+    liftdist("export", tmp_path / "delta", "--base", base, "--format", "shira", "--output", tmp_path / "again", *cache)
+    assert builders.contents(tmp_path / "again") == builders.contents(tmp_path / "shira")
+    tokens = torch.randint(0, 49152, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(tokens).logits
+        plain = AutoModelForCausalLM.from_pretrained(base)
+        before = plain(tokens).logits
+        adapted = PeftModel.from_pretrained(plain, tmp_path / "shira")(tokens).logits
+    assert not torch.equal(before, merged)
+    assert torch.equal(adapted, merged)
+
+
+def test_an_unknown_format_is_an_error(deltas, folders, tmp_path):
+    given = delta_file.read(deltas[0])
+    with pytest.raises(
+        UserError, match="export format 'shiar': must be one of hf, delta, shira, patch; did you mean shira"
+    ):
+        export(given, folders[0], tmp_path / "x", "shiar", tmp_path / "cache")
+    assert not (tmp_path / "x").exists()

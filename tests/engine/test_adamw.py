@@ -7,6 +7,7 @@ import torch
 from plain_models import flat, loss_of, make, mlp
 
 import liftdist
+from liftdist import PrincipalWeights
 from liftdist.engine.adamw import PrincipalAdamW
 
 
@@ -119,6 +120,25 @@ def test_a_closure_is_called_first(interpreter):
     before = principal.values.detach().clone()
     assert optimizer.step(closure) > 0
     assert (principal.values != before).any()
+
+
+def test_a_bug_in_the_kernel_is_raised(interpreter, monkeypatch):
+    """Only a missing compiler or driver makes do without it; anything else was a warning before."""
+    from liftdist.engine import kernels
+
+    class Broken:
+        def __getitem__(self, grid):
+            def launch(*_, **__):
+                raise TypeError("a bug in the kernel's arguments")
+
+            return launch
+
+    model = mlp()
+    principal = PrincipalWeights(model, density=0.05, filter_rank=8)
+    optimizer = PrincipalAdamW(principal)
+    monkeypatch.setattr(kernels, "adamw_and_write_back", Broken())
+    with pytest.raises(TypeError, match="a bug in the kernel's arguments"):
+        optimizer._compiles()
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
