@@ -28,7 +28,7 @@ def finished(tiny_model, tmp_path_factory):
     config = write_config(folder, tiny_model, records)
     secrets = {"MY_API_KEY": "sesame-open-1", "WANDB_THING": "sesame-open-2", "RECORDS": str(records)}
     run = run_command(
-        "train", config, "--nproc", 2, "train.seed=1", "data.eval_path=${oc.env:builders.RECORDS}",
+        "train", config, "--nproc", 2, "train.seed=1", "data.eval_path=${oc.env:RECORDS}",
         "selection.modules=['*', '${oc.env:WANDB_THING}']", "model.attn_implementation=sdpa", environment=secrets,
     )  # fmt: skip
     assert run.returncode == 0, run.stdout
