@@ -116,24 +116,7 @@ def attach(context: RunContext, model: nn.Module, base: str, from_checkpoint: bo
         from_checkpoint: select none, a checkpoint will bring them.
     """
     config, console, choice = context.config, context.console, context.config.selection
-    kept: dict[str, Tensor] = {}
-    cached: Path | None = None
-
-    def known(principal: PrincipalWeights) -> list[Tensor] | None:
-        nonlocal cached
-        if from_checkpoint:
-            return [torch.empty(0, dtype=torch.int32, device=matrix.device) for matrix in principal.matrices]
-        key = selections.key(base, principal.criterion, principal.matrices, principal.counts)
-        cached = Path(config.cache_dir).expanduser() / "selections" / key
-        indices = None
-        try:
-            indices = selections.read(cached, principal.matrices, principal.counts)
-        except FileNotFoundError:
-            pass
-        except (OSError, ValueError) as error:
-            console.say(f"selection in {cached} ignored: {error}")
-        return None if collectives.agree(indices is None) else indices
-
+    kept = _Kept(context, base)
     if not from_checkpoint:
         console.say(f"selecting principal weights ({choice.method}, filter rank {choice.filter_rank})")
     started = time.perf_counter()
@@ -144,13 +127,12 @@ def attach(context: RunContext, model: nn.Module, base: str, from_checkpoint: bo
             budget=BUDGETS.load(choice.budget).make(choice),
             modules=choice.modules,
             replicate_group=context.mesh.replicate_group,
-            initial_indices=known,
+            initial_indices=_none if from_checkpoint else kept.read,
             sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             progress=context.cancellation.at_boundaries(progress),
-            on_selected=lambda name, indices: kept.__setitem__(name, indices.cpu()),
+            on_selected=kept.add,
         )
-    if collectives.agree(bool(kept)) and cached is not None and not selections.write(cached, kept):
-        console.say(f"selection not kept: cache_dir {config.cache_dir} is not shared by all ranks")
+    kept.write()
     total = sum(matrix.param.numel() for matrix in principal.matrices)
     everything = sum(param.numel() for param in model.parameters())
     console.say(
@@ -158,4 +140,42 @@ def attach(context: RunContext, model: nn.Module, base: str, from_checkpoint: bo
         f"{principal.num_selected / total:.2%} of them, {principal.num_selected / everything:.2%} of the model's {everything} "
         f"weights ({time.perf_counter() - started:.1f} s)"
     )
-    return Lift(config, principal, cached)
+    return Lift(config, principal, kept.folder)
+
+
+def _none(principal: PrincipalWeights) -> list[Tensor]:
+    """No principal weights yet, on this rank."""
+    return [torch.empty(0, dtype=torch.int32, device=matrix.device) for matrix in principal.matrices]
+
+
+class _Kept:
+    """The first selection of a run in the cache: read if it is there, else collected while it is made, and written."""
+
+    def __init__(self, context: RunContext, base: str) -> None:
+        self._context, self._base = context, base
+        self._selected: dict[str, Tensor] = {}  # whole selections of the matrices that this rank owned
+        self.folder: Path | None = None
+
+    def read(self, principal: PrincipalWeights) -> list[Tensor] | None:
+        """For each matrix ``[k_local]`` int32; None, on all ranks alike, where there is no good one. Collective."""
+        key = selections.key(self._base, principal.criterion, principal.matrices, principal.counts)
+        self.folder = Path(self._context.config.cache_dir).expanduser() / "selections" / key
+        indices = None
+        try:
+            indices = selections.read(self.folder, principal.matrices, principal.counts)
+        except FileNotFoundError:
+            pass
+        except (OSError, ValueError) as error:
+            self._context.console.say(f"selection in {self.folder} ignored: {error}")
+        return None if collectives.agree(indices is None) else indices
+
+    def add(self, name: str, indices: Tensor) -> None:
+        self._selected[name] = indices.cpu()
+
+    def write(self) -> None:
+        """Write what was selected, if anything was. Collective."""
+        if collectives.agree(bool(self._selected)):
+            assert self.folder is not None
+            if not selections.write(self.folder, self._selected):
+                cache_dir = self._context.config.cache_dir
+                self._context.console.say(f"selection not kept: cache_dir {cache_dir} is not shared by all ranks")

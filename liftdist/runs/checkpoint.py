@@ -213,43 +213,69 @@ def newest(
     Raises:
         UserError: a file cannot be read, though it may be whole; or there were checkpoints, and none is whole.
     """
-    is_main = not dist.is_initialized() or dist.get_rank() == 0
     reasons: list[str] = []
-    for name in gather(sorted(accepts, key=step_number, reverse=True) if is_main else [])[0]:
+    for name in gather(sorted(accepts, key=step_number, reverse=True) if _is_main() else [])[0]:
         folder = run_dir / CHECKPOINTS / name
-        step: Step | None = None
-        reason: str | None = None
-        with together():
-            if is_main:
-                step, reason = _attempted(lambda: open_step(folder, accepts[name]))  # noqa: B023  called at once
-        manifest = gather(step.manifest if step else None)[0]
-        if manifest is not None:
-            step = Step(folder, manifest)
-            with together():
-                _, reason = _attempted(lambda: step.verify(step.overlapping(shard, shards), beat))  # noqa: B023
-        problems = [f"{problem} (rank {rank})" for rank, problem in enumerate(gather(reason)) if problem]
+        step, problems = _examine(folder, accepts.get(name), shard, shards, beat)
         if not problems:
             return step
-        with together():  # only what the first rank finds damaged, too, is: another may merely not see the file system
-            if is_main and step is not None:
-                _, reason = _attempted(lambda: step.verify(step.manifest.files, beat))  # noqa: B023
-                if reason is None:
-                    raise UserError(
-                        f"{problems[0]}; rank 0 finds it whole: is run_dir the same folder on every machine?"
-                    )
-            if is_main and not folder.exists():
-                say(f"checkpoint {name} is gone")
-            elif is_main and set_aside:
-                say(f"checkpoint {name} cannot be used and was set aside as {set_aside_as(folder).name}: {reason}")
-            elif is_main:
-                say(f"checkpoint {name} cannot be used: {reason}")
-        reasons.append(gather(reason)[0])
+        reasons.append(_refuse(step, folder, problems, say, set_aside, beat))
     if reasons:
         raise UserError(
             f"run_dir {run_dir}: none of its checkpoints is whole: {'; '.join(reasons)}; "
             f"--fresh starts again in a new directory"
         )
     return None
+
+
+def _is_main() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _examine(
+    folder: Path, sha256: str | None, shard: int, shards: int, beat: Callable[[], None]
+) -> tuple[Step | None, list[str]]:
+    """A checkpoint whose manifest the first rank has read, and what any rank finds wrong with it. Collective."""
+    opened: Step | None = None
+    reason: str | None = None
+    with together():
+        if _is_main():
+            opened, reason = _attempted(lambda: open_step(folder, sha256))
+    manifest = gather(opened.manifest if opened else None)[0]
+    step = Step(folder, manifest) if manifest is not None else None
+    if step is not None:
+        with together():
+            _, reason = _attempted(lambda: step.verify(step.overlapping(shard, shards), beat))
+    return step, [f"{problem} (rank {rank})" for rank, problem in enumerate(gather(reason)) if problem]
+
+
+def _refuse(
+    step: Step | None,
+    folder: Path,
+    problems: list[str],
+    say: Callable[[str], None],
+    set_aside: bool,
+    beat: Callable[[], None],
+) -> str:
+    """Why a checkpoint cannot be used; ``say`` hears of it. Collective.
+
+    Damaged is only what the first rank finds damaged, too: another may merely not see the file system.
+    """
+    reason: str | None = problems[0].removesuffix(" (rank 0)")
+    with together():
+        if _is_main():
+            if step is not None:
+                _, reason = _attempted(lambda: step.verify(step.manifest.files, beat))
+            if reason is None:
+                raise UserError(f"{problems[0]}; rank 0 finds it whole: is run_dir the same folder on every machine?")
+            if not folder.exists():
+                say(f"checkpoint {folder.name} is gone")
+            elif set_aside:
+                aside = set_aside_as(folder).name
+                say(f"checkpoint {folder.name} cannot be used and was set aside as {aside}: {reason}")
+            else:
+                say(f"checkpoint {folder.name} cannot be used: {reason}")
+    return str(gather(reason)[0])
 
 
 def _attempted(work: Callable[[], Any]) -> tuple[Any, str | None]:

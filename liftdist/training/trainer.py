@@ -115,24 +115,14 @@ class Trainer:
         with self.watch("refresh"):
             figures |= self.method.before_step(step)
         sequences = self.order.batch(self.consumed, self.epochs)
-        lengths = self.inputs.samples.lengths
         micro_batches = split_micro_batches(
-            sequences, lengths, self.mesh.rank, self.mesh.world_size, self.config.train.micro_batch_size
+            sequences,
+            self.inputs.samples.lengths,
+            self.mesh.rank,
+            self.mesh.world_size,
+            self.config.train.micro_batch_size,
         )
-        loss_and_labels = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
-        micro_losses = []
-        tokens = 0
-        for micro in micro_batches:
-            with self.watch("data"):
-                batch = to_device(collate(self.inputs.samples, micro), self.mesh.device)
-                tokens += sum(int(lengths[sample]) for sequence in micro for sample in sequence)
-            with self.watch("forward_backward"):
-                loss = losses.token_losses(self.model, batch, self._loss)
-                loss.backward()
-                micro_losses.append(loss.detach())
-                loss_and_labels[0] += loss.detach()
-                loss_and_labels[1] += int((batch["labels"] != IGNORED).sum())
-            self._beat()
+        loss_and_labels, micro_losses, tokens = self._backward(micro_batches)
         with self.watch("exchange"):
             dist.all_reduce(loss_and_labels)
             self.method.reduce(loss_and_labels[1].float())
@@ -157,6 +147,28 @@ class Trainer:
         figures |= {"train/sequences": self.consumed, "train/skipped_steps": self.skipped}
         figures["local/tokens"] = tokens
         return figures
+
+    def _backward(self, micro_batches: list[list[list[int]]]) -> tuple[Tensor, list[Tensor], int]:
+        """Forward and backward of this rank's micro-batches.
+
+        Returns:
+            ``[2]`` float64, the summed loss and the number of labels; the loss of each micro-batch; the number of tokens.
+        """
+        loss_and_labels = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        micro_losses: list[Tensor] = []
+        tokens = 0
+        for micro in micro_batches:
+            with self.watch("data"):
+                batch = to_device(collate(self.inputs.samples, micro), self.mesh.device)
+                tokens += sum(int(self.inputs.samples.lengths[sample]) for sequence in micro for sample in sequence)
+            with self.watch("forward_backward"):
+                loss = losses.token_losses(self.model, batch, self._loss)
+                loss.backward()
+                micro_losses.append(loss.detach())
+                loss_and_labels[0] += loss.detach()
+                loss_and_labels[1] += int((batch["labels"] != IGNORED).sum())
+            self._beat()
+        return loss_and_labels, micro_losses, tokens
 
     def _skip(
         self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], micro_losses: list[Tensor]
