@@ -56,7 +56,7 @@ class Command:
 
 
 _RUN_EPILOG = (
-    "The settings are listed in README.md. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or a file `stop-requested` in the run directory "
+    "`liftdist settings` lists the settings. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or a file `stop-requested` in the run directory "
     "make a run save and stop, with exit code 75: the same command continues it. Exit code 2: something you can put right."
 )
 
@@ -117,6 +117,18 @@ def _make_fresh(options: argparse.Namespace) -> None:
     if (free := layout.next_free(run_dir)) != run_dir:
         print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
         options.overrides = [*options.overrides, f"run_dir={json.dumps(str(free))}"]
+
+
+def _settings_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("section", nargs="?", default="", help="only settings whose key begins with this, as `data`")
+
+
+def _settings(options: argparse.Namespace) -> None:
+    rows = [row for row in schema.reference() if row[0].startswith(options.section)]
+    if not rows:
+        raise UserError(f"settings {options.section}: there is none; `liftdist settings` lists all")
+    for key, default, meaning in rows:
+        print(f"{key}  ({default.strip('`')})\n    {meaning.replace('`', '')}")
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -297,6 +309,7 @@ COMMANDS = {
         "select the principal weights and train them; continue a run", _train_arguments, _train, _RUN_EPILOG
     ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
+    "settings": Command("list the settings of a config", _settings_arguments, _settings),
     "plan": Command("memory, traffic and time of a run, before it is submitted", _plan_arguments, _plan),
     "submit": Command("train as a job of a SLURM cluster", _submit_arguments, _submit),
     "status": Command("how the jobs of a run are and why", _run_dir_argument, lambda o: submit.status(o.run_dir)),
