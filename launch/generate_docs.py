@@ -1,0 +1,175 @@
+"""The pages of the guide that are made from the code, and ``llms.txt``, which is made from the guide.
+
+python launch/generate_docs.py      write the files of PAGES in docs/
+
+They are kept in the repository, so that the guide can be read without building it; a test says when one is out of date.
+"""
+
+import argparse
+import dataclasses
+import re
+import tomllib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from liftdist import cli, environment, registry, schema
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+ON_RESUME = {schema.NOTHING: "", schema.COURSE: "`--allow-changes`", schema.STATE: "`--allow-state-changes`"}
+
+#: Variables of other software. What the launcher sets gives way to what is set already.
+OTHERS = {
+    "CUDA_VISIBLE_DEVICES": "the GPUs to use; `liftdist train` starts a rank for each",
+    "HF_HUB_OFFLINE": "`1`: take models and data sets from the hub's cache, and use no network",
+    "HF_TOKEN": "your token for gated models; it is never printed or written",
+    "PYTHON": "the Python that `launch/setup` makes `.venv` with",
+    "SLURM_CONF": "the cluster to talk to; `slurm/cluster up` prints it",
+    "OMP_NUM_THREADS": "threads of a rank; the launcher sets the cores of the machine divided by its ranks",
+    "NCCL_SOCKET_IFNAME": "network interface of NCCL; the launcher sets the one that leads to the head",
+    "GLOO_SOCKET_IFNAME": "the same for gloo",
+    "TORCH_NCCL_DUMP_ON_TIMEOUT": "the launcher sets `1`: at a timeout every rank dumps what it waited for",
+    "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "where; the launcher sets a name in `logs/` of the run directory, in a job",
+    "TORCH_FR_BUFFER_SIZE": "how many collectives are remembered for that; the launcher sets `2000`",
+    "CUBLAS_WORKSPACE_CONFIG": "a run with `train.deterministic` sets `:4096:8`",
+}
+
+
+def settings() -> str:
+    """Every setting, a table for each section, and everything that is chosen by name."""
+    reference = {key: (default, meaning) for key, default, meaning in schema.reference()}
+    sections: dict[str, list[str]] = {}
+    for key, leaf in schema.settings():
+        default, meaning = reference[key]
+        row = [f"`{key}`", default, meaning + _bounds(leaf), ON_RESUME[leaf.metadata["changes"]]]
+        sections.setdefault(key.rpartition(".")[0], []).append(_row(row))
+    lines = [
+        _front("Every setting with its default, meaning and bounds; everything that is chosen by name."),
+        "# Settings",
+        "",
+        "`liftdist train FILE key=value ...`: defaults, then the file, then the command line. `${oc.env:NAME}` reads an",
+        "environment variable, whose value is written nowhere. The last column names the flag that a run needs to continue",
+        "with another value; see [Checkpoints](checkpoints.md#continue-with-other-settings).",
+    ]
+    for section, rows in sections.items():
+        lines += ["", f"## {section or 'Run'}", ""]
+        lines += [_row(["setting", "default", "meaning", "to change it later"]), "|---|---|---|---|", *rows]
+    lines += [
+        "",
+        "## Chosen by name",
+        "",
+        "`liftdist/registry.py` lists what can be chosen and where it is implemented.",
+    ]
+    for entry in vars(registry).values():
+        if isinstance(entry, registry.Registry):
+            folder = entry.package.replace(".", "/")
+            lines += [
+                "",
+                f"### {entry.kind.capitalize()}",
+                "",
+                f"In `{folder}/`.",
+                "",
+                "| name | meaning |",
+                "|---|---|",
+            ]
+            lines += [_row([f"`{name}`", meaning]) for name, meaning in entry.entries.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _bounds(leaf: dataclasses.Field) -> str:
+    words = {"at_least": "at least", "above": "above", "at_most": "at most", "below": "below"}
+    given = [(words[name], leaf.metadata[name]) for name in words if leaf.metadata[name] is not None]
+    return f" ({', '.join(f'{word} {value}' for word, value in given)})" if given else ""
+
+
+def commands() -> str:
+    """Every command of ``liftdist`` with its arguments."""
+    lines = [
+        _front("Every command of liftdist with its arguments."),
+        "# Commands",
+        "",
+        "| command | what it does |",
+        "|---|---|",
+    ]
+    lines += [_row([f"[`liftdist {name}`](#liftdist-{name})", command.help]) for name, command in cli.COMMANDS.items()]
+    lines += ["", "[Exit codes](launching.md#exit-codes) are the same for all."]
+    for name, command in cli.COMMANDS.items():
+        parser = argparse.ArgumentParser(prog=f"liftdist {name}")
+        command.arguments(parser)
+        lines += ["", f"## liftdist {name}", "", f"{command.help[0].upper()}{command.help[1:]}.", ""]
+        lines += ["| argument | meaning |", "|---|---|", *(_row(cells) for cells in _arguments(parser))]
+    return "\n".join(lines) + "\n"
+
+
+def _arguments(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
+        value = action.metavar or ("{" + ",".join(action.choices) + "}" if action.choices else action.dest.upper())
+        if not action.option_strings:
+            shown = str(action.metavar or action.dest.upper())
+        else:
+            names = ", ".join(action.option_strings)
+            shown = names if action.nargs == 0 else f"{names} {value}"
+        needed = " (required)" if action.required and action.option_strings else ""
+        yield [f"`{shown}`", f"{(action.help or '') % vars(action)}{needed}"]
+
+
+def variables() -> str:
+    """Every environment variable that means something, by who sets it."""
+    told = "Every environment variable that means something, and who sets it."
+    lines = [_front(told), "# Environment variables", "", "A config can read any variable by `${oc.env:NAME}`."]
+    table = list(environment.table())
+    makers = {variable.by: None for variable in table}
+    for maker in sorted(makers, key=lambda maker: maker != environment.USER):
+        title = "For you to set" if maker == environment.USER else f"Set by {maker}"
+        lines += ["", f"## {title}", "", "| variable | meaning |", "|---|---|"]
+        lines += [_row([f"`{one.name}`", one.meaning]) for one in table if one.by == maker]
+        if maker == environment.USER:
+            lines += ["", "## Of other software", "", "| variable | meaning |", "|---|---|"]
+            lines += [_row([f"`{name}`", meaning]) for name, meaning in OTHERS.items()]
+    return "\n".join(lines) + "\n"
+
+
+def llms() -> str:
+    """An index of the guide for language models, in the form of llmstxt.org."""
+    project = tomllib.loads((ROOT / "zensical.toml").read_text())["project"]
+    lines = [f"# {project['site_name']}", "", f"> {project['site_description']}", ""]
+    for entry in project["nav"]:
+        for title, target in entry.items():
+            pages = [{title: target}] if isinstance(target, str) else target
+            lines += [f"## {title}", ""]
+            lines += [
+                f"- [{name}]({page}): {description(DOCS / page)}" for found in pages for name, page in found.items()
+            ]
+            lines += [""]
+    return "\n".join(lines)
+
+
+def description(page: Path) -> str:
+    """What a page says of itself in its front matter."""
+    found = re.match(r"---\ndescription: (.+)\n---\n", page.read_text())
+    if found is None:
+        raise SystemExit(f"{page}: must begin with a description")
+    return found[1]
+
+
+def _front(text: str) -> str:
+    return f"---\ndescription: {text}\n---\n\n<!-- generated by launch/generate_docs.py -->\n"
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+#: In this order: the last reads the others.
+PAGES: dict[str, Callable[[], str]] = {
+    "settings.md": settings,
+    "commands.md": commands,
+    "environment.md": variables,
+    "llms.txt": llms,
+}
+
+if __name__ == "__main__":
+    for name, make in PAGES.items():
+        (DOCS / name).write_text(make())
