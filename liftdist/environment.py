@@ -91,6 +91,7 @@ LEAD = Variable("LIFTDIST_LEAD", float, SUBMIT, "seconds from SLURM's warning to
 TRY = Variable("LIFTDIST_TRY", int, SCRIPT, "times that the batch script has restarted the ranks")
 NODES = Variable("LIFTDIST_NODES", _words, SCRIPT, "names of the job's nodes")
 HEAD = Variable("LIFTDIST_HEAD", str, SCRIPT, "address and port of the first node")
+SECRET = Variable("LIFTDIST_SECRET", str, SCRIPT, "by which the nodes of one start know each other before ranks start")
 AFTER_JOB = Variable("LIFTDIST_AFTER_JOB", str, SCRIPT, "the job that this one was submitted to continue")
 FIRST_JOB = Variable("LIFTDIST_FIRST_JOB", str, SCRIPT, "the first of the jobs that continue each other")
 

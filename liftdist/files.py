@@ -6,15 +6,19 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator
+from io import TextIOWrapper
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO
 
 from liftdist.errors import UserError
+
+_LINK = "symbolic links inside a run directory are not followed"
 
 
 def real_folder(path: Path) -> Path:
@@ -29,7 +33,7 @@ def check_real_folder(path: Path) -> None:
     """Raises ``UserError`` if ``path`` exists and is a symbolic link or a file."""
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISDIR(path.lstat().st_mode):
-            raise UserError(f"{path}: is not a folder; symbolic links inside a run directory are not followed")
+            raise UserError(f"{path}: is not a folder; {_LINK}")
 
 
 def write(path: Path, text: str) -> None:
@@ -61,7 +65,7 @@ def written_beside(path: Path, text: str = "") -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def open_to_append(path: Path, create: bool = True) -> TextIO:
+def open_to_append(path: Path, create: bool = True) -> TextIOWrapper:
     """Open a file at its end. Raises ``OSError`` for a symbolic link."""
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
@@ -112,6 +116,11 @@ def read(path: Path) -> str:
         return file.read()
 
 
+def open_to_read(path: Path) -> BinaryIO:
+    """Open a file for its bytes. Raises ``OSError`` for a symbolic link."""
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+
+
 def sync_folder(path: Path) -> None:
     """Make the names in a folder survive a crash of the machine."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
@@ -136,4 +145,5 @@ def mode(permissions: int) -> int:
 
 def reason(error: OSError) -> str:
     """What went wrong with which file, in one line."""
-    return f"{error.filename}: {error.strerror}" if error.filename else str(error)
+    problem = f"is a symbolic link; {_LINK}" if error.errno == errno.ELOOP else error.strerror
+    return f"{error.filename}: {problem}" if error.filename else str(error)
