@@ -29,7 +29,7 @@ from liftdist.registry import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-PATHS = [ROOT / "README.md", ROOT / "AGENTS.md", *sorted(DOCS.glob("*.md"))]
+PATHS = [*(ROOT / name for name in ("README.md", "AGENTS.md", "CONTRIBUTING.md")), *sorted(DOCS.glob("*.md"))]
 PAGES = {path.name: guide.parse(path) for path in PATHS}
 BLOCKS = [block for page in PAGES.values() for block in page.blocks]
 FOLDERS = "bench|configs|containers|docs|launch|liftdist|slurm|tests"
