@@ -173,7 +173,7 @@ def test_messages_are_those_of_the_code():
         parts = [part.strip(" :") for part in message.split("…") if len(part.strip(" ;:,.()")) > 2]
         assert parts, message
         for part in parts:
-            assert any(part in text for text in texts), f"{message}: no message has {part!r}"
+            assert any(part in text for text in texts), f"{page.path.name}: {message}: no text of the code has {part!r}"
 
 
 def test_the_readme_is_short():
