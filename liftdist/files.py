@@ -112,13 +112,17 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 def read(path: Path) -> str:
     """The text of a file. Raises ``OSError`` for a symbolic link, ``ValueError`` for what is no text."""
-    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), encoding="utf-8") as file:
+    with open(path, encoding="utf-8", opener=_no_link) as file:
         return file.read()
 
 
 def open_to_read(path: Path) -> BinaryIO:
     """Open a file for its bytes. Raises ``OSError`` for a symbolic link."""
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb")
+    return open(path, "rb", opener=_no_link)
+
+
+def _no_link(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NOFOLLOW)
 
 
 def sync_folder(path: Path) -> None:

@@ -8,55 +8,62 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import os
 import platform
 import re
 import socket
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
-from liftdist import network
+from liftdist import environment, files, network
+from liftdist.cluster import rollcall
+from liftdist.cluster.rollcall import Report
 from liftdist.errors import UserError
 from liftdist.heartbeat import HEARTBEAT
 
 PROBLEMS = "problems.json"  # in the folder of logs: what the check of the nodes found
+NOW = "now"  # a file there, as old as the end of the training step
 SILENT = 4 * HEARTBEAT  # seconds without a sign of life after which a node is taken for dead
 CHECK_TIMEOUT = 120.0  # seconds that nodes have to find each other
 SLURMD_PORT = 6818  # where nodes listen unless SLURM says otherwise
 COMPARED = ("liftdist", "torch", "transformers")
 
 
-def check(nodes: Sequence[str], logs: Path, head: str) -> list[tuple[str, str]]:
+def check(nodes: Sequence[str], logs: Path, head: str, secret: str) -> list[tuple[str, str]]:
     """On every node at once: the head hears of each of them, and says which are not fit.
+
+    Args:
+        head: address and port at which it listens.
+        secret: of this start of the job; what is said without it is not heard.
 
     Returns:
         On the head ``(node, problem)`` of those to do without; elsewhere nothing.
 
     Raises:
         UserError: this node does not reach the head; nodes differ in what is installed, or do not see the run directory.
+        OSError: the head cannot listen.
     """
-    facts = _facts(logs)
+    facts = facts_of(environment.SLURMD_NODENAME.need(), logs)
     address, port = network.split_endpoint(head)
-    if int(os.environ["SLURM_NODEID"]):
-        _report(facts, address, port)
+    if environment.SLURM_NODEID.need():
+        rollcall.report(facts, secret, address, port, CHECK_TIMEOUT)
         return []
-    heard = _hear(facts, port, nodes)
-    for name, said in heard.items():
+    others = [name for name in nodes if name != facts["node"]]
+    heard = rollcall.hear(others, secret, address, port, CHECK_TIMEOUT) if others else {}
+    for name, said in {facts["node"]: facts, **heard}.items():
         for key in ("python", *COMPARED):
-            if said[key] != facts[key]:
-                raise UserError(f"{name} has {key} {said[key]}, but {facts['node']} has {facts[key]}")
-        if said["problem"]:
+            if said.get(key) != facts[key]:  # one of another version may say less
+                raise UserError(f"{name} has {key} {said.get(key, 'unknown')}, but {facts['node']} has {facts[key]}")
+        if said.get("problem"):
             raise UserError(f"{name}: {said['problem']}")
-    return [(name, f"no word within {CHECK_TIMEOUT:.0f} s") for name in nodes if name not in heard]
+    return [(name, f"no word within {CHECK_TIMEOUT:.0f} s") for name in others if name not in heard]
 
 
-def _facts(logs: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = {
-        "node": os.environ["SLURMD_NODENAME"],
+def facts_of(node: str, logs: Path) -> Report:
+    """What this node, ``node``, tells of itself."""
+    facts: Report = {
+        "node": node,
         "python": platform.python_version(),
         "problem": None,
     }
@@ -70,51 +77,11 @@ def _facts(logs: Path) -> dict[str, Any]:
     return facts
 
 
-def _report(facts: dict[str, Any], address: str, port: int) -> None:
-    """Tell the head, and wait for its answer."""
-    ends = time.monotonic() + CHECK_TIMEOUT
-    while True:
-        try:
-            with socket.create_connection((address, port), timeout=5) as connection:
-                connection.sendall(json.dumps(facts).encode() + b"\n")
-                connection.settimeout(CHECK_TIMEOUT)
-                connection.recv(1)
-                return
-        except OSError as error:
-            if time.monotonic() > ends:
-                reason = error.strerror or error
-                raise UserError(f"{facts['node']}: cannot reach the head, {address} port {port}: {reason}") from None
-            time.sleep(0.2)
-
-
-def _hear(facts: dict[str, Any], port: int, nodes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """What each node says, by name; on the head."""
-    heard = {facts["node"]: facts}
-    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
-    connections = []
-    with socket.create_server(
-        ("", port), family=family, dualstack_ipv6=family == socket.AF_INET6, backlog=len(nodes)
-    ) as server:
-        ends = time.monotonic() + CHECK_TIMEOUT
-        while len(heard) < len(nodes) and (left := ends - time.monotonic()) > 0:
-            server.settimeout(left)
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                connection, _ = server.accept()
-                connections.append(connection)
-                connection.settimeout(5)
-                said = json.loads(connection.makefile().readline(10_000))
-                if said["node"] in nodes:
-                    heard[said["node"]] = said
-        for connection in connections:
-            connection.close()
-    return heard
-
-
 def silent(nodes: Sequence[str], logs: Path, said: str) -> list[str]:
     """Nodes that are gone: not heard of, out of reach, or down by SLURM's word."""
     gone = {name for name, problem in _problems(logs) if problem}
     with contextlib.suppress(FileNotFoundError):
-        gone.update(unheard(nodes, logs, (logs / "now").stat().st_mtime))  # touched when the training step ended
+        gone.update(unheard(nodes, logs, (logs / NOW).lstat().st_mtime))
     addresses = {}
     for block in re.split(r"(?m)^(?=NodeName=)", said):
         found = {
@@ -135,9 +102,9 @@ def unheard(nodes: Sequence[str], logs: Path, now: float | None = None) -> list[
     """Nodes whose last sign of life is much older than ``now``, or than that of the others, and that did not say goodbye."""
     heard: dict[int, float] = {}
     for path in logs.glob("node-*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            ended = "ended" in json.loads(path.read_text())
-            heard[int(path.stem.removeprefix("node-"))] = math.inf if ended else path.stat().st_mtime
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            ended = "ended" in json.loads(files.read(path))
+            heard[int(path.stem.removeprefix("node-"))] = math.inf if ended else path.lstat().st_mtime
     if not heard:
         return []
     newest = now if now is not None else max((when for when in heard.values() if when < math.inf), default=0.0)
@@ -157,6 +124,6 @@ def _answers(address: str, port: int) -> bool:
 
 def _problems(logs: Path) -> list[tuple[str, str]]:
     try:
-        return [(name, problem) for name, problem in json.loads((logs / PROBLEMS).read_text())]
+        return [(str(name), str(problem)) for name, problem in json.loads(files.read(logs / PROBLEMS))]
     except (OSError, ValueError, TypeError):
         return []

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from liftdist import environment, files
+from liftdist.errors import UserError
 from liftdist.runs import claims
 from liftdist.schema import Config
 
@@ -22,33 +23,70 @@ ASKED = "asked to stop"  # the cause of an end that is no failure
 
 Event = dict[str, Any]
 
+_Kinds = type | tuple[type, ...]
+_OF_ALL: dict[str, _Kinds] = {"job": str, "time": (int, float)}
+_OF_A_START: dict[str, _Kinds] = _OF_ALL | {"start": str, "family": str, "step": int}
+#: What readers rely on in the events of each kind.
+_FIELDS: dict[str, dict[str, _Kinds]] = {
+    "submit": _OF_ALL | {"log": str},
+    "start": _OF_A_START | {"nodes": list, "log": (str, type(None))},
+    "end": _OF_A_START | {"action": str, "cause": (str, type(None)), "message": str},
+}
+
 
 def note(run_dir: Path, event: str, **fields: Any) -> None:
-    """Append an event to the history."""
-    with files.open_to_append(run_dir / JOBS) as file:
-        file.write(f"\n{json.dumps({'event': event, 'time': round(time.time(), 3), **fields})}\n")
+    """Append an event to the history. Raises ``UserError`` where that cannot be written."""
+    try:
+        with files.open_to_append(run_dir / JOBS) as file:
+            file.write(f"\n{json.dumps({'event': event, 'time': round(time.time(), 3), **fields})}\n")
+    except OSError as error:
+        raise UserError(files.reason(error)) from None
 
 
 def read(run_dir: Path) -> list[Event]:
-    """All events so far; lines that were cut short are left out."""
+    """All events so far. Lines that were cut short, or lack what events of their kind have, are left out.
+
+    Raises:
+        UserError: the history is there, and cannot be read.
+    """
+    try:
+        with files.open_to_read(run_dir / JOBS) as file:
+            text = file.read().decode(errors="replace")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(files.reason(error)) from None
     events = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in files.read(run_dir / JOBS).splitlines():
-            with contextlib.suppress(ValueError):
-                events.append(json.loads(line))
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            if _is_whole(event):
+                events.append(event)
     return events
+
+
+def _is_whole(event: object) -> bool:
+    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
+        return False
+    fields = _FIELDS.get(event["event"])
+    if fields is None or not all(name in event and isinstance(event[name], kinds) for name, kinds in fields.items()):
+        return False
+    if not re.fullmatch(r"\d+(_\d+)?", event["job"], re.ASCII) or not 0 <= event["time"] < 1 << 40:
+        return False
+    return all(isinstance(node, str) for key in ("nodes", "exclude") for node in event.get(key) or ())
 
 
 def committed_step(run_dir: Path) -> int:
     """The step of the newest checkpoint that was committed, 0 before the first."""
     events = itertools.chain.from_iterable(claims.attempts(run_dir).values())
-    return max((event["step"] for event in events if event.get("event") == "commit"), default=0)
+    commits = (event for event in events if isinstance(event, dict) and event.get("event") == "commit")
+    return max((event["step"] for event in commits if isinstance(event.get("step"), int)), default=0)
 
 
 def this_start() -> dict[str, Any]:
     job, start = environment.this_job()
     # the family: this job and those it was submitted again as
-    return {"job": job, "start": start, "family": os.environ.get("LIFTDIST_FIRST_JOB", job)}
+    return {"job": job, "start": start, "family": environment.FIRST_JOB.get(job)}
 
 
 def start_name(event: Event) -> str:

@@ -25,13 +25,15 @@ from pathlib import Path
 from typing import Any
 
 from liftdist import config as configs
-from liftdist import failures, files, network, preflight
+from liftdist import environment, failures, files, network, preflight
 from liftdist.cluster import health, history, launcher, scheduler
 from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from liftdist.options import allowed_by, split_arguments
 from liftdist.redaction import redact
 from liftdist.runs import changes, claims, layout
 from liftdist.schema import Config
+
+SUBMITTED = "submitted"  # how the name of a config begins that `liftdist submit` keeps for a job
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The arguments of the batch script. One task of an array has its own of them, and a run directory of its own.
@@ -59,10 +61,11 @@ def of_task(arguments: Sequence[str], index: int | None) -> list[str]:
     if options.sweep and index >= len(values):
         raise UserError(f"array index {index}: the sweep has {len(values)} values, 0 to {len(values) - 1}")
     words, _ = split_arguments(rest)
-    chosen = values[index] if options.sweep else []
-    config, _ = configs.load(words[0], [*words[1:], *chosen]) if words else (None, "")
-    if config is None:
+    if not words:
         return rest
+    chosen = values[index] if options.sweep else []
+    _check_kept(Path(words[0]))
+    config, _ = configs.load(words[0], [*words[1:], *chosen])
     name = "-".join([str(index), *(re.sub(r"[^A-Za-z0-9=._-]", "_", value) for value in chosen)])
     return [*rest, *chosen, f"run_dir={json.dumps(str(Path(config.run_dir) / name))}"]
 
@@ -84,8 +87,19 @@ def _load(arguments: Sequence[str]) -> tuple[Config, str, set[str]]:
     words, flags = split_arguments(arguments)
     if not words:
         raise UserError("slurm/train.sbatch: needs a config")
+    _check_kept(Path(words[0]))
     config, text = configs.load(words[0], words[1:])
     return config, text, allowed_by(flags)
+
+
+def _check_kept(path: Path) -> None:
+    """Raises ``UserError`` if ``path`` is a config that was kept for this job, and has become a symbolic link."""
+    submitted = path.parent.name == layout.LOGS and path.name.startswith(f"{SUBMITTED}-")
+    if submitted or path.parent == environment.LOGS.get():
+        try:
+            files.open_to_read(path).close()
+        except OSError as error:
+            raise UserError(f"config {files.reason(error)}") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,8 +115,7 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
     Raises:
         UserError: as ``liftdist train``; the job before this one failed; SLURM requeued the job too often.
     """
-    index = os.environ.get("SLURM_ARRAY_TASK_ID")
-    resolved = of_task(arguments, int(index) if index is not None else None)
+    resolved = of_task(arguments, environment.SLURM_ARRAY_TASK_ID.get())
     config, text, allowed = _load(resolved)
     run_dir = Path(config.run_dir).expanduser()
     changes.check_settings(config, text, allowed)
@@ -112,14 +125,17 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
         _check_requeued(config, run_dir, start, step)
         preflight.check(config, ranks_per_node(config) * len(nodes), training=True)
     except UserError as error:
-        if (run_dir / history.JOBS).exists():  # those that wait for this job must hear of it
+        if os.path.lexists(run_dir / history.JOBS):  # those that wait for this job must hear of it
             history.note(run_dir, "end", **start, cause=None, action="fail", step=step, message=str(error))
         raise
     head = network.outgoing_address(network.resolve(nodes[1])) if len(nodes) > 1 else "127.0.0.1"
-    port = network.free_port(int(os.environ["SLURM_JOB_ID"]) * 7)
+    port = network.free_port(int(environment.SLURM_JOB_ID.need()) * 7)
     logs = layout.logs(run_dir, history.start_name(start))
-    for path in logs.iterdir():  # of another cluster, where a job had this number
-        path.unlink()
+    try:
+        for path in logs.iterdir():  # of another cluster, where a job had this number
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"{files.reason(error)}; remove it") from None
     given = split_arguments(resolved)[0][0]
     kept = logs / "config.yaml"  # whoever edits his file now means another run
     files.write(kept, Path(given).read_text())
@@ -133,12 +149,12 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
 
 def ranks_per_node(config: Config) -> int:
     """Ranks that each node starts: as set, or one for each GPU."""
-    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    gpus = environment.SLURM_GPUS_ON_NODE.get("")
     return config.slurm.ranks_per_node or (int(gpus) if gpus.isdigit() and int(gpus) else 1)
 
 
 def _check_before(events: Sequence[history.Event]) -> None:
-    before = os.environ.get("LIFTDIST_AFTER_JOB")
+    before = environment.AFTER_JOB.get()
     ends = [event for event in events if event["event"] == "end" and event["job"] == before]
     if ends and ends[-1]["action"] == "fail":
         raise UserError(f"job {before}, before this one, failed: {ends[-1]['message']}; this one does not try again")
@@ -233,7 +249,7 @@ def _judge(
         if outcome == "stopped" and warned and not terminated:
             return time_limit
         return Verdict("nothing", f"SLURM does not answer at step {step}, and decides by itself", 1)
-    if int(known.get("Restarts", 0)) > int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+    if int(known.get("Restarts", 0)) > environment.SLURM_RESTART_COUNT.get(0):
         lost = health.silent(nodes, logs, said)
         without = f" without {', '.join(lost)}" if lost else ""
         return Verdict(
@@ -262,10 +278,13 @@ def _outcome(run_dir: Path, start: history.Event) -> str | None:
     """How the newest attempt at the run by this start of the job ended, by its own word."""
     attempts = claims.attempts(run_dir)
     claim, *others = attempts[max(attempts)] if attempts else [{}]
-    job = claim.get("job") or {}
-    if job.get("id") != f"slurm {os.environ['SLURM_JOB_ID']}" or job.get("time") != start["start"]:
+    job = claim.get("job")
+    if not isinstance(job, dict) or job.get("id") != f"slurm {environment.SLURM_JOB_ID.need()}":
         return None
-    return next((event["outcome"] for event in others if event.get("event") == "end"), None)
+    if job.get("time") != start["start"]:
+        return None
+    ends = (event for event in others if isinstance(event, dict) and event.get("event") == "end")
+    return next((event.get("outcome") for event in ends), None)
 
 
 def _is_over(said: Mapping[str, str]) -> bool:
@@ -286,38 +305,59 @@ def main(given: Sequence[str] | None = None) -> None:
 
     For the batch script: the answer is words with a null byte each."""
     command, *rest = sys.argv[1:] if given is None else given
-    nodes = os.environ["LIFTDIST_NODES"].split()
+    nodes = environment.NODES.need()
+    answer: list[str] = []
     try:
         if command == "begin":
             answer = begin(rest, nodes)
         elif command == "check":
-            answer = []
-            logs = Path(os.environ[failures.LOGS])
-            if problems := health.check(nodes, logs, os.environ["LIFTDIST_HEAD"]):
-                files.write(logs / health.PROBLEMS, json.dumps(problems))
-                print(*(f"liftdist: {name}: {problem}" for name, problem in problems), sep="\n", file=sys.stderr)
-                sys.exit(1)
+            _check_nodes(nodes, environment.LOGS.need())
         elif command == "end":
             warned, terminated, *arguments = rest
-            logs, said = Path(os.environ[failures.LOGS]), sys.stdin.read()
-            verdict = end(arguments, nodes, logs, said, bool(warned), bool(terminated))
+            verdict = end(arguments, nodes, environment.LOGS.need(), sys.stdin.read(), bool(warned), bool(terminated))
             print(f"liftdist: {verdict.message}", file=sys.stderr)
             if verdict.action == "restart":
                 print("liftdist: starting again from the newest checkpoint", file=sys.stderr)
-            first, *_ = verdict.message.splitlines()
+            first = verdict.message.partition("\n")[0]
             comment = re.sub(r"[^\w .,:()/=-]", "?", f"liftdist: {first}", flags=re.ASCII)[:200]
             answer = [verdict.action, str(verdict.code), comment, ",".join(verdict.exclude)]
         else:
             exclude, script, *arguments = rest
-            answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, os.environ["LIFTDIST_LEAD"])
+            answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, f"{environment.LEAD.need():.0f}")
     except UserError as error:
         text = redact(str(error))
         print(f"liftdist: {text}", file=sys.stderr)
-        if command == "check" and not int(os.environ["SLURM_NODEID"]):
-            failed = failures.Failure(0, 0, platform.node(), time.time(), text, kind=failures.USER_ERROR)
-            failures.write(Path(os.environ[failures.LOGS]), failed)
+        if command == "check":
+            _record(text, failures.USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
     sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in answer))
+
+
+def _check_nodes(nodes: Sequence[str], logs: Path) -> None:
+    """Ends with code 1 where nodes are not fit. Raises ``UserError``."""
+    secret = environment.SECRET.get()
+    if secret is None:
+        print(
+            "liftdist: the batch script is older than liftdist: nodes are not checked before ranks start",
+            file=sys.stderr,
+        )
+        return
+    try:
+        problems = health.check(nodes, logs, environment.HEAD.need(), secret)
+    except OSError as error:  # the next start takes another port
+        _record(f"the nodes cannot be checked: {error}", failures.BUG)
+        raise
+    if problems:
+        files.write(logs / health.PROBLEMS, json.dumps(problems))
+        print(*(f"liftdist: {name}: {problem}" for name, problem in problems), sep="\n", file=sys.stderr)
+        sys.exit(1)
+
+
+def _record(text: str, kind: int) -> None:
+    """On the head: leave what ended the check for the batch script to find."""
+    if not environment.SLURM_NODEID.need():
+        failed = failures.Failure(0, 0, platform.node(), time.time(), text, kind=kind)
+        failures.write(environment.LOGS.need(), failed)
 
 
 if __name__ == "__main__":

@@ -28,16 +28,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from liftdist import config as configs
-from liftdist import failures, files, network, schema
+from liftdist import environment, failures, files, network, schema
 from liftdist.cluster import scheduler
-from liftdist.environment import start_name, this_job
 from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.failures import Failure
 from liftdist.heartbeat import heartbeat
@@ -85,23 +85,22 @@ def check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
 
 
-def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Place:
+def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Place:
     """Where this node stands.
 
     Raises:
         UserError: options that do not fit together, a head that has no address, a port in use.
     """
     check(options)
-    if options.nnodes is None and "SLURM_STEP_ID" in environ:
+    if options.nnodes is None and environment.SLURM_STEP_ID.is_set(environ):
         return _slurm_place(environ)
     nnodes = options.nnodes or 1
     if options.node_rank >= nnodes:
         raise UserError(f"--node-rank {options.node_rank}: must be below --nnodes {nnodes}")
     if nnodes == 1:
-        if int(environ.get("SLURM_JOB_NUM_NODES", 1)) > 1:
+        if (nodes := environment.SLURM_JOB_NUM_NODES.get(1, environ)) > 1:
             print(
-                f"liftdist: this job has {environ['SLURM_JOB_NUM_NODES']} nodes, only this one is used; "
-                "`liftdist submit` uses all",
+                f"liftdist: this job has {nodes} nodes, only this one is used; `liftdist submit` uses all",
                 file=sys.stderr,
             )
         return Place()
@@ -118,21 +117,22 @@ def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str
     return Place(nnodes, options.node_rank, head, port, f"{name}-{port}-{attempt}", own)
 
 
-def _slurm_place(environ: Mapping[str, str]) -> Place:
-    nodes, tasks = int(environ["SLURM_STEP_NUM_NODES"]), int(environ["SLURM_STEP_NUM_TASKS"])
+def _slurm_place(environ: Mapping[str, str] | None) -> Place:
+    nodes, tasks = environment.SLURM_STEP_NUM_NODES.need(environ), environment.SLURM_STEP_NUM_TASKS.need(environ)
     if nodes != tasks:
         raise UserError(f"{tasks} tasks on {nodes} nodes: start one a node, srun --ntasks-per-node=1")
-    start = start_name(*this_job(environ))
-    rank = int(environ["SLURM_NODEID"])
-    in_job = failures.LOGS in environ
+    start = environment.start_name(*environment.this_job(environ))
+    rank = environment.SLURM_NODEID.need(environ)
+    in_job = environment.LOGS.is_set(environ)
     if nodes == 1:
         return Place(id=start, in_job=True) if in_job else Place()
     if in_job:  # the batch script has looked for a free port
-        head, port = network.split_endpoint(environ["LIFTDIST_HEAD"])
+        head, port = network.split_endpoint(environment.HEAD.need(environ))
     else:
-        names = scheduler.node_names(environ["SLURM_STEP_NODELIST"])
+        names = scheduler.node_names(environment.SLURM_STEP_NODELIST.need(environ))
         head = network.resolve(names[0]) if rank else network.outgoing_address(network.resolve(names[1]))
-        port = network.PORTS[(int(environ["SLURM_JOB_ID"]) * 7 + int(environ["SLURM_STEP_ID"])) % len(network.PORTS)]
+        seed = int(environment.SLURM_JOB_ID.need(environ)) * 7 + environment.SLURM_STEP_ID.need(environ)
+        port = network.PORTS[seed % len(network.PORTS)]
     if rank == 0:
         network.check_port(head, port)
     return Place(nodes, rank, head, port, start, head if rank == 0 else network.outgoing_address(head), in_job)
@@ -150,31 +150,41 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
         all ranks ended alike: a bad exit would end the other nodes, and ``run_dir`` tells how the run ended.
     """
     nproc = options.nproc or (config.slurm.ranks_per_node if where.in_job else None) or _gpus()
-    logs: Path | None = None
-    if where.id:
-        logs = layout.logs(Path(config.run_dir).expanduser(), where.id)
-    with _scratch(logs) as folder:
-        environment = _environment(nproc, where, folder, logs)
-        status = folder / f"node-{where.node_rank:05d}.status"
-        environment["LIFTDIST_STATUS_FILE"] = str(status)
+    logs = layout.logs(Path(config.run_dir).expanduser(), where.id) if where.id else None
+    with tempfile.TemporaryDirectory(prefix="liftdist-") as scratch:
+        folder = logs or Path(scratch)  # for what nodes and ranks tell
         report = folder / f"node-{where.node_rank:05d}.json"  # its time is this node's heartbeat
         agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
+        status = Path(scratch) / "status"  # that of ranks, where nobody else can write
+        variables = _variables(nproc, where, folder, logs) | {environment.STATUS_FILE.name: str(status)}
         files.write(report, json.dumps({"host": platform.node()}))
         torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), "-m", "liftdist.train", *command]
-        with heartbeat(lambda: os.utime(report)):
-            code = _supervise(torchrun, environment, agent_log, folder, where.in_job)
-        known = _status(status)
+        with _open_log(agent_log) as log, heartbeat(lambda: os.utime(report, follow_symlinks=False)):
+            code = _supervise(torchrun, variables, log, folder, where.in_job)
+        known, found = _status(status), failures.read(folder)
+        if known is None and code and found and found[0].kind == failures.USER_ERROR:
+            known = EXIT_USER_ERROR  # of a rank that ended before it could write it
         files.write(report, json.dumps({"host": platform.node(), "ended": time.time(), "code": known or code}))
         if where.in_job:
             if code:
-                (folder / FAILED).touch()
+                files.write(folder / FAILED, "")
             return code
         if known == EXIT_USER_ERROR or (known is None and code):
-            print(f"liftdist: {failures.summary(failures.read(folder)) or last_words([agent_log])}", file=sys.stderr)
+            print(f"liftdist: {failures.summary(found) or last_words([agent_log])}", file=sys.stderr)
         if known is None and code:
             again = "the same command goes on from the newest checkpoint, if there is one"
             print(f"liftdist: ended by an error; {again}", file=sys.stderr)
         return code if known is None else known
+
+
+def _open_log(path: Path) -> TextIOWrapper:
+    """A file for torchrun's own reports. Raises ``UserError``."""
+    try:
+        log = files.open_to_append(path)
+    except OSError as error:
+        raise UserError(files.reason(error)) from None
+    log.reconfigure(line_buffering=True)
+    return log
 
 
 def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]:
@@ -200,44 +210,35 @@ def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]
     ]
 
 
-def _environment(nproc: int, where: Place, folder: Path, logs: Path | None) -> dict[str, str]:
-    cores = int(os.environ.get("SLURM_CPUS_PER_TASK", 0)) if where.in_job else 0
+def _variables(nproc: int, where: Place, folder: Path, logs: Path | None) -> dict[str, str]:
+    """The environment of torchrun and the ranks: this one's, with what is not set there."""
+    cores = environment.SLURM_CPUS_PER_TASK.get(0) if where.in_job else 0
     cores = cores or len(os.sched_getaffinity(0))
-    environment = {
+    added = {
         "OMP_NUM_THREADS": str(max(1, cores // nproc)),  # several ranks share the cores of one machine
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # keys left in a shared store keep restarted ranks from meeting
         "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",  # what every rank was waiting for, by NCCL's flight recorder
         "TORCH_FR_BUFFER_SIZE": "2000",
-        "LIFTDIST_STARTED": str(int(time.time())),  # a request to stop that is older was meant for an earlier run
+        environment.STARTED.name: str(int(time.time())),
     }
     if logs:
-        environment["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(logs / "nccl-rank-")
-        environment["LIFTDIST_LOGS"] = str(logs)
+        added["TORCH_NCCL_DEBUG_INFO_TEMP_FILE"] = str(logs / "nccl-rank-")
+        added[environment.LOGS.name] = str(logs)
     interface = network.interface_of(where.address) if where.nnodes > 1 else None
     if interface:  # gloo takes the host's own name, which may be 127.0.1.1
-        environment |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
-    merged = environment | os.environ
-    return merged | {failures.FOLDER: str(folder), "LIFTDIST_LAUNCH": where.id or str(folder)}
+        added |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
+    ours = {environment.FAILURES.name: str(folder), environment.LAUNCH.name: where.id or str(folder)}
+    return added | os.environ | ours
 
 
-@contextlib.contextmanager
-def _scratch(logs: Path | None) -> Iterator[Path]:
-    """The folder for what nodes and ranks tell: that of the logs, or one that is removed."""
-    if logs:
-        yield logs
-    else:
-        with tempfile.TemporaryDirectory(prefix="liftdist-") as folder:
-            yield Path(folder)
-
-
-def _supervise(torchrun: list[str], environment: dict[str, str], log: Path, folder: Path, in_job: bool) -> int:
+def _supervise(torchrun: list[str], variables: dict[str, str], log: TextIOWrapper, folder: Path, in_job: bool) -> int:
     """Run torchrun in a session of its own, hand signals to its ranks, and return its exit code."""
     sys.stdout.flush()
     sys.stderr.flush()
     parent = os.getpid()
     child = os.fork()
     if child == 0:
-        _become_torchrun(torchrun, environment, log, folder, parent)
+        _become_torchrun(torchrun, variables, log, folder, parent)
     interrupts = 0
 
     def received(number: int, _: FrameType | None) -> None:
@@ -265,7 +266,7 @@ def _supervise(torchrun: list[str], environment: dict[str, str], log: Path, fold
 
 
 def _become_torchrun(
-    torchrun: list[str], environment: dict[str, str], log: Path, folder: Path, parent: int
+    torchrun: list[str], variables: dict[str, str], log: TextIOWrapper, folder: Path, parent: int
 ) -> NoReturn:
     """In the forked process: run torchrun and leave records of ranks that died without a word."""
     code = 1
@@ -276,8 +277,8 @@ def _become_torchrun(
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != parent:
             os._exit(1)
-        os.environ.update(environment)
-        sys.stderr = log.open("a", buffering=1)  # its own reports; ranks keep the real one
+        os.environ.update(variables)
+        sys.stderr = log  # its own reports; ranks keep the real one
         quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is its daily bread
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -286,7 +287,7 @@ def _become_torchrun(
             for handler in getattr(logger, "handlers", ()):
                 if isinstance(handler, logging.StreamHandler):
                     handler.setStream(sys.stderr)
-        if environment.get("TORCH_CPP_LOG_LEVEL") != quiet:
+        if variables.get("TORCH_CPP_LOG_LEVEL") != quiet:
             del os.environ["TORCH_CPP_LOG_LEVEL"]  # ranks keep their warnings
         try:
             run.run(run.parse_args(torchrun))
@@ -324,9 +325,9 @@ def _status(path: Path) -> int | None:
 def last_words(reports: Iterable[Path]) -> str:
     """Why torchrun itself ended, by its own reports."""
     for report in reports:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):
             lines = [
-                line.strip() for line in report.read_text().splitlines() if re.match(r"[\w.]*(Error|Exit)\b", line)
+                line.strip() for line in files.read(report).splitlines() if re.match(r"[\w.]*(Error|Exit)\b", line)
             ]
             if lines:
                 return f"torchrun: {lines[-1]}"
@@ -335,7 +336,7 @@ def last_words(reports: Iterable[Path]) -> str:
 
 def _gpus() -> int:
     """GPUs of this machine, or one: counted by a process that ends, as this one must not open them."""
-    given = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    given = environment.SLURM_GPUS_ON_NODE.get("")
     if given.isdigit() and int(given):
         return int(given)
     if shutil.which("nvidia-smi") is None and not Path("/dev/kfd").exists():
@@ -359,10 +360,10 @@ def main(given: Sequence[str] | None = None) -> None:
         text = redact(str(error))
         print(f"liftdist: {text}", file=sys.stderr)
         code = EXIT_USER_ERROR
-        if failures.LOGS in os.environ:  # for the batch script
-            node = int(os.environ["SLURM_NODEID"])
+        if (logs := environment.LOGS.get()) is not None:  # for the batch script
+            node = environment.SLURM_NODEID.need()
             failed = Failure(-1 - node, 0, platform.node(), time.time(), text, kind=failures.USER_ERROR)
-            failures.write(Path(os.environ[failures.LOGS]), failed)
+            failures.write(logs, failed)
     sys.exit(code)
 
 

@@ -5,13 +5,13 @@ Imports no torch.
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from liftdist import environment as env
 from liftdist.errors import UserError
 from liftdist.schema import NAME, Config, SlurmConfig
 
@@ -106,31 +106,30 @@ def again(said: str, exclude: str, batch_script: str, arguments: Sequence[str], 
     Args:
         said: what ``scontrol show job`` says of it.
     """
-    environ = os.environ
     options = _named(
         {
-            "job-name": environ["SLURM_JOB_NAME"],
-            "nodes": environ["SLURM_JOB_NUM_NODES"],
+            "job-name": env.SLURM_JOB_NAME.need(),
+            "nodes": env.SLURM_JOB_NUM_NODES.need(),
             "ntasks-per-node": 1,
-            "cpus-per-task": environ.get("SLURM_CPUS_PER_TASK"),
-            "gpus-per-node": environ.get("SLURM_GPUS_PER_NODE") or environ.get("SLURM_GPUS_ON_NODE"),
-            "mem": environ.get("SLURM_MEM_PER_NODE"),
+            "cpus-per-task": env.SLURM_CPUS_PER_TASK.get(),
+            "gpus-per-node": env.SLURM_GPUS_PER_NODE.get() or env.SLURM_GPUS_ON_NODE.get(),
+            "mem": env.SLURM_MEM_PER_NODE.get(),
             "time": fields(said).get("TimeLimit"),
-            "partition": environ.get("SLURM_JOB_PARTITION"),
-            "account": environ.get("SLURM_JOB_ACCOUNT"),
-            "qos": environ.get("SLURM_JOB_QOS"),
-            "reservation": environ.get("SLURM_JOB_RESERVATION"),
+            "partition": env.SLURM_JOB_PARTITION.get(),
+            "account": env.SLURM_JOB_ACCOUNT.get(),
+            "qos": env.SLURM_JOB_QOS.get(),
+            "reservation": env.SLURM_JOB_RESERVATION.get(),
             "constraint": fields(said).get("Features"),
             "exclude": exclude or None,
-            "array": environ.get("SLURM_ARRAY_TASK_ID"),
-            "dependency": f"afterany:{environ['SLURM_JOB_ID']}",
+            "array": env.SLURM_ARRAY_TASK_ID.get(),
+            "dependency": f"afterany:{env.SLURM_JOB_ID.need()}",
             "export": "ALL",
             "open-mode": "append",
             "output": _pattern(Path(fields(said).get("StdOut", "liftdist.out"))),
             "signal": f"B:USR1@{lead}",
         }
     )
-    return ["env", "--unset=SLURM_RESTART_COUNT", *_SBATCH, *options, batch_script, *arguments]
+    return ["env", f"--unset={env.SLURM_RESTART_COUNT.name}", *_SBATCH, *options, batch_script, *arguments]
 
 
 _SBATCH = ("sbatch", "--parsable")

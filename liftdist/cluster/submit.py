@@ -20,8 +20,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from liftdist import config as configs
-from liftdist import files, preflight, schema
+from liftdist import environment, files, preflight, schema
 from liftdist.cluster import history, job, scheduler
 from liftdist.cluster.scheduler import Job
 from liftdist.errors import UserError
@@ -71,7 +73,7 @@ def submit(options: argparse.Namespace) -> None:
     array = options.array or (f"0-{len(points) - 1}" if options.sweep else None)
     indices = _indices(array) if array else [None]
     if array:
-        os.environ["SLURM_ARRAY_TASK_ID"] = str(indices[0])  # which a config may refer to
+        os.environ[environment.SLURM_ARRAY_TASK_ID.name] = str(indices[0])  # which a config may refer to
     config, _ = configs.load(options.config, overrides)
     base = Path(config.run_dir).expanduser()
     _check_folder(base, array is not None)
@@ -81,20 +83,21 @@ def submit(options: argparse.Namespace) -> None:
     runs = {index: _check(config, script_words, index, options.dry_run) for index in indices}
     name = options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "_", base.name).lstrip("-.")[:64] or "liftdist"
     logs = base / layout.LOGS
-    environment = _environment(config)
+    variables = _variables(config)
     command = scheduler.sbatch(config, script_words, name, logs, array, options.dependency)
-    shown = {key: environment[key] for key in ("LIFTDIST_PYTHON", "LIFTDIST_LEAD") if key in environment}
+    shown = {one.name: variables[one.name] for one in (environment.PYTHON, environment.LEAD) if one.name in variables}
     if options.dry_run:
         print(shlex.join(["env", *(f"{key}={value}" for key, value in shown.items()), *command]))
         return
-    scheduler.test_only(command, environment)
-    logs.mkdir(parents=True, exist_ok=True)  # SLURM does not, and a job without it fails without a word
+    scheduler.test_only(command, variables)
+    base.mkdir(parents=True, exist_ok=True)
+    files.real_folder(logs)  # SLURM makes none, and a job without it fails without a word
     # the job's own, whatever becomes of the file
-    kept = logs.absolute() / f"submitted-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
+    kept = logs.absolute() / f"{job.SUBMITTED}-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
     files.write(kept, Path(options.config).read_text())
     script_words[script_words.index(options.config)] = str(kept)
     command = scheduler.sbatch(config, script_words, name, logs, array, options.dependency)
-    id = scheduler.submit(command, environment)
+    id = scheduler.submit(command, variables)
     history.note(base, "submit", job=id, array=array, log=str(logs.absolute()))
     for index, run_dir in runs.items():
         if index is not None:
@@ -132,7 +135,7 @@ def _check_time(config: Config) -> None:
 def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool) -> Path:
     """What ``liftdist train`` would check for one run; its run directory."""
     if index is not None:
-        os.environ["SLURM_ARRAY_TASK_ID"] = str(index)  # which a config may refer to
+        os.environ[environment.SLURM_ARRAY_TASK_ID.name] = str(index)  # which a config may refer to
     resolved = job.of_task(words, index)
     given, flags = split_arguments(resolved)
     config, text = configs.load(given[0], given[1:])
@@ -169,16 +172,16 @@ def _indices(array: str) -> list[int | None]:
     return found
 
 
-def _environment(config: Config) -> dict[str, str]:
-    """What a job starts with: this environment, without what another job left in it."""
+def _variables(config: Config) -> dict[str, str]:
+    """The environment that a job starts with: this one, without what another job left in it."""
     kept = {key: value for key, value in os.environ.items() if not re.match(r"(SLURM|LIFTDIST)_", key)}
     kept |= {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
-    kept["LIFTDIST_LEAD"] = str(config.slurm.signal_lead)
-    kept["LIFTDIST_COMMAND"] = json.dumps(["liftdist", *sys.argv[1:]])
+    kept[environment.LEAD.name] = str(config.slurm.signal_lead)
+    kept[environment.COMMAND.name] = json.dumps(["liftdist", *sys.argv[1:]])
     if config.slurm.container is None:
-        kept["LIFTDIST_PYTHON"] = sys.executable
-    elif "LIFTDIST_CONTAINER_PYTHON" in os.environ:
-        kept["LIFTDIST_CONTAINER_PYTHON"] = os.environ["LIFTDIST_CONTAINER_PYTHON"]
+        kept[environment.PYTHON.name] = sys.executable
+    elif environment.CONTAINER_PYTHON.is_set():
+        kept[environment.CONTAINER_PYTHON.name] = environment.CONTAINER_PYTHON.need()
     return kept
 
 
@@ -188,14 +191,14 @@ def _environment(config: Config) -> dict[str, str]:
 
 def _ids(run_dir: Path) -> list[str]:
     """The jobs of a run, by their own word and by that of who submitted them; the newest last."""
-    return list(dict.fromkeys(event["job"] for event in history.read(run_dir) if "job" in event))
+    return list(dict.fromkeys(event["job"] for event in history.read(run_dir)))
 
 
 def _runs(folder: Path) -> list[Path]:
     """The run directory, or those of an array below it. Raises ``UserError``: no job has worked there."""
     if not (folder / history.JOBS).is_file():
         raise UserError(f"{folder}: no job was submitted for it")
-    below = [path.parent for path in folder.glob(f"*/{history.JOBS}")]
+    below = [path.parent for path in folder.glob(f"*/{history.JOBS}") if not path.parent.is_symlink()]
     return sorted(below, key=lambda path: (len(path.name.partition("-")[0]), path.name)) or [folder]
 
 
@@ -222,9 +225,9 @@ def _status(run_dir: Path) -> Iterator[str]:
         yield _start_line(start, ends.get(history.start_name(start)))
     figures = _figures(run_dir)
     if "train/loss" in figures:
-        of = f" of {figures['steps']}" if figures.get("steps") else ""
-        speed = figures.get("throughput/tokens_per_second") or 0.0
-        yield f"step     {figures['step']}{of}  loss {figures['train/loss'] or math.nan:.4f}  {speed:.0f} tokens/s"
+        of = f" of {steps}" if (steps := _steps(run_dir)) else ""
+        loss, speed = (_number(figures.get(tag)) for tag in ("train/loss", "throughput/tokens_per_second"))
+        yield f"step     {figures['step']}{of}  loss {loss:.4f}  {speed:.0f} tokens/s"
     if step := history.committed_step(run_dir):
         yield f"saved    step {step}"
     ended = ends.get(history.start_name(starts[-1])) if starts else None
@@ -240,21 +243,34 @@ def _start_line(start: history.Event, ended: history.Event | None) -> str:
     then = {"requeue": "; requeued", "restart": "; restarted", "fail": "; given up"}.get(ended["action"], "")
     then = "" if ended["cause"] == history.ASKED else then
     without = f" without {', '.join(ended['exclude'])}" if ended.get("exclude") else ""
-    return f"{line}: {ended['message'].splitlines()[0]}{then}{without}"
+    message = ended["message"].partition("\n")[0]
+    return f"{line}: {message}{then}{without}"
 
 
 def _figures(run_dir: Path) -> dict[str, Any]:
-    """The newest line of the metrics that has a loss, and the number of steps if the config tells."""
+    """The newest line of the metrics that has a loss."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+    with contextlib.suppress(OSError), files.open_to_read(run_dir / "metrics.jsonl") as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
         for line in file.read().splitlines():
             with contextlib.suppress(ValueError):
                 figures = json.loads(line)
-                found = figures if "train/loss" in figures else found
-    with contextlib.suppress(UserError, OSError):
-        found["steps"] = configs.load(run_dir / "config.yaml")[0].train.steps
+                if isinstance(figures, dict) and "train/loss" in figures and "step" in figures:
+                    found = figures
     return found
+
+
+def _number(figure: Any) -> float:
+    return figure if isinstance(figure, int | float) else math.nan
+
+
+def _steps(run_dir: Path) -> int | None:
+    """The number of steps of a run, if its config tells."""
+    try:
+        steps = yaml.safe_load(files.read(run_dir / "config.yaml"))["train"]["steps"]
+    except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):
+        return None
+    return steps if isinstance(steps, int) else None
 
 
 def _log(run_dir: Path) -> tuple[str, Path] | None:
@@ -277,7 +293,9 @@ def logs(folder: Path, follow: bool, rank: int | None) -> None:
         raise UserError(f"{folder}: no job has started")
     id, path = found
     if rank is not None:
-        starts = sorted((runs[0] / layout.LOGS).glob(f"*/rank-{rank:05d}.log"), key=lambda log: log.stat().st_mtime)
+        files.check_real_folder(runs[0] / layout.LOGS)
+        written = (runs[0] / layout.LOGS).glob(f"*/rank-{rank:05d}.log")
+        starts = sorted((log for log in written if not log.parent.is_symlink()), key=lambda log: log.lstat().st_mtime)
         if not starts:
             raise UserError(f"{folder}: no output of rank {rank}; that of rank 0 is in the log of the job")
         path = starts[-1]
@@ -286,18 +304,28 @@ def logs(folder: Path, follow: bool, rank: int | None) -> None:
 
 
 def _follow(path: Path, id: str | None) -> None:
-    """Print ``path``, and what is added to it while job ``id`` runs."""
-    at = 0
+    """Print ``path``, and what is added to it while job ``id`` runs. Raises ``UserError``."""
+    files.check_real_folder(path.parent)
+    at, found = 0, False
     while True:
         ended = id is None or all(known.has_ended for known in scheduler.jobs([id]))
-        with contextlib.suppress(FileNotFoundError), path.open("rb") as file:
-            at = min(at, file.seek(0, os.SEEK_END))
-            file.seek(at)
-            sys.stdout.buffer.write(file.read())
+        added = b""
+        try:
+            with files.open_to_read(path) as file:
+                found = True
+                at = min(at, file.seek(0, os.SEEK_END))
+                file.seek(at)
+                added = file.read()
+                at += len(added)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise UserError(files.reason(error)) from None
+        if added:
+            sys.stdout.buffer.write(added)
             sys.stdout.flush()
-            at = file.tell()
         if ended:
-            if not path.exists():
+            if not found:
                 raise UserError(f"{path}: the job has written nothing yet")
             return
         time.sleep(_POLL)
@@ -312,12 +340,19 @@ def cancel(folder: Path, now: bool) -> None:
                 continue
             nothing = False
             if found.state == "RUNNING" and not now:
-                (run_dir / layout.STOP_REQUESTED).touch()
+                _request_stop(run_dir)
                 print(f"job {found.id} saves and ends; --now ends it at once")
             else:
                 _scancel(found)
     if nothing:
         print("nothing is queued or running")
+
+
+def _request_stop(run_dir: Path) -> None:
+    try:
+        files.write(run_dir / layout.STOP_REQUESTED, "")
+    except OSError as error:
+        raise UserError(files.reason(error)) from None
 
 
 def _scancel(found: Job) -> None:
