@@ -11,18 +11,22 @@ import json
 import os
 import platform
 import re
+import sys
 import time
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from liftdist import environment, files
+from liftdist.errors import EXIT_USER_ERROR
 from liftdist.redaction import redact
 
-FOLDER, LOGS = "LIFTDIST_FAILURES", "LIFTDIST_LOGS"  # environment variables: folders for records, for output
 BUG, USER_ERROR, LOST_PEERS = range(3)  # kinds, the first to show first
-_LOST_PEERS = re.compile(
-    r"connection (closed|reset|refused|was closed)|broken pipe|timed out|timeout|socket|NCCL|recv|remote process", re.I
+MOST_RANKS = 1 << 20  # of a job; a record that tells of more is none
+#: How gloo says that a peer is gone, in a plain RuntimeError: with the place in its own source, or in just these words.
+_GLOO = re.compile(
+    r"(Gloo connectFullMesh failed with )?\[\S*/gloo/\S+:\d+\] |Application timeout caused pair closure$"
 )
 
 
@@ -38,41 +42,53 @@ class Failure:
 
 
 def start() -> None:
-    """At the start of a rank: forget what an earlier attempt of it left, and keep its output apart unless it is the main one."""
-    if (folder := os.environ.get(FOLDER)) is not None:
-        _path(Path(folder), _rank()).unlink(missing_ok=True)
-    if is_apart():
-        with (Path(os.environ[LOGS]) / f"rank-{_rank():05d}.log").open("ab") as file:
-            for descriptor in (1, 2):
-                os.dup2(file.fileno(), descriptor)
+    """At the start of a rank: forget what an earlier attempt of it left, and keep its output apart unless it is the main one.
+
+    Ends the rank where it cannot have its output there.
+    """
+    try:
+        if (folder := environment.FAILURES.get()) is not None:
+            _path(folder, _rank()).unlink(missing_ok=True)
+        if is_apart():
+            with files.open_to_append(environment.LOGS.need() / f"rank-{_rank():05d}.log") as file:
+                for descriptor in (1, 2):
+                    os.dup2(file.fileno(), descriptor)
+    except OSError as error:
+        text = f"rank {_rank()} on {platform.node()}: {files.reason(error)}"
+        if not say(text, USER_ERROR):
+            sys.stderr.write(f"liftdist: {redact(text)}\n")
+        sys.exit(EXIT_USER_ERROR)
 
 
 def is_apart() -> bool:
     """Whether this rank's output goes to a file of its own."""
-    return LOGS in os.environ and _rank() > 0
+    return environment.LOGS.is_set() and _rank() > 0
 
 
 def record(error: BaseException) -> bool:
     """Leave a record of what ended this rank. Whether there is a launcher to show it."""
     found = [line for line in str(error).splitlines() if line.strip()] or [""]
-    # collectives raise nothing more telling than a RuntimeError
-    lost = isinstance(error, RuntimeError) and _LOST_PEERS.search(str(error))
     trace = "".join(traceback.format_exception(error))
-    return say(f"{type(error).__name__}: {found[0]:.200}", LOST_PEERS if lost else BUG, trace)
+    return say(f"{type(error).__name__}: {found[0]:.200}", LOST_PEERS if _is_lost_peer(error) else BUG, trace)
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether ``error`` is raised by a collective that a peer, or the way to it, has failed; not merely tells of such things."""
+    # what is not imported has raised nothing; and without torch.distributed there is no such class
+    raised_by_torch = getattr(sys.modules.get("torch.distributed"), "DistError", ())
+    return isinstance(error, raised_by_torch) or (type(error) is RuntimeError and _GLOO.match(str(error)) is not None)
 
 
 def say(text: str, kind: int = BUG, trace: str = "") -> bool:
     """:func:`record` for what is no exception, or needs no traceback."""
-    if (folder := os.environ.get(FOLDER)) is None:
+    if (folder := environment.FAILURES.get()) is None:
         return False
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
-    return write(
-        Path(folder), Failure(_rank(), world_size, platform.node(), time.time(), redact(text), redact(trace), kind)
-    )
+    world_size = environment.WORLD_SIZE.get(1)
+    return write(folder, Failure(_rank(), world_size, platform.node(), time.time(), redact(text), redact(trace), kind))
 
 
 def _rank() -> int:
-    return int(os.environ.get("RANK", 0))
+    return environment.RANK.get(0)
 
 
 def _path(folder: Path, rank: int) -> Path:
@@ -81,25 +97,40 @@ def _path(folder: Path, rank: int) -> Path:
 
 def write(folder: Path, failure: Failure) -> bool:
     """Keep ``failure``, unless the rank has left a record before. Whether there is one now."""
+    path = _path(folder, failure.rank)
     try:
-        with _path(folder, failure.rank).open("x") as file:
-            file.write(json.dumps(asdict(failure)))
+        files.create(path, json.dumps(asdict(failure)))
     except FileExistsError:
-        return True
+        return not path.is_symlink()  # which nobody will read
     except OSError:
         return False
     return True
 
 
 def read(folder: Path) -> list[Failure]:
-    """The failures of a job: by their kind, then by their time."""
+    """The failures of a job: by their kind, then by their time. What is no record is left out."""
     found = []
     for path in folder.glob("rank-*.failure.json"):
         try:
-            found.append(Failure(**json.loads(path.read_text())))
+            failure = Failure(**json.loads(files.read(path)))
         except (OSError, ValueError, TypeError):
             continue
+        if _is_sound(failure):
+            found.append(failure)
     return sorted(found, key=lambda failure: (failure.kind, failure.time))
+
+
+def _is_sound(failure: Failure) -> bool:
+    """Whether each field is what it should be: a record may be of another version, or of somebody else."""
+    texts = (failure.host, failure.error, failure.trace)
+    numbers = (failure.rank, failure.world_size, failure.kind)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int) for number in numbers)
+        and isinstance(failure.time, int | float)
+        and failure.kind in (BUG, USER_ERROR, LOST_PEERS)
+        and failure.world_size <= MOST_RANKS
+    )
 
 
 def summary(found: Sequence[Failure]) -> str | None:
