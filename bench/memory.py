@@ -42,7 +42,7 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
     hf_config = AutoConfig.from_pretrained(folder)
     size = footprint.sizes(contender.model, config.selection.modules)
     parts = footprint.memory(size, config, mesh.device_mesh.size(1), footprint.activations(hf_config, config, rows))
-    parts |= {"selecting": 0, "once principal": 0}  # of other moments of a run
+    parts |= {"selecting": 0, "previously selected": 0}  # not in the measured step
     return {"peak": live.peak, "held": held, "parts": parts, "planned": footprint.peak(parts)}
 
 

@@ -135,7 +135,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         "collectives": measured,
         "planned_collectives": planned_collectives,
         "peak": live.peak,
-        "planned_peak": footprint.peak(planned | {"selecting": 0, "once principal": 0}),
+        "planned_peak": footprint.peak(planned | {"selecting": 0, "previously selected": 0}),
     }
 
 

@@ -1,6 +1,6 @@
-"""What can be known to be wrong before ranks are started and weights are read: paths, files, the kind of model.
+"""Checks before ranks start and weights are read: mesh layout, folders, first records, type of the model.
 
-Imports no torch by itself, so that a wrong path is reported at once.
+Imports no torch itself, so that a wrong path is reported at once.
 """
 
 from __future__ import annotations
@@ -17,20 +17,26 @@ from liftdist.schema import Config
 
 
 def check_cache_dir(config: Config) -> None:
-    """Raises ``UserError`` unless the cache can be written."""
+    """Create ``cache_dir`` if needed. Raises ``UserError`` if it cannot be written."""
     cache_dir = Path(config.cache_dir).expanduser()
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_dir).close()
     except OSError as error:
-        raise UserError(f"cache_dir {cache_dir}: cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"cache_dir {cache_dir}: cannot be written: {error.strerror}; give a writable folder (cache_dir=...)"
+        ) from None
 
 
 def check(config: Config, ranks: int | None, training: bool) -> None:
-    """What takes seconds and needs no ranks: the layout, the run directory, the first records, the kind of model.
+    """Check the mesh layout, the run directory, the first records and the type of the model; takes seconds.
+
+    Args:
+        ranks: number of ranks, or None if not known yet.
+        training: check the run directory and the data, too.
 
     Raises:
-        UserError: the first thing that is wrong.
+        UserError: the first problem found.
     """
     if ranks is not None:
         config.mesh.layout(ranks)

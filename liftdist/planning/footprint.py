@@ -1,14 +1,14 @@
-"""What a rank holds and sends in a run, by formulas over the shapes of a model.
+"""Memory and traffic of a rank, by formulas over the shapes of a model.
 
-For S shards, R replicas, P parameters of which N are trained, density d, all on the fullest rank:
+For S shards, R replicas, P parameters, N of them in trained matrices, density d; bytes on the fullest rank:
 
-    weights      2 P / S                            and the root whole: head, norm, and an embedding tied to the head
-    principal    20 d N / S                         values, gradient, two moments 16 B; indices 4 B
-    once principal  N / (8 S)                       a bit, from the first refresh on
-    layers       one layer gathered, and of one more its gradient, as it is and as it is laid out to be reduced
-    activations  what one layer keeps for its backward, times layers; found by running two layers on fake tensors
+    weights              2 P / S       plus the unsharded root: head, last norm, and an embedding tied to the head
+    principal            20 d N / S    values, gradient and two moments 16 B, indices 4 B
+    previously selected  N / (8 S)     one bit per weight, from the first refresh on
+    layers               one layer gathered, plus the gradient of another one and its copy in the reduce-scatter buffer
+    activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
 
-What travels is counted as a ring sends it: all-gather and reduce-scatter of n bytes n (S - 1) / S, all-reduce twice that.
+Traffic is that of ring algorithms: n (S - 1) / S for an all-gather or reduce-scatter of n bytes, twice that for an all-reduce.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from liftdist.training.losses.cross_entropy import summed
 
 @dataclass(frozen=True)
 class FSDPUnit:
-    """An FSDP module: what is gathered and reduced together."""
+    """An FSDP module: its parameters are gathered and reduced together."""
 
     shapes: tuple[tuple[int, ...], ...]  # of all parameters
     trained: Mapping[str, tuple[int, int]]  # of the trained matrices, by name
@@ -49,20 +49,20 @@ class FSDPUnit:
         return sum(math.prod(shape) for shape in self.shapes)
 
     def padded(self, shards: int, trained: bool = False) -> int:
-        """Weights that the fullest shard holds, and that every shard is padded to."""
+        """Weights of the largest shard, to which every shard is padded; with ``trained``, of the trained matrices only."""
         shapes = self.trained.values() if trained else self.shapes
         return sum(row_bounds(shape[0], shards)[1] * math.prod(shape[1:]) for shape in shapes)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model as the planner sees it."""
+    """Shapes of a model."""
 
     layers: tuple[FSDPUnit, ...]
-    embedding: FSDPUnit  # empty where it is the head, too, and in the root
+    embedding: FSDPUnit  # empty if tied to the head: the root holds it then
     root: FSDPUnit
-    itemsize: int  # bytes of a weight
-    query: int  # attention's width: heads x head dim
+    itemsize: int  # bytes per weight
+    query: int  # width of the attention: heads x head dim
 
     @property
     def numel(self) -> int:
@@ -78,7 +78,7 @@ class Sizes:
 
 
 def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
-    """Of a model that needs no memory. Raises ``UserError``: no module fits the patterns."""
+    """The sizes of a model, which may be on the meta device. Raises ``UserError`` if no module matches ``patterns``."""
     trained = {id(param): name for name, param in principal_parameters(model, patterns).items()}
 
     def unit(params: Iterator[nn.Parameter]) -> FSDPUnit:
@@ -87,13 +87,13 @@ def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
         return FSDPUnit(tuple(tuple(p.shape) for p in unique), chosen)
 
     layers, embedding = build.decoder_layers(model), build.own_embedding(model)
-    looked_up = list(embedding.parameters()) if embedding is not None else []
-    inside = {id(param) for param in (*layers.parameters(), *looked_up)}
+    embedded = list(embedding.parameters()) if embedding is not None else []
+    inside = {id(param) for param in (*layers.parameters(), *embedded)}
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return Sizes(
         tuple(unit(layer.parameters()) for layer in layers),
-        unit(iter(looked_up)),
+        unit(iter(embedded)),
         unit(param for param in model.parameters() if id(param) not in inside),
         next(model.parameters()).element_size(),
         width * text.num_attention_heads,
@@ -101,16 +101,16 @@ def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
 
 
 class Activations(NamedTuple):
-    """Bytes that a micro-batch keeps alive."""
+    """Bytes of activations of a micro-batch."""
 
-    fixed: int  # whatever the number of layers
-    layer: int  # for each layer, from its forward to its backward
-    loss: int  # besides, while the loss is computed
-    backward: int  # besides, while one layer's backward runs
+    fixed: int  # independent of the number of layers
+    layer: int  # per layer, from its forward to its backward
+    loss: int  # in addition, while the loss is computed
+    backward: int  # in addition, while one layer's backward runs
 
 
 def activations(hf_config: Any, config: Config, rows: int) -> Activations:
-    """Of ``rows`` sequences: the real model with one and two layers, run forward and backward on tensors without memory."""
+    """Activations of ``rows`` sequences: runs the real model with one and two layers, forward and backward, on fake tensors."""
     kept, losses, backwards = [], [], []
     for layers in (1, 2):
         live = LiveBytes()
@@ -139,12 +139,12 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
 def _trained(model: PreTrainedModel, patterns: Sequence[str]) -> list[nn.Parameter]:
     try:
         return list(principal_parameters(model, patterns).values())
-    except UserError:  # they name later layers
+    except UserError:  # the patterns match later layers only
         return list(principal_parameters(model).values())
 
 
 def packing_known(packing: bool) -> contextlib.AbstractContextManager:
-    """On tensors without contents transformers takes all samples for packed, and makes a mask of all pairs of tokens."""
+    """Tell transformers whether samples are packed: on fake tensors it assumes so, and builds a mask of all token pairs."""
     if packing:
         return contextlib.nullcontext()
     return mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
@@ -160,74 +160,75 @@ def _with_layers(hf_config: Any, layers: int) -> Any:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What a rank holds and sends.
+# Memory and traffic.
 
 
 def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[str, int]:
     """Bytes by component, on the fullest rank."""
 
-    def whole(unit: FSDPUnit) -> int:
+    def unsharded(unit: FSDPUnit) -> int:
         return size.itemsize * unit.padded(shards) * shards
 
-    gathered, embedding, root = max(map(whole, size.layers)), whole(size.embedding), whole(size.root)
+    gathered, embedding, root = max(map(unsharded, size.layers)), unsharded(size.embedding), unsharded(size.root)
     reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
     largest = max(m * n for m, n in size.trained.values())
     counts = selected(size, config)
     workspace = criterion(config).workspace
     factoring = max(workspace(*shape, counts[name]) for name, shape in size.trained.items())
-    sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # of a gradient to be reduced
+    sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # bytes per gradient to be reduced
     exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0
     return {
         "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units),
         "principal": 20 * sum(-(-count // shards) for count in counts.values()),
-        "once principal": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
+        "previously selected": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
         if config.selection.refresh_interval
         else 0,
         "root, whole": root,
-        # in the first forward, besides the root: what arrives is held twice, and once until the next has arrived
-        "arriving": max(root + 2 * embedding, (embedding or root) + 2 * gathered),
-        # the next layer is gathered while one is computed; that one is gone when its gradients are copied to be reduced
+        # in the first forward, besides the root: a unit that is gathered is held twice, as all-gather buffer and as
+        # parameters; FSDP keeps the buffer until the next unit is gathered
+        "first all-gather buffers": max(root + 2 * embedding, (embedding or root) + 2 * gathered),
+        # the next layer is gathered while one is computed; the latter is freed before its gradients are copied to the buffer
         "layers, whole": gathered
         + max(gathered + size.itemsize * reduced, (size.itemsize + sent) * reduced + 4 * reduced // shards + exchanged),
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
         "loss": kept.loss,
-        # this matrix and the next as gathered, and the rows sent for that
+        # the matrix being factored, the next one being gathered, and the rows sent for it
         "selecting": (3 * size.itemsize * largest if shards > 1 else 0) + factoring,
     }
 
 
 def peak(parts: dict[str, int]) -> int:
-    """Bytes at the worst moment of a run: training, or selecting."""
-    held = parts["weights"] + parts["principal"] + parts["once principal"]
+    """Peak bytes of a run, from the parts of :func:`memory`: of training, of its first forward, or of a selection."""
+    held = parts["weights"] + parts["principal"] + parts["previously selected"]
     backward = parts["layers, whole"] + parts["computing"]
     training = parts["root, whole"] + parts["activations"] + max(backward, parts["loss"])
-    gathering = parts["root, whole"] + parts["arriving"]
+    gathering = parts["root, whole"] + parts["first all-gather buffers"]
     return held + max(training, gathering, parts["selecting"])
 
 
 def criterion(config: Config) -> Any:
-    """What selects the weights: see :class:`liftdist.engine.selection.Criterion`."""
+    """The criterion of a config, see :class:`liftdist.engine.selection.Criterion`."""
     return CRITERIA.load(config.selection.criterion).make(config.selection)
 
 
 def selected(size: Sizes, config: Config) -> dict[str, int]:
-    """Weights to train of each matrix, by name."""
+    """Number of weights to train in each matrix, by name."""
     allotted: dict[str, int] = BUDGETS.load(config.selection.budget).make(config.selection).allot(size.trained)
     return allotted
 
 
 @dataclass(frozen=True)
 class Collective:
-    """Of one kind, over one axis of the mesh, in one optimizer step."""
+    """All collectives of one kind over one mesh axis in one optimizer step."""
 
     axis: str
     operation: str
     calls: int
-    payload: int  # bytes a rank gives to all calls together: its part of an all-gather, the whole of what is reduced
+    payload: int  # input bytes of a rank over all calls: its shard for an all-gather, the full tensor for a reduction
 
     def sent(self, ranks: int) -> int:
-        """Bytes that a rank sends in a ring."""
+        """Bytes that a rank sends with a ring algorithm."""
         per_payload = {
             "all_gather": ranks - 1,
             "reduce_scatter": (ranks - 1) / ranks,
@@ -237,7 +238,7 @@ class Collective:
 
 
 def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Collective]:
-    """Collectives of one optimizer step, but for a few numbers."""
+    """Collectives of one optimizer step, without those of a few scalars."""
     micro = micro_batches(config, replicas * shards)
     found = []
     if shards > 1:
@@ -250,11 +251,13 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         widths = [_width(unit, counts, shards) for unit in reduced]
         dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
         sparse = [config.mesh.sparse_reduce_scatter and 8 * w < d // shards for w, d in zip(widths, dense, strict=True)]
-        where = sum(4 * width for width, chosen in zip(widths, sparse, strict=True) if chosen)
-        what = sum(4 * shards * w if chosen else d for w, d, chosen in zip(widths, dense, sparse, strict=True))
+        indices = sum(4 * width for width, is_sparse in zip(widths, sparse, strict=True) if is_sparse)
+        gradients = sum(
+            4 * shards * w if is_sparse else d for w, d, is_sparse in zip(widths, dense, sparse, strict=True)
+        )
         if any(sparse):
-            found.append(Collective("dp_shard", "all_gather", micro * sum(sparse), micro * where))
-        found.append(Collective("dp_shard", "reduce_scatter", micro * len(reduced), micro * what))
+            found.append(Collective("dp_shard", "all_gather", micro * sum(sparse), micro * indices))
+        found.append(Collective("dp_shard", "reduce_scatter", micro * len(reduced), micro * gradients))
     if replicas > 1:
         flat = 4 * sum(-(-count // shards) for count in selected(size, config).values())
         found.append(Collective("dp_replicate", "all_reduce", 1, flat))
@@ -262,23 +265,23 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
 
 
 def _width(unit: FSDPUnit, counts: Mapping[str, int], shards: int) -> int:
-    """Principal weights of a unit that a shard holds, if they are spread evenly."""
+    """Principal weights of a unit in each shard, assuming that they are spread evenly."""
     return sum(-(-counts[name] // shards) for name in unit.trained)
 
 
 def micro_batches(config: Config, ranks: int) -> int:
-    """Micro-batches of the rank that has the most sequences of a step."""
+    """Micro-batches per step of the rank with the most sequences."""
     return math.ceil(math.ceil(config.train.batch_size / ranks) / config.train.micro_batch_size)
 
 
 def rows(config: Config, ranks: int) -> int:
-    """Sequences that a rank computes at once, at most."""
+    """Sequences in the largest micro-batch of a rank."""
     return min(config.train.micro_batch_size, math.ceil(config.train.batch_size / ranks))
 
 
 def operations(size: Sizes, config: Config) -> int:
-    """Floating-point operations of a token in forward and backward, without what is computed twice."""
-    products = size.numel - size.embedding.numel  # which is looked up
+    """Floating-point operations per token in forward and backward, without recomputation."""
+    products = size.numel - size.embedding.numel  # an embedding is a lookup
     trained = sum(m * n for m, n in size.trained.values())
     attention = 2 * len(size.layers) * size.query * config.data.max_length  # causal: half of all pairs, two products
     return 2 * (2 * products + trained) + 3 * attention

@@ -1,4 +1,4 @@
-"""Bytes of the tensors that are alive, on any device, real or fake: what a run needs, without what an allocator keeps."""
+"""Bytes of live tensors, real or fake, on any device: what a run needs, without what an allocator caches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from liftdist.distributed.sharding import local_tensor
 class LiveBytes(TorchDispatchMode):
     """Counts the storages of all tensors that operations return inside ``with``, while they are alive.
 
-    Tensors from before are not counted, unless :meth:`add` is told of them.
+    Tensors that existed before are counted only if they are passed to :meth:`add`.
     """
 
     def __init__(self) -> None:
@@ -28,16 +28,16 @@ class LiveBytes(TorchDispatchMode):
         self._resizing: Any = None
 
     def add(self, tensor: Tensor) -> None:
-        """Count the storage of ``tensor`` until it is gone."""
+        """Count the storage of ``tensor`` until it is freed."""
         storage = local_tensor(tensor).untyped_storage()
         key = storage._cdata
         if key in self._known and self._known[key][0]() is storage:
             return
         size = storage.nbytes()
-        self._known[key] = (weakref.ref(storage, lambda _: self._gone(key)), size)
+        self._known[key] = (weakref.ref(storage, lambda _: self._freed(key)), size)
         self._grow(size)
 
-    def _gone(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         self._grow(-self._known.pop(key)[1])
 
     def _grow(self, size: int) -> None:
@@ -47,7 +47,7 @@ class LiveBytes(TorchDispatchMode):
     def __enter__(self) -> LiveBytes:
         resize = torch.UntypedStorage.resize_
 
-        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # as FSDP frees what it has gathered
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP frees gathered parameters by resizing
             result = resize(storage, size)
             known = self._known.get(storage._cdata)
             if known is not None:

@@ -1,8 +1,8 @@
 """Memory, traffic and time of a run, before anything is submitted: from the config and the model's ``config.json`` alone.
 
-    config, config.json -> footprint: bytes held, bytes sent -> does it fit, on how many shards would it, about how long
+    config, config.json -> footprint: bytes held, bytes sent -> whether it fits, smallest number of shards, estimated times
 
-Bytes are counted (liftdist/footprint.py); times follow from data sheets, and are rough.
+Bytes are counted (:mod:`liftdist.planning.footprint`); times are rough estimates from data sheets.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ GIB = 2**30
 
 class Gpu(NamedTuple):
     memory: float  # GiB
-    tflops: float = 0.0  # dense bf16; 0: not known, and nothing is said of time
-    hbm: float = 0.0  # GB/s of its memory
-    link: float = 0.0  # GB/s each way to its neighbours in a node
+    tflops: float = 0.0  # dense bf16; 0 if unknown: no times are estimated
+    hbm: float = 0.0  # memory bandwidth, GB/s
+    link: float = 0.0  # bandwidth to other GPUs of the node, GB/s per direction
 
 
-#: By the vendors' data sheets.
+#: From the vendors' data sheets.
 GPUS = {
     "a10": Gpu(24, 125, 600, 32),
     "rtx4090": Gpu(24, 165, 1008, 32),
@@ -45,26 +45,26 @@ GPUS = {
     "b200": Gpu(180, 2250, 8000, 900),
     "mi300x": Gpu(192, 1307, 5300, 448),
 }
-USABLE = 0.92  # of a GPU's memory: the rest is its context, NCCL, and what the allocator cannot place
-EFFICIENCY = 0.4  # of the peak, for products in forward and backward
-SELECTION_RATE = 1e12  # operations a second of a factorisation, on a GPU
-DISK_RATE = 1e9  # bytes a second that a rank writes
+USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context, NCCL and fragmentation
+EFFICIENCY = 0.4  # fraction of peak FLOP/s in forward and backward
+SELECTION_RATE = 1e12  # FLOP/s of a factorisation on a GPU
+DISK_RATE = 1e9  # bytes/s that a rank writes
 MOST_SHARDS = 4096
 
 
 def plan(
     config: Config, nodes: int, gpus_per_node: int, gpu: Gpu | None = None, link_gbps: float = 100.0
 ) -> dict[str, Any]:
-    """What a run of ``config`` needs on ``nodes`` x ``gpus_per_node`` ranks; bytes, seconds.
+    """The requirements of a run of ``config`` on ``nodes`` x ``gpus_per_node`` ranks, in bytes and seconds.
 
     Args:
-        gpu: what it runs on; without one nothing is said of time, and of whether it fits.
-        link_gbps: Gbit/s of a node's network.
+        gpu: without one, neither times nor whether the run fits are planned.
+        link_gbps: network bandwidth of a node, Gbit/s.
 
     Raises:
-        UserError: as ``liftdist train``: a layout, a model or patterns that do not fit.
+        UserError: as ``liftdist train``, for an invalid mesh layout, model or ``selection.modules``.
     """
-    # with the attention that transformers chooses: another may not be installed here, and keeps about as much
+    # use transformers' default attention: the configured one may not be installed here, and needs about as much memory
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
     hf_config = build.check_type(resolve_config(config.model.path), config.model)
@@ -83,7 +83,7 @@ def plan(
     owners = selection.assign_owners(costs, replicas * shards)
     loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in set(owners)]
     selected = sum(footprint.selected(size, config).values())
-    travels = [
+    collectives = [
         dataclasses.asdict(one) | {"sent": one.sent(shards if one.axis == "dp_shard" else replicas)}
         for one in footprint.traffic(size, config, replicas, shards)
     ]
@@ -94,7 +94,7 @@ def plan(
         "peak": footprint.peak(parts),
         "usable": usable,
         "fits": None if usable is None else footprint.peak(parts) <= usable,
-        "traffic": travels,
+        "traffic": collectives,
         "checkpoint": {"bytes": 16 * selected, "seconds": 16 * selected / shards / DISK_RATE},
         "selection": {"matrices": len(costs), "largest": max(costs), "fullest": max(loads), "all": sum(costs)},
         "step": {"tokens": config.train.batch_size * config.data.max_length},
@@ -108,13 +108,13 @@ def plan(
         fitting = (count for count in _shard_counts(gpus_per_node) if footprint.peak(memory_of(count)) <= usable)
         result["smallest"] = next(fitting, None)
         if not result["fits"]:
-            stays = footprint.peak(memory_of(MOST_SHARDS)) if result["smallest"] is None else None
-            result["advice"] = _advice(config, footprint.rows(config, replicas * shards), result, stays)
+            minimum = footprint.peak(memory_of(MOST_SHARDS)) if result["smallest"] is None else None
+            result["advice"] = _advice(config, footprint.rows(config, replicas * shards), result, minimum)
     return result
 
 
 def _shard_counts(gpus_per_node: int) -> Iterator[int]:
-    """Ranks of one replica, from few to many: some of a node, or whole nodes, twice as many each time."""
+    """Candidate numbers of shards, ascending: part of a node, then whole nodes, doubling."""
     yield from range(1, gpus_per_node)
     while gpus_per_node <= MOST_SHARDS:
         yield gpus_per_node
@@ -122,7 +122,7 @@ def _shard_counts(gpus_per_node: int) -> Iterator[int]:
 
 
 def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, result: dict[str, Any]) -> dict[str, float]:
-    """Rough: the ranks of a step compute at ``EFFICIENCY``, and gather and reduce meanwhile."""
+    """Estimated seconds of a step: compute at ``EFFICIENCY``, overlapped with the collectives inside a replica."""
     layout = result["layout"]
     ranks = layout["dp_replicate"] * layout["dp_shard"]
     recomputed = 2 * size.numel if config.model.activation_checkpointing else 0
@@ -149,11 +149,11 @@ def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, resul
 
 
 def check_fits(config: Config, nodes: int, gpus_per_node: int) -> None:
-    """Raises ``UserError`` for a run that cannot fit in ``slurm.gpu_memory``, where that is set."""
+    """Raises ``UserError`` if ``slurm.gpu_memory`` is set and the run does not fit in it."""
     if config.slurm.gpu_memory is None:
         return
     decisive = (config.model, config.data, config.selection, config.train, config.mesh, config.slurm.gpu_memory)
-    if (key := repr((decisive, nodes, gpus_per_node))) in _known_to_fit:  # of another task of an array
+    if (key := repr((decisive, nodes, gpus_per_node))) in _known_to_fit:  # checked for another task of an array
         return
     found = plan(config, nodes, gpus_per_node, Gpu(config.slurm.gpu_memory))
     if not found["fits"]:
@@ -164,18 +164,18 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int) -> None:
 _known_to_fit: set[str] = set()
 
 
-def _advice(config: Config, rows: int, found: dict[str, Any], stays: int | None) -> str:
-    """What would make a run fit; ``stays`` bytes would, on a rank of very many."""
-    if stays is None:
+def _advice(config: Config, rows: int, found: dict[str, Any], minimum: int | None) -> str:
+    """How to make a run fit. ``minimum``: bytes that a rank needs however many shards there are; None if more shards help."""
+    if minimum is None:
         nodes = -(-found["smallest"] // found["layout"]["gpus_per_node"])
         return f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
     ways = [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
     ways += ["lower train.micro_batch_size"] if rows > 1 else []
     ways += ["lower data.max_length"]
-    if found["memory"]["root, whole"] + found["memory"]["arriving"] > found["usable"]:
-        ways = []  # whatever the batch
-    ways += ["take GPUs with more memory"]
-    return f"{_gib(stays)} stay on any number of shards: {', or '.join(ways)}"
+    if found["memory"]["root, whole"] + found["memory"]["first all-gather buffers"] > found["usable"]:
+        ways = []  # independent of the batch
+    ways += ["use GPUs with more memory"]
+    return f"it needs at least {_gib(minimum)} on any number of shards: {', or '.join(ways)}"
 
 
 def _verdict(found: dict[str, Any]) -> str:
@@ -194,7 +194,7 @@ def _gib(size: float) -> str:
 
 
 def run(options: argparse.Namespace) -> tuple[Iterable[str], bool]:
-    """The lines of a plan; and False where it is known that the run does not fit. Raises ``UserError``."""
+    """The lines of a plan, and False if the run is known not to fit. Raises ``UserError``."""
     config, _ = configs.load(options.config, options.overrides)
     nodes = config.slurm.nodes if options.nodes is None else options.nodes
     gpus_per_node = options.gpus_per_node
@@ -216,7 +216,7 @@ def run(options: argparse.Namespace) -> tuple[Iterable[str], bool]:
 
 
 def describe(found: dict[str, Any]) -> Iterator[str]:
-    """A plan as lines to read."""
+    """A plan as lines of text."""
     layout, model, step = found["layout"], found["model"], found["step"]
     yield (
         f"{layout['nodes']} x {layout['gpus_per_node']} ranks: {layout['dp_replicate']} replicas of {layout['dp_shard']} shards"
@@ -226,13 +226,13 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
         notes = {
-            "arriving": "at the beginning, in place of all that follows",
-            "loss": "in place of layers and computing",
-            "selecting": "in place of all since root",
+            "first all-gather buffers": "in the first forward, instead of the lines below",
+            "loss": "instead of layers and computing",
+            "selecting": "instead of root and the lines below it",
         }
         note = f"   {notes[name]}" if name in notes else ""
-        yield f"  {name:16s}{_gib(size):>12s}{note}"
-    yield f"  {'at the worst':16s}{_gib(found['peak']):>12s}"
+        yield f"  {name:24s}{_gib(size):>12s}{note}"
+    yield f"  {'peak':24s}{_gib(found['peak']):>12s}"
     if found["fits"] is not None:
         yield _verdict(found)
     yield "sent by a rank in a step"
@@ -241,7 +241,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     if "seconds" in step:
         yield (
             f"step     {step['seconds']:.2f} s, {step['tokens_per_second']:,.0f} tokens/s: computing {step['computing']:.2f} s, "
-            f"meanwhile shards {step['dp_shard']:.2f} s; replicas {step['dp_replicate']:.2f} s, update {step['updating']:.3f} s"
+            f"overlapped with shards {step['dp_shard']:.2f} s; replicas {step['dp_replicate']:.2f} s, "
+            f"update {step['updating']:.3f} s"
         )
         yield f"select   about {found['selection']['seconds']:.0f} s"
     yield f"save     {_gib(found['checkpoint']['bytes'])}, {found['checkpoint']['seconds']:.1f} s"
