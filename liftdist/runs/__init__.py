@@ -1,5 +1,5 @@
-"""The run directory: who may write into it, what is saved there, what earlier attempts left, and how a run is stopped.
+"""The run directory: attempts and their claims, checkpoints, changes between attempts, and stop requests.
 
-In: state to save, requests to stop. Out: checkpoints that can be trusted, decisions to stop that all ranks share. Must
-not know how a step is computed.
+In: state to save, stop requests. Out: valid checkpoints, stop decisions that all ranks share. Must not know how a step is
+computed.
 """

@@ -1,6 +1,6 @@
-"""What has changed between a checkpoint and the command that continues from it, and whether that was allowed.
+"""Differences between a checkpoint and the command that continues from it, and whether they are allowed.
 
-a change is (kind, text); the kind says what it changes: schema.NOTHING, COURSE or STATE
+change = (kind, text), where kind is the effect of the change: schema.NOTHING, COURSE or STATE
 """
 
 from __future__ import annotations
@@ -25,70 +25,72 @@ SettingChange = tuple[str, str]
 
 
 def refuse(found: Sequence[SettingChange], allowed: set[str], run_dir: Path) -> None:
-    """Raises ``UserError`` for changes of a kind that is not allowed, those of the state first."""
+    """Raises ``UserError`` for changes of a kind that is not allowed; ``STATE`` changes are reported first."""
     for flag, (kind, _) in reversed(CONTINUATION_FLAGS.items()):
         refused = [redact(text) for found_kind, text in found if found_kind == kind]
         if refused and kind not in allowed:
             raise UserError(
-                f"run_dir {run_dir}: made with other settings: {'; '.join(refused)}; {flag} goes on with them, "
-                f"--fresh starts again in a new directory, and command.txt holds the earlier command"
+                f"run_dir {run_dir}: started with different settings: {'; '.join(refused)}; {flag} continues with the new "
+                f"ones, --fresh starts again in a new directory, and command.txt holds the earlier command"
             )
 
 
-def provenance(config: Config, text: str, base: str, data: str) -> Provenance:
-    """Where the state of a run comes from.
+def provenance(config: Config, text: str, base_digest: str, data_digest: str) -> Provenance:
+    """The inputs that the state of a run depends on.
 
     Args:
-        text: the config, as :func:`liftdist.config.load` gives it.
-        base: digest of the base model.
-        data: digest of the training samples.
+        text: YAML text of the config, from :func:`liftdist.config.load`.
+        base_digest: digest of the base model's weights.
+        data_digest: digest of the training samples.
     """
-    return Provenance(text, _fingerprints(config, text), base, data)
+    return Provenance(text, _fingerprints(config, text), base_digest, data_digest)
 
 
 def check_alike(mine: Provenance, first: Provenance, rank: int) -> None:
-    """Raises ``UserError`` if this rank starts from something else than rank 0 does: it would decide otherwise."""
+    """Raises ``UserError`` if this rank's inputs differ from those of rank 0: the ranks would take different decisions."""
     names = {"config": "settings", "from_environment": "environment", "base": "model weights", "data": "training data"}
     if different := [name for key, name in names.items() if getattr(mine, key) != getattr(first, key)]:
-        raise UserError(f"rank {rank} on {platform.node()} has other {' and '.join(different)} than rank 0")
+        raise UserError(
+            f"rank {rank} on {platform.node()} differs from rank 0 in {' and '.join(different)}; "
+            f"use the same on every machine"
+        )
 
 
 def between(before: Provenance, after: Provenance) -> list[SettingChange]:
-    """The changes from one state to another."""
+    """The changes from ``before`` to ``after``."""
     found = of_settings(before.config, after.config)
     kinds = _kinds()
     for key, value in after.from_environment.items():
         if before.from_environment.get(key, value) != value:
-            found.append((kinds[schema.template(key)], f"{key}: another value from the environment"))
+            found.append((kinds[schema.template(key)], f"{key}: its value from the environment has changed"))
     if before.base != after.base:
-        found.append((STATE, f"model.path: other weights ({before.base[:12]} -> {after.base[:12]})"))
+        found.append((STATE, f"model.path: the weights have changed ({before.base[:12]} -> {after.base[:12]})"))
     if before.data != after.data and not any(text.startswith("data.") for _, text in found):
-        found.append((COURSE, "data.path: other contents of the same name"))
+        found.append((COURSE, "data.path: the contents have changed"))
     return found
 
 
 def of_settings(before: str, after: str) -> list[SettingChange]:
-    """Every setting that differs between two configs, as :func:`liftdist.config.load` gives their text."""
+    """Every setting that differs between two configs, given as YAML text from :func:`liftdist.config.load`."""
     old, new = (dict(schema.leaves(yaml.safe_load(text))) for text in (before, after))
     kinds = _kinds()
-    entries = {
-        key.rpartition(".N.")[0] + "." for key in kinds if ".N." in key
-    }  # of lists of sections: they may come and go
+    # lists of sections, whose entries may be added or removed
+    lists = {key.rpartition(".N.")[0] + "." for key in kinds if ".N." in key}
     found = []
     for key in dict.fromkeys([*old, *new]):
         kind = kinds.get(schema.template(key))
-        everywhere = key in old and key in new  # a setting that only one version knows is no change
-        listed = schema.template(key).startswith(tuple(entries))
-        if kind is not None and (everywhere or listed) and old.get(key) != new.get(key):
+        in_both = key in old and key in new  # a setting that only one version of liftdist knows is not a change
+        in_list = schema.template(key).startswith(tuple(lists))
+        if kind is not None and (in_both or in_list) and old.get(key) != new.get(key):
             found.append((kind, f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"))
     return found
 
 
 def check_settings(config: Config, text: str, allowed: set[str]) -> None:
-    """Compare the settings with those of the run's newest checkpoint, before anything is started.
+    """Compare the settings with those of the run's newest checkpoint, before ranks start.
 
     Raises:
-        UserError: some have changed, and that was not allowed.
+        UserError: settings have changed, and the change is not allowed.
     """
     run_dir = Path(config.run_dir).expanduser()
     commits = [event for events in claims.attempts(run_dir).values() for event in events if event["event"] == "commit"]
@@ -98,7 +100,7 @@ def check_settings(config: Config, text: str, allowed: set[str]) -> None:
         kept = manifest.read(run_dir / layout.CHECKPOINTS / commits[-1]["folder"] / layout.MANIFEST)
         found = of_settings(kept.provenance.config, text)
     except (OSError, ValueError, KeyError):
-        return  # what is damaged is said when it is read
+        return  # the ranks report a damaged checkpoint when they load it
     refuse(found, allowed, run_dir)
 
 
@@ -107,7 +109,7 @@ def _kinds() -> dict[str, str]:
 
 
 def _fingerprints(config: Config, text: str) -> dict[str, str]:
-    """For every setting that the environment gives, a short hash of its value, which tells whether it has changed."""
+    """A short hash of each value that comes from the environment, by key: detects a change without storing the value."""
     values = dict(schema.leaves(dataclasses.asdict(config)))
     written = dict(schema.leaves(yaml.safe_load(text)))
     return {

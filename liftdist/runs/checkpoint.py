@@ -2,16 +2,16 @@
 
     checkpoints/step-00000100/                     mode 0700
         shard-00000-of-00004.safetensors           rows [row_bounds[0], row_bounds[1]) of every trained matrix:
-            NAME/indices           [k] int32       principal weights, flat in the whole matrix, sorted
+            NAME/indices           [k] int32       flat indices of principal weights in the whole matrix, sorted
             NAME/values            [k] float32
             NAME/optimizer.KEY     [k]             each element-wise state of the optimizer
-            NAME/dropped_indices   [d] int32       weights that were principal before, sorted
+            NAME/dropped_indices   [d] int32       the same for previously selected weights
             NAME/dropped_values    [d]             in the dtype of the model
-        manifest.json                              the rest of the state, what the files must be, and a hash of itself
+        manifest.json                              the rest of the state, size and sha256 of each file, and its own sha256
 
-A save is copied to the host at once and written by a thread. It becomes visible by one rename, after every rank has written,
-synced and read back its file, and only if no rank failed. A load believes a folder that this run's attempts have
-committed, whose files are what the manifest says. Nothing is ever unpickled, no value is computed with.
+A save copies the state to the host, and a thread writes it. One rename makes the checkpoint visible, after every rank has
+written, synced and read back its file; there is no rename if a rank fails. A load accepts a folder only if an attempt of this
+run has committed it and its files match the manifest. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from liftdist.runs.manifest import Manifest
 from liftdist.runs.manifest import read as read_manifest
 
 _STEP = re.compile(r"step-(\d{8,})")
-_PIECE = 1 << 22
+_CHUNK = 1 << 22  # bytes
 
 
 @dataclass(frozen=True)
@@ -69,28 +69,33 @@ class Step:
         return [name for name, file in self.manifest.files.items() if overlaps(file.shard)]
 
     def verify(self, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:
-        """Raises ``ValueError`` or ``OSError``, naming the file, unless the files are byte for byte what was saved."""
+        """Raises ``ValueError`` or ``OSError``, which name the file, if a file differs from what was saved."""
         for name in names:
             path = self.folder / name
             if sha256_of(path, beat) != self.manifest.files[name].sha256:
-                raise ValueError(f"{path} is damaged: its contents are not what was saved")
+                raise ValueError(f"{path} is damaged: its sha256 differs from {MANIFEST}")
 
     def read(self, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
-        """What ``PrincipalWeights.state_dict`` gave, cut to this rank's rows of ``matrices``, read by slices.
+        """The tensors of ``PrincipalWeights.state_dict``, cut to this rank's rows of ``matrices``. Reads only these slices.
 
-        A matrix that the checkpoint does not know comes without any principal weight.
+        A matrix that is not in the checkpoint gets no principal weights.
 
         Raises:
-            UserError: a matrix has another shape, or the checkpoint holds one that is not in ``matrices``.
+            UserError: a matrix has another shape than in the checkpoint, or the checkpoint holds one that is not in
+                ``matrices``.
         """
         saved = self.manifest.parameters
         for matrix in matrices:
             if matrix.name in saved and saved[matrix.name].shape != list(matrix.shape):
                 raise UserError(
-                    f"{self.folder}: {matrix.name} is {saved[matrix.name].shape} there, {list(matrix.shape)} in the model"
+                    f"{self.folder}: {matrix.name} has shape {saved[matrix.name].shape}, but {list(matrix.shape)} in the "
+                    f"model; restore model.path, or use --fresh"
                 )
         if missing := sorted(set(saved) - {matrix.name for matrix in matrices}):
-            raise UserError(f"{self.folder}: holds {missing[0]}, which is not trained now; its weights would be lost")
+            raise UserError(
+                f"{self.folder}: holds {missing[0]}, which is not trained now; its weights would be lost: "
+                f"restore selection.modules, or use --fresh"
+            )
         shards = len(matrices[0].row_bounds) - 1
         parts: dict[str, list[Tensor]] = {}
         for name in self.overlapping(matrices[0].shard, shards):
@@ -110,8 +115,8 @@ class Step:
         }
 
     def touched(self, name: str) -> tuple[Tensor, Tensor]:
-        """Every weight of a matrix that the run has ever trained: ``[t]`` int64 sorted flat indices, ``[t]`` values in the
-        dtype of the model, as the run uses them."""
+        """Every weight of a matrix that the run has ever trained: ``[t]`` int64 sorted flat indices, and ``[t]`` values in the
+        dtype of the model, rounded as in the run's model."""
         keys = self.manifest.parameters[name].keys
         parts = []
         for file_name in self.manifest.files:
@@ -125,7 +130,7 @@ class Step:
 
 
 def _slices(file: Any, name: str, keys: Iterable[str], begin: int, end: int) -> dict[str, Tensor]:
-    """The entries of one matrix with flat indices in ``[begin, end)``, of one file."""
+    """The entries of one matrix in one file with flat indices in ``[begin, end)``."""
     result = {}
     for prefix in ("", "dropped_"):
         indices = file.get_tensor(f"{name}/{prefix}indices")
@@ -138,11 +143,11 @@ def _slices(file: Any, name: str, keys: Iterable[str], begin: int, end: int) -> 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which checkpoints there are, and which of them to believe.
+# Which checkpoints exist, and which of them are valid.
 
 
 def open_step(folder: Path, sha256: str | None = None) -> Step:
-    """The checkpoint in ``folder``, its files checked by size.
+    """The checkpoint in ``folder``, whose files are checked by size.
 
     Raises:
         ValueError, OSError: the manifest is absent or damaged, or not the one with this hash, or a file has another size.
@@ -153,9 +158,9 @@ def open_step(folder: Path, sha256: str | None = None) -> Step:
     path = folder / MANIFEST
     manifest = read_manifest(path)
     if sha256 is not None and manifest.sha256 != sha256:
-        raise ValueError(f"{path} is not the one that was committed")
+        raise ValueError(f"{path} is not the manifest that was committed")
     if manifest.step != step_number(folder.name):
-        raise ValueError(f"{path} is of step {manifest.step}: the folder was renamed")
+        raise ValueError(f"{path} is of step {manifest.step}, but its folder is named {folder.name}")
     shards = {len(bounds) - 1 for bounds in manifest.row_bounds.values()}
     if [{file.shard for file in manifest.files.values()}] != [set(range(shard)) for shard in shards]:
         raise ValueError(f"{path} does not list one file for each of {shards} shards")
@@ -169,27 +174,28 @@ def open_step(folder: Path, sha256: str | None = None) -> Step:
 
 
 def accepted(run_dir: Path, history: Mapping[int, list[Event]]) -> dict[str, str]:
-    """Checkpoints to believe, with the hashes of their manifests: what the newest attempt accepted and what it wrote.
+    """The checkpoints that the newest attempt accepted or wrote: folder name -> sha256 of its manifest.
 
     Raises:
-        UserError: there are checkpoints, and no attempt that vouches for them.
+        UserError: there are checkpoints, but no attempt that records them.
     """
     folders = [folder for folder in (run_dir / CHECKPOINTS).glob("step-*") if _STEP.fullmatch(folder.name)]
     if not history:
         if folders:
             raise UserError(
-                f"run_dir {run_dir}: holds checkpoints, but no attempt in {layout.ATTEMPTS}/ vouches for them"
+                f"run_dir {run_dir}: holds checkpoints, but no attempt in {layout.ATTEMPTS}/ records them; "
+                f"restore {layout.ATTEMPTS}/, or use --fresh"
             )
         return {}
     newest = max(history)
     found = dict(history[newest][0].get("accepts", {}))
     for event in history[newest]:
-        if event["event"] == "commit":  # even if it is damaged or gone by now: that must not pass for a fresh start
+        if event["event"] == "commit":  # even if damaged or missing now: the run must not start from step 0 unnoticed
             found[event["folder"]] = event["sha256"]
         elif event["event"] == "remove":
             found.pop(event["folder"], None)
     claim = history[newest][0]
-    for folder in folders:  # a commit may not have been noted
+    for folder in folders:  # the commit event may be missing: rank 0 died right after the rename, or the disk was full
         with contextlib.suppress(ValueError, OSError, KeyError):
             step = open_step(folder)
             if (step.manifest.attempt, step.manifest.nonce) == (newest, claim["nonce"]):
@@ -206,12 +212,16 @@ def newest(
     set_aside: bool = True,
     beat: Callable[[], None] = lambda: None,
 ) -> Step | None:
-    """The newest checkpoint that all ranks find whole, each checking the files that hold its rows. Collective.
+    """The newest intact checkpoint; each rank checks the files that hold its rows. Collective.
 
-    Damaged ones are set aside by a rename and the next older one is tried; ``say`` hears of it.
+    Damaged checkpoints are reported through ``say`` and, with ``set_aside``, renamed; then the next older one is tried.
+
+    Args:
+        accepts: folder name -> sha256 of its manifest, from :func:`accepted`.
+        shard: of this rank, out of ``shards``.
 
     Raises:
-        UserError: a file cannot be read, though it may be whole; or there were checkpoints, and none is whole.
+        UserError: a file cannot be read but may be intact; or there are checkpoints and none is intact.
     """
     reasons: list[str] = []
     for name in gather(sorted(accepts, key=step_number, reverse=True) if _is_main() else [])[0]:
@@ -222,8 +232,8 @@ def newest(
         reasons.append(_refuse(step, folder, problems, say, set_aside, beat))
     if reasons:
         raise UserError(
-            f"run_dir {run_dir}: none of its checkpoints is whole: {'; '.join(reasons)}; "
-            f"--fresh starts again in a new directory"
+            f"run_dir {run_dir}: none of its checkpoints is intact: {'; '.join(reasons)}; "
+            f"restore one from a backup, or start again in a new directory with --fresh"
         )
     return None
 
@@ -235,7 +245,7 @@ def _is_main() -> bool:
 def _examine(
     folder: Path, sha256: str | None, shard: int, shards: int, beat: Callable[[], None]
 ) -> tuple[Step | None, list[str]]:
-    """A checkpoint whose manifest the first rank has read, and what any rank finds wrong with it. Collective."""
+    """The checkpoint in ``folder``, from the manifest that rank 0 reads, and the problems that any rank finds. Collective."""
     opened: Step | None = None
     reason: str | None = None
     with together():
@@ -257,9 +267,9 @@ def _refuse(
     set_aside: bool,
     beat: Callable[[], None],
 ) -> str:
-    """Why a checkpoint cannot be used; ``say`` hears of it. Collective.
+    """Report a checkpoint that cannot be used; returns the reason. Collective.
 
-    Damaged is only what the first rank finds damaged, too: another may merely not see the file system.
+    A checkpoint counts as damaged only if rank 0 finds damage, too: another rank may merely not see the file system.
     """
     reason: str | None = problems[0].removesuffix(" (rank 0)")
     with together():
@@ -267,19 +277,21 @@ def _refuse(
             if step is not None:
                 _, reason = _attempted(lambda: step.verify(step.manifest.files, beat))
             if reason is None:
-                raise UserError(f"{problems[0]}; rank 0 finds it whole: is run_dir the same folder on every machine?")
+                raise UserError(
+                    f"{problems[0]}; rank 0 finds it intact: run_dir must be the same folder on every machine"
+                )
             if not folder.exists():
-                say(f"checkpoint {folder.name} is gone")
+                say(f"checkpoint {folder.name} no longer exists")
             elif set_aside:
                 aside = set_aside_as(folder).name
-                say(f"checkpoint {folder.name} cannot be used and was set aside as {aside}: {reason}")
+                say(f"checkpoint {folder.name} cannot be used and was renamed to {aside}: {reason}")
             else:
                 say(f"checkpoint {folder.name} cannot be used: {reason}")
     return str(gather(reason)[0])
 
 
 def _attempted(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What ``work`` returns, or why it shows a checkpoint to be damaged. Raises ``UserError`` for what is not its fault."""
+    """The result of ``work``, or why the checkpoint is damaged. Raises ``UserError`` for an error that shows no damage."""
     try:
         return work(), None
     except UserError:
@@ -289,19 +301,22 @@ def _attempted(work: Callable[[], Any]) -> tuple[Any, str | None]:
     except OSError as error:
         if error.errno == errno.ELOOP:
             return None, files.reason(error)
-        raise UserError(f"{files.reason(error)}: the checkpoint cannot be read now, and stays where it is") from None
+        raise UserError(
+            f"{files.reason(error)}: the checkpoint cannot be read now and was left in place; "
+            f"make the file readable and run the same command again"
+        ) from None
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         return None, str(error)
 
 
 def step_number(name: str) -> int:
-    """The step that a folder is named for, or -1."""
+    """The step in a folder's name, or -1."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else -1
 
 
 def set_aside_as(folder: Path) -> Path:
-    """Take its name from a checkpoint that is not to be believed. Returns the new one."""
+    """Rename a checkpoint that is not valid, which frees its name. Returns the new path."""
     number = 1
     while (aside := folder.with_name(f"set-aside-{number}-{folder.name}")).exists():
         number += 1
@@ -309,10 +324,10 @@ def set_aside_as(folder: Path) -> Path:
 
 
 def sha256_of(path: Path, beat: Callable[[], None] = lambda: None) -> str:
-    """Hash of a file; ``beat`` is called while it is read."""
+    """Sha256 of a file, in hex; ``beat`` is called after each chunk."""
     state = hashlib.sha256()
     with path.open("rb") as file:
-        while piece := file.read(_PIECE):
-            state.update(piece)
+        while chunk := file.read(_CHUNK):
+            state.update(chunk)
             beat()
     return state.hexdigest()

@@ -1,14 +1,14 @@
-"""The run directory: who may write into it, and what earlier attempts left there.
+"""Attempts: which process may write into a run directory, and which checkpoints are valid.
 
-    attempts/attempt-00000003.jsonl     one line an event, written by rank 0 of the third attempt at this run:
+    attempts/attempt-00000003.jsonl     one event per line, written by rank 0 of the third attempt at this run:
         {"event": "claim", "nonce": ..., "job": ..., "process": ..., "accepts": {"step-00000100": sha256 of its manifest, ...}}
         {"event": "commit", "step": 200, ...}   {"event": "end", "outcome": "stopped", ...}
 
-An attempt claims the run by creating its file exclusively. The time of the file is its heartbeat: while it is fresh and the
-attempt has not ended, nobody else may claim the run. What counts is what the newest attempt accepts or has written itself, so a
-rank left over from an older one can still write, but is never believed.
+An attempt claims the run by creating its file exclusively. The mtime of the file is its heartbeat: while it is fresh and the
+attempt has not ended, no other process may claim the run. Only checkpoints that the newest attempt has accepted or written are
+valid, so what a rank left over from an older attempt still writes is ignored.
 
-Imports no torch: whether a run directory is free is known before anything is started.
+Imports no torch: the launcher checks that a run directory is free before it starts ranks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from liftdist.errors import UserError
 from liftdist.heartbeat import heartbeat
 from liftdist.runs.layout import ATTEMPTS, CHECKPOINTS, LOGS, STOP_REQUESTED, TENSORBOARD
 
-LEASE = 90.0  # seconds after which an attempt that was not touched is dead; file systems cache times for up to 60
+LEASE = 90.0  # seconds without a heartbeat after which an attempt is dead; network file systems cache mtimes up to 60 s
 
 Event = dict[str, Any]
 
@@ -40,10 +40,10 @@ class Superseded(UserError):
 
 
 def attempts(run_dir: Path) -> dict[int, list[Event]]:
-    """The events of every attempt, by number. A later line that was cut short is left out.
+    """The events of every attempt, by number. Truncated lines after the first are skipped.
 
     Raises:
-        UserError: a file is damaged or cannot be read: what it vouches for must not pass for absent.
+        UserError: a file is damaged or cannot be read: the checkpoints it records must not be treated as absent.
     """
     found: dict[int, list[Event]] = {}
     for number in _numbers(run_dir):
@@ -52,7 +52,7 @@ def attempts(run_dir: Path) -> dict[int, list[Event]]:
             first, *others = files.read(path).splitlines() or [""]
             claim = json.loads(first)
             if claim["event"] != "claim" or claim["attempt"] != number:
-                raise ValueError("is not the claim of this attempt")
+                raise ValueError("its first line is not the claim of this attempt")
         except OSError as error:
             raise UserError(files.reason(error)) from None
         except (ValueError, KeyError, TypeError) as error:
@@ -65,16 +65,16 @@ def attempts(run_dir: Path) -> dict[int, list[Event]]:
 
 
 def _numbers(run_dir: Path) -> list[int]:
-    """The attempts whose files exist, in order."""
+    """The numbers of the attempts whose files exist, ascending."""
     names = [path.stem.removeprefix("attempt-") for path in (run_dir / ATTEMPTS).glob("attempt-*.jsonl")]
     return sorted(int(name) for name in names if name.isdigit())
 
 
 def check_free(run_dir: Path) -> None:
-    """Create ``run_dir`` if need be.
+    """Check that this process may claim ``run_dir``; create it if needed.
 
     Raises:
-        UserError: it is somebody else's folder, another job works in it, or it cannot be written.
+        UserError: it holds other contents than a run, another process uses it, or it cannot be written.
     """
     try:
         if run_dir.exists() and (
@@ -86,13 +86,15 @@ def check_free(run_dir: Path) -> None:
             files.check_real_folder(run_dir / name)
         files.real_folder(run_dir / ATTEMPTS)
         with tempfile.TemporaryFile(dir=run_dir / ATTEMPTS) as file:
-            now = os.fstat(file.fileno()).st_mtime  # by the clock of the file system, as heartbeats are
+            now = os.fstat(file.fileno()).st_mtime  # the file system's clock, as for heartbeats
         history = attempts(run_dir)
         if history:
             newest = max(history)
             _check_dead(run_dir, _path(run_dir, newest), history[newest], now)
     except OSError as error:
-        raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
+        raise UserError(
+            f"run_dir {run_dir}: cannot be written: {error.strerror}; give a writable folder (run_dir=...)"
+        ) from None
 
 
 def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> None:
@@ -106,26 +108,26 @@ def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> N
     name = f"job {claim['job']['id']}, " if claim["job"] else ""
     raise UserError(
         f"run_dir {run_dir}: in use by {name}process {process['pid']} on {process['host']} (attempt {claim['attempt']}, "
-        f"heard of {max(silent, 0):.0f} s ago); if it is dead, its claim ends {LEASE:.0f} s after its last sign of life"
+        f"last heartbeat {max(silent, 0):.0f} s ago); stop it first, or, if it is dead, wait until {LEASE:.0f} s after that"
     )
 
 
 def _job() -> dict[str, str] | None:
-    """The SLURM job of this process, and which start of it."""
+    """The SLURM job of this process, and the time of its start: a requeued job starts again."""
     job = environment.SLURM_JOB_ID.get()
     return None if job is None else {"id": f"slurm {job}", "time": environment.slurm_start()}
 
 
 def _is_earlier(job: Mapping[str, str] | None, launch: str | None) -> bool:
-    """Whether a claim is of an earlier start of this job, or of this very start, whose ranks were started again since."""
+    """Whether a claim was made by an earlier start of this job, or by ranks of this start that were restarted since."""
     mine = _job()
     if launch is not None and launch == environment.LAUNCH.get():
-        return environment.AGENT_RESTARTS.get(0) > 0  # torchrun has ended the ranks before
+        return environment.AGENT_RESTARTS.get(0) > 0  # torchrun ends all ranks before it restarts them
     if mine is None or job is None:
         return False
     if mine["id"] == job["id"]:
         return mine["time"] != job["time"]  # requeued, or restarted by its batch script
-    return job["id"] == f"slurm {environment.AFTER_JOB.get()}"  # which this one was made to wait for
+    return job["id"] == f"slurm {environment.AFTER_JOB.get()}"  # this job was submitted to follow that one
 
 
 def _this_process() -> dict[str, Any]:
@@ -139,13 +141,13 @@ def _this_process() -> dict[str, Any]:
 
 
 def _process_state(pid: int) -> tuple[str, str]:
-    """State letter and start time of a process of this machine."""
+    """State letter and start time (clock ticks since boot) of a process of this machine."""
     fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
     return fields[0], fields[19]
 
 
 def _is_gone(process: Mapping[str, Any]) -> bool:
-    """Whether a process is known to have ended: one of this machine that is no more."""
+    """Whether a process of this machine has ended. False for a process of another one, which cannot be checked."""
     here = _this_process()
     if any(process.get(key) != here[key] for key in ("machine", "namespace")):
         return False
@@ -162,20 +164,20 @@ class Attempt:
 
     run_dir: Path
     number: int
-    nonce: str  # in the claim and in every checkpoint: a run directory that was removed and made anew is another one
+    nonce: str  # in the claim and in every checkpoint: detects a run directory that was deleted and created again
     accepts: dict[str, str]  # checkpoints of earlier attempts, with the sha256 of their manifests
 
     def check_current(self) -> None:
         """Raises :class:`Superseded` if a newer attempt has claimed the run, ``OSError`` if the claim is gone."""
         newest = max(_numbers(self.run_dir), default=0)
-        if _path(self.run_dir, self.number + 1).exists():  # asked for by name: a list of names may be an old one
+        if _path(self.run_dir, self.number + 1).exists():  # a cached directory listing may be stale
             newest = max(newest, self.number + 1)
         if newest > self.number:
             raise Superseded(
                 f"run_dir {self.run_dir}: attempt {newest} has taken over from this one, attempt {self.number}"
             )
         if not self._is_mine():
-            raise Superseded(f"run_dir {self.run_dir}: was removed and made anew by another run")
+            raise Superseded(f"run_dir {self.run_dir}: was deleted and created again by another run")
 
     def _is_mine(self) -> bool:
         """Raises ``OSError`` if the claim is gone."""
@@ -183,15 +185,15 @@ class Attempt:
             return f'"{self.nonce}"' in file.readline()
 
     def note(self, event: str, **fields: Any) -> None:
-        """Append an event. Says nothing when that fails: whatever is decided by events must bear that one is missing."""
+        """Append an event. Ignores failures: decisions based on events must allow for a missing one."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
         with contextlib.suppress(OSError):
             if self._is_mine():
                 with files.open_to_append(_path(self.run_dir, self.number), create=False) as file:
-                    file.write(f"\n{line}\n")  # the line before may have been cut short
+                    file.write(f"\n{line}\n")  # the previous line may be truncated
 
     def heartbeat(self) -> contextlib.AbstractContextManager[None]:
-        """Show that this attempt is alive."""
+        """Touch the claim regularly while the block runs."""
 
         def beat() -> None:
             if self._is_mine():
@@ -204,7 +206,7 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
     """Claim a run for this process, which becomes its newest attempt.
 
     Args:
-        accepts: from the events of all attempts so far, the checkpoints to believe.
+        accepts: returns the valid checkpoints, from the events of all attempts so far; see :attr:`Attempt.accepts`.
 
     Raises:
         UserError: as :func:`check_free`.
@@ -227,9 +229,11 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
         try:
             files.create(_path(run_dir, number), json.dumps(event) + "\n")
         except FileExistsError:
-            continue  # somebody was faster: alive, or dead by now
+            continue  # another process was first; it may be alive, or dead by now
         except OSError as error:
-            raise UserError(f"run_dir {run_dir}: cannot be written: {error.strerror}") from None
+            raise UserError(
+                f"run_dir {run_dir}: cannot be written: {error.strerror}; give a writable folder (run_dir=...)"
+            ) from None
         _clear_request(run_dir)
         return attempt
 
@@ -239,11 +243,11 @@ def _path(run_dir: Path, number: int) -> Path:
 
 
 def _clear_request(run_dir: Path) -> None:
-    """Remove a request to stop that was meant for an earlier attempt: one older than the command that started this one."""
+    """Remove a stop request that is older than the command that started this attempt: it was for an earlier one."""
     started = environment.STARTED.get()
     if started is None:
-        seconds = int(_process_state(os.getpid())[1]) / os.sysconf("SC_CLK_TCK")  # after the machine's start
+        seconds = int(_process_state(os.getpid())[1]) / os.sysconf("SC_CLK_TCK")  # since boot
         started = time.time() - float(Path("/proc/uptime").read_text().split()[0]) + seconds
     with contextlib.suppress(FileNotFoundError):
-        if (run_dir / STOP_REQUESTED).lstat().st_mtime < started - 2:  # clocks of machines differ a little
+        if (run_dir / STOP_REQUESTED).lstat().st_mtime < started - 2:  # clocks of machines differ slightly
             (run_dir / STOP_REQUESTED).unlink()

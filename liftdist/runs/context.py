@@ -12,7 +12,7 @@ from liftdist.schema import Config
 
 @dataclass(frozen=True)
 class RunContext:
-    """Handed down from the entry point; nothing in it changes during a run."""
+    """Created at the entry point and passed down; its fields are not reassigned during a run."""
 
     config: Config
     mesh: Mesh

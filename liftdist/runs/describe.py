@@ -1,4 +1,4 @@
-"""Files by which a run directory explains itself."""
+"""``config.yaml``, ``command.txt`` and ``environment.json`` in a run directory."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ SHOWN_ENVIRONMENT = (
 
 
 def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
-    """Write config, command and environment, without secrets, so that the folder explains itself."""
+    """Write the config, the command and the environment of a run, without secrets."""
     files.write(run_dir / "config.yaml", text)
-    with files.open_to_append(run_dir / "command.txt") as file:  # one line an attempt
+    with files.open_to_append(run_dir / "command.txt") as file:  # one line per attempt
         file.write(_command() + "\n")
     facts = {
         "liftdist": __version__,
@@ -49,14 +49,14 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
 
 
 def _command() -> str:
-    """The command as it was typed, or the rank's own where nobody typed ``liftdist``."""
+    """The ``liftdist`` command as typed, or this rank's command line if it was started without ``liftdist``."""
     return shlex.join(map(redact, environment.COMMAND.get(sys.orig_argv)))
 
 
 def _git_state() -> str | None:
     checkout = Path(__file__).parents[2]
     if not (checkout / "pyproject.toml").exists():
-        return None  # installed: a repository around it is somebody else's
+        return None  # an installed package: a repository around it is not liftdist's
     command = ["git", "-C", str(checkout), "describe", "--always", "--dirty", "--abbrev=40"]
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

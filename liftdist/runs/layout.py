@@ -1,4 +1,4 @@
-"""What stands where in a run directory."""
+"""Names of files and folders in a run directory, and of run directories."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from liftdist import files
 
 ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboard", "logs"  # folders
 MANIFEST = "manifest.json"  # of a checkpoint
-STOP_REQUESTED = "stop-requested"  # a file by which anybody may ask the run to stop
+STOP_REQUESTED = "stop-requested"  # a file that requests a stop
 
 
 def logs(run_dir: Path, start: str) -> Path:
-    """The folder for what nodes and ranks tell in one start of a job, ``logs/START``; created if need be."""
+    """The folder for the logs of nodes and ranks of one start of a job, ``logs/START``; created if needed."""
     return files.real_folder(files.real_folder(run_dir / LOGS) / start)
 
 

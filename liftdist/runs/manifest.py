@@ -1,6 +1,6 @@
-"""What a checkpoint says of itself, in ``manifest.json``: its state, where that comes from, and what its files must be.
+"""``manifest.json`` of a checkpoint: the state without its tensors, its provenance, and size and sha256 of each file.
 
-The file holds a hash of everything else in it. Imports no torch.
+The manifest holds a sha256 of its other contents. Imports no torch.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where a state comes from: what a run that continues is compared with."""
+    """The inputs that a state depends on. A run that continues compares its own with them."""
 
-    config: str  # as liftdist.config.load gives its text
-    from_environment: dict[str, str]  # for each setting that the environment gives, a short hash of its value
-    base: str  # digest of the base model
+    config: str  # YAML text, from liftdist.config.load
+    from_environment: dict[str, str]  # key of each setting from the environment -> short hash of its value
+    base: str  # digest of the base model's weights
     data: str  # digest of the training samples
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What is saved at one step besides tensors."""
+    """The state at one step without its tensors."""
 
     step: int
-    state: dict[str, Any]  # alike on all ranks, plain numbers
+    state: dict[str, Any]  # plain numbers, equal on all ranks
     provenance: Provenance
-    names: Mapping[str, str] = field(default_factory=dict)  # of each parameter, its name in the base model's files
+    names: Mapping[str, str] = field(default_factory=dict)  # parameter -> its name in the base model's files
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Parameter:
 
     shape: list[int]
     dtype: str
-    principal: int  # weights that are trained
-    dropped: int  # that were before
-    keys: dict[str, str]  # of its tensors in each file, with their dtypes
+    principal: int  # number of weights that are trained
+    dropped: int  # number of previously selected weights
+    keys: dict[str, str]  # key of each of its tensors in a file -> dtype
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,9 @@ class Manifest:
     attempt: int
     nonce: str  # of the attempt's claim
     files: dict[str, ShardFile]
-    row_bounds: dict[int, list[int]]  # for a matrix of so many rows, where each shard's begin
+    row_bounds: dict[int, list[int]]  # rows of a matrix -> the first row of each shard, then the number of rows
     parameters: dict[str, Parameter]
-    sha256: str = ""  # of the rest; of a manifest that was read
+    sha256: str = ""  # of the other contents; empty until written
 
     @property
     def step(self) -> int:
@@ -75,12 +75,12 @@ class Manifest:
         return self.snapshot.provenance
 
     def write(self, path: Path) -> Manifest:
-        """Write the file, which must not exist, and return the manifest with its hash. Whoever publishes the folder syncs it."""
+        """Write the file, which must not exist, and return the manifest with its sha256. Publishing the folder syncs it."""
         tree = dataclasses.asdict(self)
         snapshot = tree.pop("snapshot")
         tree |= snapshot.pop("provenance") | snapshot | {"format": FORMAT}
         del tree["sha256"]
-        tree = json.loads(json.dumps(tree))  # as it will be read: numbers become texts where they are keys
+        tree = json.loads(json.dumps(tree))  # as it will be read: JSON turns integer keys into strings
         sha256 = _digest(tree)
         with path.open("x", encoding="utf-8") as file:
             json.dump(tree | {"sha256": sha256}, file, sort_keys=True, indent=1)
@@ -88,7 +88,7 @@ class Manifest:
 
 
 def read(path: Path) -> Manifest:
-    """The manifest in a file.
+    """Read and verify a manifest.
 
     Raises:
         ValueError, OSError: it is absent or damaged.
@@ -100,12 +100,15 @@ def read(path: Path) -> Manifest:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     if sha256 != _digest(tree):
-        raise ValueError(f"{path} is damaged: its contents do not have its hash")
+        raise ValueError(f"{path} is damaged: its sha256 does not match its contents")
     if tree["format"] != FORMAT:
-        raise UserError(f"{path} has format {tree['format']}, this version reads {FORMAT}")
+        raise UserError(
+            f"{path} has format {tree['format']}, but this version of liftdist reads format {FORMAT}; "
+            f"continue with the version that wrote it (environment.json)"
+        )
     provenance = Provenance(*(tree[f.name] for f in dataclasses.fields(Provenance)))
     return Manifest(
-        Snapshot(tree["step"], tree["state"], provenance, tree.get("names", {})),  # names: since 0.2
+        Snapshot(tree["step"], tree["state"], provenance, tree.get("names", {})),  # absent in older ones
         tree["attempt"],
         tree["nonce"],
         {name: ShardFile(**entry) for name, entry in tree["files"].items()},

@@ -1,8 +1,8 @@
 """Saving checkpoints in the background, committing them together, and removing old ones.
 
-    state on the device -> copy on the host | thread: file a shard, synced and read back -> manifest -> rename
+    state on the device -> copy on the host | thread: one file per shard, synced and read back -> manifest -> rename
 
-Only what is left of the bar holds up training. The thread's collectives have a process group of their own.
+Only the copy, left of the bar, blocks training. The thread's collectives use a process group of their own.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from liftdist.runs.claims import Attempt, Superseded
 from liftdist.runs.layout import CHECKPOINTS, MANIFEST
 from liftdist.runs.manifest import Manifest, Parameter, ShardFile, Snapshot
 
-KEEP = "keep"  # a file of this name in a checkpoint keeps it from being removed
+KEEP = "keep"  # a checkpoint that holds a file of this name is not removed
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A save that was committed."""
+    """A committed save."""
 
     name: str
     bytes: int
@@ -49,12 +49,12 @@ class Saved:
 
 @dataclass(frozen=True)
 class _Written:
-    """What one rank did for a save."""
+    """One rank's part of a save."""
 
     shard: int
-    state: str | None  # digest of what it holds, where there are replicas
+    state: str | None  # digest of the rank's tensors; None without replicas
     name: str = ""
-    file: ShardFile | None = None  # where this rank wrote it
+    file: ShardFile | None = None  # None if another replica writes this shard
 
 
 class Checkpointer:
@@ -63,7 +63,7 @@ class Checkpointer:
     def __init__(self, attempt: Attempt, mesh: Mesh, keep: int, loaded: Step | None) -> None:
         self.attempt, self._keep = attempt, keep
         self._rank, self._ranks, self._is_main = mesh.rank, mesh.world_size, mesh.is_main
-        self._group = dist.new_group(backend="gloo")  # the thread talks while the main one does
+        self._group = dist.new_group(backend="gloo")  # the main thread uses the default group meanwhile
         self._verified = {loaded.folder.name} if loaded else set()
         self._steps = dict(attempt.accepts)
         self._thread: threading.Thread | None = None
@@ -76,7 +76,7 @@ class Checkpointer:
                     shutil.rmtree(left_over, ignore_errors=True)
 
     def save(self, state: dict[str, Tensor], matrices: Sequence[Matrix], snapshot: Snapshot) -> None:
-        """Begin to save; waits for the save before, if it has not ended. Collective.
+        """Start a save, after waiting for the previous one to end. Collective.
 
         Args:
             state: the tensors of this rank, as ``PrincipalWeights.state_dict`` gives them.
@@ -94,9 +94,9 @@ class Checkpointer:
         return self._thread is not None and self._thread.is_alive()
 
     def take_outcome(self) -> Saved | Exception | None:
-        """What became of the save that ended last, alike on all ranks; once.
+        """The outcome of the last save, equal on all ranks; None while it runs, and once it has been taken.
 
-        The commit; an ``OSError`` where the disk failed; or any other error, which ends the run.
+        A :class:`Saved`; an ``OSError`` if the disk failed; or any other error, which ends the run.
         """
         if self.busy:
             return None
@@ -152,10 +152,10 @@ class Checkpointer:
         return saved
 
     def _agreed(self, work: Callable[[], Any]) -> list[Any]:
-        """What ``work`` returned on every rank; the first error of any rank is raised on all. Collective.
+        """The results of ``work`` on every rank, by rank; the error of the lowest failed rank is raised on all. Collective.
 
         Raises:
-            OSError: the disk. UserError, Superseded: as they are. RuntimeError: anything else, which is a bug.
+            OSError: the disk failed. UserError, Superseded: unchanged. RuntimeError: any other error, which is a bug.
         """
         result, error = None, None
         try:
@@ -176,7 +176,7 @@ class Checkpointer:
         return str(files.folder_beside(folder / f"step-{step:08d}"))  # mode 0700
 
     def _write_shard(self, temporary: Path, state: dict[str, Tensor], shards: int) -> _Written:
-        """Write this rank's file; replicas hold the same, and share the work."""
+        """Write this rank's shard, unless another replica does: replicas hold equal shards and split the files."""
         _check_finite(state)
         replicas = self._ranks // shards
         replica, shard = divmod(self._rank, shards)
@@ -193,9 +193,9 @@ class Checkpointer:
     def _describe_parameters(
         self, state: dict[str, Tensor], matrices: list[Matrix], shards: int
     ) -> dict[str, Parameter]:
-        """What the manifest says of every matrix. Collective."""
+        """The manifest's entry of every matrix, by name. Collective."""
         counts = torch.zeros(len(matrices), 2, dtype=torch.int64)  # principal and dropped weights, over all shards
-        if self._rank < shards:  # of the first replica
+        if self._rank < shards:  # count the first replica only
             sizes = [[state[f"{m.name}/{key}"].numel() for key in ("indices", "dropped_indices")] for m in matrices]
             counts.copy_(torch.tensor(sizes))
         dist.all_reduce(counts, group=self._group)
@@ -215,14 +215,14 @@ class Checkpointer:
         manifest = manifest.write(temporary / MANIFEST)
         target = temporary.with_name(f"step-{manifest.step:08d}")
         self.attempt.check_current()
-        if target.is_symlink() or target.exists():  # of an attempt that was superseded
+        if target.is_symlink() or target.exists():  # written by a superseded attempt
             checkpoint.set_aside_as(target)
         files.publish(temporary, target, 0o700)
         self._steps[target.name] = manifest.sha256
         return target.name
 
     def _remove_old(self) -> None:
-        """Remove what is older than the newest verified checkpoints, unless it is marked to be kept."""
+        """Remove checkpoints older than the newest ``keep`` verified ones, except those that hold a ``KEEP`` file."""
         kept = sorted(self._verified & set(self._steps), key=step_number)[-self._keep :]
         if len(kept) < self._keep:
             return
@@ -238,7 +238,7 @@ class Checkpointer:
 
 
 def _describe(error: Exception) -> tuple[type[Exception], str]:
-    """The kind of an error for all ranks, and its text; of a bug with where it was raised."""
+    """The type and the message of the error to raise on all ranks; the message of a bug includes its traceback."""
     for kind in (Superseded, UserError):
         if isinstance(error, kind):
             return kind, str(error)
@@ -254,23 +254,23 @@ def _check_finite(state: Mapping[str, Tensor]) -> None:
     for key, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
             raise UserError(
-                f"{key.rpartition('/')[0]} has weights or optimizer state that is not finite: not saved; "
-                f"the checkpoints before are whole"
+                f"{key.rpartition('/')[0]} has weights or optimizer state that is not finite and is not saved; "
+                f"continue from the newest checkpoint with a lower optimizer.lr and --allow-changes"
             )
 
 
 def _write_file(path: Path, state: dict[str, Tensor], shard: int) -> ShardFile:
-    """Write, sync, and read back from the disk what one rank holds."""
+    """Write and sync this rank's tensors, and read them back from the disk."""
     try:
         save_file(state, path)
         with path.open("rb") as file:
             os.fchmod(file.fileno(), 0o600)
             os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # what is read back comes from the disk
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the check reads from the disk
         with safe_open(path, framework="pt") as saved:
             for key, tensor in state.items():
                 if not torch.equal(saved.get_tensor(key), tensor):
-                    raise OSError(f"{path}: the disk does not hold what was written")
+                    raise OSError(f"{path}: reading it back gave other contents than were written")
         safetensors_io.header(path)
         return ShardFile(shard, path.stat().st_size, checkpoint.sha256_of(path))
     except SafetensorError as error:

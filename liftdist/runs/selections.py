@@ -1,10 +1,10 @@
-"""Selections on disk: found once, used by every run that would find the same.
+"""Cache of selections: computed once, reused by every run with the same inputs.
 
-    CACHE_DIR/selections/KEY/owner-00000-of-00004.safetensors      whole sorted flat indices, by parameter
+    CACHE_DIR/selections/KEY/owner-00000-of-00004.safetensors      sorted flat indices of whole matrices, by parameter
                              selection.json                        the file of each parameter
 
-Independent of the world size. The key holds everything that decides the selection: the base weights, their dtype, the criterion
-with all of its fields, and the shape and count of every matrix.
+Independent of the world size. The key is a hash of everything that determines the selection: the base weights, their dtype, the
+criterion with all of its fields, and the shape and count of every matrix.
 """
 
 from __future__ import annotations
@@ -29,33 +29,37 @@ from liftdist.engine.matrices import Matrix
 from liftdist.engine.selection import Criterion, ascending_within
 
 
-def key(base: str, criterion: Criterion, matrices: Sequence[Matrix], counts: Sequence[int]) -> str:
-    """The name of a selection.
+def key(base_digest: str, criterion: Criterion, matrices: Sequence[Matrix], counts: Sequence[int]) -> str:
+    """The name of a selection's folder: 24 hex digits.
 
     Args:
-        base: digest of the model's weights.
-        criterion: a dataclass, of whose fields none can be forgotten.
+        base_digest: digest of the base model's weights.
+        criterion: a dataclass; all of its fields are part of the key.
+        counts: weights to select from each matrix.
     """
     assert dataclasses.is_dataclass(criterion)
     assert not isinstance(criterion, type)
     kind = f"{type(criterion).__module__}.{type(criterion).__qualname__}"
     described: Any = [[m.name, m.shape, str(m.dtype), count] for m, count in zip(matrices, counts, strict=True)]
-    parts = [__version__, base, kind, dataclasses.asdict(criterion), described]
+    parts = [__version__, base_digest, kind, dataclasses.asdict(criterion), described]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
-    """Write the selection that the ranks hold between them; ``selected`` is this rank's. Collective.
+    """Write a selection that is distributed over the ranks. Collective.
+
+    Args:
+        selected: sorted flat indices of the matrices that this rank owned, by name.
 
     Returns:
-        Whether all ranks now see the folder: false where they do not share the file system, and nothing is left then.
+        False if the ranks do not share the file system of ``folder``; nothing is left there then.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    made: Path | None = None
+    created: Path | None = None
     with together():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        made = files.folder_beside(folder) if rank == 0 else None
-    temporary: Path = gather(made)[0]
+        created = files.folder_beside(folder) if rank == 0 else None
+    temporary: Path = gather(created)[0]
     try:
         if agree(not temporary.is_dir()):
             return False
@@ -67,7 +71,7 @@ def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
         with together():
             if rank == 0:
                 (temporary / "selection.json").write_text(json.dumps(file_of, indent=1, sort_keys=True))
-                if folder.exists():  # damaged, or another run was first: either way this one is good
+                if folder.exists():  # damaged, or written by another run meanwhile
                     folder.rename(replaced := folder.with_name(f"{temporary.name}-replaced"))
                     shutil.rmtree(replaced, ignore_errors=True)
                 files.publish(temporary, folder)
@@ -78,11 +82,11 @@ def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
 
 
 def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int]) -> list[Tensor]:
-    """What :func:`liftdist.engine.selection.select` returns, from a folder that :func:`write` left. Not collective.
+    """What :func:`liftdist.engine.selection.select` returns, from a folder that :func:`write` wrote. Not collective.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: a parameter is absent, or the number, order or range of its indices is not what it must be.
+        FileNotFoundError: there is no such selection.
+        ValueError: a parameter is absent, or the number, order or range of its indices is wrong.
     """
     file_of = json.loads((folder / "selection.json").read_text())
     result = []

@@ -1,8 +1,8 @@
-"""Requests to stop, and where they are heard.
+"""Stop requests, and the points at which ranks act on them.
 
     signal, or the file run_dir/stop-requested  ->  a request of this rank  ->  at a boundary, a decision of all ranks
 
-Imports no torch before it must: signals are caught before a rank has finished importing.
+Imports torch late: a rank installs its signal handlers before its slow imports.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from liftdist.runs.layout import STOP_REQUESTED
 from liftdist.runs.watchdog import Watchdog
 from liftdist.schema import STOP_SIGNALS
 
-Progress = Callable[[int, int], None]  # called with what is done and all there is to do
-_FILE_INTERVAL = 1.0  # seconds between two looks for the file that asks to stop
+Progress = Callable[[int, int], None]  # called with (done, total)
+_FILE_INTERVAL = 1.0  # seconds between two checks for the stop file
 
 
 class StopRequests:
-    """The wish to stop, however it comes. A second one changes nothing."""
+    """The stop request of this rank, from a signal or a file. Requests after the first are ignored."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.failure: Exception | None = None  # of this rank, for all ranks to hear of at the next boundary
+        self.failure: Exception | None = None  # of this rank; raised on all ranks at the next boundary
         self._file: Path | None = None
-        self._looked = 0.0
+        self._last_check = 0.0
 
     def catch(self, names: Sequence[str] = STOP_SIGNALS) -> None:
-        """Take these signals as a wish to stop, and none of the others any more."""
+        """Treat these signals as stop requests, and give the rest of ``STOP_SIGNALS`` back their default action."""
         for name in STOP_SIGNALS:
             number = signal.Signals[name]
             if name in names:
@@ -40,7 +40,7 @@ class StopRequests:
                 signal.signal(number, signal.SIG_DFL)
 
     def ignore(self) -> None:
-        """Take no notice of signals any more: this process is ending."""
+        """Ignore all stop signals: this process is ending."""
         for name in STOP_SIGNALS:
             signal.signal(signal.Signals[name], signal.SIG_IGN)
 
@@ -48,18 +48,18 @@ class StopRequests:
         self.reason = self.reason or signal.Signals(number).name
 
     def watch(self, run_dir: Path) -> None:
-        """Take the file ``stop-requested`` in ``run_dir`` as a wish to stop, too."""
+        """Treat the file ``stop-requested`` in ``run_dir`` as a stop request, too."""
         self._file = run_dir / STOP_REQUESTED
 
     def check(self) -> None:
-        """Raise ``failure``, or :class:`liftdist.errors.Stopped` if this rank wishes to stop.
+        """Raise ``failure``, or :class:`liftdist.errors.Stopped` if this rank has a stop request. Not collective.
 
-        For places where an error of one rank becomes all ranks'.
+        For code whose errors are raised on all ranks afterwards.
         """
         from liftdist.errors import Stopped
 
-        if self._file is not None and time.monotonic() - self._looked > _FILE_INTERVAL:
-            self._looked = time.monotonic()
+        if self._file is not None and time.monotonic() - self._last_check > _FILE_INTERVAL:
+            self._last_check = time.monotonic()
             with contextlib.suppress(OSError):
                 self._file.lstat()
                 self.reason = self.reason or STOP_REQUESTED
@@ -69,7 +69,7 @@ class StopRequests:
             raise Stopped(self.reason)
 
     def boundary(self) -> None:
-        """Raise :class:`liftdist.errors.Stopped` on all ranks if any of them wishes to stop. Collective, on the host."""
+        """As :meth:`check`, but raise on all ranks if any rank does. Collective, on the host."""
         from liftdist.distributed.collectives import agree, together
 
         error: Exception | None = None
@@ -83,14 +83,14 @@ class StopRequests:
                     raise error
 
     def done(self) -> None:
-        """The wish is fulfilled: the file has done its work."""
+        """Remove the stop file: the request has been carried out."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.unlink()
 
 
 class CancellationPoint:
-    """What long work calls while it goes on: it beats the watchdog, and is where a wish to stop is heard."""
+    """Called by long-running work: reports progress to the watchdog and acts on stop requests."""
 
     def __init__(self, stop: StopRequests | None = None, watchdog: Watchdog | None = None) -> None:
         self._stop, self._watchdog = stop or StopRequests(), watchdog
@@ -100,25 +100,25 @@ class CancellationPoint:
             self._watchdog.beat()
 
     def check(self) -> None:
-        """Where an error of one rank becomes all ranks' later."""
+        """For code whose errors are raised on all ranks afterwards. Not collective."""
         self.beat()
         self._stop.check()
 
     def boundary(self) -> None:
-        """Where all ranks are at the same place. Collective."""
+        """For code that all ranks reach together. Collective."""
         self.beat()
         self._stop.boundary()
 
     def fail(self, error: Exception) -> None:
-        """Have all ranks hear of an error of this one at the next boundary."""
+        """Raise an error of this rank on all ranks at the next boundary."""
         self._stop.failure = self._stop.failure or error
 
     def checking(self, progress: Progress) -> Progress:
-        """``progress`` with a check each time."""
+        """``progress``, followed by :meth:`check` at each call."""
         return _both(progress, self.check)
 
     def at_boundaries(self, progress: Progress) -> Progress:
-        """``progress`` with a boundary each time. Collective."""
+        """``progress``, followed by :meth:`boundary` at each call, which is then collective."""
         return _both(progress, self.boundary)
 
 

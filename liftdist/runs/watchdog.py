@@ -1,4 +1,4 @@
-"""What becomes of a rank whose peers are silent, or whose agent is gone."""
+"""Ends a rank that makes no progress, or whose torchrun agent has died."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from pathlib import Path
 from liftdist import environment, failures, files
 
 _PR_SET_PDEATHSIG = 1
-_LAST_WORDS = 8.0  # seconds from the end of patience to the end of the process
+_GRACE = 8.0  # seconds from the timeout to the forced exit, to write stacks and report
 
 
 def die_with_parent() -> None:
-    """Have this process killed when the agent that started it dies, so that no rank outlives its job."""
+    """Have the kernel kill this process when the agent that started it dies, so that no rank outlives its job."""
     if environment.AGENT_RUN_ID.is_set():
         parent = os.getppid()
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before
+        if os.getppid() != parent:  # it died before the call
             os._exit(1)
 
 
 class Watchdog:
-    """Ends this rank when it makes no progress, and leaves the stacks of all its threads in ``folder``."""
+    """Ends this rank after ``seconds`` without progress, and writes the stacks of all its threads to ``folder``."""
 
     def __init__(self, seconds: float, folder: Path, rank: int, ranks: int) -> None:
         self._seconds, self._folder, self._rank, self._ranks = seconds, folder, rank, ranks
         self._beaten = time.monotonic()
 
     def beat(self) -> None:
-        """There was progress."""
+        """Report progress."""
         self._beaten = time.monotonic()
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch until the block ends; ``seconds`` of 0 never bite."""
+        """Watch while the block runs; ``seconds=0`` disables it."""
         ended = threading.Event()
 
         def watch() -> None:
             while not ended.wait(min(1.0, self._seconds / 4)):
                 if time.monotonic() - self._beaten > self._seconds:
-                    self._bite()
+                    self._expire()
 
         thread = threading.Thread(target=watch, name="watchdog", daemon=True)
         if self._seconds:
@@ -57,9 +57,9 @@ class Watchdog:
         finally:
             ended.set()
 
-    def _bite(self) -> None:
-        # the file system may be what hangs: this rank ends all the same
-        threading.Timer(_LAST_WORDS, os._exit, (1,)).start()
+    def _expire(self) -> None:
+        # the file system itself may hang, so that nothing below returns
+        threading.Timer(_GRACE, os._exit, (1,)).start()
         message = f"no progress for {self._seconds:.0f} s (train.hang_timeout); stacks in {self._folder}"
         print(f"liftdist: rank {self._rank}: {message}", file=sys.stderr, flush=True)
         failures.say(message, failures.LOST_PEERS)
@@ -68,14 +68,14 @@ class Watchdog:
             descriptor = os.open(self._stacks(self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
             with os.fdopen(descriptor, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
-            time.sleep(_LAST_WORDS / 2)  # the others bite in the meantime
+            time.sleep(_GRACE / 2)  # the other ranks write theirs meanwhile
             stuck = [rank for rank in range(self._ranks) if self._stacks(rank).exists()]
             silent = sorted(set(range(self._ranks)) - set(stuck))
             if self._rank == stuck[0] and silent:
                 names = ", ".join(map(str, silent[:8])) + (", ..." if len(silent) > 8 else "")
                 print(
-                    f"liftdist: {len(stuck)} of {self._ranks} ranks wait; no sign of rank {names}: "
-                    f"stopped, or its machine is gone",
+                    f"liftdist: {len(stuck)} of {self._ranks} ranks are waiting; rank {names} wrote no stacks: "
+                    f"check whether the process and its machine are alive",
                     file=sys.stderr,
                     flush=True,
                 )

@@ -118,11 +118,11 @@ def test_damaged_steps_are_set_aside_and_older_ones_used(run_dir):
     assert (run_dir / "checkpoints" / "set-aside-1-step-00000002" / "manifest.json").exists()
     (run_dir / "checkpoints" / "step-00000001" / "manifest.json").write_text("{}")
     (problem, _), _ = ranks.run(2, load_newest, run_dir)
-    assert "none of its checkpoints is whole" in problem
+    assert "none of its checkpoints is intact" in problem
     assert "step-00000001/manifest.json" in problem
     shutil.rmtree(run_dir / "checkpoints")
     (problem, _), _ = ranks.run(2, load_newest, run_dir)
-    assert "none of its checkpoints is whole" in problem  # gone is no fresh start, either
+    assert "none of its checkpoints is intact" in problem  # gone is no fresh start, either
 
 
 def see_another_disk(mesh, run_dir, elsewhere):
@@ -135,7 +135,7 @@ def test_a_rank_that_cannot_see_the_files_damages_nothing(run_dir, tmp_path):
     before = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     shutil.copytree(run_dir / "attempts", tmp_path / "elsewhere" / "attempts")
     for problem, said in ranks.run(2, see_another_disk, run_dir, tmp_path / "elsewhere"):
-        assert "rank 0 finds it whole: is run_dir the same folder on every machine?" in problem
+        assert "rank 0 finds it intact: run_dir must be the same folder on every machine" in problem
         assert "(rank 1)" in problem
         assert not said
     assert sorted(path.name for path in (run_dir / "checkpoints").iterdir()) == before
@@ -163,7 +163,7 @@ def test_checkpoints_without_an_attempt_are_no_fresh_start(run_dir):
     assert "attempt-00000001.jsonl: damaged" in problem
     attempt.unlink()
     (problem, _), _ = ranks.run(2, load_newest, run_dir)
-    assert "holds checkpoints, but no attempt" in problem
+    assert "holds checkpoints, but no attempt in attempts/ records them" in problem
 
 
 def replaced(mesh, config, run_dir):
@@ -186,7 +186,7 @@ def test_a_run_directory_made_anew_is_another_one(tiny_model, tmp_path):
     )
     ((first, second),) = ranks.run(1, replaced, config, tmp_path / "run")
     assert first == "step-00000001"
-    assert "was removed and made anew by another run" in second
+    assert "was deleted and created again by another run" in second
     assert builders.accepted_in(tmp_path / "run") == {}
 
 
@@ -203,7 +203,7 @@ def test_a_pickle_is_never_run_and_a_symbolic_link_never_followed(run_dir, tmp_p
     elsewhere = shutil.move(run_dir / "checkpoints" / "step-00000001", tmp_path / "elsewhere")
     (run_dir / "checkpoints" / "step-00000001").symlink_to(elsewhere)
     (problem, said), _ = ranks.run(2, load_newest, run_dir)
-    assert "none of its checkpoints is whole" in problem
+    assert "none of its checkpoints is intact" in problem
     assert any("symbolic link" in line for line in said)
     assert (elsewhere / "manifest.json").exists()
     assert not (tmp_path / "run-by-a-pickle").exists()

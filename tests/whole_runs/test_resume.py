@@ -137,7 +137,7 @@ def test_a_run_goes_on_where_it_was_stopped(tiny_model, tmp_path):
     assert f"run_dir {tmp_path}/run is taken; starting in {tmp_path}/run-2" in fresh.stdout
     assert (tmp_path / "run-2" / "attempts").is_dir()
     changed = run_command("train", config, "--nproc", 1, "train.steps=9")  # before ranks are started
-    assert "train.steps: 5 -> 9; --allow-changes goes on with them" in user_error(changed)
+    assert "train.steps: 5 -> 9; --allow-changes continues with the new ones" in user_error(changed)
     assert len(changed.stdout.splitlines()) == 1
     assert sorted(p.name for p in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000005"]
 
@@ -182,10 +182,10 @@ def test_changed_settings_are_named_and_need_to_be_allowed(tiny_model, tmp_path)
     )  # fmt: skip
     assert [end for end in ends if isinstance(end, int)] == [2, 2, 4, 6]
     refused = [end for end in ends if isinstance(end, str)]
-    assert "train.steps: 2 -> 4; --allow-changes goes on with them" in refused[0]
-    assert "selection.density: 0.05 -> 0.06; --allow-state-changes goes on with them" in refused[1]
+    assert "train.steps: 2 -> 4; --allow-changes continues with the new ones" in refused[0]
+    assert "selection.density: 0.05 -> 0.06; --allow-state-changes continues with the new ones" in refused[1]
     assert "self_attn.k_proj.weight, which is not trained now; its weights would be lost" in refused[2]
-    assert "model.path: other weights (" in refused[3]
+    assert "model.path: the weights have changed (" in refused[3]
     run_dir = tmp_path / "run" / "checkpoints"
     densities = []
     for step in (4, 6):
@@ -196,7 +196,7 @@ def test_changed_settings_are_named_and_need_to_be_allowed(tiny_model, tmp_path)
 
     records.write_text(records.read_text() + '{"prompt": "one more", "completion": "yes"}\n')
     ((end,), _) = ranks.run(2, change_settings, (*settings(6, optimizer__lr=1e-4, selection__density=0.06)[:2], ()), [])
-    assert "data.path: other contents of the same name" in end
+    assert "data.path: the contents have changed" in end
 
 
 def test_another_batch_size_sees_the_rest_of_the_data_and_no_more(tiny_model, tmp_path):
@@ -238,7 +238,7 @@ def test_a_value_from_the_environment_that_changed_is_noticed(tiny_model, tmp_pa
     assert first[1] == second[1]
     (ends,) = ranks.run(1, change_settings, first, [first, second])
     assert ends[:2] == [2, 2]
-    assert "optimizer.lr: another value from the environment" in ends[2]
+    assert "optimizer.lr: its value from the environment has changed" in ends[2]
 
 
 def in_another_environment(mesh, file, overrides):
@@ -255,7 +255,7 @@ def in_another_environment(mesh, file, overrides):
 def test_ranks_that_start_from_something_else_are_named(tiny_model, tmp_path):
     file = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
     for end in ranks.run(2, in_another_environment, file, ["optimizer.lr=${oc.env:RATE}", "train.steps=1"]):
-        assert re.fullmatch(r"rank 1 on .* has other environment than rank 0", end)
+        assert re.fullmatch(r"rank 1 on .* differs from rank 0 in environment; use the same on every machine", end)
 
 
 def test_curves_go_on_without_a_step_twice(tiny_model, tmp_path):
