@@ -1,6 +1,6 @@
-"""What is measured on a model during a run: one a file, ``run(context, inputs, model)``.
+"""Evaluations of a model during a run, one per file: ``run(context, inputs, model)``.
 
-They stand in :data:`liftdist.registry.EVALUATIONS`.
+:data:`liftdist.registry.EVALUATIONS` lists them.
 
-In: a model, sharded or not, and inputs. Out: figures by tag. Must not change the model, nor know checkpoints.
+In: a model, sharded or not, and inputs. Out: metrics by tag. Must not change the model, nor know checkpoints.
 """

@@ -18,7 +18,7 @@ from liftdist.training.inputs import Inputs
 
 
 def run(context: RunContext, inputs: Inputs, model: nn.Module) -> dict[str, float]:
-    """``eval/loss``; nothing where there is no held-out data. Collective."""
+    """``{"eval/loss": mean loss}``, or ``{}`` without held-out data. Collective."""
     if inputs.eval_samples is None:
         return {}
     micro_batch_size, boundary = context.config.train.micro_batch_size, context.cancellation.boundary

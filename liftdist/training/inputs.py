@@ -1,4 +1,4 @@
-"""What is known before weights are read: the model's folder and the tokenised data."""
+"""The inputs of a run that are available before weights are read: the model's folder and the tokenised data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from liftdist.schema import Config
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is known before weights are read."""
+    """The model's folder, and the samples to train and to evaluate on."""
 
     folder: Path
     samples: tokenised.Samples
@@ -28,8 +28,11 @@ def prepare_inputs(
 ) -> Inputs:
     """Check the model's folder and its tokenizer, and tokenise the data. Not collective.
 
+    Args:
+        part: position in the data at which to start tokenising, in [0, 1): ranks that share a cache start apart.
+
     Raises:
-        UserError: whatever is wrong with them.
+        UserError: the folder, the tokenizer or the data cannot be used.
     """
     cancellation = cancellation or CancellationPoint()
     folder = resolve_model(config.model.path)
@@ -39,7 +42,8 @@ def prepare_inputs(
     vocabulary = text_config.vocab_size
     if len(tokenizer) > vocabulary:
         raise UserError(
-            f"model.path {folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary} embeddings"
+            f"model.path {folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary} embeddings; "
+            f"resize the model's embeddings or use its own tokenizer"
         )
 
     def samples_of(path: str, split: str) -> tokenised.Samples:
@@ -58,7 +62,7 @@ def prepare_inputs(
         if context and longest > context:
             raise UserError(
                 f"data.max_length={config.data.max_length}: {path} has a sample of {longest} tokens, "
-                f"the model's context is {context}"
+                f"the model's context is {context}; lower data.max_length"
             )
         counts = {"truncated": samples.truncated, "dropped": samples.dropped}
         note = "".join(f", {count} {what}" for what, count in counts.items() if count)

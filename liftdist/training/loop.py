@@ -1,4 +1,4 @@
-"""Steps, evaluations and checkpoints in their order."""
+"""The training loop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from liftdist.training.trainer import Trainer
 
 
 class Loop:
-    """Steps, evaluations and checkpoints in their order."""
+    """Steps, with the evaluations and checkpoints that are due between them."""
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class Loop:
         self._step_seconds = 0.0
         self._failed_saves = self._failed_in_a_row = 0
         self._saved = f"step-{checkpointer.last_step:08d}" if checkpointer.last_step else None
-        self._lead = environment.LEAD.get(math.inf)  # seconds from a scheduler's warning to its end
+        self._lead = environment.LEAD.get(math.inf)  # seconds from the scheduler's warning to the time limit
 
     def to_the_end(self) -> None:
-        """All steps that are left. Raises ``Stopped``, between steps or inside an evaluation, where all ranks agreed to."""
+        """Run all remaining steps. Raises ``Stopped`` on all ranks, between steps or inside an evaluation."""
         trainer, config = self.trainer, self.trainer.config
         trainer.watch.read()
         began, first, tokens = time.perf_counter(), trainer.step, 0.0
@@ -64,13 +64,13 @@ class Loop:
         self.save_last()
 
     def _pause(self) -> None:
-        """What is due between two steps."""
+        """Between two steps: report saves, act on stop requests, evaluate and save if due."""
         trainer, config = self.trainer, self.trainer.config
         self._report_save()
         self.cancellation.boundary()
         if self._is_due(config.train.eval_interval) or trainer.step in (0, trainer.steps):
             self._evaluate()
-        # a step that went wrong may be followed by more: the checkpoint before them is the one to go back to
+        # more skipped steps may follow and end the run: the newest checkpoint must be from before the first of them
         if trainer.step and self._is_due(config.checkpoint.interval) and not trainer.skipped_in_a_row:
             self._save()
 
@@ -91,10 +91,12 @@ class Loop:
             self.console.say(f"step {trainer.step}: {shown}")
 
     def _save(self) -> None:
-        """Begin to save the state as it is, unless that was done already."""
+        """Start to save the current state, unless it is saved already."""
         trainer = self.trainer
         began = time.perf_counter()
-        self.checkpointer.wait(self.cancellation.beat)  # until then ranks may know different things of the save before
+        self.checkpointer.wait(
+            self.cancellation.beat
+        )  # before that, ranks may differ in what they know of the previous save
         self._report_save()
         if self.checkpointer.last_step == trainer.step:
             return
@@ -102,19 +104,19 @@ class Loop:
         self.recorder.scalars(trainer.step, {"checkpoint/blocked_seconds": time.perf_counter() - began})
 
     def save_last(self) -> None:
-        """Save, and wait until everything is committed. Raises what went wrong."""
+        """Save the current state and wait for its commit. Raises the error of a save that failed."""
         if self.trainer.step:
             self._save()
             self.checkpointer.wait(self.cancellation.beat)
             outcome = self.checkpointer.take_outcome()
             if isinstance(outcome, OSError | UserError):
-                raise UserError(f"step {self.trainer.step} is not saved: {outcome}; {self._since()}") from outcome
+                raise UserError(f"step {self.trainer.step} is not saved: {outcome}; {self._newest()}") from outcome
             if isinstance(outcome, Exception):
                 raise outcome
             if outcome:
                 self.console.say(f"checkpoint {outcome.name}")
         if self._failed_saves:
-            self.console.say(f"{self._failed_saves} saves failed during this run; the last one did not")
+            self.console.say(f"{self._failed_saves} saves failed during this run; the last one succeeded")
 
     def _report_save(self) -> None:
         outcome = self.checkpointer.take_outcome()
@@ -122,7 +124,7 @@ class Loop:
             self._failed_saves += 1
             self._failed_in_a_row += 1
             again = f" ({self._failed_in_a_row} in a row)" if self._failed_in_a_row > 1 else ""
-            self.console.say(f"CHECKPOINT FAILED{again}, training goes on: {outcome}; {self._since()}")
+            self.console.say(f"CHECKPOINT FAILED{again}, training continues: {outcome}; {self._newest()}")
             self.recorder.scalars(self.trainer.step, {"checkpoint/failed": float(self._failed_in_a_row)})
         elif isinstance(outcome, Exception):
             self.cancellation.fail(outcome)
@@ -134,22 +136,32 @@ class Loop:
                 self.trainer.step, {"checkpoint/seconds": outcome.seconds, "checkpoint/gib": outcome.bytes / GIB}
             )
 
-    def _since(self) -> str:
+    def _newest(self) -> str:
         return f"the newest checkpoint is {self._saved}" if self._saved else "there is no checkpoint yet"
 
     def _check_lead(self, save_seconds: float) -> None:
-        """Say once if a job would end before it has saved: a save may be under way, and the step, when the warning comes."""
+        """Warn once if the time limit would end the job before it has saved.
+
+        A step and a save may be running when the scheduler's warning arrives; the last save follows them.
+        """
         needed = self._step_seconds + 2 * save_seconds
         if needed > self._lead:
             self.console.say(
-                f"the warning comes {self._lead:.0f} s before the time limit, but a step and two saves take {needed:.0f} s: "
+                f"SLURM's warning comes {self._lead:.0f} s before the time limit, but a step and two saves take {needed:.0f} s: "
                 f"set slurm.signal_lead={math.ceil(2 * needed)}"
             )
             self._lead = math.inf
 
 
 def rank_figures(trainer: Trainer, elapsed: float, steps: int, tokens: float) -> dict[str, float]:
-    """Throughput, time by phase and memory of every rank, over the last ``steps`` steps of ``elapsed`` s. Collective."""
+    """Throughput, seconds per phase and memory of every rank, over ``steps`` steps in ``elapsed`` seconds. Collective.
+
+    Args:
+        tokens: processed by this rank.
+
+    Returns:
+        Metrics by tag; a phase's time is that of the slowest rank, per step.
+    """
     phases = trainer.watch.read()
     ranks = collectives.gather({"tokens": tokens, "phases": phases, "memory": memory(trainer.mesh.device)})
     total = sum(rank["tokens"] for rank in ranks)

@@ -1,4 +1,4 @@
-"""The summed loss of the labelled tokens of a micro-batch: by the model's own logits, or in chunks where it can."""
+"""The summed loss of the labelled tokens of a micro-batch: from the model's logits, or in chunks where it supports that."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from liftdist.training.losses.cross_entropy import summed
 def token_losses(model: nn.Module, batch: dict[str, Tensor], loss: Loss = summed) -> Tensor:
     """Sum of the losses of all labelled tokens of a micro-batch ``[B, L]``, float32 ``[]``.
 
-    Logits are computed for labelled places alone, where the model can,
-    and in chunks after :func:`liftdist.models.head.in_chunks`.
+    Logits are computed for labelled positions only, if the model supports that, and in chunks after
+    :func:`liftdist.models.head.in_chunks`.
 
     Args:
-        batch: ``input_ids``, ``position_ids`` on the device of the model, and ``labels``, the next token at each place or
-            ``IGNORED``, which may be on the host: then nobody waits for the device to know which are labelled.
-        loss: of logits and labels, see :data:`liftdist.registry.LOSSES`.
+        batch: ``[B, L]`` each: ``input_ids`` and ``position_ids`` on the device of the model; ``labels``, the next token at
+            each position or ``IGNORED``, preferably on the host: finding the labelled positions then needs no device sync.
+        loss: ``logits [T, V], labels [T] -> []``, see :data:`liftdist.registry.LOSSES`.
     """
     input_ids, position_ids, labels = batch["input_ids"], batch["position_ids"], batch["labels"]
-    places = (labels != IGNORED).any(0).nonzero().squeeze(1)
-    if not places.numel():
-        places = places.new_zeros(1)
-    labels, places = labels[:, places].to(input_ids.device), places.to(input_ids.device)
+    positions = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    if not positions.numel():
+        positions = positions.new_zeros(1)
+    labels, positions = labels[:, positions].to(input_ids.device), positions.to(input_ids.device)
     if chunked := getattr(model, "chunked_loss", None):
-        return chunked(input_ids, position_ids, places, labels, loss)
-    chosen = {"logits_to_keep": places} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+        return chunked(input_ids, position_ids, positions, labels, loss)
+    chosen = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **chosen).logits
-    return loss((logits if chosen else logits[:, places]).flatten(0, 1), labels.flatten())
+    return loss((logits if chosen else logits[:, positions]).flatten(0, 1), labels.flatten())

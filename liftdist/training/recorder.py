@@ -1,4 +1,4 @@
-"""What a run records: figures and texts, by every tracker of :data:`liftdist.registry.TRACKERS`."""
+"""Records metrics and texts of a run with every tracker of :data:`liftdist.registry.TRACKERS`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from liftdist.registry import TRACKERS
 
 
 class Tracker(Protocol):
-    """Where figures go. Each call may raise ``OSError``."""
+    """A destination of metrics. Each call may raise ``OSError``."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
     def text(self, tag: str, text: str) -> None: ...
@@ -19,11 +19,11 @@ class Tracker(Protocol):
 
 
 class Recorder:
-    """Records by all trackers. Only the main rank does.
+    """Records with all trackers, on the main rank only.
 
     Args:
-        after: the step after which recording goes on; what an earlier attempt recorded beyond it is taken back. None: all.
-        say: told when the disk takes no more. Training goes on without curves.
+        after: the last step to keep of what earlier attempts recorded; later entries are removed. None keeps everything.
+        say: called with a message when recording fails; training continues without metrics.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class Recorder:
         self._each(lambda tracker: tracker.close())
 
     def _each(self, record: Callable[[Tracker], None]) -> bool:
-        """Whether all trackers took it; the first failure in a row is told."""
+        """Call ``record`` with each tracker; False if any failed. Of consecutive failures only the first is reported."""
         worked = True
         for tracker in self._trackers:
             try:
@@ -52,6 +52,6 @@ class Recorder:
             except OSError as error:
                 worked = False
                 if not self._failed:
-                    self._say(f"metrics cannot be recorded, training goes on: {error}")
+                    self._say(f"metrics cannot be recorded, training continues: {error}")
                 self._failed = True
         return worked

@@ -42,15 +42,15 @@ from liftdist.training.trainer import Trainer
 
 
 def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRequests) -> None:
-    """Run ``config`` to its end, from its newest checkpoint on, on all ranks. Collective.
+    """Train ``config`` to its last step, from its newest checkpoint if it has one. Collective.
 
     Args:
-        text: the config as it is kept in the run directory.
-        allowed: kinds of changes that a run which continues may have, see :mod:`liftdist.runs.changes`.
-        stop: where requests to stop arrive.
+        text: YAML text of the config, as written to the run directory.
+        allowed: kinds of changes that are allowed when a run continues, see :mod:`liftdist.runs.changes`.
+        stop: the stop requests of this rank.
 
     Raises:
-        Stopped: as asked; what was trained is saved.
+        Stopped: on a stop request, after saving.
     """
     console = Console(mesh.is_main)
     torch.manual_seed(config.train.seed)
@@ -98,14 +98,16 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     saved = checkpoint.newest(
         attempt.run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat
     )
-    base = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
-    provenance = changes.provenance(config, text, base, inputs.samples.digest)
-    means_other = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
-    model, names, method = setup.model_and_method(context, inputs.folder, base, from_checkpoint=saved is not None)
+    base_digest = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
+    provenance = changes.provenance(config, text, base_digest, inputs.samples.digest)
+    state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
+    model, names, method = setup.model_and_method(
+        context, inputs.folder, base_digest, from_checkpoint=saved is not None
+    )
     model.train()
     trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
     if saved is not None:
-        _resume(context, trainer, saved, attempt, means_other)
+        _resume(context, trainer, saved, attempt, state_changed)
     checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
     recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
     trained = {matrix.name: names.stored[matrix.name] for matrix in method.matrices}
@@ -120,7 +122,7 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         console.say(f"{reason}: saving step {trainer.step}")
         loop.save_last()
         raise
-    except (UserError, PeerError):  # all ranks are here: what is being written may be finished
+    except (UserError, PeerError):  # raised on all ranks, so that a running save can still be committed
         checkpointer.wait(cancellation.beat)
         raise
     finally:
@@ -129,7 +131,7 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
 
 
 def _inputs(context: RunContext) -> Inputs:
-    """The tokenised data. The first rank of each machine hashes a file, the others find its digest in the cache. Collective."""
+    """The tokenised data. Local rank 0 hashes the data files; the others read the digests from the cache. Collective."""
     config, mesh = context.config, context.mesh
     with together():
         if environment.LOCAL_RANK.get(0) == 0:
@@ -141,13 +143,13 @@ def _inputs(context: RunContext) -> Inputs:
 def _check_changes(
     context: RunContext, provenance: Provenance, saved: Step | None, allowed: set[str], run_dir: Path
 ) -> bool:
-    """Compare all ranks with each other and with the checkpoint. Collective.
+    """Compare the inputs of all ranks with rank 0's, and with the checkpoint's. Collective.
 
     Returns:
-        Whether the state that was saved means something else now.
+        Whether a change affects the meaning of the saved state.
 
     Raises:
-        UserError: ranks differ, or something has changed that may not.
+        UserError: the ranks differ, or a change is not allowed.
     """
     first = collectives.gather(provenance)[0]
     with together():
@@ -159,12 +161,12 @@ def _check_changes(
     return schema.STATE in {kind for kind, _ in changed}
 
 
-def _resume(context: RunContext, trainer: Trainer, saved: Step, attempt: Attempt, means_other: bool) -> None:
-    """Put the state of a checkpoint into the trainer. Collective."""
+def _resume(context: RunContext, trainer: Trainer, saved: Step, attempt: Attempt, state_changed: bool) -> None:
+    """Restore the trainer from a checkpoint. Collective."""
     with together():
         tensors = saved.read(trainer.method.matrices)
     trainer.restore(saved.manifest.snapshot.state, tensors)
-    if means_other:
+    if state_changed:
         trainer.method.reselect()
     context.console.say(
         f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
@@ -175,10 +177,10 @@ def _resume(context: RunContext, trainer: Trainer, saved: Step, attempt: Attempt
 
 
 def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt, resumed: bool) -> Recorder:
-    """Say what runs, in the run directory and on the console; from here on figures are recorded. Collective."""
+    """Describe the run in the run directory and on the console, and open the recorder. Collective."""
     mesh, run_dir = context.mesh, attempt.run_dir
     with together():
-        if mesh.is_main:  # not before: what failed until here can be corrected and started again
+        if mesh.is_main:  # not earlier: a command that fails before this point leaves no description
             describe_run(run_dir, text, mesh)
         after = trainer.step if resumed else None if attempt.number == 1 else -1
         recorder = Recorder(run_dir, mesh.is_main, after, context.console.say)
@@ -192,23 +194,23 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
 
 
 def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
-    """Write the fine-tuned model, from the last checkpoint, unless an earlier attempt did. Collective."""
-    run_dir, base = attempt.run_dir, trainer.inputs.folder
+    """Write the fine-tuned model from the last checkpoint, unless an earlier attempt has. Collective."""
+    run_dir, base_folder = attempt.run_dir, trainer.inputs.folder
     target = run_dir / "export"
     if not _is_exported(run_dir, trainer.step, trainer.mesh):
         with together():
             step = checkpoint.open_step(run_dir / CHECKPOINTS / f"step-{trainer.step:08d}")
-            trained = of_run.of_run(step, base)
-            if trainer.mesh.is_main and target.exists():  # of a shorter run, which was continued
+            trained = of_run.of_run(step, base_folder)
+            if trainer.mesh.is_main and target.exists():  # exported before the run was extended
                 target.rename(layout.next_free(target))
-        hf.write(trained, base, target, trainer.model.dtype)
+        hf.write(trained, base_folder, target, trainer.model.dtype)
         if trainer.mesh.is_main:
             attempt.note("export", step=trainer.step)
     console.say(f"fine-tuned model in {target}")
 
 
 def _is_exported(run_dir: Path, step: int, mesh: Mesh) -> bool:
-    """Whether an earlier attempt exported this very step. Collective."""
+    """Whether an earlier attempt exported this step. Collective."""
     events: list[claims.Event] = []
     with together():
         if mesh.is_main:

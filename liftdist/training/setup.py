@@ -1,4 +1,4 @@
-"""What a run needs before its first step: a sharded model with its base weights, and the method attached to it."""
+"""Sets up a run before its first step: a sharded model with its base weights, and the method attached to it."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from liftdist.runs.context import RunContext
 
 
 def model_and_method(
-    context: RunContext, folder: Path, base: str, from_checkpoint: bool = False
+    context: RunContext, folder: Path, base_digest: str, from_checkpoint: bool = False
 ) -> tuple[PreTrainedModel, NameMap, Lift]:
-    """The sharded model, the names of its tensors in the folder, and what is trained of it. Collective.
+    """The sharded model, the names of its tensors in the folder, and the attached method. Collective.
 
     Args:
-        base: digest of the folder's weights.
-        from_checkpoint: whether a checkpoint will bring what is trained.
+        base_digest: digest of the folder's weights.
+        from_checkpoint: select nothing, because a checkpoint will be loaded.
     """
     config, mesh = context.config, context.mesh
     model, names = load(folder, config.model, mesh, context.cancellation.check)
-    method: Lift = METHODS.load(config.method).attach(context, model, base, from_checkpoint)
+    method: Lift = METHODS.load(config.method).attach(context, model, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
     return model, names, method
 
 
 def select_only(context: RunContext) -> None:
-    """Select the principal weights and keep them in the cache. Collective."""
+    """Select the principal weights and write the selection to the cache. Collective."""
     config = context.config
     with together():
         folder = resolve_model(config.model.path)
     _, _, method = model_and_method(
         context, folder, weights.digest(folder, Path(config.cache_dir), context.cancellation.beat)
     )
-    context.console.say(f"kept in {method.selection}")
+    context.console.say(f"selection kept in {method.selection}")

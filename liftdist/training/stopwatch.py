@@ -1,4 +1,4 @@
-"""Seconds by phase, and memory."""
+"""Seconds per phase, and memory in use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 2**30
 
 
 class Stopwatch:
-    """Seconds spent in named phases. On a GPU the phases are timed by events and nothing waits until they are read."""
+    """Seconds spent in named phases. On a GPU phases are timed by events, and only :meth:`read` synchronises."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device.type == "cuda"
@@ -34,7 +34,7 @@ class Stopwatch:
         self._spans.append((phase, begin, self._now()))
 
     def read(self) -> dict[str, float]:
-        """Seconds by phase since the last read."""
+        """Seconds per phase since the last read."""
         if self._cuda:
             torch.cuda.synchronize()
         totals: dict[str, float] = {}
@@ -46,7 +46,7 @@ class Stopwatch:
 
 
 def memory(device: torch.device) -> dict[str, float]:
-    """Memory of this rank, GiB: of its device (allocated, reserved and peak) and of the host (resident and peak)."""
+    """Memory of this rank in GiB: of its device (allocated, reserved, peak) and of the host (resident, peak)."""
     figures = {}
     if device.type == "cuda":
         figures["device_allocated"] = torch.cuda.memory_allocated(device) / GIB

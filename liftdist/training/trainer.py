@@ -1,10 +1,10 @@
-"""One optimizer step of a run, and what must be saved to take the next one elsewhere.
+"""One optimizer step of a run, and the state that must be saved to continue after it.
 
 gradient of one optimizer step = (sum over ranks and micro-batches of the gradient of summed token losses)
                                  / (tokens with a label in the global batch)
 
-The order of the samples is a function of (seed, epoch), random numbers of (seed, step, rank), the learning rate of the step:
-a few counters are the whole state besides the weights and the optimizer's.
+The order of the samples is a function of (seed, epoch), random numbers of (seed, step, rank), the learning rate of the step.
+So a few counters are the whole state, besides the weights and the optimizer state.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ LARGEST_NORM: float = torch.finfo(torch.float32).max ** 0.5
 
 
 class Trainer:
-    """The state of a run and one optimizer step of it.
+    """The state of a run, and its optimizer step.
 
     Args:
-        beat: called whenever there is progress.
+        beat: called after each micro-batch, to report progress.
     """
 
     def __init__(
@@ -63,11 +63,11 @@ class Trainer:
         self.schedule = self._make_schedule()
         self.watch = Stopwatch(mesh.device)
         self.step = 0
-        self.consumed = 0  # sequences, over all ranks and epochs: with the seed, the whole data state
+        self.consumed = 0  # sequences, over all ranks and epochs: with the seed, the position in the data
         self.skipped = 0  # steps whose loss or gradient was not finite
         self.skipped_in_a_row = 0
         self.problem: str | None = None  # why the last step was skipped
-        self.evaluated = -1  # the step after which the last evaluation was made
+        self.evaluated = -1  # the step after which the last evaluation ran
 
     def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
         settings = self.config.optimizer
@@ -76,7 +76,7 @@ class Trainer:
         return get_scheduler(name, self.method.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
 
     def state(self) -> dict[str, Any]:
-        """The part of the state that is alike on all ranks, as plain numbers."""
+        """The part of the state that is equal on all ranks, as plain numbers."""
         return {
             "step": self.step,
             "consumed": self.consumed,
@@ -88,11 +88,11 @@ class Trainer:
         }
 
     def restore(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Go on from :meth:`state` and from the tensors of the method's ``state_dict``, cut to this rank's rows."""
+        """Continue from :meth:`state`, and from the tensors of the method's ``state_dict`` cut to this rank's rows."""
         self.method.load_state_dict(tensors, state["optimizer"])
         self.step, self.consumed, self.evaluated = state["step"], state["consumed"], state["evaluated"]
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
-        if self.epochs is not None:  # the batch size, or the data, may be another now
+        if self.epochs is not None:  # the batch size or the data may have changed
             self.steps = self.step + self.order.steps(self.epochs, self.consumed)
             self.schedule = self._make_schedule()
         if self.step:
@@ -101,9 +101,9 @@ class Trainer:
             self.schedule.step()
 
     def run_step(self) -> dict[str, float]:
-        """One optimizer step; returns its figures. Collective.
+        """One optimizer step; returns its metrics by tag. Collective.
 
-        A loss or gradient that is not finite on any rank changes nothing: the step is skipped and counted.
+        If the loss or gradient is not finite on any rank, the step is skipped and counted: no weight changes.
 
         Raises:
             UserError: more steps in a row were skipped than ``train.max_skipped_steps``.
@@ -133,7 +133,7 @@ class Trainer:
             "train/lr": float(self.schedule.get_last_lr()[0]),
             "train/grad_norm": norm.item(),
         }
-        # sums over all ranks, so that all see the same; Adam squares the gradient, in float32
+        # both are reduced over all ranks, so that all decide alike; Adam squares the gradient, in float32
         finite = math.isfinite(mean_loss) and norm.item() < LARGEST_NORM
         if finite:
             self.skipped_in_a_row = 0
@@ -173,14 +173,14 @@ class Trainer:
     def _skip(
         self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], micro_losses: list[Tensor]
     ) -> None:
-        """Forget the gradient of a step that went wrong, on all ranks, and say where it did."""
-        wrong = [micro for micro, loss in zip(micro_batches, micro_losses, strict=True) if not loss.isfinite()]
-        reports = gather((self.method.non_finite(), wrong, micro_batches))
+        """Drop the gradient of a step that is not finite, and report its matrices and samples. Collective."""
+        non_finite = [micro for micro, loss in zip(micro_batches, micro_losses, strict=True) if not loss.isfinite()]
+        reports = gather((self.method.non_finite(), non_finite, micro_batches))
         self.method.skip()
         self.skipped += 1
         self.skipped_in_a_row += 1
         matrices = sorted({name for names, _, _ in reports for name in names})
-        micros = [micro for _, wrong, _ in reports for micro in wrong] or [m for _, _, all_ in reports for m in all_]
+        micros = [m for _, found, _ in reports for m in found] or [m for _, _, all_ in reports for m in all_]
         samples = sorted({sample for micro in micros for sequence in micro for sample in sequence})
         where = [self.inputs.samples.where(sample) for sample in samples]
         problem = (
@@ -189,12 +189,12 @@ class Trainer:
         )
         if self.skipped_in_a_row > self.config.train.max_skipped_steps:
             raise UserError(
-                f"step {step}: {problem}: {self.skipped_in_a_row} steps in a row went wrong (train.max_skipped_steps); "
-                f"lower optimizer.lr={self.config.optimizer.lr}, set optimizer.max_grad_norm, or mend the samples"
+                f"step {step}: {problem}: {self.skipped_in_a_row} steps in a row were skipped (train.max_skipped_steps); "
+                f"lower optimizer.lr={self.config.optimizer.lr}, set optimizer.max_grad_norm, or fix the samples"
             )
         self.problem = f"step {step} skipped: {problem}"
 
 
 def _some(names: list[str]) -> str:
-    """The first few of ``names``."""
+    """The first four of ``names``, and the number of the others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -22,6 +22,6 @@ def test_a_full_disk_costs_curves_and_no_more(small_disk):
         recorder.scalars(step, {"train/loss": 1.0})
     recorder.close()
     assert len(said) == 1
-    assert "metrics cannot be recorded, training goes on: [Errno 28]" in said[0]
+    assert "metrics cannot be recorded, training continues: [Errno 28]" in said[0]
     lines = (small_disk / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines[-3:]] == [400, 401, 402]

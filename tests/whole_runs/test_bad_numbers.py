@@ -63,7 +63,7 @@ def test_a_step_that_goes_wrong_on_one_rank_changes_nothing_on_any(diverging, tm
     assert steps[8]["train/sequences"] == 48  # the samples of the skipped step are behind us
     assert stopped_at == 2  # the last before it went wrong
     assert "step 6: loss nan" in stopped
-    assert "4 steps in a row went wrong (train.max_skipped_steps)" in stopped
+    assert "4 steps in a row were skipped (train.max_skipped_steps)" in stopped
     assert "gradient not finite in model.layers.0." in stopped
     assert f"samples {tmp_path}/records.jsonl:" in stopped
 

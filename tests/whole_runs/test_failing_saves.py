@@ -55,11 +55,11 @@ def test_a_disk_that_keeps_failing_is_said_louder_each_time(config):
     full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "the disk")
     (end, said), (other_end, _) = ranks.run(2, failing, config, full, (2, 3, 4))
     assert end == other_end == "finished"
-    first = "CHECKPOINT FAILED, training goes on: the disk: No space left on device"
+    first = "CHECKPOINT FAILED, training continues: the disk: No space left on device"
     assert f"{first}; the newest checkpoint is step-00000001" in said
-    assert "CHECKPOINT FAILED (2 in a row), training goes on" in said
-    assert "CHECKPOINT FAILED (3 in a row), training goes on" in said
-    assert "3 saves failed during this run; the last one did not" in said
+    assert "CHECKPOINT FAILED (2 in a row), training continues" in said
+    assert "CHECKPOINT FAILED (3 in a row), training continues" in said
+    assert "3 saves failed during this run; the last one succeeded" in said
     lines = [json.loads(line) for line in (Path(config.run_dir) / "metrics.jsonl").read_text().splitlines()]
     assert [line["checkpoint/failed"] for line in lines if "checkpoint/failed" in line] == [1.0, 2.0, 3.0]
     assert sorted(builders.accepted_in(Path(config.run_dir))) == [f"step-{n:08d}" for n in (1, 5, 6)]

@@ -1,1 +1,1 @@
-"""Losses, one a file: ``summed(logits, labels)``, see :data:`liftdist.registry.LOSSES`. Must not know models or chunks."""
+"""Losses, one per file: ``summed(logits, labels)``, see :data:`liftdist.registry.LOSSES`. Must not know models or chunks."""

@@ -12,5 +12,5 @@ from liftdist.data.tokenised import IGNORED
 
 
 def summed(logits: Tensor, labels: Tensor) -> Tensor:
-    """``logits [T, V], labels [T] -> []`` float32; ``IGNORED`` labels do not count."""
+    """``logits [T, V], labels [T] -> []`` float32; labels equal to ``IGNORED`` are skipped."""
     return F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")

@@ -1,1 +1,1 @@
-"""Where a run's figures are recorded, one a file: ``start(run_dir, after)``, see :data:`liftdist.registry.TRACKERS`."""
+"""Destinations of a run's metrics, one per file: ``start(run_dir, after)``, see :data:`liftdist.registry.TRACKERS`."""

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: one JSON object a line, with ``step``, ``time`` and the figures by tag; null for what is not finite."""
+"""``metrics.jsonl``: one JSON object per line, with ``step``, ``time`` and the metrics by tag; null if not finite."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Jsonl:
         self._file.flush()
 
     def text(self, tag: str, text: str) -> None:
-        """Texts are for people, and stand in other files of the run directory."""
+        """Ignored: the run directory holds the texts in other files."""
 
     def close(self) -> None:
         self._file.close()
@@ -38,7 +38,7 @@ def start(run_dir: Path, after: int | None) -> Jsonl:
 
 
 def _step(line: str) -> float:
-    """The step of a line of metrics; infinite for one that was cut short."""
+    """The step of a line of metrics; infinite for a truncated line, which is then removed."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
