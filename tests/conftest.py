@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 from collections import Counter
@@ -63,12 +62,9 @@ def tiny_model(tmp_path_factory, smollm2) -> Path:
 @pytest.fixture
 def records(tmp_path) -> Path:
     """Forty prompt/completion records."""
-    path = tmp_path / "records.jsonl"
-    lines = [
-        {"prompt": f"{a} plus {b} is", "completion": f" {a + b}" * (1 + a % 3)} for a in range(8) for b in range(5)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
+    import builders
+
+    return builders.write_records(tmp_path / "records.jsonl")
 
 
 @pytest.fixture
