@@ -1,4 +1,4 @@
-"""Sparse training of a model's matrices as one flat vector: a library of its own, on torch and numpy alone.
+"""Sparse training of a model's matrices as one flat vector: a standalone library that needs torch and numpy only.
 
     matrices -> criteria, budgets -> selection -> reductions, flat -> principal -> adamw
 

@@ -1,8 +1,8 @@
-"""AdamW on the principal weights that writes them into the model in the same pass over memory.
+"""AdamW on the principal weights, fused with the write-back into the model.
 
 An entry has an index (4 B), a gradient, a value and two moments (16 B). One kernel reads them once, and writes value, moments, a
-cleared gradient and the weight in the model. torch's own AdamW and :meth:`PrincipalWeights.write_back`, one after the other, do
-the same in several passes, and do it wherever the kernel does not run.
+cleared gradient and the weight in the model. Where the kernel does not run, torch's AdamW followed by
+:meth:`PrincipalWeights.write_back` does the same in several passes over memory.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from torch import Tensor
 
 from liftdist.engine.principal import PrincipalWeights
 
-BLOCK = 1024  # entries that one program of the kernel steps
+BLOCK = 1024  # entries per program of the kernel
 
 
 class PrincipalAdamW(torch.optim.AdamW):
-    """``torch.optim.AdamW`` on ``principal.values`` whose ``step()`` does ``principal.write_back()``, too.
+    """``torch.optim.AdamW`` on ``principal.values`` whose ``step()`` includes ``principal.write_back()``.
 
-    Its state is that of ``torch.optim.AdamW``. On GPUs that Triton compiles for, all is one kernel; ``in_one_kernel`` says so,
-    and False takes torch's own way. Collective: ranks that hold the same weights must not differ in it.
+    The optimizer state is that of ``torch.optim.AdamW``. ``in_one_kernel`` is True where Triton compiles the kernel on every
+    rank; set it to False to use torch's implementation, on all ranks that hold the same weights. The constructor is collective.
     """
 
     def __init__(
@@ -39,23 +39,23 @@ class PrincipalAdamW(torch.optim.AdamW):
         weight_decay: float = 0.0,
     ) -> None:
         super().__init__([principal.values], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
-        self._step_supports_amp_scaling = False  # a GradScaler shall unscale, and leave out steps, itself
+        self._step_supports_amp_scaling = False  # GradScaler must unscale gradients and skip steps itself
         self.principal = principal
         self.in_one_kernel = principal.values.is_cuda and self._compiles_everywhere()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Step the values and write them into the model, rounded; clear the gradient. Returns what ``closure`` does."""
+        """Step the values, write them into the model, rounded, and clear the gradient. Returns the result of ``closure``."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         values, gradient = self.principal.values, self.principal.values.grad
-        unusual = len(self.param_groups) > 1 or any(self.param_groups[0][key] for key in ("amsgrad", "maximize"))
-        if self.in_one_kernel and not unusual and gradient is not None and self.state[values] and values.numel():
+        unsupported = len(self.param_groups) > 1 or any(self.param_groups[0][key] for key in ("amsgrad", "maximize"))
+        if self.in_one_kernel and not unsupported and gradient is not None and self.state[values] and values.numel():
             self._step_in_one_kernel(gradient)
             self.principal.written_back()
-        else:  # the first step makes the state
+        else:  # also the first step, which creates the state
             super().step()
             self.principal.write_back()
         return loss
@@ -101,17 +101,17 @@ class PrincipalAdamW(torch.optim.AdamW):
         return bool(compiles)
 
     def _compiles(self) -> bool:
-        """Whether the kernel runs here: Triton may be absent, or lack a compiler or a driver. Raises any other error: a bug."""
+        """Whether the kernel runs here; False if Triton is absent or lacks a compiler or a driver. Any other error is raised."""
         if len({matrix.dtype for matrix in self.principal.matrices}) > 1:
             return False  # the kernel writes weights of one dtype
-        nothing = torch.zeros(2, device=self.principal.values.device)
+        dummy = torch.zeros(2, device=self.principal.values.device)
         try:
-            self._launch([[0, 0, 0, 0]], nothing, nothing, nothing, nothing, nothing)
+            self._launch([[0, 0, 0, 0]], dummy, dummy, dummy, dummy, dummy)
         except Exception as error:
             if not _is_missing_toolchain(error):
                 raise
             warnings.warn(
-                f"AdamW and the writing of weights run one after the other, no Triton kernel here ({error})",
+                f"no Triton kernel here, so AdamW and the write-back take separate passes over memory ({error})",
                 stacklevel=3,
             )
             return False
@@ -119,7 +119,7 @@ class PrincipalAdamW(torch.optim.AdamW):
 
 
 def _is_missing_toolchain(error: Exception) -> bool:
-    """Whether Triton cannot work on this machine: it is absent, or its own code found no compiler or driver that will do."""
+    """Whether Triton cannot work on this machine: it is not installed, or its own code found no usable compiler or driver."""
     if isinstance(error, ImportError):
         return True
     own = isinstance(error, RuntimeError | OSError | subprocess.SubprocessError)

@@ -1,4 +1,4 @@
-"""One matrix on one device: which of its entries are principal. Knows nothing of ranks.
+"""Low-rank factors of one matrix on one device, by which its principal entries are selected. Independent of ranks.
 
     W_r  = sum over i <= r of s_i u_i v_i^T = (W V_r) V_r^T      best rank-r approximation of W [m, n]
     S    = the k entries of largest |W_r|                        ties to the lowest flat index
@@ -6,16 +6,16 @@
 ``method="exact"`` takes ``V_r`` from a full SVD, as the LIFT paper does (arXiv 2506.00772, section 3).
 ``method="fast"`` takes it from the smaller Gram matrix ``G = W^T W``, in one of two ways, chosen by size:
 
-    Krylov   G projected on span{X, G X, ..., G^(d-1) X} with full reorthogonalisation; grown until it is good enough
+    Krylov   G projected on span{X, G X, ..., G^(d-1) X} with full reorthogonalisation; grown until accurate enough
     Gram     ``eigh`` of G itself, in float32, then in float64
 
-Good enough is decided by what the factorisation knows about itself. A Ritz pair (theta_i, v_i) with residual
-rho_i = |G v_i - theta_i v_i| leans out of the wanted subspace by at most rho_i / (theta_i - theta_(r+1)), so
+Accuracy is estimated a posteriori. The angle between a Ritz vector v_i, of Ritz value theta_i and residual
+rho_i = |G v_i - theta_i v_i|, and the dominant r-dimensional eigenspace has a sine of at most rho_i / (theta_i - theta_(r+1)), so
 
     |W_r - W V V^T|_F^2  <~  sum over i <= r of (theta_i + theta_(r+1)) (rho_i / (theta_i - theta_(r+1)))^2
 
-and an entry changes sides when that error exceeds its distance to the threshold. Where the expected share of such
-entries is above ``MISS_TOLERANCE``, the next better factorisation is tried; the last one is the full SVD.
+and an entry is misclassified if its error exceeds its distance to the selection threshold. If the expected share of such
+entries is above ``MISS_TOLERANCE``, the next more accurate factorisation is tried; the last one is the full SVD.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ METHODS = ("exact", "fast")
 #: Largest estimated share of the selected entries that a fast factorisation may get wrong.
 MISS_TOLERANCE = 2e-3
 
-KRYLOV_BLOCK = 32  # columns of one Krylov block: thin blocks reach a higher degree for the same products
-KRYLOV_FIRST_CHECK = 5  # the first look at the residuals, in multiples of the filter rank
-KRYLOV_CHECK = 3  # blocks between two looks
-KRYLOV_BREAKDOWN = 1e-5  # a new direction this much smaller than theta_1 is lost in float32 rounding
+KRYLOV_BLOCK = 32  # columns of one Krylov block: thin blocks reach a higher degree at the same cost
+KRYLOV_FIRST_CHECK = 5  # columns at the first check of the residuals, in multiples of the filter rank
+KRYLOV_CHECK = 3  # blocks between two checks
+KRYLOV_BREAKDOWN = 1e-5  # a new direction below this share of theta_1 is float32 rounding noise
 KRYLOV_MAX_SHARE = 0.3  # a basis wider than this share of the smaller side costs more than ``eigh``
 SAMPLED_ROWS = 16  # rows in which the density of |W_r| around the threshold is measured
 
@@ -49,6 +49,7 @@ class Factors(NamedTuple):
 
 
 def factor(matrix: Tensor, num_selected: int, filter_rank: int, method: str, seed: int) -> Factors:
+    """The cheapest factors of ``matrix [m, n]`` that select ``num_selected`` entries accurately; ``method``: of ``METHODS``."""
     if method == "fast":
         for factors in fast_factors(matrix, filter_rank, seed):
             if estimated_miss(factors, num_selected) <= MISS_TOLERANCE:
@@ -64,14 +65,14 @@ def exact_factors(matrix: Tensor, filter_rank: int) -> Factors:
 
 
 def fast_factors(matrix: Tensor, filter_rank: int, seed: int) -> Iterator[Factors]:
-    """Factorisations of ``matrix [m, n]``, each better and dearer than the one before."""
+    """Factorisations of ``matrix [m, n]``, each more accurate and more expensive than the one before."""
     wide = matrix.shape[0] < matrix.shape[1]
     tall = matrix.T if wide else matrix
     for factors in itertools.chain(
         krylov_factors(tall, filter_rank, seed),
         (gram_factors(tall, filter_rank, dtype) for dtype in (torch.float32, torch.float64)),
     ):
-        # of a wide matrix W^T ~ left right^T was factored, so W ~ right left^T
+        # a wide matrix was factored as W^T ~ left right^T, so W ~ right left^T
         yield Factors(factors.right, factors.left, factors.error) if wide else factors
 
 
@@ -84,12 +85,12 @@ def gram_factors(tall: Tensor, filter_rank: int, dtype: torch.dtype) -> Factors:
 
 
 def krylov_factors(tall: Tensor, filter_rank: int, seed: int) -> Iterator[Factors]:
-    """From ever larger block Krylov spaces of the Gram matrix of ``tall [m, n]``; none where ``eigh`` is cheaper."""
+    """From growing block Krylov spaces of the Gram matrix of ``tall [m, n]``; yields none where ``eigh`` is cheaper."""
     n = tall.shape[1]
     max_blocks = max_krylov_blocks(n, filter_rank)
     if not max_blocks:
         return
-    generator = torch.Generator().manual_seed(seed)  # on the host: the same start on every device
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same start for every device
     start = torch.randn(n, KRYLOV_BLOCK, generator=generator, dtype=torch.float32, device="cpu").to(tall.device)
     basis = tall.new_empty(n, max_blocks * KRYLOV_BLOCK)
     image = tall.new_empty(tall.shape[0], max_blocks * KRYLOV_BLOCK)  # tall @ basis
@@ -104,11 +105,11 @@ def krylov_factors(tall: Tensor, filter_rank: int, seed: int) -> Iterator[Factor
         block, coupling = torch.linalg.qr(following)
         largest = image[:, :end].square().sum(0).max()  # of the Rayleigh quotients, a lower bound of theta_1
         if coupling.diagonal().abs().min() < KRYLOV_BREAKDOWN * largest:
-            return  # the space is exhausted: the next block would be rounding errors, not orthogonal to the others
+            return  # the space is exhausted: the next block would be rounding noise, not orthogonal to the others
         if end >= KRYLOV_FIRST_CHECK * filter_rank and index % KRYLOV_CHECK == 0:
             values, vectors = torch.linalg.eigh(image[:, :end].T @ image[:, :end])
             vectors = vectors[:, -filter_rank:].flip(1)
-            # G Q = Q T + block coupling E^T, where E^T picks the rows of the newest block: residuals cost nothing
+            # G Q = Q T + block coupling E^T, where E^T selects the rows of the newest block: residuals need no product with G
             residuals = torch.linalg.vector_norm(coupling @ vectors[begin:], dim=0)
             yield Factors(image[:, :end] @ vectors, basis[:, :end] @ vectors, _error(values, residuals, filter_rank))
 
@@ -134,11 +135,11 @@ def _product_rounding(squared_singular_values: Tensor) -> float:
 
 
 def estimated_miss(factors: Factors, num_selected: int) -> float:
-    """Share of the selection that may differ from the exact one, on the high side.
+    """Upper estimate of the share of the selection that differs from the exact one.
 
-    The error is spread over all entries, twice its mean in size; the density of ``|W_r|`` around the threshold,
-    sampled from some rows, says how many entries change sides. Single entries follow chance: three standard deviations
-    of a Poisson count, and one entry, are added.
+    Every entry is assumed to have twice the mean error; the density of ``|W_r|`` around the threshold, sampled from some
+    rows, then gives the expected number of misclassified entries. Three standard deviations of a Poisson count and one
+    entry are added, because small counts vary.
     """
     left, right, error = factors
     size = left.shape[0] * right.shape[0]

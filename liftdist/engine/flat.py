@@ -1,6 +1,6 @@
-"""The segment of the flat vector that belongs to one matrix, and which of its weights were principal before.
+"""The segment of the flat vector that belongs to one matrix, and which of its weights were selected previously.
 
-values[begin : begin + k_local] = W_local.flat[indices]         a bit a weight remembers those of earlier refreshes
+values[begin : begin + k_local] = W_local.flat[indices]         one bit per weight marks previous selections
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Segment:
     indices: Tensor  # [k_local] int32, into this rank's rows
     begin: int
     reduction: FSDPReduction | None
-    past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, a bit for each weight that was principal before
+    past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, one bit per weight: previously selected
 
     @property
     def span(self) -> slice:
@@ -30,7 +30,7 @@ class Segment:
 
     @property
     def dropped(self) -> Tensor:
-        """``[d_local]`` int64 sorted flat indices that were principal before and are not now."""
+        """``[d_local]`` int64 sorted flat indices of previously selected weights that are not selected now."""
         if self.past is None:
             return self.indices.new_empty(0, dtype=torch.int64)
         flags = _unpack(self.past, self.matrix.numel_local)
@@ -38,7 +38,7 @@ class Segment:
         return flags.nonzero().squeeze(1)
 
     def past_and_present(self) -> Tensor:
-        """What ``past`` becomes once these indices are replaced."""
+        """``past`` for the next selection: the previously selected weights and those selected now."""
         flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.indices.device)
         flags[self.indices] = True
         bits = _pack(flags)
@@ -54,7 +54,7 @@ def positions(old: Segment, new: Segment) -> Tensor:
 
 
 def _pack(flags: Tensor) -> Tensor:
-    """``[ceil(n / 8)]`` uint8, a bit for each of ``[n]`` bool."""
+    """``[ceil(n / 8)]`` uint8, one bit for each element of ``flags [n]`` bool."""
     padded = nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
     bits = torch.zeros(padded.shape[0], dtype=torch.uint8, device=flags.device)
     for place in range(8):
@@ -63,6 +63,6 @@ def _pack(flags: Tensor) -> Tensor:
 
 
 def _unpack(bits: Tensor, size: int) -> Tensor:
-    """``[size]`` bool, what :func:`_pack` was given."""
+    """``[size]`` bool, the inverse of :func:`_pack`."""
     places = torch.arange(8, dtype=torch.uint8, device=bits.device)
     return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:size].bool()

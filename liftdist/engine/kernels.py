@@ -1,4 +1,4 @@
-"""Triton kernels. Imported only where Triton is there and the tensors are on its device."""
+"""Triton kernels. Import this module only where Triton is installed and the tensors are on its device."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def adamw_and_write_back(
     WEIGHT: tl.constexpr,  # dtype of the weights
     BLOCK: tl.constexpr,
 ):
-    """AdamW of a block of entries of one matrix (arXiv 1711.05101), whose weights it writes and whose gradient it clears."""
+    """AdamW (arXiv 1711.05101) on a block of entries of one matrix; writes their weights and clears their gradient."""
     segment = segments + 4 * tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < tl.load(segment + 1)

@@ -1,7 +1,7 @@
-"""The matrices of a model that are trained: which they are, and how the ranks hold them.
+"""The trained matrices of a model: which they are, and how they are sharded.
 
-every ``nn.Linear`` whose name fits, but the output head        W [m, n]
-plain, or cut by rows over the shards of FSDP2                  W_local [m_local, n], rows row_bounds[s] to row_bounds[s + 1]
+every ``nn.Linear`` whose name matches, except the output head  W [m, n]
+plain, or sharded by rows with FSDP2                            W_local [m_local, n], rows row_bounds[s] to row_bounds[s + 1]
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from liftdist.errors import UserError
 
 
 def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, nn.Parameter]:
-    """Weights to train by name: every ``nn.Linear`` whose name fits a pattern, but the output head.
+    """Weights to train by name: every ``nn.Linear`` whose name matches a pattern, except the output head.
 
     Raises:
-        UserError: none fits.
+        UserError: no module matches.
     """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
@@ -39,17 +39,17 @@ def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> 
         linear = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
         ]
-        example = f"; a name is {linear[0]}" if linear else ""
+        example = f"; one module is named {linear[0]}" if linear else ""
         raise UserError(f"no linear module fits {', '.join(patterns)}{example}")
     return found
 
 
 @dataclass(frozen=True)
 class Matrix:
-    """A trained matrix and this rank's part of it. All that reads or writes its memory goes through here."""
+    """A trained matrix and this rank's part of it. All access to its memory goes through this class."""
 
     name: str
-    param: nn.Parameter  # plain [m, n], or DTensor of [m, n] cut by rows
+    param: nn.Parameter  # plain [m, n], or DTensor of [m, n] sharded by rows
     row_bounds: tuple[int, ...]  # [shards + 1] shard s holds rows row_bounds[s] to row_bounds[s + 1]
     shard: int  # this rank's position among the shards
 
@@ -87,7 +87,7 @@ class Matrix:
 
     @property
     def address(self) -> int:
-        """Where this rank's first entry lies in memory, for kernels that write the weights themselves."""
+        """Memory address of this rank's first entry, for kernels that write the weights directly."""
         return self.rows_local.data_ptr()
 
     def read(self, indices: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def describe(name: str, param: nn.Parameter) -> Matrix:
 
 
 def check_alike(matrices: Sequence[Matrix]) -> None:
-    """All matrices must be sharded over the same ranks, or none: they share one vector and one exchange."""
+    """Raises ``ValueError`` unless all matrices are sharded over the same ranks, or none is: they share one flat vector."""
 
     def layout(matrix: Matrix) -> object:
         param = matrix.param
@@ -134,14 +134,14 @@ def check_alike(matrices: Sequence[Matrix]) -> None:
 
 
 def shard_group(param: nn.Parameter) -> Group:
-    """The ranks that hold the rows of one replica; None: this one alone."""
+    """The ranks that hold the rows of one replica; None if this rank holds them all."""
     if not isinstance(param, DTensor):
         return None
     return param.device_mesh.get_group(param.placements.index(Shard(0)))
 
 
 def default_replicate_group(param: nn.Parameter) -> Group:
-    """The ranks that hold the same rows; None: this one alone. Raises ``ValueError`` where that cannot be told."""
+    """The ranks that hold the same rows; None if there are no others. Raises ``ValueError`` if they cannot be inferred."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return None
     if not isinstance(param, DTensor):
@@ -149,5 +149,5 @@ def default_replicate_group(param: nn.Parameter) -> Group:
     if param.device_mesh.size() == dist.get_world_size():
         return None  # all ranks hold shards, or FSDP synchronises its own replicas
     raise ValueError(
-        f"the model is sharded over {param.device_mesh.size()} of {dist.get_world_size()} ranks: give replicate_group"
+        f"the model is sharded over {param.device_mesh.size()} of {dist.get_world_size()} ranks: pass replicate_group"
     )

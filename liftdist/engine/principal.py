@@ -9,8 +9,8 @@ For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorte
 Backward: as soon as the gradient of a layer is reduced, a hook adds its principal entries to ``values.grad`` and drops
 the dense gradient. Step: any optimizer on ``values``, then ``write_back`` rounds the values into the model's weights.
 
-Weights that were principal before a refresh and are not any more keep what they were trained to, in the model alone. A bit
-for each weight of the trained matrices remembers them from the first refresh on: they are part of what a run has changed.
+Weights that a refresh deselects keep their trained value, in the model only. From the first refresh on, one bit per weight of
+the trained matrices marks previously selected weights: they are part of what a run has changed.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from liftdist.engine.reductions import FSDPReduction
 from liftdist.engine.selection import Budget, Criterion
 from liftdist.errors import UserError
 
-#: What takes the gradients of a parameter, both weakly.
+#: The instance whose hook takes the gradient of a parameter. Keeps neither alive.
 _taken: MutableMapping[Tensor, weakref.ref[PrincipalWeights]] = WeakTensorKeyDictionary()
 
 
@@ -51,24 +51,24 @@ class PrincipalWeights:
 
     Args:
         model: any module on its device: plain, or sharded by FSDP2 (``fully_shard``), before its first forward.
-            Replicas must not be synchronised by DDP: :meth:`reduce_gradients` does it for 5 % of the bytes.
-        density: share of each matrix to train; or
+            Do not wrap it in DDP: :meth:`reduce_gradients` synchronises replicas by their principal entries only.
+        density: share of each matrix to train. Give either this or ``budget_rank``.
         budget_rank: ``R``: train ``min(R (m + n), m n)`` weights of each ``[m, n]`` matrix.
-        filter_rank: rank of the approximation whose largest entries are principal.
+        filter_rank: rank ``r`` of the approximation whose largest entries are selected.
         method: ``"fast"`` or ``"exact"``, see :func:`liftdist.engine.criteria.low_rank.select`.
-        modules: patterns of the names of the linear modules to train; all but the output head by default.
-        criterion: in place of the low-rank one, see :class:`liftdist.engine.selection.Criterion`.
-        budget: in place of ``density`` and ``budget_rank``, see :class:`liftdist.engine.selection.Budget`.
+        modules: patterns of the names of the linear modules to train; all except the output head by default.
+        criterion: replaces the low-rank criterion, see :class:`liftdist.engine.selection.Criterion`.
+        budget: replaces ``density`` and ``budget_rank``, see :class:`liftdist.engine.selection.Budget`.
         replicate_group: ranks that hold the same rows of other replicas. By default all ranks where the model is not
             sharded, and none where it is sharded over all ranks.
-        initial_indices: a function that gives ``[k_local]`` int32 for each of :attr:`matrices`, to skip the first selection;
-            it may return None, on all ranks alike.
-        multiple_of: pad the flat vector with zeros to a multiple of this: optimizers that keep their state quantised in
-            blocks, such as torchao's, leave others as they are.
-        sparse_reduce_scatter: exchange only principal entries of the gradients between the shards of FSDP2, not all.
-            The modules go on like that when these principal weights are dropped: others may follow, dense training may not.
-        progress: called with matrices selected and in all.
-        on_selected: called at the first selection, on the rank that factored a matrix, with its name and all its indices.
+        initial_indices: a function that returns ``[k_local]`` int32 for each of :attr:`matrices`, which replace the first
+            selection, or None, on all ranks, to select.
+        multiple_of: pad the flat vector with zeros to a multiple of this. Optimizers that quantise their state in blocks,
+            such as torchao's, do not quantise vectors of other lengths.
+        sparse_reduce_scatter: exchange only the principal entries of gradients between FSDP2 shards. The modules keep this
+            reduction after this object is deleted: another ``PrincipalWeights`` may follow, dense training must not.
+        progress: called with the number of matrices selected and their total.
+        on_selected: called in the first selection, on the rank that factored a matrix, with its name and all its indices.
 
     Raises:
         ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named), a model that
@@ -95,13 +95,13 @@ class PrincipalWeights:
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError(
-                "give the bare module, not DistributedDataParallel: reduce_gradients() lets replicas agree"
+                "pass the module without DistributedDataParallel: reduce_gradients() synchronises replicas"
             )
         if multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
         trained = principal_parameters(model, modules)
         if any(param in _taken and _taken[param]() is not None for param in trained.values()):
-            raise ValueError("the model has principal weights already, which take its gradients: drop them first")
+            raise ValueError("the model has principal weights already, which take its gradients: delete them first")
         self.matrices = [describe(name, param) for name, param in trained.items()]
         self.criterion = criterion or LowRank(filter_rank, method)
         allotted = (budget or PerMatrix(density, budget_rank)).allot({m.name: m.shape for m in self.matrices})
@@ -131,7 +131,7 @@ class PrincipalWeights:
             _taken[matrix.param] = weakref.ref(self)
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
-        """Principal indices of the weights as they are now, ``[k_local]`` int32 for each matrix. Collective."""
+        """Principal indices of the current weights, ``[k_local]`` int32 for each matrix. Collective."""
         return selection.select(
             self.matrices,
             self.counts,
@@ -150,7 +150,7 @@ class PrincipalWeights:
     def reduce_gradients(self, divisor: Tensor | float | None = None) -> None:
         """Sum the flat gradient over the replicas and divide it: by ``divisor``, or by the number of replicas."""
         for reduction in {id(s.reduction): s.reduction for s in self._segments if s.reduction}.values():
-            reduction.drop()  # of a module of which some matrix took no part in the backward
+            reduction.drop()  # left over if a matrix of the module took no part in the backward
         grad = self._attached_grad()
         all_reduce_sum(grad, self.replicate_group)
         if divisor is None:
@@ -161,7 +161,7 @@ class PrincipalWeights:
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
         """Scale the gradient so that its norm over all shards is at most ``max_norm``; return the norm before.
 
-        A norm that is not finite leaves the gradient as it is, for the caller to look at.
+        If the norm is not finite, the gradient is left unchanged for the caller to handle.
         """
         grad = self._attached_grad()
         squared = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
@@ -180,19 +180,19 @@ class PrincipalWeights:
         self.written_back()
 
     def written_back(self) -> None:
-        """Told by whoever has written the values into the model's weights and cleared the flat gradient."""
+        """To be called by code that wrote the values into the model's weights and cleared the flat gradient itself."""
         for module in self._fsdp_modules:
-            module.reshard()  # a copy gathered before, by an evaluation say, would be stale now
+            module.reshard()  # copies gathered earlier, for example by an evaluation, are stale
 
     @torch.no_grad()
     def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> float:
-        """Select anew from the current weights; the optimizer's state follows. Call it before a forward. Collective.
+        """Reselect from the current weights and carry the optimizer's state over. Call it before a forward. Collective.
 
-        Weights that stay principal keep value and state; those that drop out keep the value they were trained to; new
-        ones start from the value in the model and zero state.
+        Weights that stay selected keep value and state; deselected ones keep their trained value; newly selected ones start
+        from the value in the model and zero state.
 
         Returns:
-            The share of the principal weights that stayed, over the whole model.
+            The share of the principal weights that stayed selected, over the whole model.
 
         Raises:
             ValueError: the optimizer holds state that is neither a scalar nor of the shape of ``values``.
@@ -202,7 +202,7 @@ class PrincipalWeights:
         self._use(self._lay_out(self.select(), [segment.reduction for segment in old_segments]))
         for old, new in zip(old_segments, self._segments, strict=True):
             new.past = old.past_and_present()
-        # [k_local] where each new entry stood in the old vector, -1 if it did not
+        # [k_local] position of each new entry in the old vector, -1 if it was not selected
         places = [positions(old, new) for old, new in zip(old_segments, self._segments, strict=True)]
         source = self._flat(places, padding=-1)
         stayed = source >= 0
@@ -213,7 +213,7 @@ class PrincipalWeights:
             before = _dense(state[key])
             moved = torch.zeros_like(values, dtype=before.dtype)
             moved[stayed] = before[source[stayed]]
-            state[key] = _as_kept(optimizer, key, self.values, moved)
+            state[key] = _in_own_format(optimizer, key, self.values, moved)
         selected = sum(indices.numel() for indices in self.indices)
         count = torch.stack([stayed.sum(), torch.tensor(selected, device=stayed.device)])
         kept, total = all_reduce_sum(count, self.shard_group).tolist()
@@ -221,14 +221,14 @@ class PrincipalWeights:
 
     @torch.no_grad()
     def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
-        """What this rank holds beyond the base model, copied to the host. Indices are into the whole matrix: a state taken on
-        one world size can be cut for another.
+        """What this rank holds beyond the base model, copied to the host. Indices are into the whole matrix, so that a state
+        saved at one world size can be resharded to another.
 
         Returns:
             For each matrix ``NAME``, of this rank's rows: ``NAME/indices`` ``[k]`` int32 (int64 in a matrix of 2^31
             weights or more), sorted; ``NAME/values`` ``[k]`` float32; ``NAME/optimizer.KEY`` ``[k]`` for each
             element-wise state of the optimizer; ``NAME/dropped_indices`` ``[d]``, sorted, and ``NAME/dropped_values``
-            ``[d]`` in the dtype of the model, for weights that were principal before.
+            ``[d]`` in the dtype of the model, for previously selected weights.
         """
         flat = {"values": self.values.detach()}
         flat |= {f"optimizer.{key}": _dense(state[key]) for state, key in self._element_states(optimizer)}
@@ -252,12 +252,12 @@ class PrincipalWeights:
         optimizer: torch.optim.Optimizer | None = None,
         scalars: Mapping[str, float] | None = None,
     ) -> None:
-        """Take over what :meth:`state_dict` returned, cut to this rank's rows, on a model that holds the base weights.
+        """Load what :meth:`state_dict` returned, cut to this rank's rows, into a model that holds the base weights.
 
-        Quantised states, which were saved in float32, are quantised anew: of them alone the last bits may differ.
+        Exact, except for quantised optimizer states: they are saved in float32 and quantised again.
 
         Args:
-            scalars: the optimizer's own scalar states, such as Adam's ``step``.
+            scalars: the optimizer's scalar states, such as Adam's ``step``, see :meth:`scalar_states`.
         """
 
         def local(matrix: Matrix, key: str) -> Tensor:
@@ -285,10 +285,10 @@ class PrincipalWeights:
             settings = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {0: elements | own}, "param_groups": settings})
             kept = optimizer.state[self.values]
-            kept |= {key: _as_kept(optimizer, key, self.values, kept[key]) for key in keys}
+            kept |= {key: _in_own_format(optimizer, key, self.values, kept[key]) for key in keys}
 
     def scalar_states(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """The optimizer's states that are one number, alike on all ranks: what ``scalars`` gives back to it."""
+        """The optimizer's scalar states, equal on all ranks: the ``scalars`` of :meth:`load_state_dict`."""
         state = optimizer.state.get(self.values, {})
         return {key: float(value) for key, value in state.items() if not isinstance(value, Tensor) or value.ndim == 0}
 
@@ -298,7 +298,7 @@ class PrincipalWeights:
         return [segment.matrix.name for segment in self._segments if not grad[segment.span].isfinite().all()]
 
     def drop_gradients(self) -> None:
-        """Forget the flat gradient, as if there had been no backward."""
+        """Clear the flat gradient, as if there had been no backward."""
         self._attached_grad().zero_()
 
     def _replace_values(self, values: Tensor) -> None:
@@ -310,7 +310,7 @@ class PrincipalWeights:
     def _lay_out(self, indices: Sequence[Tensor], found: Sequence[FSDPReduction | None]) -> list[Segment]:
         segments, begin = [], 0
         for matrix, chosen, reduction in zip(self.matrices, indices, found, strict=True):
-            chosen = chosen.to(matrix.device, torch.int32).contiguous()  # they may be anybody's
+            chosen = chosen.to(matrix.device, torch.int32).contiguous()  # initial_indices may return others
             segments.append(Segment(matrix, chosen, begin, reduction))
             begin += chosen.numel()
         return segments
@@ -322,11 +322,11 @@ class PrincipalWeights:
                 segment.reduction.choose(segment.matrix.param, segment.indices)
 
     def _read_shards(self) -> Tensor:
-        """``[k_local]`` float32, the model's own values of the principal weights."""
+        """``[k_local]`` float32, the principal weights as the model holds them."""
         return self._flat([segment.matrix.read(segment.indices).float() for segment in self._segments])
 
     def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
-        """One vector of what belongs to each matrix, padded as ``values`` is."""
+        """The concatenation of one vector per matrix, padded as ``values`` is."""
         flat = torch.cat(parts)
         return nn.functional.pad(flat, (0, -flat.numel() % self._multiple_of), value=padding)
 
@@ -349,7 +349,7 @@ class PrincipalWeights:
         self._attached_grad()[segment.span] += source.reshape(-1).index_select(0, segment.indices)
 
     def _element_states(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[dict, str]]:
-        """``(state, key)`` of each tensor of optimizer state that has one element for each principal weight."""
+        """``(state, key)`` of each tensor of optimizer state with one element per principal weight."""
         state = optimizer.state.get(self.values, {}) if optimizer is not None else {}
         found = []
         for key, value in state.items():
@@ -365,7 +365,7 @@ class PrincipalWeights:
 
 
 def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
-    """Does not keep ``principal`` alive: Python cannot see, nor collect, a cycle through a parameter and its hook."""
+    """Holds ``principal`` weakly: Python's garbage collector does not see a cycle through a parameter and its hook."""
     reference = weakref.ref(principal)
 
     def hook(param: Tensor) -> None:
@@ -377,11 +377,11 @@ def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
 
 
 def _dense(state: Tensor) -> Tensor:
-    """A state of an optimizer, in float32 if it is kept quantised."""
+    """An optimizer state, dequantised to float32 if it is quantised."""
     return state.dequantize() if is_traceable_wrapper_subclass(state) else state
 
 
-def _as_kept(optimizer: torch.optim.Optimizer | None, key: str, values: Tensor, state: Tensor) -> Tensor:
-    """``state`` as the optimizer keeps it: those of torchao quantise, ``exp_avg`` with a sign."""
+def _in_own_format(optimizer: torch.optim.Optimizer | None, key: str, values: Tensor, state: Tensor) -> Tensor:
+    """``state`` in the optimizer's own format: torchao's optimizers quantise it, ``exp_avg`` as signed."""
     make = getattr(optimizer, "_new_buffer", None)
     return make(values, key == "exp_avg").copy_(state) if make is not None else state

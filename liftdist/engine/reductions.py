@@ -1,21 +1,21 @@
-"""How FSDP2 reduces the gradients of trained matrices: exchanged sparsely, and taken before they are rounded.
+"""How FSDP2 reduces the gradients of trained matrices: exchanged sparsely, and read before they are rounded.
 
-A unit, one FSDP module, reduces the gradients of its parameters together. Its ranks hold them whole, as one buffer with a
-row for each shard; row s has, parameter after parameter, the padded rows that shard s owns:
+A unit, one FSDP module, reduces the gradients of its parameters together. Each rank holds them unsharded, in one buffer with a
+row for each shard; row s concatenates, over the parameters, the padded rows that shard s owns:
 
-    dense    [shards, row] --reduce-scatter--> [row]          4 B a weight, float32
+    dense    [shards, row] --reduce-scatter--> [row]          4 B per weight, float32
 
-Of that only principal entries are wanted. Every shard tells the others where its own are, and only those are reduced:
+Only the principal entries are needed. Each shard sends the others the positions of its own, and only those are reduced:
 
     where    [width] int32  --all-gather-->     [shards, width]    positions in each shard's row; width: the most of any shard
-    what     [shards, width] --reduce-scatter--> [width]           and back to its place in [row], 0 elsewhere
+    what     [shards, width] --reduce-scatter--> [width]           written to their positions in [row], 0 elsewhere
 
-At density d this is 8 d B a weight instead of 4, and nothing is kept from one backward to the next. The whole gradients stay in
-the dtype that backward gave them: float32 are the principal entries, before they are summed.
+At density d this is 8 d B per weight instead of 4, and nothing is kept from one backward to the next. Unsharded gradients
+stay in the dtype that backward produced; only principal entries are cast to float32, before they are summed.
 
 With parameters in bf16 FSDP reduces in float32, casts the reduced buffer to bf16, and gives each parameter a view of the cast
-one as its gradient, at the offset that the parameter has in the row. An all-reduce hook sees the buffer first, and the
-parameter's own hook finds its part of it by that offset.
+one as its gradient, at the offset that the parameter has in the row. An all-reduce hook receives the float32 buffer
+before the cast, and the parameter's own hook finds its part of it by that offset.
 """
 
 from __future__ import annotations
@@ -35,44 +35,44 @@ from liftdist.distributed.sharding import row_bounds
 
 
 class FSDPReduction:
-    """One FSDP module: its gradients come out of one reduction, as views of one buffer. Is its ``ReduceScatter``, too."""
+    """The reduction of one FSDP module, whose gradients are views of one buffer. Also the module's ``ReduceScatter``."""
 
     def __init__(
         self,
         params: Sequence[nn.Parameter],
         shards: int,
         gradient_dtype: torch.dtype,
-        others: Callable[[Tensor], None] | None,
+        previous_hook: Callable[[Tensor], None] | None,
     ) -> None:
         self._shards = shards
-        self._gradient_dtype = gradient_dtype  # as backward leaves them
-        self._others = others  # a hook that was there before
+        self._gradient_dtype = gradient_dtype  # as backward produces them
+        self._previous_hook = previous_hook  # an all-reduce hook that was installed before
         self.reduced: Tensor | None = None  # [row] in the reduction's dtype
-        self._waiting = 0  # parameters whose part was not taken yet
+        self._waiting = 0  # parameters that have not read their part yet
         self._offsets: dict[int, int] = {}  # where each trained parameter begins in a row, by id
         self._row = 0  # elements of a row
         for param in params:
             self._offsets[id(param)] = self._row
             self._row += row_bounds(param.shape[0], shards)[1] * (param.numel() // param.shape[0])
-        self._indices: dict[int, Tensor] = {}  # of each parameter, into this rank's rows
+        self._indices: dict[int, Tensor] = {}  # by id of the parameter, into this rank's rows
         self._width: int | None = None
 
     def choose(self, param: nn.Parameter, indices: Tensor) -> None:
-        """From now on ``indices``, ``[k_local]`` int32, are the principal weights of this rank's rows of ``param``."""
+        """Set the principal weights of this rank's rows of ``param`` to ``indices``, ``[k_local]`` int32."""
         self._indices[id(param)] = indices
         self._width = None
 
     def keep(self, reduced: Tensor) -> None:
-        """All-reduce hook: keep the buffer until every parameter has taken its part."""
-        if self._others is not None:
-            self._others(reduced)
+        """All-reduce hook: keep the buffer until every parameter has read its part."""
+        if self._previous_hook is not None:
+            self._previous_hook(reduced)
         # FSDP casts the buffer right after this hook, then fires the parameters' own hooks
         if reduced.is_cuda:
             reduced.record_stream(torch.cuda.current_stream(reduced.device))
         self.reduced, self._waiting = reduced, len(self._offsets)
 
     def unrounded(self, gradient: Tensor) -> Tensor:
-        """``gradient`` before it was rounded, ``[numel]``; or itself, where the reduction did not round it."""
+        """``gradient`` before rounding, ``[numel]``, or ``gradient`` itself if the reduction did not round it."""
         if self.reduced is None:
             return gradient
         part = self.reduced.narrow(0, gradient.storage_offset(), gradient.numel())
@@ -82,20 +82,20 @@ class FSDPReduction:
         return part
 
     def drop(self) -> None:
-        """Forget a buffer of which some parameter has not taken its part."""
+        """Release a buffer that some parameter has not read."""
         self.reduced = None
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Of ``ReduceScatter``: for the gradients ``[shards * row]``, and for the result ``[row]``."""
+        """``ReduceScatter.allocate``: a buffer for the gradients ``[shards * row]``, or for the result ``[row]``."""
         if tuple(size) == (self._shards * self._row,):
             dtype = self._gradient_dtype
         return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **_: Any) -> None:
-        """Of ``ReduceScatter``: principal entries of ``input_tensor [shards * row]``, to ``output_tensor [row]``, 0 elsewhere."""
+        """``ReduceScatter``: principal entries of ``input_tensor [shards * row]`` to ``output_tensor [row]``, 0 elsewhere."""
         shards, row, size = group.size(), output_tensor.numel(), output_tensor.element_size()
         width = self._widest(group, output_tensor.device)
-        # a parameter took no part in the backward, on all ranks alike; or there is nothing to gain
+        # dense if a parameter took no part in the backward (the same on all ranks), or if sparse saves nothing
         if row != self._row or row >= 2**31 or width * (4 + size) >= row * size:
             reduce_scatter_single(output_tensor, input_tensor.to(output_tensor.dtype), op=op, group=group)
             return
@@ -112,7 +112,7 @@ class FSDPReduction:
         output_tensor.index_copy_(0, mine.long(), received[: mine.numel()])
 
     def _widest(self, group: Any, device: torch.device) -> int:
-        """The most principal weights that any shard has of this unit: asked once for each set of indices. Collective."""
+        """The largest number of principal weights of this unit on a shard, reduced once per selection. Collective."""
         if self._width is None:
             width = torch.tensor(sum(indices.numel() for indices in self._indices.values()), device=device)
             dist.all_reduce(width, op=dist.ReduceOp.MAX, group=group)
@@ -123,35 +123,32 @@ class FSDPReduction:
 def watch(
     modules: Sequence[FSDPModule], params: Sequence[nn.Parameter], sparse: bool = True
 ) -> dict[int, FSDPReduction]:
-    """Take over the reductions of FSDP modules that hold trained ``params``; the unit of each of them, by ``id``.
+    """Install reductions on the FSDP modules that hold trained ``params``; return that of each parameter, by its ``id``.
 
     Args:
-        sparse: exchange principal entries instead of whole gradients. :meth:`Unit.choose` must be told of them before the
-            first backward.
+        sparse: exchange principal entries instead of whole gradients. Call :meth:`FSDPReduction.choose` for each parameter
+            before the first backward.
     """
     trained = {id(param) for param in params if isinstance(param, DTensor)}
     of_param: dict[int, FSDPReduction] = {}
     for module in modules:
-        # modules that were given to one fully_shard() together have one
+        # modules that were passed to one fully_shard() call share a group
         group = module._get_fsdp_state()._fsdp_param_group
         infos = [fsdp_param._module_info for fsdp_param in group.fsdp_params] if group else []
-        owned = [getattr(info.module, info.param_name) for info in infos]  # as the reduction lays them out
+        owned = [getattr(info.module, info.param_name) for info in infos]  # in the order of the reduction's buffer
         owned = [param for param in owned if id(param) in trained]
         if group is None or not owned or id(owned[0]) in of_param:
             continue
         shards = owned[0].device_mesh.size(owned[0].placements.index(Shard(0)))
-        others = group._all_reduce_hook
-        if isinstance(
-            former := getattr(others, "__self__", None), FSDPReduction
-        ):  # of principal weights that were dropped
-            others = former._others
-        unit = FSDPReduction(owned, shards, group.mp_policy.param_dtype or owned[0].dtype, others)
+        previous_hook = group._all_reduce_hook
+        # replace the hook of principal weights that were deleted
+        if isinstance(former := getattr(previous_hook, "__self__", None), FSDPReduction):
+            previous_hook = former._previous_hook
+        reduction = FSDPReduction(owned, shards, group.mp_policy.param_dtype or owned[0].dtype, previous_hook)
         if any(param.dtype != torch.float32 for param in owned):
-            module.set_all_reduce_hook(unit.keep)
-        if shards > 1 and type(group._reduce_scatter_comm) in (
-            DefaultReduceScatter,
-            FSDPReduction,
-        ):  # not somebody's own
-            module.set_custom_reduce_scatter(unit if sparse else DefaultReduceScatter())  # type: ignore[arg-type]
-        of_param.update(dict.fromkeys(map(id, owned), unit))
+            module.set_all_reduce_hook(reduction.keep)
+        # keep a reduce-scatter that the user installed
+        if shards > 1 and type(group._reduce_scatter_comm) in (DefaultReduceScatter, FSDPReduction):
+            module.set_custom_reduce_scatter(reduction if sparse else DefaultReduceScatter())  # type: ignore[arg-type]
+        of_param.update(dict.fromkeys(map(id, owned), reduction))
     return of_param

@@ -1,13 +1,13 @@
 """Which rank factors which matrix, and how every rank gets the indices of its own rows.
 
-    1. assign    each matrix gets an owner: the most costly first, each to the rank with the least to do
+    1. assign    each matrix gets an owner: the most expensive first, each to the least loaded rank
     2. gather    in rounds: every owner receives the rows of its next matrix from the shards of its replica
     3. select    the owner scores the whole matrix with the same code as a single process would
     4. return    the owner cuts the sorted indices at the row boundaries and sends each shard its own
-    5. share     replicas tell each other what their owners found
+    5. share     replicas exchange the indices that their owners selected
 
-A rank holds at most one whole matrix to factor, the next, and the rows it sends for that. Knows nothing of SVD:
-the criterion is a function.
+A rank holds at most two whole matrices, the one being factored and the next, and the rows it sends. Independent of
+how entries are scored: the criterion is a function.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from liftdist.errors import UserError
 
 
 class Criterion(Protocol):
-    """Which entries of a weight matrix are trained. A plain function will do.
+    """Which entries of a weight matrix are trained. A plain function is accepted.
 
-    It may have ``cost(m, n)``, the relative time that a matrix takes, and ``workspace(m, n, num_selected)``, the bytes it needs.
-    What else decides its result are its dataclass fields: they name a selection that is kept on disk.
+    Optional: ``cost(m, n)``, the relative time for a matrix, and ``workspace(m, n, num_selected)``, in bytes. Settings that
+    affect the result must be dataclass fields: these are part of the key of cached selections.
     """
 
     def __call__(self, weight: Tensor, num_selected: int, seed: int, /) -> Tensor:
@@ -41,7 +41,7 @@ class Budget(Protocol):
     """How many weights of each matrix are trained."""
 
     def allot(self, shapes: Mapping[str, tuple[int, int]], /) -> Mapping[str, int]:
-        """From the shapes of all trained matrices, by name."""
+        """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name."""
 
 
 def cost_of(criterion: Criterion, m: int, n: int) -> float:
@@ -51,7 +51,7 @@ def cost_of(criterion: Criterion, m: int, n: int) -> float:
 
 
 def assign_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
-    """Owner of each item: the most costly first, each to the rank with the least to do (longest processing time first)."""
+    """Owner of each item: the most expensive first, each to the least loaded rank (longest processing time first)."""
     loads, owners = [0.0] * num_ranks, [0] * len(costs)
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         owners[item] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
@@ -60,7 +60,7 @@ def assign_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
 
 
 def seed_of(name: str) -> int:
-    """The seed of a parameter's random start: the same for every run, rank and world size."""
+    """The seed for a parameter: the same in every run, on every rank and world size."""
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
 
 
@@ -73,20 +73,20 @@ def select(
     progress: Callable[[int, int], None] | None = None,
     on_selected: Callable[[str, Tensor], None] | None = None,
 ) -> list[Tensor]:
-    """Select the principal weights of all ``matrices``, together on all ranks of both groups.
+    """Select the principal weights of all ``matrices``. Collective over both groups.
 
     Args:
-        counts: weights to select of each.
+        counts: number of weights to select of each.
         shard_group: the ranks that hold the rows of one replica.
         replicate_group: the ranks that hold the same rows of other replicas.
-        progress: called on every rank with matrices done and in all.
+        progress: called on every rank with the number of matrices done and their total.
         on_selected: called on the owner of a matrix with its name and whole selection.
 
     Returns:
         For each matrix, ``[k_local]`` int32 sorted flat indices within this rank's rows.
 
     Raises:
-        UserError: naming the parameter, when its weights are not finite; a ``ValueError``, on every rank.
+        UserError: on every rank, naming a parameter that is not finite or for which the criterion's result is invalid.
     """
     shards, shard = _size_and_rank(shard_group)
     replicas, replica = _size_and_rank(replicate_group)
@@ -96,15 +96,15 @@ def select(
     found: dict[int, Tensor] = {}
     failure: Exception | None = None
     first = replica * shards
-    arriving = _start_gather(matrices, rounds[0][first : first + shards], shard, shard_group)
+    wait_for_matrix = _start_gather(matrices, rounds[0][first : first + shards], shard, shard_group)
     for number, items in enumerate(rounds):
-        wanted = items[first : first + shards]
-        mine, whole = wanted[shard], arriving()
-        if number + 1 < len(rounds):  # the next matrices travel while these are factored
-            arriving = _start_gather(matrices, rounds[number + 1][first : first + shards], shard, shard_group)
+        assigned = items[first : first + shards]
+        mine, whole = assigned[shard], wait_for_matrix()
+        if number + 1 < len(rounds):  # the next matrices are gathered while these are factored
+            wait_for_matrix = _start_gather(matrices, rounds[number + 1][first : first + shards], shard, shard_group)
         indices = torch.empty(0, dtype=torch.int64)
         if mine is not None and whole is not None and failure is None:
-            try:  # the other ranks wait in the exchanges: go on, raise at the end
+            try:  # keep up the collectives for the other ranks, raise at the end
                 indices = _score(matrices[mine], counts[mine], whole, criterion)
                 if on_selected is not None:
                     on_selected(matrices[mine].name, indices)
@@ -114,7 +114,7 @@ def select(
                 failure = error
         del whole
         returned = _return_indices(matrices, mine, indices, shard_group)
-        found |= {item: local for item, local in zip(wanted, returned, strict=True) if item is not None}
+        found |= {item: local for item, local in zip(assigned, returned, strict=True) if item is not None}
         if progress is not None:
             progress(sum(item is not None for earlier in rounds[: number + 1] for item in earlier), len(matrices))
     with together():
@@ -130,7 +130,7 @@ def _size_and_rank(group: Group) -> tuple[int, int]:
 
 
 def _rounds(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[list[int | None]]:
-    """For each round the matrix of every rank, if it has one: the most costly first, so that those of a round are alike."""
+    """For each round, the matrix of every rank or None: the most expensive first, so that a round has similar costs."""
     queues: list[list[int]] = [[] for _ in range(ranks)]
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
         queues[owners[item]].append(item)
@@ -138,7 +138,7 @@ def _rounds(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[l
 
 
 def _score(matrix: Matrix, count: int, whole: Tensor, criterion: Criterion) -> Tensor:
-    """What the criterion selects of ``whole``, checked: it may be anybody's function."""
+    """The criterion's selection of ``whole``, validated, because the criterion may be user code."""
     indices = criterion(whole, count, seed_of(matrix.name))
     if indices.dtype != torch.int64 or indices.shape != (count,):
         raise ValueError(f"the criterion must return [{count}] int64, got {list(indices.shape)} {indices.dtype}")
@@ -154,13 +154,13 @@ def ascending_within(indices: Tensor, size: int) -> bool:
 
 
 def _start_gather(
-    matrices: Sequence[Matrix], wanted: Sequence[int | None], shard: int, group: Group
+    matrices: Sequence[Matrix], assigned: Sequence[int | None], shard: int, group: Group
 ) -> Callable[[], Tensor | None]:
-    """Begin to send this rank's rows of every wanted matrix to its owner; the result waits for the one this rank owns."""
-    mine = wanted[shard]
+    """Start sending this rank's rows of every assigned matrix to its owner; the result waits for the one this rank owns."""
+    mine = assigned[shard]
     if group is None:
         return lambda: None if mine is None else matrices[mine].rows_local
-    parts = [torch.empty(0) if item is None else matrices[item].rows_local for item in wanted]
+    parts = [torch.empty(0) if item is None else matrices[item].rows_local for item in assigned]
     device = matrices[0].rows_local.device
     sent = torch.cat([part.reshape(-1).to(device).view(torch.uint8) for part in parts])
     whole, received_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * group.size()
@@ -173,17 +173,17 @@ def _start_gather(
     sent_sizes = [part.numel() * part.element_size() for part in parts]
     work = dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group, async_op=True)
 
-    def arrived() -> Tensor | None:
+    def wait() -> Tensor | None:
         nonlocal sent
         work.wait()
-        sent = whole  # what was sent may go
+        sent = whole  # frees the send buffer
         return None if mine is None else whole.view(matrices[mine].rows_local.dtype).view(matrices[mine].param.shape)
 
-    return arrived
+    return wait
 
 
 def _return_indices(matrices: Sequence[Matrix], mine: int | None, indices: Tensor, group: Group) -> list[Tensor]:
-    """This rank's part (int32, local) of each wanted matrix's selection; ``indices`` is that of matrix ``mine``."""
+    """This rank's part (int32, local) of each assigned matrix's selection; ``indices`` is that of matrix ``mine``."""
     device = matrices[0].rows_local.device
     shards = 1 if group is None else group.size()
     parts = [indices.to(torch.int32)] * shards
@@ -205,7 +205,7 @@ def _return_indices(matrices: Sequence[Matrix], mine: int | None, indices: Tenso
 def _share(
     matrices: Sequence[Matrix], source: Sequence[int], found: dict[int, Tensor], replica: int, group: dist.ProcessGroup
 ) -> None:
-    """Fill ``found`` with what the owners in other replicas selected; ``source`` is each matrix's replica."""
+    """Fill ``found`` with the selections of owners in other replicas; ``source`` is the replica of each matrix's owner."""
     device = matrices[0].rows_local.device
     sizes = torch.tensor([found[i].numel() if i in found else 0 for i in range(len(matrices))], device=device)
     dist.all_reduce(sizes, group=group)

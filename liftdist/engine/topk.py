@@ -1,4 +1,4 @@
-"""The k largest of many scores, exactly, without all of them at once."""
+"""Exact top-k of the scores of a matrix without holding all of them at once."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-CANDIDATE_ROWS = 32  # rows of which the threshold of a selection is guessed
-CANDIDATE_MARGIN = 1.3  # how many times more entries than wanted shall lie above the guess
-BLOCK = 2**24  # entries of a block of rows
+CANDIDATE_ROWS = 32  # rows sampled to estimate the threshold
+CANDIDATE_MARGIN = 1.3  # entries intended above the estimate, in multiples of k
+BLOCK = 2**24  # entries per block of rows
 
 
 def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) -> Tensor:
     """Sorted flat indices (int64) of the ``k`` largest scores of an ``[m, n]`` matrix, ties to the lowest index.
 
-    A sample of rows says about where the threshold is. One pass, a block of rows at a time, keeps what lies above: little more
-    than ``k`` entries, of which the k-th is found. Of all scores only a block exists at a time.
+    A sample of rows gives an estimate of the threshold. One pass, a block of rows at a time, keeps the entries above it, slightly
+    more than ``k``, and the k-th largest of those is the threshold. Only one block of scores exists at a time.
 
     Args:
         scores_of: the scores of a slice of rows, ``[rows, n]`` float32, none negative.
+
+    Raises:
+        ValueError: the scores are not float32, or not finite.
     """
     m, n = shape
     sample = scores_of(slice(None, None, max(1, m // CANDIDATE_ROWS))).reshape(-1)
@@ -37,7 +40,7 @@ def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) ->
             break
         if place < 1:
             raise ValueError("scores are not finite")
-        share *= 2  # the sample was not like the rest
+        share *= 2  # the sample was not representative
     kth = scores.kthvalue(scores.numel() - k + 1).values
     selected = scores > kth
     ties = (scores == kth).nonzero().squeeze(1)
@@ -46,13 +49,13 @@ def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) ->
 
 
 def _blocks(m: int, n: int) -> list[tuple[int, int]]:
-    """``(first row, rows)`` of the blocks of a matrix: of its shape alone, as products round by theirs."""
+    """``(first row, rows)`` of each block. Depends on the shape only: rounding of products depends on the block's shape."""
     rows = max(1, BLOCK // n)
     return [(begin, min(rows, m - begin)) for begin in range(0, m, rows)]
 
 
 def _at_least(scores: Tensor, bound: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Flat indices, plus ``offset``, and scores of the entries of a block that reach ``bound``."""
+    """Flat indices, plus ``offset``, and scores of the entries of a block that are at least ``bound``."""
     flat = scores.reshape(-1)
     indices = (flat >= bound).nonzero().squeeze(1)
     return indices + offset, flat[indices]

@@ -267,7 +267,7 @@ def test_modules_are_chosen_by_pattern_and_the_head_stays_out(tiny_model):
     assert all(".mlp." in name for name in names)
     assert len(make(model).matrices) == 14
     with pytest.raises(
-        ValueError, match=r"no linear module fits nothing; a name is model\.layers\.0\.self_attn\.q_proj"
+        ValueError, match=r"no linear module fits nothing; one module is named model\.layers\.0\.self_attn\.q_proj"
     ):
         make(model, modules=["nothing"])
 

@@ -1,1 +1,1 @@
-"""How many weights of each matrix are trained, one rule a file, see :data:`liftdist.registry.BUDGETS`."""
+"""How many weights of each matrix are trained, one rule per file, see :data:`liftdist.registry.BUDGETS`."""

@@ -1,4 +1,4 @@
-"""Each matrix by its own size.
+"""A budget for each matrix, from its own size.
 
     k = round(density m n)        or        k = min(R (m + n), m n), as many weights as a LoRA of rank R has
 

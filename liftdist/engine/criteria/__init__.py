@@ -1,1 +1,1 @@
-"""Which weights of a matrix are trained, one rule a file, see :data:`liftdist.registry.CRITERIA`. Must not know ranks."""
+"""Which weights of a matrix are trained, one rule per file, see :data:`liftdist.registry.CRITERIA`. Must not know ranks."""

@@ -17,16 +17,16 @@ from torch import Tensor
 from liftdist.engine.factors import KRYLOV_BLOCK, METHODS, factor, max_krylov_blocks
 from liftdist.engine.topk import BLOCK, CANDIDATE_MARGIN, top_k
 
-FACTORING_THREADS = 1  # fixed: another number of threads rounds differently and moves a few entries
+FACTORING_THREADS = 1  # fixed: another number of threads rounds differently and changes a few entries
 
 
 @dataclass(frozen=True)
 class LowRank:
-    """The criterion with its settings: everything that its result depends on, besides the matrix.
+    """The criterion with its settings: all that its result depends on besides the matrix and the seed.
 
     Args:
         filter_rank: ``r``.
-        method: how ``W_r`` is found: ``"exact"``, by a full SVD, or ``"fast"``.
+        method: how ``W_r`` is computed: ``"exact"``, by a full SVD, or ``"fast"``, see :mod:`liftdist.engine.factors`.
     """
 
     filter_rank: int = 64
@@ -88,7 +88,7 @@ def select(weight: Tensor, num_selected: int, filter_rank: int, method: str = "f
 
 
 def _scorer(matrix: Tensor, num_selected: int, filter_rank: int, method: str, seed: int) -> Callable[[slice], Tensor]:
-    """``|W_r|`` of a slice of rows. Of ``matrix`` itself nothing is kept but where it is scored."""
+    """``|W_r|`` of a slice of rows. Holds ``matrix`` only if it is scored itself, so that it can be freed otherwise."""
     if not torch.isfinite(matrix.sum()):
         raise ValueError("weight holds NaN or infinity")
     if filter_rank >= min(matrix.shape):
@@ -109,20 +109,20 @@ def cost(m: int, n: int, filter_rank: int, method: str) -> float:
 
 
 def workspace(m: int, n: int, num_selected: int, filter_rank: int, method: str) -> int:
-    """Bytes that :func:`select` needs besides an ``[m, n]`` weight, without what LAPACK and cuSOLVER take for themselves."""
+    """Bytes that :func:`select` needs besides an ``[m, n]`` weight, excluding internal workspace of LAPACK and cuSOLVER."""
     small, size = min(m, n), m * n
     if method == "exact":
-        factoring = 4 * (2 * size + small * (m + n + small))  # copied to be overwritten; U, V
+        factoring = 4 * (2 * size + small * (m + n + small))  # a copy that is overwritten; U, V
     else:
         krylov = 4 * max_krylov_blocks(small, filter_rank) * KRYLOV_BLOCK * (m + n + 2 * small)
-        factoring = 4 * size + max(krylov, 8 * (size + 3 * small * small))  # float64, if nothing less does
+        factoring = 4 * size + max(krylov, 8 * (size + 3 * small * small))  # float64 is the last resort
     choosing = 9 * min(size, BLOCK * 2) + round(24 * CANDIDATE_MARGIN * num_selected)
     return max(factoring, choosing)
 
 
 @contextlib.contextmanager
 def _reproducible(device: torch.device) -> Iterator[None]:
-    """One thread, no autocast and full float32 products, whatever the caller has set; restored afterwards."""
+    """One thread, no autocast and full float32 products, whatever the caller has set, which is restored."""
     threads = torch.get_num_threads()
     backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     precisions = [backend.fp32_precision for backend in backends]
