@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    if name == "PrincipalWeights":  # not imported before it is asked for: ``liftdist --help`` starts without torch
+    if name == "PrincipalWeights":  # imported on first use: ``liftdist --help`` runs without torch
         from liftdist.engine.principal import PrincipalWeights
 
         return PrincipalWeights

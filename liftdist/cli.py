@@ -1,4 +1,4 @@
-"""The ``liftdist`` command. Checks what can be checked first, then starts the ranks. Imports torch only when it must."""
+"""The ``liftdist`` command: checks the input first, then starts the ranks. Imports torch only where needed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from liftdist.schema import Config
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 2 and one line for anything the user can put right."""
+    """Entry point. Exit code 2 and one line for any error that the user can correct."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else "--help"
     if name == "--version":
@@ -57,14 +57,14 @@ class Command:
 
 _RUN_EPILOG = (
     "`liftdist settings` lists the settings. Ctrl-C, SIGTERM, SIGUSR1, SIGUSR2 or a file `stop-requested` in the run directory "
-    "make a run save and stop, with exit code 75: the same command continues it. Exit code 2: something you can put right."
+    "make a run save and stop, with exit code 75: the same command continues it. Exit code 2: an error that you can correct."
 )
 
 
 def _overview() -> str:
-    lines = ["Fine-tune a language model by its principal weights, on as many GPUs as there are.", ""]
-    lines += [f"  liftdist {name:<8}{command.help}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "liftdist COMMAND --help tells more of each."])
+    lines = ["Fine-tune the principal weights of a language model (LIFT) on one or many GPUs.", ""]
+    lines += [f"  liftdist {name:<10}{command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "`liftdist COMMAND --help` describes a command."])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -73,7 +73,9 @@ def _overview() -> str:
 
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, see configs/")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="settings in place of the file's")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file's"
+    )
 
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +95,7 @@ def _continuation_arguments(parser: argparse.ArgumentParser) -> None:
 def _select_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     launcher.arguments(parser)
-    parser.add_argument("--prefetch", action="store_true", help="fetch and check model and data, start nothing")
+    parser.add_argument("--prefetch", action="store_true", help="only fetch and check model and data")
 
 
 def _check_started(config: Config, options: argparse.Namespace, training: bool) -> None:
@@ -110,7 +112,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _make_fresh(options: argparse.Namespace) -> None:
-    """With ``--fresh``, give the run a directory that is free, beside the one that it names."""
+    """With ``--fresh``, replace run_dir by the next free directory beside it."""
     if not options.fresh:
         return
     run_dir = Path(configs.load(options.config, options.overrides)[0].run_dir).expanduser()
@@ -120,13 +122,15 @@ def _make_fresh(options: argparse.Namespace) -> None:
 
 
 def _settings_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("section", nargs="?", default="", help="only settings whose key begins with this, as `data`")
+    parser.add_argument(
+        "section", nargs="?", default="", help="only settings whose key begins with this, for example `data`"
+    )
 
 
 def _settings(options: argparse.Namespace) -> None:
     rows = [row for row in schema.reference() if row[0].startswith(options.section)]
     if not rows:
-        raise UserError(f"settings {options.section}: there is none; `liftdist settings` lists all")
+        raise UserError(f"settings {options.section}: no such setting; `liftdist settings` lists all")
     for key, default, meaning in rows:
         print(f"{key}  ({default.strip('`')})\n    {meaning.replace('`', '')}")
 
@@ -134,10 +138,10 @@ def _settings(options: argparse.Namespace) -> None:
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
     parser.add_argument("--nodes", type=int, help="nodes (default: slurm.nodes)")
-    parser.add_argument("--gpus-per-node", type=int, help="ranks on each (default: slurm.gpus_per_node, or 8)")
-    parser.add_argument("--gpu", help="what they are: a100-80, h100, ...")
-    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of one (default: that of --gpu)")
-    parser.add_argument("--link-gbps", type=float, default=100.0, help="Gbit/s of a node's network (default: 100)")
+    parser.add_argument("--gpus-per-node", type=int, help="ranks per node (default: slurm.gpus_per_node, or 8)")
+    parser.add_argument("--gpu", help="type of the GPUs: a100-80, h100, ...")
+    parser.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of a GPU (default: that of --gpu)")
+    parser.add_argument("--link-gbps", type=float, default=100.0, help="network of a node, Gbit/s (default: 100)")
     parser.add_argument("--json", action="store_true", help="print everything as JSON, in bytes and seconds")
 
 
@@ -164,7 +168,7 @@ def _select(options: argparse.Namespace) -> None:
 
 
 def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
-    resolve_model(config.model.path)  # one process fetches what all ranks will read
+    resolve_model(config.model.path)  # one process downloads what all ranks read
     os.environ["LIFTDIST_COMMAND"] = json.dumps(["liftdist", *sys.argv[1:]])
     sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments))
 
@@ -200,13 +204,13 @@ def _run_dir_argument(parser: argparse.ArgumentParser) -> None:
 
 def _logs_arguments(parser: argparse.ArgumentParser) -> None:
     _run_dir_argument(parser)
-    parser.add_argument("-f", "--follow", action="store_true", help="go on while the job runs")
-    parser.add_argument("--rank", type=int, help="output of this rank (that of rank 0 is the job's)")
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing while the job runs")
+    parser.add_argument("--rank", type=int, help="output of this rank (rank 0 writes to the job's output)")
 
 
 def _cancel_arguments(parser: argparse.ArgumentParser) -> None:
     _run_dir_argument(parser)
-    parser.add_argument("--now", action="store_true", help="do not wait until running jobs have saved")
+    parser.add_argument("--now", action="store_true", help="do not wait for running jobs to save")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,19 +219,19 @@ def _cancel_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _cache_argument(parser: argparse.ArgumentParser) -> None:
     default = schema.Config().cache_dir
-    parser.add_argument("--cache-dir", type=Path, default=Path(default), help=f"where digests are kept ({default})")
+    parser.add_argument("--cache-dir", type=Path, default=Path(default), help=f"folder that caches digests ({default})")
 
 
 def _check_output(path: Path) -> None:
     if path.exists():
-        raise UserError(f"{path}: exists")
+        raise UserError(f"{path}: exists already; give another --output")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.absolute().parent}")
+        raise UserError(f"{path}: folder {path.absolute().parent} does not exist; create it first")
 
 
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="run directory, or a delta")
-    parser.add_argument("--format", choices=tuple(EXPORT_FORMATS), default="hf", help="what to write")
+    parser.add_argument("source", type=Path, help="run directory, or delta file")
+    parser.add_argument("--format", choices=tuple(EXPORT_FORMATS), default="hf", help="format to write (default: hf)")
     parser.add_argument("--output", type=Path, required=True, help="folder or file to write, which must not exist")
     parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
     parser.add_argument("--base", type=Path, help="folder of the base model (default: the run's model.path)")
@@ -240,7 +244,7 @@ def _export(options: argparse.Namespace) -> None:
     if options.source.is_file() and options.base is None:
         raise UserError(f"{options.source}: --base must name the folder of its base model")
     if options.source.is_dir() and not (options.source / layout.ATTEMPTS).is_dir():
-        raise UserError(f"{options.source}: is no run directory")
+        raise UserError(f"{options.source}: is not a run directory (it has no {layout.ATTEMPTS}/)")
     _check_output(options.output)
     from liftdist.deltas import file as delta_file
     from liftdist.deltas import of_run
@@ -257,12 +261,14 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _apply_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("delta", type=Path, help="what liftdist export --format delta or liftdist diff wrote")
+    parser.add_argument(
+        "delta", type=Path, help="delta file, written by `liftdist export --format delta` or `liftdist diff`"
+    )
     parser.add_argument("folder", type=Path, help="Hugging Face folder of its base model")
     parser.add_argument("--output", type=Path, help="folder to write, which must not exist (default: replace FOLDER)")
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--undo", action="store_true", help="take the delta out of FOLDER again")
-    how.add_argument("--instead-of", type=Path, metavar="DELTA", help="swap: take this delta out of FOLDER first")
+    how.add_argument("--undo", action="store_true", help="remove the delta from FOLDER")
+    how.add_argument("--instead-of", type=Path, metavar="DELTA", help="swap: remove this delta from FOLDER first")
     _cache_argument(parser)
 
 
@@ -285,7 +291,7 @@ def _diff_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("after", type=Path, help="Hugging Face folder of the changed model")
     parser.add_argument("--output", type=Path, required=True, help="delta to write")
     parser.add_argument(
-        "--without-base", action="store_true", help="leave out base values: smaller, and cannot be undone"
+        "--without-base", action="store_true", help="omit base values: a smaller delta that cannot be undone"
     )
     _cache_argument(parser)
 
@@ -310,17 +316,17 @@ COMMANDS = {
     ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
     "settings": Command("list the settings of a config", _settings_arguments, _settings),
-    "plan": Command("memory, traffic and time of a run, before it is submitted", _plan_arguments, _plan),
-    "submit": Command("train as a job of a SLURM cluster", _submit_arguments, _submit),
-    "status": Command("how the jobs of a run are and why", _run_dir_argument, lambda o: submit.status(o.run_dir)),
+    "plan": Command("estimate memory, traffic and time of a run before it is submitted", _plan_arguments, _plan),
+    "submit": Command("train as a SLURM job", _submit_arguments, _submit),
+    "status": Command("show the state of a run's jobs, and why", _run_dir_argument, lambda o: submit.status(o.run_dir)),
     "logs": Command(
-        "what the newest job of a run prints", _logs_arguments, lambda o: submit.logs(o.run_dir, o.follow, o.rank)
+        "print the output of a run's newest job", _logs_arguments, lambda o: submit.logs(o.run_dir, o.follow, o.rank)
     ),
     "cancel": Command(
-        "have the jobs of a run save and end", _cancel_arguments, lambda o: submit.cancel(o.run_dir, o.now)
+        "make the jobs of a run save and end", _cancel_arguments, lambda o: submit.cancel(o.run_dir, o.now)
     ),
-    "export": Command("write what a run made: model, delta, adapter or patch", _export_arguments, _export),
-    "apply": Command("apply a delta to a model folder, undo it, swap it for another", _apply_arguments, _apply),
+    "export": Command("write the result of a run as a model, delta, adapter or patch", _export_arguments, _export),
+    "apply": Command("apply a delta to a model folder, undo it, or swap it for another", _apply_arguments, _apply),
     "diff": Command("write the delta between two model folders", _diff_arguments, _diff),
 }
 

@@ -1,8 +1,8 @@
 """Reading settings: a YAML file, ``key=value`` overrides, validation.
 
-    defaults < YAML file < command line, merged by OmegaConf; whatever is wrong is one line that names where it stands.
+    defaults < YAML file < command line, merged by OmegaConf; an error is one line that names the file and line or the override.
 
-What settings there are stands in :mod:`liftdist.schema`. Imports no torch: a misspelt key is reported in a fraction of a second.
+:mod:`liftdist.schema` defines the settings. Imports no torch: a misspelt key is reported in a fraction of a second.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from liftdist.redaction import note_references, redact, redact_tree
 from liftdist.schema import Config
 
 Root = TypeVar("Root")
-Where = Callable[[str], str]  # from a key, where it was set
+Where = Callable[[str], str]  # key -> where it was set
 
 
 @overload
@@ -35,30 +35,31 @@ def load(path: str | Path, overrides: Sequence[str] = (), root: type = Config) -
     """Read and validate a config.
 
     Args:
-        root: the dataclass of all sections.
+        root: the dataclass of the whole config.
 
     Returns:
-        The resolved config, and its YAML text with ``${oc.env:...}`` left as written, which is safe to keep.
+        The resolved config, and its YAML text in which ``${oc.env:...}`` stays unresolved, so that it holds no secrets.
 
     Raises:
-        UserError: unreadable file, unknown key, wrong type, value out of bounds.
+        UserError: unreadable file, unknown key, wrong type, or value out of bounds.
     """
     path = Path(path)
     text = _read(path)
     note_references([text, *overrides])
-    origin: dict[str, str] = {}
+    locations: dict[str, str] = {}
 
     def where(key: str) -> str:
-        return origin.get(key, f"{path}: {key}")
+        return locations.get(key, f"{path}: {key}")
 
-    config = _merge_file(path, text, root, origin)
+    config = _merge_file(path, text, root, locations)
     for override in overrides:
-        _merge_override(config, override, root, origin)
+        _merge_override(config, override, root, locations)
     try:
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         key = _dotted(getattr(error, "full_key", None))
-        problem = "must be given" if "MISSING" in type(error).__name__.upper() else _explain(error, key, root)
+        missing = "MISSING" in type(error).__name__.upper()
+        problem = f"must be given, in the file or as {key}=VALUE" if missing else _explain(error, key, root)
         raise UserError(f"{where(key)}: {problem}") from None
     _validate(resolved, where)
     return resolved, OmegaConf.to_yaml(redact_tree(OmegaConf.to_container(config, resolve=False)))
@@ -71,8 +72,8 @@ def _read(path: Path) -> str:
         raise UserError(f"config {path}: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _merge_file(path: Path, text: str, root: type, origin: dict[str, str]) -> Any:
-    """The defaults with the settings of the file; ``origin`` learns the line of each."""
+def _merge_file(path: Path, text: str, root: type, locations: dict[str, str]) -> Any:
+    """Merge the settings of the file into the defaults, and record the line of each in ``locations``."""
     try:
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         if not isinstance(tree, yaml.MappingNode):
@@ -91,46 +92,46 @@ def _merge_file(path: Path, text: str, root: type, origin: dict[str, str]) -> An
             raise UserError(f"{path}:{line}: {key} must hold a list of sections, each after a dash")
         if expected == schema.SECTION and not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}:{line}: {key} must hold settings, one name: value a line")
-        origin[key] = f"{path}:{line}: {key}"
+        locations[key] = f"{path}:{line}: {key}"
     config = OmegaConf.structured(root)
     try:
         config.merge_with(OmegaConf.create(text))
     except OmegaConfBaseException as error:
         key = _key_of(error, nodes)
-        raise UserError(f"{origin.get(key, f'{path}: {key}')}: {_explain(error, key, root)}") from None
-    except yaml.MarkedYAMLError as error:  # what a loader minds and a parser does not: a key given twice
+        raise UserError(f"{locations.get(key, f'{path}: {key}')}: {_explain(error, key, root)}") from None
+    except yaml.MarkedYAMLError as error:  # rejected by the loader but not by the parser: a duplicate key
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: {error.problem}") from None
-    for key, _, node in nodes:  # YAML reads 12:00:00 as a number in base 60: 43200, which are minutes to SLURM
+    for key, _, node in nodes:  # YAML 1.1 reads 12:00:00 as 43200 in base 60, which SLURM takes as minutes
         if key == "slurm.time" and isinstance(node, yaml.ScalarNode) and re.fullmatch(_CLOCK, node.value):
             config.slurm.time = str(node.value)
     return config
 
 
-def _merge_override(config: Any, override: str, root: type, origin: dict[str, str]) -> None:
-    """Set what ``key=value`` says; an entry of a list of sections is named by its number, from 0."""
+def _merge_override(config: Any, override: str, root: type, locations: dict[str, str]) -> None:
+    """Apply ``key=value``; the key names an entry of a list of sections by its index, from 0."""
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected key=value")
     _check_key(key, f"override {override!r}", root)
-    origin[key] = f"override {override!r}: {key}"
+    locations[key] = f"override {override!r}: {key}"
     for match in re.finditer(r"\.(\d+)(?=\.|$)", key):
         entries = OmegaConf.select(config, key[: match.start()])
         if isinstance(entries, ListConfig) and int(match[1]) >= len(entries):
             held = f"0 to {len(entries) - 1}" if entries else "none"
-            raise UserError(f"{origin[key]}: there is no entry {match[1]} (entries: {held}); add it in the file")
+            raise UserError(f"{locations[key]}: there is no entry {match[1]} (entries: {held}); add it in the file")
     try:
         parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
         OmegaConf.update(config, key, text if re.fullmatch(_CLOCK, text) else parsed["value"])
     except (OmegaConfBaseException, yaml.YAMLError) as error:
-        raise UserError(f"{origin[key]}: {_explain(error, key, root)}") from None
+        raise UserError(f"{locations[key]}: {_explain(error, key, root)}") from None
 
 
 _CLOCK = r"\d+:\d\d(:\d\d)?"
 
 
 def _nodes(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
-    """``(dotted key, line, node)`` of everything in a YAML tree that has a name, or a number in a list of mappings."""
+    """``(dotted key, line, node)`` of every key in a YAML tree and of every entry in a list of mappings."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}{key.value}"
@@ -143,7 +144,7 @@ def _nodes(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, yaml.N
 
 
 def _key_of(error: Exception, nodes: Sequence[tuple[str, int, yaml.Node]]) -> str:
-    """The key that an error of OmegaConf is about; of an entry in a list it says the last part alone, and the value."""
+    """The key that an OmegaConf error is about. For an entry of a list the error holds only its last part, and the value."""
     key = _dotted(getattr(error, "full_key", None))
     for name, _, node in nodes:
         if name.endswith(f".{key}") and isinstance(node, yaml.ScalarNode) and f"'{node.value}'" in str(error):
@@ -162,7 +163,7 @@ def _check_key(key: str, where: str, root: type) -> None:
     if form in known:
         return
     near = difflib.get_close_matches(form, known, n=1, cutoff=0.5)
-    if not near:  # the section may be what was left out or misspelt
+    if not near:  # the section may be missing or misspelt
         near = [name for name in known if name.split(".")[-1] == form.split(".")[-1]]
     raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
@@ -201,12 +202,12 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
         if not value:
             return "must not be empty"
         if "\0" in value:
-            return "must not hold a null character"
+            return "must not contain a null character"
         if value.startswith("~"):
             try:
                 Path(value).expanduser()
             except RuntimeError:
-                return "names the home folder of nobody"
+                return "names the home folder of an unknown user"
         if bounds["choices"] and value not in bounds["choices"]:
             near = difflib.get_close_matches(value, bounds["choices"], n=1)
             return f"must be one of {', '.join(bounds['choices'])}" + (f" (did you mean {near[0]}?)" if near else "")

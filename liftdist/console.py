@@ -1,4 +1,4 @@
-"""Messages and progress for people."""
+"""Messages and progress on stderr."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from liftdist.redaction import redact
 
 
 class Console:
-    """Messages and progress on stderr: bars on a terminal, plain lines elsewhere. Only the main rank speaks."""
+    """Messages and progress: bars on a terminal, plain lines elsewhere. Only the main rank prints."""
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
@@ -35,21 +35,21 @@ class Console:
 
 
 class Progress:
-    """One advancing count. Without a terminal it speaks at most every ten seconds, and with each note."""
+    """A progress counter. Without a terminal it prints a line at most every ten seconds, and at each :meth:`step`."""
 
     def __init__(self, title: str, bar: tqdm, console: Console | None) -> None:
         self._title, self._bar, self._console = title, bar, console
-        self._spoke = time.monotonic()
+        self._last_print = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
-        if self._console is not None and time.monotonic() - self._spoke > 10:
+        if self._console is not None and time.monotonic() - self._last_print > 10:
             self._console.say(f"{self._title}: {done} of {total}")
-            self._spoke = time.monotonic()
+            self._last_print = time.monotonic()
 
     def close(self) -> None:
-        """Say nothing more, whoever still counts."""
+        """Print nothing more, even if the counter is still called."""
         self._bar.close()
         self._console = None
 

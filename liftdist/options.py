@@ -1,4 +1,4 @@
-"""The arguments that a run is started with, as words and flags: shared by the command line, the launcher and jobs."""
+"""Arguments of a run's command: shared by the command line, the launcher and jobs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from collections.abc import Sequence
 from liftdist.schema import COURSE, STATE
 
 CONTINUATION_FLAGS = {
-    "--allow-changes": (COURSE, "continue a run with other data, batch size, steps or optimizer settings"),
+    "--allow-changes": (COURSE, "continue a run with changed data, batch size, steps or optimizer settings"),
     "--allow-state-changes": (
         STATE,
-        "continue it even with another base model, dtype or selection: principal weights are selected anew",
+        "continue a run even with a changed base model, dtype or selection: principal weights are selected again",
     ),
 }
 
 
 def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of a command as words, of which the config is the first, and flags."""
+    """Split the arguments of a command into positional ones, of which the config is the first, and flags."""
     flags = [word for word in arguments if word.startswith("--")]
     return [word for word in arguments if not word.startswith("--")], flags
 
 
 def allowed_by(flags: Sequence[str]) -> set[str]:
-    """The kinds of changes that ``flags`` allow: who allows another meaning of the state allows another course."""
+    """The kinds of changes that ``flags`` allow; allowing ``STATE`` allows ``COURSE``, too."""
     kinds = {CONTINUATION_FLAGS[flag][0] for flag in flags}
     return kinds | {COURSE} if STATE in kinds else kinds

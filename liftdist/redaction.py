@@ -1,8 +1,8 @@
-"""Secrets are kept out of everything that is printed or written.
+"""Removes secrets from everything that is printed or written.
 
-A secret is the value of an environment variable that is named like one, or that the config refers to by
-``${oc.env:NAME}``. Values that are short, common words, numbers or, by the kind of the variable, paths are none: replacing
-them would garble the text around them.
+A secret is the value of an environment variable whose name looks like a secret's, or that the config refers to by
+``${oc.env:NAME}``. Short values, common words, numbers and, judged by the variable's name, paths are not secrets: replacing
+them would garble other text.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-LEAST_LENGTH = 6  # of a secret
-ANYWHERE_LENGTH = 12  # from here on it is replaced inside of words, too
+LEAST_LENGTH = 6  # shorter values are not secrets
+ANYWHERE_LENGTH = 12  # secrets of this length or more are replaced inside words, too
 
 _SECRET_NAME = re.compile(
     r"PASSW(OR)?D|PASSPHRASE|(^|_)(TOKEN|SECRET|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|SECRET_?KEY|CREDENTIALS?|PASS|PAT)(_|$)|(^|_)KEY$",
@@ -22,18 +22,18 @@ _SECRET_NAME = re.compile(
 _HARMLESS_NAME = re.compile(r"HOME|USER|PWD|TMPDIR|SCRATCH|WORK|HOSTNAME|SLURM_\w+")
 _HARMLESS_KIND = re.compile(
     r"_(FILE|PATH|DIR|COUNT|LIMIT|TYPE|NAME|LENGTH)$", re.IGNORECASE
-)  # of one named like a secret
+)  # exceptions from _SECRET_NAME
 _COMMON_VALUE = re.compile(
     r"[-+.\deE_]+|disabled?|enabled?|default|localhost|unknown|undefined|required|optional|bfloat16|float\d+",
     re.IGNORECASE,
 )
 _REFERENCE = re.compile(r"oc\.env:\s*(\w+)")
 
-_referenced: set[str] = set()  # names of the variables that the config asked for
+_referenced: set[str] = set()  # names of the variables that the config refers to
 
 
 def note_references(texts: Iterable[str]) -> None:
-    """From now on the variables that ``texts`` refer to by ``${oc.env:NAME}`` count as secrets."""
+    """Treat the variables that ``texts`` refer to by ``${oc.env:NAME}`` as secrets from now on."""
     _referenced.update(name for text in texts for name in _REFERENCE.findall(text))
 
 
@@ -57,7 +57,7 @@ def _is_secret(name: str, value: str) -> bool:
 
 
 def redact_tree(value: Any) -> Any:
-    """A config as nested mappings and lists, with every text redacted."""
+    """A config as nested mappings and lists, with every string redacted."""
     if isinstance(value, dict):
         return {key: redact_tree(item) for key, item in value.items()}
     if isinstance(value, list):

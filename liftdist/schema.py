@@ -1,6 +1,6 @@
-"""Settings: what they are called, what they mean, their defaults and bounds, and what a change of one changes.
+"""Settings: their names, meanings, defaults and bounds, and how a change affects a run that continues.
 
-Reading them is :mod:`liftdist.config`'s, from which the rest of the package takes these names. Imports no torch.
+:mod:`liftdist.config` reads them. Imports no torch.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from omegaconf import MISSING
 from liftdist.errors import UserError
 from liftdist.registry import BUDGETS, CRITERIA, FORMATS, LOSSES, METHODS
 
-Problem = tuple[str, str]  # key of a setting within its section, or empty; and what is wrong
+Problem = tuple[str, str]  # (key of a setting within its section, or "", what is wrong)
 
 STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
 
 
-# what a changed setting changes in a run that continues, see changes.py
-NOTHING = "nothing"  # that the losses would show, but for the order of summation
-COURSE = "course"  # how training goes on from here
-STATE = "state"  # what the saved state means
+# what a changed setting affects in a run that continues, see runs/changes.py
+NOTHING = "nothing"  # no effect on the losses, except for the order of summation
+COURSE = "course"  # how training continues
+STATE = "state"  # the meaning of the saved state
 
 
 def setting(
@@ -46,9 +46,9 @@ def setting(
     """A setting of a section: its default, meaning in one line, and bounds.
 
     Args:
-        pattern: regular expression that a text must match as a whole.
-        example: of a list, for messages.
-        changes: what a change of it changes in a run that continues: ``NOTHING``, ``COURSE`` or ``STATE``.
+        pattern: regular expression that the whole text must match.
+        example: example of a list, for error messages.
+        changes: what a change affects in a run that continues: ``NOTHING``, ``COURSE`` or ``STATE``.
     """
     metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below)
     metadata |= dict(pattern=pattern, example=example, changes=changes)
@@ -66,10 +66,10 @@ class ModelConfig:
         "bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"), changes=STATE
     )
     attn_implementation: str | None = setting(
-        None, "attention kernel, as transformers names it; its own choice if unset", changes=NOTHING
+        None, "attention implementation, as transformers names it; its default if unset", changes=NOTHING
     )
     activation_checkpointing: bool = setting(
-        False, "recompute each decoder layer in backward instead of keeping it", changes=NOTHING
+        False, "recompute each decoder layer in backward instead of keeping its activations", changes=NOTHING
     )
     compile: bool = setting(False, "`torch.compile` each decoder layer", changes=NOTHING)
     trust_remote_code: bool = setting(False, "run model code that comes with the weights", changes=NOTHING)
@@ -79,7 +79,7 @@ class ModelConfig:
 class DataConfig:
     path: str = setting(MISSING, "training data: a .jsonl, .json or .parquet file, or a data set name on the hub")
     eval_path: str | None = setting(
-        None, "held-out data for the evaluation loss, given as `data.path` is", changes=NOTHING
+        None, "held-out data for the evaluation loss, in a form as for `data.path`", changes=NOTHING
     )
     subset: str | None = setting(None, "configuration name of a hub data set")
     split: str = setting("train", "split of a hub data set to train on")
@@ -87,28 +87,32 @@ class DataConfig:
     format: str = setting(
         "auto",
         "fields of a record: instruction/input/output, prompt/completion, messages, or conversations; "
-        "`auto` tells by the first record",
+        "`auto` detects them in the first record",
         choices=("auto", *FORMATS),
     )
     max_length: int = setting(2048, "longest sequence, in tokens", at_least=2)
     overlong: str = setting(
-        "truncate", "what to do with longer samples; both are counted", choices=("truncate", "drop")
+        "truncate", "what to do with longer samples; their number is reported", choices=("truncate", "drop")
     )
-    packing: bool = setting(False, "fill sequences up to `max_length` with several samples that do not see each other")
+    packing: bool = setting(
+        False, "fill sequences up to `max_length` with several samples, which do not attend to each other"
+    )
 
 
 @dataclass
 class SelectionConfig:
     density: float | None = setting(
-        None, "share of each matrix to train; or set `budget_rank`", above=0, at_most=1, changes=STATE
+        None, "fraction of each matrix to train; or set `budget_rank`", above=0, at_most=1, changes=STATE
     )
     budget_rank: int | None = setting(
         None, "train as many weights of each matrix as a LoRA of this rank; or set `density`", at_least=1, changes=STATE
     )
     criterion: str = setting(
-        "low_rank", "which weights of a matrix are trained", choices=tuple(CRITERIA), changes=STATE
+        "low_rank", "rule that selects the weights to train in a matrix", choices=tuple(CRITERIA), changes=STATE
     )
-    budget: str = setting("per_matrix", "how many weights of each matrix", choices=tuple(BUDGETS), changes=STATE)
+    budget: str = setting(
+        "per_matrix", "rule for the number of weights to train in each matrix", choices=tuple(BUDGETS), changes=STATE
+    )
     filter_rank: int = setting(
         64, "rank of the approximation whose largest entries are principal", at_least=1, changes=STATE
     )
@@ -141,10 +145,15 @@ class OptimizerConfig:
     weight_decay: float = setting(0.0, "decoupled weight decay of the principal weights", at_least=0)
     max_grad_norm: float | None = setting(None, "clip the principal gradient to this global norm", above=0)
     schedule: str = setting(
-        "linear", "learning rate after the warm-up: falls to zero, or stays", choices=("linear", "cosine", "constant")
+        "linear",
+        "learning rate after the warm-up: decays to zero, or stays constant",
+        choices=("linear", "cosine", "constant"),
     )
     warmup_ratio: float = setting(
-        0.03, "share of the steps in which the rate rises; it is zero in the first", at_least=0, at_most=1
+        0.03,
+        "fraction of the steps in which the learning rate rises; it is zero in the first step",
+        at_least=0,
+        at_most=1,
     )
     reference_numerics: bool = setting(False, "add epsilon to the uncorrected denominator, as the LIFT authors do")
 
@@ -157,18 +166,20 @@ class OptimizerConfig:
 class TrainConfig:
     loss: str = setting("cross_entropy", "loss of the labelled tokens", choices=tuple(LOSSES))
     epochs: int = setting(1, "passes over the data", at_least=1)
-    steps: int | None = setting(None, "optimizer steps; replaces `epochs`", at_least=1)
-    batch_size: int = setting(16, "sequences of one optimizer step, over all ranks", at_least=1)
-    micro_batch_size: int = setting(4, "sequences a rank computes at once", at_least=1, changes=NOTHING)
+    steps: int | None = setting(None, "optimizer steps; overrides `epochs`", at_least=1)
+    batch_size: int = setting(16, "sequences per optimizer step, over all ranks", at_least=1)
+    micro_batch_size: int = setting(4, "sequences per forward and backward of a rank", at_least=1, changes=NOTHING)
     seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
-    eval_interval: int = setting(0, "steps between evaluations; 0: before and after only", at_least=0, changes=NOTHING)
-    log_interval: int = setting(1, "steps between two entries of the metrics", at_least=1, changes=NOTHING)
+    eval_interval: int = setting(
+        0, "steps between evaluations; 0: only before and after training", at_least=0, changes=NOTHING
+    )
+    log_interval: int = setting(1, "steps between two entries in the metrics", at_least=1, changes=NOTHING)
     deterministic: bool = setting(
-        False, "deterministic GPU kernels, slower; CPUs are deterministic anyway", changes=NOTHING
+        False, "use deterministic GPU kernels, which are slower; CPU kernels are always deterministic", changes=NOTHING
     )
     export: bool = setting(True, "write the fine-tuned model as a Hugging Face folder at the end", changes=NOTHING)
     max_skipped_steps: int = setting(
-        10, "steps in a row whose loss or gradient may be not finite: they change nothing", at_least=0, changes=NOTHING
+        10, "consecutive steps that may be skipped because loss or gradient is not finite", at_least=0, changes=NOTHING
     )
     stop_signals: list[str] = setting(
         list(STOP_SIGNALS),
@@ -179,7 +190,7 @@ class TrainConfig:
     )
     hang_timeout: float = setting(
         480.0,
-        "seconds without progress after which a rank writes its stacks and ends the run; 0: never",
+        "seconds without progress after which a rank writes its stacks and ends the run; 0 disables it",
         at_least=0,
         changes=NOTHING,
     )
@@ -188,7 +199,7 @@ class TrainConfig:
 @dataclass
 class CheckpointConfig:
     interval: int = setting(
-        100, "steps between checkpoints; 0: at a stop and at the end only", at_least=0, changes=NOTHING
+        100, "steps between checkpoints; 0: only at a stop and at the end", at_least=0, changes=NOTHING
     )
     keep: int = setting(
         2, "newest checkpoints to keep, besides those that hold a file named `keep`", at_least=1, changes=NOTHING
@@ -197,18 +208,20 @@ class CheckpointConfig:
 
 @dataclass
 class MeshConfig:
-    dp_replicate: int = setting(1, "replicas of the sharded model, usually one a node", at_least=1, changes=NOTHING)
+    dp_replicate: int = setting(1, "replicas of the sharded model, usually one per node", at_least=1, changes=NOTHING)
     sparse_reduce_scatter: bool = setting(
-        True, "exchange only principal entries of the gradients inside a replica, too", changes=NOTHING
+        True, "reduce only the principal entries of gradients inside a replica, too", changes=NOTHING
     )
-    timeout_minutes: float = setting(10.0, "a collective that takes longer ends the job", above=0, changes=NOTHING)
+    timeout_minutes: float = setting(
+        10.0, "minutes after which a collective that has not finished ends the run", above=0, changes=NOTHING
+    )
 
     @property
     def timeout(self) -> timedelta:
         return timedelta(minutes=self.timeout_minutes)
 
     def layout(self, world_size: int) -> tuple[int, int]:
-        """Replicas, and the ranks that share each. Raises ``UserError`` where ``world_size`` cannot be cut like that."""
+        """``(replicas, shards)``. Raises ``UserError`` if ``world_size`` is not a multiple of ``dp_replicate``."""
         if world_size % self.dp_replicate:
             raise UserError(
                 f"mesh: {world_size} ranks cannot be {self.dp_replicate} replicas (mesh.dp_replicate) of equal size; "
@@ -221,7 +234,7 @@ def _slurm(default: Any, help: str, **bounds: Any) -> Any:
     return setting(default, help, changes=NOTHING, **bounds)
 
 
-# what SLURM takes as a name, a list of nodes, a time: nothing else reaches its commands
+# names, lists of nodes, times and options as SLURM accepts them: no other text is passed to its commands
 NAME = r"[A-Za-z0-9_@+.,][A-Za-z0-9_@+.,-]*"
 NODES = r"[A-Za-z0-9_.,\[\]][A-Za-z0-9_.,\[\]-]*"
 TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
@@ -231,34 +244,30 @@ OPTION = r"--[a-z][a-z-]*(=[A-Za-z0-9_@%+.,:/=&|*()\[\]-]*)?"
 @dataclass
 class SlurmConfig:
     nodes: int = _slurm(1, "nodes of a job", at_least=1)
-    gpus_per_node: int | None = _slurm(None, "GPUs to ask for on each node, and a rank for each", at_least=1)
-    ranks_per_node: int | None = _slurm(None, "ranks on each node where that is not a rank for each GPU", at_least=1)
-    cpus_per_task: int | None = _slurm(None, "CPUs to ask for on each node, for all its ranks", at_least=1)
-    time: str | None = _slurm(None, "time limit, as SLURM takes it: `12:00:00`, `2-00:00:00`, or minutes", pattern=TIME)
+    gpus_per_node: int | None = _slurm(None, "GPUs to request per node, with one rank each", at_least=1)
+    ranks_per_node: int | None = _slurm(None, "ranks per node, if not one per GPU", at_least=1)
+    cpus_per_task: int | None = _slurm(None, "CPUs to request per node, for all its ranks", at_least=1)
+    time: str | None = _slurm(None, "time limit in SLURM's format: `12:00:00`, `2-00:00:00`, or minutes", pattern=TIME)
     partition: str | None = _slurm(None, "partition", pattern=NAME)
     account: str | None = _slurm(None, "account", pattern=NAME)
     qos: str | None = _slurm(None, "quality of service", pattern=NAME)
-    exclude: str | None = _slurm(None, "nodes to leave out", pattern=NODES)
+    exclude: str | None = _slurm(None, "nodes to exclude", pattern=NODES)
     options: list[str] = _slurm(
-        [], "more options of sbatch, each as `--name=value`", pattern=OPTION, example='["--mail-type=END"]'
+        [], "further options for sbatch, each as `--name=value`", pattern=OPTION, example='["--mail-type=END"]'
     )
-    container: str | None = _slurm(None, "image to run in")
-    container_runtime: str = _slurm("pyxis", "what runs the image", choices=("pyxis", "apptainer"))
+    container: str | None = _slurm(None, "container image to run in")
+    container_runtime: str = _slurm("pyxis", "runtime of the container", choices=("pyxis", "apptainer"))
     container_mounts: list[str] = _slurm(
-        [], "folders that the container sees, besides the current one and the home folder", example="[/scratch]"
+        [], "folders to mount, besides the current one and the home folder", example="[/scratch]"
     )
     signal_lead: int = _slurm(
         300, "seconds before the time limit at which the run is told to save and stop", at_least=10
     )
     gpu_memory: float | None = _slurm(
-        None, "GiB of a GPU's memory: what cannot fit, by `liftdist plan`, is not submitted", above=0
+        None, "memory of a GPU in GiB; a run that does not fit, by `liftdist plan`, is not submitted", above=0
     )
-    max_restarts: int = _slurm(
-        1, "times in a row, without a new checkpoint, that crashed ranks are started again", at_least=0
-    )
-    max_requeues: int = _slurm(
-        100, "times that a job is requeued after a preemption, a time limit or a lost node", at_least=0
-    )
+    max_restarts: int = _slurm(1, "consecutive restarts of crashed ranks without a new checkpoint", at_least=0)
+    max_requeues: int = _slurm(100, "requeues of a job after a preemption, a time limit or a lost node", at_least=0)
 
 
 @dataclass
@@ -267,7 +276,7 @@ class Config:
         MISSING, "folder for everything this run writes; if it holds a run already, that run continues", changes=NOTHING
     )
     cache_dir: str = setting(
-        "~/.cache/liftdist", "tokenised data, selections and digests, shared by runs", changes=NOTHING
+        "~/.cache/liftdist", "folder for tokenised data, selections and digests, shared by runs", changes=NOTHING
     )
     method: str = setting("lift", "what is trained, and how", choices=tuple(METHODS), changes=STATE)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -294,7 +303,7 @@ class Config:
 
 
 def settings(section: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every setting as ``(dotted key, dataclass field)``, in the order of the file; ``N`` stands for the number of an entry."""
+    """Every setting as ``(dotted key, dataclass field)``, in the order of the file; ``N`` stands for the index of an entry."""
     for leaf in dataclasses.fields(section):
         inner, dots = _section(section, leaf)
         if inner is None:
@@ -317,7 +326,7 @@ def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, st
 
 
 def _section(section: type, leaf: dataclasses.Field) -> tuple[type | None, str]:
-    """The section that a field holds, if any, and what stands between its key and theirs."""
+    """The section that a field holds, or None, and the separator between its key and those of the section."""
     hint = typing.get_type_hints(section)[leaf.name]
     if dataclasses.is_dataclass(hint):
         return typing.cast(type, hint), "."
@@ -328,7 +337,7 @@ def _section(section: type, leaf: dataclasses.Field) -> tuple[type | None, str]:
 
 
 def template(key: str) -> str:
-    """The key of :func:`settings` for that of one entry: ``a.N.b`` for ``a.0.b``."""
+    """The key as in :func:`settings`: ``a.N.b`` for ``a.0.b``."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
 
 
@@ -347,7 +356,7 @@ def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def problems(section: Any, prefix: str = "") -> Iterator[Problem]:
-    """What is wrong between the settings of a config: what each section's ``problems`` says, with whole keys."""
+    """Inconsistent settings of a config: the results of each section's ``problems``, with full keys."""
     own = getattr(section, "problems", None)
     for key, problem in own() if own is not None else ():
         yield (f"{prefix}.{key}" if key else prefix).lstrip("."), problem
@@ -373,7 +382,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def reference(section: type = Config) -> Iterator[tuple[str, str, str]]:
-    """Key, default and meaning of every setting, for people."""
+    """``(key, default, meaning)`` of every setting, as text with code in backticks."""
     for key, leaf in settings(section):
         default = leaf.default_factory() if callable(leaf.default_factory) else leaf.default
         if default == MISSING:

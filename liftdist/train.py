@@ -2,8 +2,8 @@
 
     claim the run directory -> inputs -> newest checkpoint, or none -> model, principal weights -> steps -> export
 
-The same command continues a run that was stopped, killed or preempted, from its newest good checkpoint. How a rank ends:
-0 finished, 2 something the user can put right, 75 stopped as asked and saved, 1 anything else.
+The same command continues a run that was stopped, killed or preempted, from its newest valid checkpoint. Exit codes of a rank:
+0 finished, 2 an error that the user can correct, 75 stopped on request and saved, 1 any other error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from liftdist.runs.stop import CancellationPoint, StopRequests
 _early = StopRequests()
 if __name__ == "__main__":
     failures.start()
-    _early.catch()  # the imports below take seconds in which a signal must not be lost, nor taken for a crash
+    _early.catch()  # the imports below take seconds, in which a signal must be neither lost nor fatal
 
 import argparse
 import os
@@ -36,23 +36,25 @@ from liftdist.training.run import train
 
 
 def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = None) -> None:
-    """Entry point of a rank; ``stop`` catches its signals already."""
+    """Entry point of a rank; ``stop`` has its signal handlers installed already."""
     stop = stop or StopRequests()
     parser = argparse.ArgumentParser(prog="python -m liftdist.train", description="Fine-tune; started on every rank.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument("--select-only", action="store_true", help="select the principal weights, keep them, stop")
+    parser.add_argument(
+        "--select-only", action="store_true", help="select the principal weights, cache the selection, exit"
+    )
     for flag, (_, help) in CONTINUATION_FLAGS.items():
         parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
     options = parser.parse_intermixed_args(arguments)
     die_with_parent()
-    met = False  # whether the others are there, and end alike
+    joined = False  # whether all ranks have met, so that they end with the same error
     try:
         config, text = configs.load(options.config, options.overrides)
-        # SIGUSR2 is how the batch script of a SLURM job passes on a warning
+        # the batch script of a SLURM job forwards the scheduler's warning as SIGUSR2
         stop.catch([*config.train.stop_signals, *(["SIGUSR2"] if environment.LOGS.is_set() else [])])
         with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
-            met = True
+            joined = True
             if options.select_only:
                 setup.select_only(RunContext(config, mesh, Console(mesh.is_main), CancellationPoint(stop)))
             else:
@@ -60,7 +62,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
     except UserError as error:
         if not failures.say(str(error), failures.USER_ERROR):
             _say(str(error))
-        _leave(EXIT_USER_ERROR, stop, met)
+        _leave(EXIT_USER_ERROR, stop, joined)
     except Stopped as reason:
         typed = environment.COMMAND.get([])
         how = (
@@ -73,8 +75,8 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
     except PeerError as error:
         failures.say(str(error), failures.LOST_PEERS)
         sys.exit(1)  # the rank that failed shows its traceback
-    except BaseException as error:  # SystemExit, too: a rank that left early would pass for one that has finished
-        if not failures.record(error) or failures.is_apart():  # else the launcher or the job shows what came first
+    except BaseException as error:  # SystemExit, too: a rank that exits early must not count as finished
+        if not failures.record(error) or failures.is_apart():  # else the launcher or the job shows the first failure
             sys.excepthook(*sys.exc_info())
         sys.stderr.flush()
         os._exit(1)  # at once: threads and libraries would wait for peers that may be gone
@@ -85,15 +87,19 @@ def _say(message: str) -> None:
         print(f"liftdist: {redact(message)}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int, stop: StopRequests, all_do: bool = True) -> None:
-    """Exit. The launcher learns the code from a file, as torchrun makes every code 1, and starts again what may restart."""
+def _leave(code: int, stop: StopRequests, all_ranks: bool = True) -> None:
+    """Exit with ``code``, which the launcher reads from a file: torchrun turns each code into 1, and restarts failed ranks.
+
+    Args:
+        all_ranks: whether all ranks exit with this code.
+    """
     stop.ignore()
     if (status := environment.STATUS_FILE.get()) is not None:
         status.write_text(str(code))
-        sys.exit(0 if all_do else code)
+        sys.exit(0 if all_ranks else code)
     if code == EXIT_STOPPED and environment.AGENT_MAX_RESTARTS.get(0) > 0:
-        sys.exit(0)  # torchrun would start again what was asked to stop
-    time.sleep(1.0 if environment.LOCAL_RANK.get(0) > 0 else 0.0)  # let the speaking rank finish its line
+        sys.exit(0)  # torchrun would restart ranks that were asked to stop
+    time.sleep(1.0 if environment.LOCAL_RANK.get(0) > 0 else 0.0)  # let local rank 0 print its message first
     sys.exit(code)
 
 

@@ -12,4 +12,4 @@ def test_settings_are_listed_by_section():
     section = liftdist("settings", "optimizer.")
     assert "optimizer.lr  (0.0002)\n    peak learning rate\n" in section
     assert "train.steps" not in section
-    assert "settings nowhere: there is none" in liftdist("settings", "nowhere", code=2)
+    assert "settings nowhere: no such setting" in liftdist("settings", "nowhere", code=2)

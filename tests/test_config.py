@@ -76,7 +76,10 @@ def test_bad_overrides_are_one_line(tmp_path, override, problem):
         (MINIMAL + "train:\n  steps: many\n", "config.yaml:9: train.steps: "),
         (MINIMAL + "train:\n  steps: -1\n", "config.yaml:9: train.steps: must be at least 1, got -1"),
         (MINIMAL + "train: [\n", "config.yaml:9: not YAML"),
-        (MINIMAL.replace("  path: x.jsonl\n", "  split: train\n"), "data.path: must be given"),
+        (
+            MINIMAL.replace("  path: x.jsonl\n", "  split: train\n"),
+            "data.path: must be given, in the file or as data.path=VALUE",
+        ),
         ("", "config.yaml: is empty"),
         ("- a\n", "must hold settings, one name: value a line"),
         (MINIMAL + "train: 3\n", "config.yaml:8: train must hold settings"),

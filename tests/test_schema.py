@@ -84,8 +84,8 @@ def test_lists_of_sections_are_read_and_overridden(tmp_path):
         (TEXT.replace("kind: chat", "kind: text\n      tags: [x]"), "c.yaml:9: data.sources.1.tags: must be empty for kind=text"),
         ("name: x\ndata:\n  sources: a.jsonl\n", "c.yaml:3: data.sources must hold a list of sections, each after a dash"),
         ("name: x\ndata:\n  sources:\n    path: a\n", "c.yaml:3: data.sources must hold a list of sections"),
-        ("name: x\ndata:\n  sources:\n    - weight: 1\n", "data.sources.0.path: must be given"),
-        ("data: {}\n", "name: must be given"),
+        ("name: x\ndata:\n  sources:\n    - weight: 1\n", "data.sources.0.path: must be given, in the file or as"),
+        ("data: {}\n", "name: must be given, in the file or as name=VALUE"),
     ],
 )  # fmt: skip
 def test_mistakes_in_entries_name_their_line(tmp_path, text, problem):
