@@ -1,4 +1,4 @@
-"""Digests of files that are remembered: a large file is hashed once, and again only when it has changed.
+"""Cached digests of files: a large file is hashed once, and again only after it has changed.
 
 CACHE_DIR/digests/KEY        KEY: sha256 over path, size, times and inode of the files
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from liftdist import files
 
 
-class Remembered:
-    """The place in the cache of one digest of a kind. Raises ``OSError`` if a file is missing."""
+class CachedDigest:
+    """The cache entry of one kind of digest of ``paths``. Raises ``OSError`` if a file is missing."""
 
     def __init__(self, kind: str, paths: Sequence[Path], cache_dir: Path) -> None:
         stats = [
@@ -25,24 +25,24 @@ class Remembered:
         self._path = cache_dir.expanduser() / "digests" / key
 
     def read(self) -> str | None:
-        """The digest, in 64 hexadecimal digits; None if it is not known."""
+        """The digest, 64 hexadecimal digits; None if it is not cached."""
         with contextlib.suppress(OSError, ValueError):
             text = self._path.read_text()
             return text if len(text) == 64 else None
         return None
 
     def write(self, digest: str) -> None:
-        with contextlib.suppress(OSError):  # only a shortcut
+        with contextlib.suppress(OSError):  # the cache is optional
             self._path.parent.mkdir(parents=True, exist_ok=True)
             files.write(self._path, digest)
 
 
 def of_file(path: Path, cache_dir: Path) -> str:
-    """sha256 of a file's contents. Raises ``OSError``."""
-    remembered = Remembered("contents", [path], cache_dir)
-    if (known := remembered.read()) is not None:
+    """sha256 of a file's contents, 64 hexadecimal digits, cached in ``cache_dir``. Raises ``OSError``."""
+    cached = CachedDigest("contents", [path], cache_dir)
+    if (known := cached.read()) is not None:
         return known
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    remembered.write(digest)
+    cached.write(digest)
     return digest

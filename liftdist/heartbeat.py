@@ -1,4 +1,4 @@
-"""Signs of life, for others to see."""
+"""Periodic heartbeats, by which other processes see that this one is alive."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 
-HEARTBEAT = 5.0  # seconds between two signs of life, of an attempt or of a node: touches of its file
+HEARTBEAT = 5.0  # seconds between two heartbeats of an attempt or of a node: each touches its file
 
 
 @contextlib.contextmanager
 def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
-    """Call ``beat`` every ``HEARTBEAT`` seconds while the block runs, from a thread of its own. It may raise ``OSError``."""
+    """Call ``beat`` every ``HEARTBEAT`` seconds during the block, from a thread of its own. ``OSError`` is ignored."""
     ended = threading.Event()
 
     def run() -> None:
@@ -25,4 +25,4 @@ def heartbeat(beat: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join(HEARTBEAT)  # a file system that hangs must not hold the end
+        thread.join(HEARTBEAT)  # a file system that hangs must not block the exit

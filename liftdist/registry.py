@@ -2,7 +2,7 @@
 
     entry "low_rank" of CRITERIA  ->  module liftdist/engine/criteria/low_rank.py, imported when the name is chosen
 
-To add one: write the file, add its line here, test it. The settings, their validation, ``--help`` and the reference read the
+To add one: write the file, add its line here, test it. The settings, their validation, ``--help`` and the reference take the
 names from here, without importing the modules.
 """
 
@@ -19,7 +19,7 @@ from liftdist.errors import UserError
 
 @dataclass(frozen=True)
 class Registry:
-    """Names of one kind, each with its meaning in one line. A name is also that of the module in ``package``."""
+    """Names of one kind, each with a one-line description. A name is also that of the module in ``package``."""
 
     kind: str
     package: str
@@ -49,7 +49,7 @@ FORMATS = Registry(
     },
 )
 
-#: ``make(settings, attach)``: what is trained, see :class:`liftdist.methods.lift.Lift`.
+#: ``attach(context, model, base_digest, from_checkpoint)``: what is trained, see :class:`liftdist.methods.lift.Lift`.
 METHODS = Registry("method", "liftdist.methods", {"lift": "the principal weights of each matrix"})
 
 #: ``make(settings)``: a :class:`liftdist.engine.selection.Criterion`.
@@ -62,20 +62,20 @@ BUDGETS = Registry(
     "budget", "liftdist.engine.budgets", {"per_matrix": "each matrix by its own size, from `density` or `budget_rank`"}
 )
 
-#: ``token_losses(logits, labels)``: the summed loss of labelled tokens.
+#: ``summed(logits, labels)``: the summed loss of labelled tokens.
 LOSSES = Registry("loss", "liftdist.training.losses", {"cross_entropy": "negative log-likelihood"})
 
-#: ``run(model, inputs, context)``: figures by tag.
+#: ``run(context, inputs, model)``: figures by tag.
 EVALUATIONS = Registry("evaluation", "liftdist.evaluation", {"held_out_loss": "mean loss on `data.eval_path`"})
 
-#: ``open(run_dir, after)``: a :class:`liftdist.training.recorder.Tracker`.
+#: ``start(run_dir, after)``: a :class:`liftdist.training.recorder.Tracker`.
 TRACKERS = Registry(
     "tracker",
     "liftdist.training.trackers",
     {"jsonl": "one line a step in `metrics.jsonl`", "tensorboard": "curves in `tensorboard/`"},
 )
 
-#: ``write(delta, base, target, dtype)``.
+#: ``write(delta, base_folder, target, dtype)``: exports a delta.
 EXPORT_FORMATS = Registry(
     "export format",
     "liftdist.deltas.formats",

@@ -1,4 +1,4 @@
-"""The safetensors format below its library: headers, dtypes by name, digests of tensors."""
+"""Low-level access to the safetensors format: headers, names of dtypes, digests of tensors."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ DTYPES = {
     "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # by the names that safetensors gives them
+}  # by their safetensors names
 
 
 def data_begin(file: BinaryIO) -> int:
-    """Where the bytes of the tensors begin: after eight bytes with the length of the header, and the header."""
+    """Offset of the tensor data: behind eight bytes with the length of the header, and the header."""
     return 8 + int(struct.unpack("<Q", file.read(8))[0])
 
 
 def header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file. Raises ``ValueError``, ``OSError`` or ``struct.error`` for one that is cut short."""
+    """The header of a safetensors file. Raises ``ValueError``, ``OSError`` or ``struct.error`` for a truncated file."""
     size = path.stat().st_size
     with path.open("rb") as file:
         begin = data_begin(file)
@@ -46,12 +46,12 @@ def header(path: Path) -> dict[str, Any]:
         entries = json.loads(file.read(begin - 8))
     end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
     if size != begin + end:
-        raise ValueError(f"{path.name} has {size} bytes, its header speaks of {begin + end}")
+        raise ValueError(f"{path.name} has {size} bytes, its header describes {begin + end}")
     return entries
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """sha256 over name, dtype, shape and bytes of tensors, in the order in which they come."""
+    """sha256 over name, dtype, shape and bytes of tensors, in the given order."""
     state = hashlib.sha256()
     for name, tensor in tensors:
         state.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
@@ -60,10 +60,10 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """The memory of a tensor on the host, row-major."""
+    """The bytes of a tensor on the host, row-major."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """What safetensors calls a dtype."""
+    """The safetensors name of a dtype."""
     return next(name for name, known in DTYPES.items() if known == dtype)

@@ -2,6 +2,6 @@
 
     sources -> records (formats) -> chat -> tokenised -> order -> batches
 
-In: paths and settings, a tokenizer. Out: tensors of token ids, positions and labels, and where each sample stands in
-its file. Must not know models or ranks' devices; the order of samples is a pure function of (seed, epoch).
+In: paths and settings, a tokenizer. Out: tensors of token ids, positions and labels, and the location of each sample
+in its file. Must not know models or ranks' devices; the order of samples is a pure function of (seed, epoch).
 """

@@ -11,12 +11,12 @@ from liftdist.data.tokenised import IGNORED, Samples
 
 
 def collate(samples: Samples, sequences: Sequence[list[int]], pad_token: int = 0) -> dict[str, Tensor]:
-    """Tensors of one micro-batch, padded on the right: causal attention never looks there.
+    """Tensors of one micro-batch, padded on the right, which causal attention of real tokens never reads.
 
     Returns:
-        ``input_ids``, ``position_ids``, ``labels``, each ``[sequences, longest]`` int64. Positions start again with every
-        packed sample, which is how transformers keeps samples apart. Labels are shifted: ``labels[t]`` is the token
-        to predict at ``t``. No sequence at all gives one padding token without a label.
+        ``input_ids``, ``position_ids``, ``labels``, each ``[sequences, longest]`` int64. Positions restart at 0 with every
+        packed sample, by which transformers separates samples. Labels are shifted: ``labels[t]`` is the token to
+        predict at ``t``. An empty list of sequences gives one padding token without a label.
     """
     rows = [samples.table[sequence] for sequence in sequences]
     longest = max((sum(map(len, row["input_ids"])) for row in rows), default=1)
@@ -39,5 +39,5 @@ def collate(samples: Samples, sequences: Sequence[list[int]], pad_token: int = 0
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch with the labels left on the host, where they are looked at."""
+    """The batch on ``device``, except its labels: the loss looks up labelled positions on the host."""
     return {key: value if key == "labels" else value.to(device) for key, value in batch.items()}

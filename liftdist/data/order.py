@@ -1,8 +1,8 @@
-"""The order of samples and how batches are split over ranks.
+"""The order of samples, and how batches are split over ranks.
 
 A sequence is a list of samples: one, or with packing as many as fit. The order is a pure function of (seed, epoch), and
 a batch is split only after it is composed: every world size sees the same global batches, and the number of sequences
-consumed is the whole data state.
+consumed is the complete state of the data.
 """
 
 from __future__ import annotations
@@ -10,12 +10,8 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
 
 
 def epoch_sequences(
@@ -40,7 +36,7 @@ def epoch_sequences(
 
 
 class BatchOrder:
-    """The stream of global batches: epochs follow each other without a gap, the last batch may be smaller."""
+    """The stream of global batches. A batch may span epochs; only the last one may be smaller."""
 
     def __init__(self, lengths: np.ndarray, seed: int, packing: bool, max_length: int, batch_size: int) -> None:
         self._batch_size = batch_size
@@ -59,7 +55,7 @@ class BatchOrder:
         return max(0, -(-(self._begin(epochs) - consumed) // self._batch_size))
 
     def batch(self, consumed: int, epochs: int | None = None) -> list[list[int]]:
-        """The global batch after ``consumed`` sequences, as lists of sample numbers; ends with ``epochs``."""
+        """The global batch after ``consumed`` sequences, as lists of sample numbers; nothing beyond ``epochs``."""
         batch: list[list[int]] = []
         epoch = 0
         while self._begin(epoch + 1) <= consumed:
@@ -76,9 +72,9 @@ class BatchOrder:
 def split_micro_batches(
     batch: Sequence[list[int]], lengths: np.ndarray, rank: int, ranks: int, micro_batch_size: int
 ) -> list[list[list[int]]]:
-    """This rank's micro-batches of a global batch: as many on every rank, empty ones where sequences run short.
+    """This rank's micro-batches of a global batch: the same number on every rank, some empty if sequences do not suffice.
 
-    Sequences go round by length, so that ranks have like work and a micro-batch little padding.
+    Sequences are assigned round-robin in descending length, which balances the work of ranks and reduces padding.
     """
     ordered = sorted(batch, key=lambda sequence: -int(sum(lengths[sample] for sample in sequence)))
     mine = ordered[rank::ranks]

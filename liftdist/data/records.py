@@ -1,4 +1,4 @@
-"""What a record says: fields, chat turns, and which format it has.
+"""Parsing of records: fields, chat turns, and detection of the format.
 
 record -> format (liftdist/data/formats) -> chat messages, or (prompt, response)
 """
@@ -13,10 +13,11 @@ from liftdist.errors import UserError
 from liftdist.registry import FORMATS
 from liftdist.schema import DataConfig
 
-CHECKED_RECORDS = 1000  # records looked at before anything is started
+CHECKED_RECORDS = 1000  # records checked before ranks start
 
 
 def text(record: Record, key: str) -> str:
+    """The text in field ``key``. Raises ``ValueError`` if it is absent or not text."""
     if key not in record:
         raise ValueError(f"field {key!r} is missing (fields: {', '.join(map(str, record)) or 'none'})")
     if not isinstance(record[key], str):
@@ -26,6 +27,15 @@ def text(record: Record, key: str) -> str:
 
 
 def chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
+    """Messages with ``role`` and ``content`` from the turns in field ``key``.
+
+    Args:
+        role, content: the fields of a turn.
+        roles: the accepted values of ``role``, each with its name in the chat template.
+
+    Raises:
+        ValueError: the turns are malformed, or none is the assistant's.
+    """
     turns = record.get(key)
     if not isinstance(turns, list) or not turns:
         raise ValueError(
@@ -40,24 +50,24 @@ def chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, 
             raise ValueError(f"{role!r} must be one of {', '.join(roles)}, got {who!r}")
         messages.append({"role": roles[who], "content": text(turn, content)})
     if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{key!r} has no turn of the assistant, so nothing to learn")
+        raise ValueError(f"{key!r} has no assistant turn, so there is nothing to train on")
     return messages
 
 
 def detect_format(record: Record) -> str:
-    """The format whose fields the record has. Raises ``ValueError`` if none fits."""
+    """The format whose fields the record has. Raises ``ValueError`` if there is none."""
     known = {name: FORMATS.load(name).FIELDS for name in FORMATS}
     present = {field for field, value in record.items() if value is not None}  # tables have a null for an absent field
     for names in (present, set(record)):
         for name, fields in known.items():
             if names.issuperset(fields):
                 return name
-    wanted = "; ".join("/".join(fields) for fields in known.values())
-    raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {wanted})")
+    expected = "; ".join("/".join(fields) for fields in known.values())
+    raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {expected})")
 
 
 def reader(source: Source, format: str) -> Callable[[Record], Any]:
-    """Reads a record of ``source``; ``auto`` looks at the first."""
+    """The function that reads a record of ``source``; ``auto`` detects the format from the first record."""
     if format == "auto":
         where, first = next(source.read(0, 1))
         format = str(at(where, detect_format, first))
@@ -66,6 +76,7 @@ def reader(source: Source, format: str) -> Callable[[Record], Any]:
 
 
 def at(where: str, function: Callable[[Record], Any], record: Record) -> Any:
+    """``function(record)``, with ``ValueError`` raised as a ``UserError`` that begins with the location ``where``."""
     try:
         return function(record)
     except ValueError as error:
@@ -73,7 +84,7 @@ def at(where: str, function: Callable[[Record], Any], record: Record) -> Any:
 
 
 def check_first_records(config: DataConfig) -> None:
-    """Read the first records of local files as training would. Quick, without torch; hub data is not touched.
+    """Read the first records of local files as training does. Fast, without torch; hub data sets are skipped.
 
     Raises:
         UserError: naming file and line.

@@ -1,7 +1,7 @@
-"""Where records come from: a file or a data set of the hub.
+"""Sources of records: a local file or a hub data set.
 
-A source knows its number of records, reads any range of them, each with its place for errors, and has a digest of its contents.
-A local file is read only as far as it is asked for: the first records of a large one are there at once.
+A source has a number of records and a digest of its contents, and reads any range of records, each with its location for error
+messages. A JSON Lines file is indexed only as far as records are requested: the first ones of a large file are available at once.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ Record = Mapping[str, Any]
 
 
 class JsonlSource:
-    """One JSON object a line; only line offsets are kept. Empty lines are skipped."""
+    """One JSON object per line; only line offsets are held in memory. Empty lines are skipped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._numbers, self._offsets = array("q"), array("q")  # of each record: its line, and where that begins
-        self._line = self._scanned = 0  # lines and bytes that are indexed
+        self._numbers, self._offsets = array("q"), array("q")  # line number and byte offset of each record
+        self._line = self._scanned = 0  # lines and bytes indexed so far
         self._complete = False
 
     def _index(self, end: int | None = None) -> None:
-        """Find where records begin: the first ``end``, or all."""
+        """Index the first ``end`` records, or all."""
         if self._complete or (end is not None and len(self._offsets) >= end):
             return
         with self.path.open("rb") as file:
@@ -77,14 +77,14 @@ class ListSource:
     """Records in memory or memory-mapped: a JSON array, or a data set of the ``datasets`` library.
 
     Args:
-        origin: the file they were read from, or the fingerprint that the library gives them.
+        source: the file they were read from, or the fingerprint of the data set.
     """
 
-    def __init__(self, name: str, records: Any, origin: Path | str) -> None:
-        self.name, self.records, self._origin = name, records, origin
+    def __init__(self, name: str, records: Any, source: Path | str) -> None:
+        self.name, self.records, self._source = name, records, source
 
     def digest(self, cache_dir: Path) -> str:
-        return self._origin if isinstance(self._origin, str) else digests.of_file(self._origin, cache_dir)
+        return self._source if isinstance(self._source, str) else digests.of_file(self._source, cache_dir)
 
     def __len__(self) -> int:
         return len(self.records)
@@ -114,7 +114,7 @@ def open_source(path: str, subset: str | None, split: str) -> Source:
         return _open_hub(path, subset, split)
     file = Path(path).expanduser()
     if not file.is_file():
-        raise UserError(f"data {path}: " + ("is a folder, name a file" if file.is_dir() else "no such file"))
+        raise UserError(f"data {path}: " + ("is a folder; name a file in it" if file.is_dir() else "no such file"))
     if file.suffix not in LOCAL_SUFFIXES:
         raise UserError(f"data {path}: must end in {', '.join(LOCAL_SUFFIXES)}")
     try:
@@ -133,7 +133,7 @@ def open_source(path: str, subset: str | None, split: str) -> Source:
 
 
 def _open_json(file: Path) -> Source:
-    """A JSON array of objects; a file of one object a line is common under this name too."""
+    """A JSON array of objects; files with one object per line often have this suffix, too."""
     with file.open("rb") as stream:
         if stream.read(4096).lstrip()[:1] != b"[":
             return JsonlSource(file)
@@ -157,13 +157,13 @@ def _load_dataset(*args: Any, **options: Any) -> Any:
     datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*args, **options)
-    except Exception as error:  # the library raises almost anything
+    except Exception as error:  # the library raises errors of many kinds
         name = options.get("data_files", args[0])
         raise UserError(f"data {name}: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
 
 
 def remember_digests(paths: Iterable[str | None], cache_dir: Path) -> None:
-    """Hash local files once, for the ranks of this machine to find their digests. Raises ``UserError`` as :func:`open_source`."""
+    """Hash local files and cache their digests for the ranks of this machine. Raises ``UserError`` like :func:`open_source`."""
     for path in paths:
         if path is not None and is_local(path):
             open_source(path, None, "train").digest(cache_dir)

@@ -1,9 +1,9 @@
-"""Tokenised samples, kept in the cache.
+"""Tokenised samples in the cache.
 
     CACHE_DIR/tokens/KEY/part-000000/       an Arrow table of 2048 records, and counts.json
 
-The key names the contents of the data and everything that makes tokens of it. Every rank tokenises parts until all
-parts exist, so that nobody waits for one.
+The key is a digest of the data's contents and of everything that determines its tokens. Every rank tokenises missing
+parts until all exist, so that no rank waits for another.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 from liftdist.data.chat import encode
 
 IGNORED = -100  # label of a token that does not count towards the loss
-#: Settings that do not decide what the tokens are; all others are part of the key of the cache.
+#: Settings that do not affect tokens; all others are part of the cache key.
 NOT_IN_TOKENS = ("path", "eval_path", "subset", "split", "eval_split", "packing")
-FORMAT = 2  # of the parts
-PART_RECORDS = 2048  # records tokenised as one unit of work
+FORMAT = 2  # version of the layout of parts
+PART_RECORDS = 2048  # records per part
 
 
 @dataclass(frozen=True)
@@ -41,13 +41,13 @@ class Samples:
     table: Dataset  # columns: input_ids, labels
     lengths: np.ndarray  # [samples] int64, tokens of each
     truncated: int  # samples cut to max_length
-    dropped: int  # samples left out: too long, or nothing left to learn
-    digest: str  # of the records and of all that made them samples: equal digests, equal samples
+    dropped: int  # samples left out: too long, or without a token to train on
+    digest: str  # of the records and all that determines samples: equal digests mean equal samples
     path: str
     places: Dataset  # column: place
 
     def where(self, sample: int) -> str:
-        """File and line of a sample's record, or what takes their place."""
+        """Location of a sample's record: file and line, or name and number of the record."""
         return f"{self.path}:{self.places[sample]['place']}"
 
     def __len__(self) -> int:
@@ -67,11 +67,11 @@ def tokenise(
     """All samples of ``path``, from the cache or tokenised now.
 
     Args:
-        vocabulary: rows of the model's embedding; a larger token id is an error.
-        first_part: where among the parts to begin, 0 to 1, so that ranks meet late.
+        vocabulary: rows of the model's embedding; a token id outside of it is an error.
+        first_part: where among the parts to begin, 0 to 1: ranks that begin apart tokenise different parts.
 
     Raises:
-        UserError: a record that cannot be read (file and line), or nothing left to learn.
+        UserError: a record that cannot be read (file and line), or no token to train on.
     """
     source = sources.open_source(path, config.subset, split)
     read = records.reader(source, config.format)
@@ -90,7 +90,7 @@ def tokenise(
     if samples is None:
         raise UserError(
             f"data {path}: nothing to learn: in all {len(source)} samples no token of a response is left within "
-            f"data.max_length={config.max_length} (data.overlong={config.overlong})"
+            f"data.max_length={config.max_length} (data.overlong={config.overlong}); raise data.max_length"
         )
     return samples
 
@@ -98,7 +98,7 @@ def tokenise(
 def _key(
     source: sources.Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cache_dir: Path
 ) -> str:
-    """The name of the tokens in the cache: of all that decides them."""
+    """The cache key of the tokens: a digest of everything that determines them."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_TOKENS}
     parts = [source.digest(cache_dir), settings, _tokenizer_digest(tokenizer), vocabulary, FORMAT]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
@@ -141,7 +141,10 @@ def _encode_all(
     for where, record in part:
         ids, learned = records.at(where, lambda r: encode(read(r), tokenizer), record)
         if ids and max(ids) >= vocabulary:
-            raise UserError(f"{where}: token id {max(ids)} is outside the model's {vocabulary} embeddings")
+            raise UserError(
+                f"{where}: token id {max(ids)} is outside the model's {vocabulary} embeddings; "
+                "use the model's own tokenizer, or resize the embeddings"
+            )
         overlong = len(ids) > config.max_length
         ids, learned = ids[: config.max_length], learned[: config.max_length]
         if overlong and config.overlong == "truncate":
@@ -157,7 +160,7 @@ def _encode_all(
 
 
 def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]) -> None:
-    """Write one part; whoever is first wins, and all write the same."""
+    """Write one part. If several ranks write it, the first to finish publishes it: their contents are equal."""
     import datasets
 
     rows, counts = encoded

@@ -1,7 +1,6 @@
-"""The few collectives by which ranks agree.
+"""Collectives by which ranks take the same decision.
 
-Decisions that every rank must take alike (stop, give up, go on) are collective: a rank that acted alone would leave the
-others waiting.
+Whether to stop, fail or continue is decided collectively: a rank that acted alone would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -16,18 +15,18 @@ from torch import Tensor
 
 from liftdist.errors import PeerError, Stopped, UserError
 
-Group = dist.ProcessGroup | None  # None: this process alone
+Group = dist.ProcessGroup | None  # None: a single process
 
-# by their names since torch 2.12, or before
+# renamed in torch 2.12
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def gather(value: Any, group: Group = None) -> list[Any]:
-    """``value`` of every rank, by rank, on every rank; over ``group``, which then must hold all ranks."""
+    """``value`` of every rank, by rank, on every rank. ``group``, if given, must contain all ranks. Collective."""
     if not dist.is_initialized():
         if group is not None:
-            raise RuntimeError("the process group is gone")
+            raise RuntimeError("the process group has been destroyed")
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value, group=group)
@@ -35,20 +34,20 @@ def gather(value: Any, group: Group = None) -> list[Any]:
 
 
 def agree(flag: bool) -> bool:
-    """Whether any rank says so: one number a rank, over the host's network."""
+    """Whether ``flag`` is true on any rank. Exchanges one number per rank through the CPU backend. Collective."""
     if not dist.is_initialized():
         return flag
-    said = torch.tensor(int(flag), dtype=torch.int32)
-    dist.all_reduce(said, op=dist.ReduceOp.MAX)
-    return bool(said)
+    flags = torch.tensor(int(flag), dtype=torch.int32)
+    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags)
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """An error inside, on any rank, is raised on every rank at the end of the block.
+    """An error inside the block, on any rank, is raised on every rank at the end of the block. Collective.
 
-    If ranks have different ones, all raise of the same kind: a bug before a ``UserError`` before ``Stopped``, the lowest
-    rank's first. The block must not hold collectives that a failed rank would miss.
+    If several ranks fail, all raise the same kind: a bug takes precedence over a ``UserError``, and that over ``Stopped``;
+    within a kind, the lowest rank. The block must not contain collectives that a failed rank would miss.
     """
     error: Exception | None = None
     try:

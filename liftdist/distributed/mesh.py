@@ -1,9 +1,8 @@
-"""Processes, the device mesh, and the few collectives by which ranks agree.
+"""The processes of a run and their device mesh.
 
     world = dp_replicate x dp_shard       rank = replica * dp_shard + shard
 
-A replica is a full copy of the model, cut by rows over its ``dp_shard`` ranks. Decisions that every rank must take
-alike (stop, give up, go on) are collective here: a rank that acted alone would leave the others waiting.
+A replica is a full copy of the model, sharded by rows over its ``dp_shard`` ranks.
 """
 
 from __future__ import annotations
@@ -50,15 +49,18 @@ class Mesh:
 
 @contextmanager
 def start(layout: Callable[[int], tuple[int, int]], timeout: timedelta) -> Iterator[Mesh]:
-    """Join the ranks that torchrun started (or be the only one) and lay them out; leave at the end.
+    """Initialise the process group of the ranks that torchrun started, or of this process alone; destroy it at the end.
 
     Args:
-        layout: ``(dp_replicate, dp_shard)`` for a number of ranks; raises ``UserError`` where there is none.
-        timeout: a collective that takes longer ends the job.
+        layout: maps the number of ranks to ``(dp_replicate, dp_shard)``; raises ``UserError`` if there is no such layout.
+        timeout: a collective that takes longer aborts the job.
+
+    Raises:
+        UserError: this machine has fewer GPUs than ranks, or ``layout`` raised it.
     """
     if torch.cuda.is_available():
         local_ranks, gpus = environment.LOCAL_WORLD_SIZE.get(1), torch.cuda.device_count()
-        if local_ranks > gpus:  # known to every rank of the machine, so that none waits for another
+        if local_ranks > gpus:  # the same on every rank of the machine, so that none waits for another
             raise UserError(
                 f"{local_ranks} ranks on this machine, but {gpus} GPUs are visible; start one rank for each GPU"
             )
@@ -75,7 +77,7 @@ def start(layout: Callable[[int], tuple[int, int]], timeout: timedelta) -> Itera
     try:
         shape = layout(dist.get_world_size())
         yield Mesh(device, init_device_mesh(device.type, shape, mesh_dim_names=("dp_replicate", "dp_shard")))
-    except (UserError, Stopped, PeerError):  # all ranks are here; after any other error some may never be
+    except (UserError, Stopped, PeerError):  # raised on all ranks; after other errors some ranks may be missing
         dist.destroy_process_group()
         raise
     dist.destroy_process_group()

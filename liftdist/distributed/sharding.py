@@ -1,4 +1,4 @@
-"""How rows are cut over ranks: as ``torch.chunk`` does, so that the last ranks may hold fewer rows, or none."""
+"""How rows are sharded over ranks: like ``torch.chunk``, so that the last ranks may hold fewer rows, or none."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def local_tensor(tensor: Tensor) -> Tensor:
 
 
 def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
-    """``[shards + 1]`` where each shard's rows begin, dealt as ``torch.chunk`` does: the last shards may hold none."""
+    """``[shards + 1]``: shard ``s`` holds rows ``bounds[s]`` to ``bounds[s + 1]``, as ``torch.chunk`` splits them."""
     chunk = -(-rows // shards)
     return tuple(min(rows, chunk * shard) for shard in range(shards + 1))
 

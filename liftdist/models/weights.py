@@ -1,8 +1,8 @@
-"""The weights of a Hugging Face folder: safetensors files, read by name and rows, and the digest that names them.
+"""The weights of a Hugging Face folder: safetensors files, read by name and rows, and their digest.
 
     model.safetensors, or model-0000x-of-0000n.safetensors and an index        [m, n] row-major, little-endian
 
-No file is opened for longer than a read, and nothing is ever unpickled.
+Files are open only during a read, and nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from liftdist.digests import Remembered
+from liftdist.digests import CachedDigest
 from liftdist.distributed.collectives import gather, together
 from liftdist.errors import UserError
 from liftdist.models import check
@@ -43,7 +43,7 @@ class ModelFolder:
                 raise ValueError(f"{check.INDEX} names {odd[0]}, outside the folder")
             self._headers = {name: header(folder / name) for name in names}
         except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise UserError(f"{folder}: damaged weights: {error}") from None
+            raise UserError(f"{folder}: damaged weights: {error}; restore or download them again") from None
         self.file_of = {
             name: file for file, entries in self._headers.items() for name in entries if name != "__metadata__"
         }
@@ -51,7 +51,7 @@ class ModelFolder:
             raise UserError(f"{folder}: {missing[0]} is not in the file that {check.INDEX} names")
 
     def info(self, name: str) -> dict[str, Any]:
-        """``dtype`` and ``shape`` of a tensor as its file states them, with the byte range ``data_offsets``."""
+        """``dtype``, ``shape`` and the byte range ``data_offsets`` of a tensor, from the header of its file."""
         return self._headers[self.file_of[name]][name]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
@@ -60,7 +60,7 @@ class ModelFolder:
             return file.get_tensor(name) if end is None else file.get_slice(name)[begin:end]
 
     def data(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor, in pieces."""
+        """The bytes of a tensor, in pieces of at most 4 MiB."""
         path = self.folder / self.file_of[name]
         with path.open("rb") as file:
             begin, end = self.info(name)["data_offsets"]
@@ -69,7 +69,7 @@ class ModelFolder:
                 yield file.read(min(1 << 22, end - offset))
 
     def row(self, name: str, row: int) -> Tensor:
-        """One row, from the bytes of the file rather than by the reader that filled the model."""
+        """One row, from the bytes of the file, independently of :meth:`read`."""
         info = self.info(name)
         dtype, row_shape = DTYPES[info["dtype"]], info["shape"][1:]
         size = dtype.itemsize * int(torch.Size(row_shape).numel())
@@ -79,16 +79,16 @@ class ModelFolder:
 
 
 def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> str:
-    """sha256 over name, dtype, shape and sha256 of every tensor of ``folder``: the same weights, the same digest.
+    """sha256 over name, dtype, shape and sha256 of every tensor of ``folder``: equal weights have equal digests.
 
-    Every rank hashes its share of the tensors and calls ``beat`` while it does; remembered in ``cache_dir`` by path, size and
-    times. Collective.
+    Every rank hashes its share of the tensors and calls ``beat`` meanwhile. Cached in ``cache_dir`` by path, size and times.
+    Collective.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with together():
         stored = ModelFolder(folder)
-        remembered = Remembered("weights", [folder / file for file in sorted(set(stored.file_of.values()))], cache_dir)
-        known = remembered.read()
+        cached = CachedDigest("weights", [folder / file for file in sorted(set(stored.file_of.values()))], cache_dir)
+        known = cached.read()
     if all(gather(known is not None)):
         assert known is not None
         return known
@@ -106,11 +106,11 @@ def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: Non
             hashes = dict(pool.map(hash_tensor, mine))
     merged = {name: value for share in gather(hashes) for name, value in share.items()}
     result = combine({name: (stored.info(name)["dtype"], stored.info(name)["shape"], merged[name]) for name in merged})
-    remembered.write(result)
+    cached.write(result)
     return result
 
 
 def combine(tensors: Mapping[str, tuple[str, list[int], str]]) -> str:
-    """The digest of a model from the dtype, as safetensors names it, shape and sha256 of each of its tensors."""
+    """The digest of a model from the dtype (by its safetensors name), shape and sha256 of each of its tensors."""
     lines = [f"{name} {dtype} {shape} {sha256}" for name, (dtype, shape, sha256) in sorted(tensors.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,1 +1,4 @@
-"""Data formats, one a file: ``FIELDS`` and ``read(record)``, see :data:`liftdist.registry.FORMATS`. Must not know tokenizers."""
+"""Data formats, one per file: ``FIELDS`` and ``read(record)``, see :data:`liftdist.registry.FORMATS`.
+
+Must not know tokenizers.
+"""

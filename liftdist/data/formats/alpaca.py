@@ -1,4 +1,4 @@
-"""Instruction, optional input, output, in the wording of Stanford Alpaca; LLM-Adapters' files have this form."""
+"""Instruction, optional input, output, in the wording of Stanford Alpaca; the files of LLM-Adapters have this format."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ WORDING = (
 
 
 def read(record: Record) -> tuple[str, str]:
-    instruction, given = text(record, "instruction"), record.get("input") or ""
-    if not isinstance(given, str):
-        raise ValueError(f"'input' must be text, got {type(given).__name__}")
+    instruction, input_text = text(record, "instruction"), record.get("input") or ""
+    if not isinstance(input_text, str):
+        raise ValueError(f"'input' must be text, got {type(input_text).__name__}")
     prompt = WORDING.format(
         instruction=instruction,
-        with_input=", paired with an input that provides further context" if given else "",
-        input=f"### Input:\n{given}\n\n" if given else "",
+        with_input=", paired with an input that provides further context" if input_text else "",
+        input=f"### Input:\n{input_text}\n\n" if input_text else "",
     )
     return prompt, text(record, "output")

@@ -1,4 +1,4 @@
-"""Prompt and completion, joined as they are: a space or newline between them is the user's to write."""
+"""Prompt and completion, joined as they are: a space or newline between them must be part of the record."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ShareGPT's conversations: a list of turns with from and value, rendered by the tokenizer's chat template."""
+"""ShareGPT conversations: a list of turns with from and value, rendered by the tokenizer's chat template."""
 
 from __future__ import annotations
 
