@@ -2,7 +2,7 @@
 
     attach -> for each step: before_step, forward and backward, reduce, clip, step or skip
 
-A method is what the trainer drives. Another one has the same members; the loop, the checkpoints and the export stay as they are.
+The trainer drives a method. Another method implements the same members; the loop, checkpoints and export do not depend on it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Lift:
 
     def __init__(self, config: Config, principal: PrincipalWeights, selection: Path | None = None) -> None:
         self._config = config
-        self.selection = selection  # the folder in the cache that keeps the first selection
+        self.selection = selection  # the cache folder of the first selection
         self.principal = principal
         settings = config.optimizer
         self.optimizer = PrincipalAdamW(
@@ -43,18 +43,18 @@ class Lift:
 
     @property
     def matrices(self) -> list[Matrix]:
-        """What is trained, in the order of the state."""
+        """The trained matrices, in the order of the state."""
         return self.principal.matrices
 
     def before_step(self, step: int) -> dict[str, float]:
-        """What is due before the forward of ``step``, counted from 1: a refresh, every so many. Collective."""
+        """Refresh the selection if it is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
         interval = self._config.selection.refresh_interval
         if not interval or step % interval:
             return {}
         return {"selection/survived": self.principal.refresh(self.optimizer)}
 
     def reselect(self) -> None:
-        """Select anew: the state that was loaded means something else now. Collective."""
+        """Select again after loading a state that was made with other selection settings. Collective."""
         self.principal.refresh(self.optimizer)
 
     def reduce(self, labels: Tensor) -> None:
@@ -62,7 +62,7 @@ class Lift:
         self.principal.reduce_gradients(labels)
 
     def clip(self) -> Tensor:
-        """Clip the gradient to ``optimizer.max_grad_norm``; its norm before. Collective."""
+        """Clip the gradient to ``optimizer.max_grad_norm``; return its norm before clipping. Collective."""
         return self.principal.clip_grad_norm_(self._config.optimizer.max_grad_norm)
 
     def step(self, number: int) -> None:
@@ -75,7 +75,7 @@ class Lift:
         self.optimizer.step()
 
     def skip(self) -> None:
-        """Forget the gradient, as if there had been no backward."""
+        """Clear the gradient, as if there had been no backward."""
         self.principal.drop_gradients()
 
     def non_finite(self) -> list[str]:
@@ -87,15 +87,15 @@ class Lift:
         return self.principal.state_dict(self.optimizer)
 
     def scalars(self) -> dict[str, float]:
-        """The state that is one number each, alike on all ranks."""
+        """The scalar states of the optimizer, equal on all ranks."""
         return self.principal.scalar_states(self.optimizer)
 
     def load_state_dict(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Take over :meth:`state_dict`, cut to this rank's rows, and :meth:`scalars`, on a model that holds the base weights."""
+        """Load :meth:`state_dict`, cut to this rank's rows, and :meth:`scalars` into a model that holds the base weights."""
         self.principal.load_state_dict(tensors, self.optimizer, scalars)
 
     def describe(self, model: nn.Module) -> str:
-        """What is trained, for people. Collective."""
+        """A summary of the trained weights in plain text. Collective."""
         everything = sum(param.numel() for param in model.parameters())
         fullest = max(collectives.gather(self.principal.values.numel()))
         lines = [
@@ -108,15 +108,15 @@ class Lift:
         return "\n".join(lines)
 
 
-def attach(context: RunContext, model: nn.Module, base: str, from_checkpoint: bool = False) -> Lift:
-    """Select the principal weights of ``model``, or take the selection that is kept in the cache. Collective.
+def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpoint: bool = False) -> Lift:
+    """Select the principal weights of ``model``, or read a cached selection. Collective.
 
     Args:
-        base: digest of the model's weights.
-        from_checkpoint: select none, a checkpoint will bring them.
+        base_digest: digest of the model's weights.
+        from_checkpoint: select nothing, because a checkpoint will be loaded.
     """
     config, console, choice = context.config, context.console, context.config.selection
-    kept = _Kept(context, base)
+    cached = _CachedSelection(context, base_digest)
     if not from_checkpoint:
         console.say(f"selecting principal weights ({choice.method}, filter rank {choice.filter_rank})")
     started = time.perf_counter()
@@ -127,12 +127,12 @@ def attach(context: RunContext, model: nn.Module, base: str, from_checkpoint: bo
             budget=BUDGETS.load(choice.budget).make(choice),
             modules=choice.modules,
             replicate_group=context.mesh.replicate_group,
-            initial_indices=_none if from_checkpoint else kept.read,
+            initial_indices=_no_indices if from_checkpoint else cached.read,
             sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             progress=context.cancellation.at_boundaries(progress),
-            on_selected=kept.add,
+            on_selected=cached.add,
         )
-    kept.write()
+    cached.write()
     total = sum(matrix.param.numel() for matrix in principal.matrices)
     everything = sum(param.numel() for param in model.parameters())
     console.say(
@@ -140,25 +140,25 @@ def attach(context: RunContext, model: nn.Module, base: str, from_checkpoint: bo
         f"{principal.num_selected / total:.2%} of them, {principal.num_selected / everything:.2%} of the model's {everything} "
         f"weights ({time.perf_counter() - started:.1f} s)"
     )
-    return Lift(config, principal, kept.folder)
+    return Lift(config, principal, cached.folder)
 
 
-def _none(principal: PrincipalWeights) -> list[Tensor]:
-    """No principal weights yet, on this rank."""
+def _no_indices(principal: PrincipalWeights) -> list[Tensor]:
+    """Empty indices for every matrix."""
     return [torch.empty(0, dtype=torch.int32, device=matrix.device) for matrix in principal.matrices]
 
 
-class _Kept:
-    """The first selection of a run in the cache: read if it is there, else collected while it is made, and written."""
+class _CachedSelection:
+    """The first selection of a run in the cache: read if it is there, otherwise collected while it is made, and written."""
 
-    def __init__(self, context: RunContext, base: str) -> None:
-        self._context, self._base = context, base
+    def __init__(self, context: RunContext, base_digest: str) -> None:
+        self._context, self._base_digest = context, base_digest
         self._selected: dict[str, Tensor] = {}  # whole selections of the matrices that this rank owned
         self.folder: Path | None = None
 
     def read(self, principal: PrincipalWeights) -> list[Tensor] | None:
-        """For each matrix ``[k_local]`` int32; None, on all ranks alike, where there is no good one. Collective."""
-        key = selections.key(self._base, principal.criterion, principal.matrices, principal.counts)
+        """For each matrix ``[k_local]`` int32; None, on all ranks, if there is no valid cached selection. Collective."""
+        key = selections.key(self._base_digest, principal.criterion, principal.matrices, principal.counts)
         self.folder = Path(self._context.config.cache_dir).expanduser() / "selections" / key
         indices = None
         try:
@@ -166,16 +166,16 @@ class _Kept:
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            self._context.console.say(f"selection in {self.folder} ignored: {error}")
+            self._context.console.say(f"cached selection {self.folder} ignored: {error}")
         return None if collectives.agree(indices is None) else indices
 
     def add(self, name: str, indices: Tensor) -> None:
         self._selected[name] = indices.cpu()
 
     def write(self) -> None:
-        """Write what was selected, if anything was. Collective."""
+        """Write the selection if one was made. Collective."""
         if collectives.agree(bool(self._selected)):
             assert self.folder is not None
             if not selections.write(self.folder, self._selected):
                 cache_dir = self._context.config.cache_dir
-                self._context.console.say(f"selection not kept: cache_dir {cache_dir} is not shared by all ranks")
+                self._context.console.say(f"selection not cached: cache_dir {cache_dir} is not shared by all ranks")

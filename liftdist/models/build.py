@@ -1,4 +1,4 @@
-"""A model without memory, and where its parts are."""
+"""A model on the meta device, and access to its parts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_type(folder: Path, config: ModelConfig) -> Any:
     check.check_model_folder(folder, config.trust_remote_code)
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # a malformed field surfaces as almost anything
+    except Exception as error:  # a malformed field can raise any error
         raise UserError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
 
 
@@ -32,12 +32,12 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
     """The tokenizer in ``folder``. Raises ``UserError`` if there is none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # the library raises almost anything
+    except Exception as error:  # the library raises errors of many kinds
         raise UserError(f"model.path {folder}: no usable tokenizer: {str(error).splitlines()[0]}") from None
 
 
 def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
-    """The model without memory (on the meta device). Raises ``UserError`` for an architecture that is not supported."""
+    """The model on the meta device, without memory. Raises ``UserError`` for an architecture that is not supported."""
     dtype = getattr(torch, config.dtype)
     try:
         with torch.device("meta"), no_init_weights():
@@ -61,7 +61,7 @@ def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
 
 
 def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The decoder's layers. Raises ``UserError`` for a model that is built otherwise."""
+    """The layers of the decoder. Raises ``UserError`` if the model has no such list."""
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise UserError(f"{type(model).__name__}: its decoder has no list of layers, which is not supported")
@@ -69,7 +69,7 @@ def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, shared ones once."""
+    """Parameters and persistent buffers by name; a shared one appears once."""
     persistent = set(model.state_dict(keep_vars=True))
     return {
         name: tensor
@@ -79,7 +79,7 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def own_embedding(model: PreTrainedModel) -> nn.Module | None:
-    """The embedding of tokens, where the output head is a module with a weight of its own."""
+    """The token embedding if it shares no weight with the output head, otherwise None."""
     head = model.get_output_embeddings()
     try:
         embedding = model.get_input_embeddings()
@@ -91,8 +91,8 @@ def own_embedding(model: PreTrainedModel) -> nn.Module | None:
 
 
 def recompute(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Have each decoder layer recomputed in backward, where the config says so."""
-    if config.activation_checkpointing:  # the older name is that of transformers 5.17
+    """Enable activation checkpointing of each decoder layer, if the config requests it."""
+    if config.activation_checkpointing:  # transformers 5.17 has the older name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # for the reentrant kind; the embedding has no backward
+        model.disable_input_require_grads()  # only reentrant checkpointing needs it; the embedding has no backward

@@ -1,4 +1,4 @@
-"""Whether a model folder can be used, before weights are read. Imports no torch."""
+"""Checks of a model folder before weights are read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -29,15 +29,18 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
         raise UserError(f"{file}: {error}") from None
     model_type = raw.get("model_type") if isinstance(raw, dict) else None
     if not model_type:
-        raise UserError(f"{file}: names no model_type")
+        raise UserError(f"{file}: has no model_type; model.path must be the folder of a Hugging Face model")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         raise UserError(f"{file}: quantised weights ({method}) cannot be trained; use the unquantised model")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # takes seconds
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # slow to import
 
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (trust_remote_code and "auto_map" in raw):
-        hint = "; its code comes with it: set model.trust_remote_code=true to run it" if "auto_map" in raw else ""
-        raise UserError(f"{file}: model_type {model_type!r} is no causal language model that transformers knows{hint}")
+        own_code = "the folder contains its code: set model.trust_remote_code=true to run it"
+        hint = own_code if "auto_map" in raw else "update transformers"
+        raise UserError(
+            f"{file}: model_type {model_type!r} is not a causal language model known to transformers; {hint}"
+        )
     return raw
 
 

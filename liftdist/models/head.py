@@ -1,11 +1,11 @@
-"""The output head of a causal language model, and a loss over it whose logits never exist whole.
+"""The output head of a causal language model, and a loss over it that never holds all logits at once.
 
     L = sum over labelled tokens t of  loss(W h_t, y_t)         W [vocabulary, d] the frozen output head
 
-Tokens are taken in chunks. As ``W`` is frozen, ``dL/dh_t`` is all that backward needs: it is computed right after a chunk's
-logits, in forward, and nothing is computed twice.
+Tokens are processed in chunks. As ``W`` is frozen, ``dL/dh_t`` is all that backward needs: it is computed right after a chunk's
+logits, in forward, without recomputation.
 
-A model may do more to its logits than multiply by ``W``: scale, or cap them. :func:`is_plain` finds that out by trying.
+Some models also scale or cap their logits: :func:`is_plain` compares both ways on a few tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
-CHUNK_LOGITS = 2**25  # logits of a chunk; about 14 B each exist at once
+CHUNK_LOGITS = 2**25  # logits per chunk; about 14 B of memory for each
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # logits [T, V], labels [T] -> [] float32, summed
 
@@ -50,9 +50,9 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def in_chunks(model: PreTrainedModel) -> None:
-    """Give ``model``, which must be plain, the method ``chunked_loss(input_ids, position_ids, places, labels, loss)``."""
+    """Add ``chunked_loss(input_ids, position_ids, places, labels, loss)`` to a model for which :func:`is_plain` holds."""
     model.chunked_loss = types.MethodType(_chunked_loss, model)
-    register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded: FSDP holds the head whole meanwhile
+    register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded, FSDP gathers the head for the call
 
 
 def _chunked_loss(
@@ -64,7 +64,7 @@ def _chunked_loss(
 
 
 def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether the model's logits are what the chunked loss takes them for: tried on a few tokens. Collective."""
+    """Whether the logits are exactly ``W h_t``, as the chunked loss assumes; compared on a few tokens. Collective."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
         return False
@@ -73,7 +73,7 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
     register_fsdp_forward_method(model, "plain_logits")
     training = [module for module in model.modules() if module.training]
     model.eval()
-    try:  # not compiled for these few tokens, if it is to be compiled
+    try:  # a model that is to be compiled is not compiled for these few tokens
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits
             plain = model.plain_logits(tokens, tokens - 1)

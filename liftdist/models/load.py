@@ -1,9 +1,9 @@
-"""A Hugging Face causal language model, built without memory, cut by rows with FSDP2, and filled from safetensors.
+"""A Hugging Face causal language model, built on the meta device, sharded by rows with FSDP2, and loaded from safetensors.
 
     meta model -> fully_shard(each decoder layer), fully_shard(root) -> empty shards -> this rank's rows of every tensor
 
-Each rank reads only its own rows. A checkpoint is taken only if its tensors are the model's parameters name by name: what
-transformers would have to convert (fused experts, quantised weights) is refused. What was read is checked against the file.
+Each rank reads only its own rows. A checkpoint is accepted only if its tensors match the model's parameters name by name: weights
+that transformers would convert (fused experts, quantised weights) are rejected. Loaded rows are checked against the files.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ from liftdist.schema import ModelConfig
 def load(
     folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None] = lambda: None
 ) -> tuple[PreTrainedModel, NameMap]:
-    """The model, its parameters cut by rows over ``mesh.shard_mesh`` and filled, and the names of its tensors.
+    """The model, its parameters sharded by rows over ``mesh.shard_mesh`` and loaded, and the names of its tensors. Collective.
 
-    Collective.
+    Freezing parameters is left to the caller. Gradients are summed over the shards in float32, not averaged.
 
-    ``check`` is called after every tensor. Frozen or not is left to the caller.
-    Gradients are summed over the shards in float32, not averaged.
+    Args:
+        check: called after every tensor; may raise.
 
     Raises:
-        UserError: the checkpoint does not fit the model name by name (the first offenders are named).
+        UserError: the checkpoint does not match the model name by name (the first mismatches are named).
     """
     with together():
         hf_config = check_type(folder, config)
@@ -56,9 +56,10 @@ def load(
 
 
 def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
-    """Cut the parameters by rows with FSDP2, each decoder layer a unit. Gradients are summed in float32.
+    """Shard the parameters by rows with FSDP2, one unit per decoder layer. Gradients are summed in float32.
 
-    So is an embedding that is not the head, too: it is needed at the beginning alone, the rest at the end.
+    An embedding that shares no weight with the head is a unit of its own: it is needed at the start of a forward, the head at the
+    end.
     """
     recompute(model, config)
     options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
@@ -69,7 +70,7 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
     if (embedding := own_embedding(model)) is not None:
         fully_shard(embedding, **options)
         first = decoder_layers(model)[0]
-        # itself, so nothing: FSDP would gather the embedding again
+        # only itself, which prefetches nothing: by default FSDP would gather the embedding again
         first.set_modules_to_backward_prefetch([first])  # type: ignore[operator]
     fully_shard(model, **options)
     for module in model.modules():
@@ -79,7 +80,7 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
 
 
 def compute_buffers(model: PreTrainedModel) -> None:
-    """Fill the buffers that no checkpoint holds (rotary frequencies, embedding scales), as transformers does."""
+    """Compute the buffers that checkpoints do not hold (rotary frequencies, embedding scales), as transformers does."""
     stored = set(tensors(model))
     for name, module in model.named_modules():
         computed = {
@@ -96,7 +97,10 @@ def compute_buffers(model: PreTrainedModel) -> None:
         model._init_weights(module)
         for key, buffer in computed.items():
             if buffer.isnan().any():
-                raise UserError(f"{type(model).__name__}: transformers does not say how to compute the buffer {key}")
+                raise UserError(
+                    f"{type(model).__name__}: not supported: transformers does not initialise the buffer {key}, "
+                    "which checkpoints do not hold"
+                )
 
 
 @torch.no_grad()
@@ -110,13 +114,13 @@ def _fill(model: PreTrainedModel, files: ModelFolder, names: NameMap, check: Cal
 
 
 @torch.no_grad()
-def _verify(model: PreTrainedModel, files: ModelFolder, names: NameMap, chance: random.Random) -> None:
-    """Compare a random row of every tensor, as the model holds it, with the file read whole. Catches rows in wrong places."""
+def _verify(model: PreTrainedModel, files: ModelFolder, names: NameMap, rng: random.Random) -> None:
+    """Compare a random row of every tensor in the model with the bytes of its file. Catches misplaced rows."""
     for name, tensor in tensors(model).items():
         begin, end = rows_of(tensor)
         if end <= begin:
             continue
-        row = chance.randrange(begin, end)
+        row = rng.randrange(begin, end)
         local = local_tensor(tensor)
         info = files.info(names.stored[name])
         if local.shape[1:] != torch.Size(info["shape"][1:]) or local.shape[0] != end - begin:

@@ -1,4 +1,4 @@
-"""Names of a model's tensors, and their names in its checkpoint."""
+"""The names of a model's tensors in the model and in its checkpoint."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class NameMap:
 
     @cached_property
     def parameter(self) -> dict[str, str]:
-        """The other way round: the name in the model, by that in the checkpoint."""
+        """The inverse map: the name in the model, by the name in the checkpoint."""
         return {stored: name for name, stored in self.stored.items()}
 
     @classmethod
     def between(cls, own: Iterable[str], stored: Container[str], prefix: str) -> NameMap:
-        """Pair what there is: a tensor has its own name in the files, or that without the base model's ``prefix``."""
+        """Map each of ``own`` to its name in ``stored``: itself, or itself without ``prefix``. Those not stored are left out."""
         pairs = {}
         for name in own:
             short = name.removeprefix(f"{prefix}.")
@@ -43,13 +43,13 @@ class NameMap:
 
 
 def of_folder(folder: Path, trust_remote_code: bool = False) -> NameMap:
-    """The map of a model folder. Reads no weights. Raises ``UserError``: as :func:`match`."""
+    """The map of a model folder. Reads no weights. Raises ``UserError`` like :func:`match`."""
     config = ModelConfig(path=str(folder), trust_remote_code=trust_remote_code)
     return match(build(check_type(folder, config), config), ModelFolder(folder))
 
 
 def match(model: PreTrainedModel, files: ModelFolder) -> NameMap:
-    """The map between a model, which may be without memory, and its files.
+    """The map between a model, which may be on the meta device, and its files.
 
     Raises:
         UserError: a tensor is absent, of another shape, or left over.
@@ -63,7 +63,7 @@ def match(model: PreTrainedModel, files: ModelFolder) -> NameMap:
                     raise UserError(
                         f"model.path {files.folder}: {name} would have to be converted ({steps}): not supported"
                     )
-    # tied: one that is shared with another
+    # names of tied parameters, which a checkpoint may hold as well
     aliases = {name for name, _ in model.named_parameters(remove_duplicate=False)} - set(own)
     names = NameMap.between(own, files.file_of, model.base_model_prefix)
     problems = []

@@ -104,7 +104,7 @@ def test_a_hub_is_reached_through_a_proxy(config, environment):
         )
         server.shutdown()
     line = user_error(run)
-    assert "no such folder, and not to be had from the hub: " in line
+    assert "no such folder, and the hub does not provide it: " in line
     assert "404" in line
     assert len(asked) > 1
     assert {path.split("/")[2] for path in asked} == {"hub.invalid"}
