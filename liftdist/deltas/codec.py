@@ -1,4 +1,4 @@
-"""Sorted indices as bytes: the gaps between them as LEB128 numbers, seven bits a byte."""
+"""Sorted indices as bytes: the gaps between them as LEB128 numbers, seven bits per byte."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 def encode(indices: Tensor) -> Tensor:
-    """LEB128: seven bits a byte, the lowest first, the eighth set in all bytes of a number but the last."""
+    """``[bytes]`` uint8, LEB128: seven bits per byte, lowest first; the eighth is set in all but a number's last byte."""
     gaps = np.diff(indices.numpy(), prepend=0).astype(np.uint64)
     lengths = np.ones(len(gaps), dtype=np.int64)
     for bits in range(7, 63, 7):
         lengths += gaps >= (1 << bits)
     ends = np.cumsum(lengths)
-    coded = np.zeros(-(-int(ends[-1]) // 8) * 8 if len(ends) else 0, dtype=np.uint8)  # aligned for what follows
+    coded = np.zeros(-(-int(ends[-1]) // 8) * 8 if len(ends) else 0, dtype=np.uint8)  # aligns the next tensor
     for place in range(int(lengths.max(initial=0))):
         chosen = lengths > place
         more = (lengths[chosen] > place + 1).astype(np.uint8) << 7
@@ -24,11 +24,11 @@ def encode(indices: Tensor) -> Tensor:
 
 
 def decode(coded: Tensor, count: int) -> Tensor:
-    """``[count]`` int64. Raises ``ValueError`` if there are not as many, or they do not ascend."""
+    """``[count]`` int64. Raises ``ValueError`` if the number of indices is another, or they do not ascend."""
     raw = coded.numpy()
     ends = np.flatnonzero(raw < 128)[:count] + 1
     if len(ends) != count or len(raw) - (int(ends[-1]) if count else 0) >= 8:
-        raise ValueError("the number of indices is not what it must be")
+        raise ValueError(f"the number of indices is not {count}, as the metadata states")
     starts = np.concatenate([[0], ends[:-1]])
     gaps = np.zeros(count, dtype=np.int64)
     lengths = ends - starts

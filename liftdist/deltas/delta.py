@@ -1,4 +1,4 @@
-"""The difference that fine-tuning made, as one small file, and what can be done with it.
+"""The sparse difference between a base model and a fine-tuned one, its file layout, and how it is applied.
 
     delta.safetensors, for each tensor NAME of the base model that changed, by its name in the Hugging Face checkpoint:
         NAME.gaps      [bytes] uint8   k sorted flat indices: the first, then each less the one before, as LEB128 numbers
@@ -8,8 +8,8 @@
 
     apply: t[indices] = values, where t[indices] was base          undo: t[indices] = base, where t[indices] was values
 
-Both are exact to the bit, and refused, before anything is written, where the tensors are not what they must be. A bf16 model
-costs about 5 bytes a changed weight, and 3 without base values.
+Both are bit-exact. If a tensor does not hold the expected values, an error is raised before anything is written. A bf16 model
+takes about 5 bytes per changed weight, 3 without base values.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Change:
     """What changed in one tensor."""
 
     shape: tuple[int, ...]
-    stored: torch.dtype  # of the base model's file
+    stored: torch.dtype  # dtype in the base model's file
     indices: Tensor  # [k] int64, flat, sorted
-    values: Tensor  # [k], of the dtype that holds both the base's and the trained values
-    base: Tensor | None  # [k] likewise
+    values: Tensor  # [k], in the dtype that represents both base and trained values exactly
+    base: Tensor | None  # [k], the base values in the same dtype
 
     def rows(self, begin: int, end: int) -> Change:
         """The part in rows ``[begin, end)``, with indices into them."""
@@ -47,7 +47,7 @@ class Change:
         )
 
     def to(self, dtype: torch.dtype) -> Change:
-        """The same for a model that was loaded in another dtype."""
+        """The change for a model that was loaded in another dtype."""
         base = None if self.base is None else self.base.to(dtype)
         return Change(self.shape, dtype, self.indices, self.values.to(dtype), base)
 
@@ -56,19 +56,19 @@ class Change:
 class Delta:
     """Changes of a base model, read one tensor at a time."""
 
-    origin: Path
-    base: str  # digest of the base model
+    location: Path  # the file or folder that it was read from
+    base_digest: str  # digest of the base model
     names: list[str]
     get: Callable[[str], Change]
 
 
 def changed(delta: Delta) -> Iterator[tuple[str, Change]]:
-    """The tensors that did change. Raises ``UserError`` for a value that is not finite."""
+    """The tensors that differ from the base. Raises ``UserError`` for a value that is not finite."""
     for name in delta.names:
         change = delta.get(name)
         if change.indices.numel():
             if not is_finite(change.values):
-                raise UserError(f"{delta.origin}: {name} holds a value that is not finite")
+                raise UserError(f"{delta.location}: {name} holds a value that is not finite")
             yield name, change
 
 
@@ -84,12 +84,12 @@ def check_fits(name: str, indices: Tensor, size: int) -> None:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    """The same memory as integers: equal when the bits are, which NaN and -0.0 make a difference."""
+    """The same memory as integers, to compare bits: NaN equals itself, -0.0 does not equal 0.0."""
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
 def edit(name: str, tensor: Tensor, undo: Change | None, apply: Change | None) -> Tensor:
-    """``tensor`` without one change and with another, as a new tensor. Raises ``UserError`` if it is not what they start from."""
+    """A new tensor: ``tensor`` with ``undo`` undone and ``apply`` applied. Raises ``UserError`` for unexpected values."""
     for change in (undo, apply):
         if change is not None and tuple(tensor.shape) != change.shape:
             raise UserError(f"{name} is {list(tensor.shape)}, the delta is for {list(change.shape)}")
@@ -114,11 +114,11 @@ def _replace(name: str, tensor: Tensor, indices: Tensor, old: Tensor | None, new
 
 
 def by_name(name: str, delta: Delta | None) -> Change | None:
-    """The change of a tensor, if there is one."""
+    """The change of a tensor, or None."""
     return delta.get(name) if delta is not None and name in delta.names else None
 
 
 def check_same_base(apply: Delta | None, undo: Delta | None) -> None:
     """Raises ``UserError`` unless two deltas can be swapped."""
-    if apply is not None and undo is not None and apply.base != undo.base:
-        raise UserError(f"{apply.origin} and {undo.origin} are for different base models")
+    if apply is not None and undo is not None and apply.base_digest != undo.base_digest:
+        raise UserError(f"{apply.location} and {undo.location} are for different base models")

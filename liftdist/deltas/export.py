@@ -1,4 +1,4 @@
-"""Exports: a delta in the form that other software reads."""
+"""Export of a delta to formats that other software reads."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from liftdist.registry import EXPORT_FORMATS
 
 
 def export(
-    delta: Delta, base: Path, target: Path, format: str, cache_dir: Path, dtype: torch.dtype | None = None
+    delta: Delta, base_folder: Path, target: Path, format: str, cache_dir: Path, dtype: torch.dtype | None = None
 ) -> None:
     """Write ``delta`` in a format of :data:`liftdist.registry.EXPORT_FORMATS`.
 
     Args:
-        dtype: of a whole model; that of its base by default.
+        dtype: of an exported model; that of its base by default.
 
     Raises:
-        UserError: an unknown format; ``base`` is not the base model; ``target`` exists or cannot be written.
+        UserError: an unknown format; ``base_folder`` is not the base model; ``target`` exists or cannot be written.
     """
     write = EXPORT_FORMATS.load(format).write
-    if weights.digest(base, cache_dir) != delta.base:
-        raise UserError(f"{base}: is another model than the base of {delta.origin}; --base must name that")
-    write(delta, base, target, dtype)
+    if weights.digest(base_folder, cache_dir) != delta.base_digest:
+        raise UserError(f"{base_folder}: is not the base model of {delta.location}; --base must name its folder")
+    write(delta, base_folder, target, dtype)

@@ -1,4 +1,4 @@
-"""Delta files: written whole or not at all, checked whole when read."""
+"""Delta files: written atomically, validated completely when read."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ PATCH_FORMAT = "sparse-patch"
 
 
 def read(path: Path) -> Delta:
-    """The delta in a file, all of it checked.
+    """The delta in a file, validated completely.
 
     Raises:
-        UserError: the file is absent, cut short, damaged, or no delta; an index out of range; a value that is not finite.
+        UserError: the file is absent, truncated, damaged, or not a delta; an index out of range; a value that is not finite.
     """
     try:
         entries = safetensors_io.header(path)
@@ -36,13 +36,13 @@ def read(path: Path) -> Delta:
             raise ValueError(f"is {kind}, not a delta that this version reads")
         tensors = json.loads(metadata["tensors"])
         if _contents_digest(path) != metadata["sha256"]:
-            raise ValueError("its contents do not have the hash they were written with")
+            raise ValueError("its contents do not match the sha256 in its metadata")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except struct.error:
-        raise UserError(f"{path}: is empty or cut short") from None
+        raise UserError(f"{path}: is empty or truncated") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path}: damaged, or no delta: {error}") from None
+        raise UserError(f"{path}: damaged, or not a delta: {error}") from None
 
     def get(name: str) -> Change:
         about = tensors[name]
@@ -70,10 +70,13 @@ def read(path: Path) -> Delta:
 
 
 def write(delta: Delta, path: Path, with_base: bool = True) -> None:
-    """Write a delta, whole or not at all.
+    """Write a delta file atomically.
+
+    Args:
+        with_base: include the base values, without which a delta cannot be undone.
 
     Raises:
-        UserError: a value is not finite.
+        UserError: a value is not finite, or ``path`` exists or cannot be written.
     """
     tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
@@ -85,7 +88,7 @@ def write(delta: Delta, path: Path, with_base: bool = True) -> None:
         about[name] = {"shape": list(change.shape), "stored": stored, "count": change.indices.numel()}
     metadata = {
         "format": FORMAT,
-        "base": delta.base,
+        "base": delta.base_digest,
         "tensors": json.dumps(about),
         "sha256": safetensors_io.digest_of(sorted(tensors.items())),
     }
@@ -93,9 +96,9 @@ def write(delta: Delta, path: Path, with_base: bool = True) -> None:
 
 
 def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically. Raises ``UserError`` if it exists or cannot be written."""
     if path.exists():
-        raise UserError(f"{path}: exists")
+        raise UserError(f"{path}: exists; remove it or give another path")
     try:
         with files.written_beside(path) as temporary:
             save_file(tensors, temporary, metadata)

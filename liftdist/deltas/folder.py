@@ -1,6 +1,6 @@
-"""Model folders made from a delta: applied, undone, swapped, merged, or in the forms that other software reads.
+"""Model folders made from a delta: applied, undone, swapped or merged.
 
-A folder is written beside its place, file by file, and takes its name in one step when it is complete.
+A folder is written under a temporary name beside its target, file by file, and renamed in one step when it is complete.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ def change_folder(
 ) -> Path:
     """Apply a delta to a Hugging Face folder, undo one, or swap one for another: to a new folder, or in place.
 
-    In place the finished folder takes the old one's name in one step: there is no moment at which the folder is a mixture.
+    In place, the complete new folder replaces the old one atomically: the folder is never a mixture of both.
 
     Raises:
-        UserError: the folder is not the model that the delta starts from, or cannot be replaced in one step.
+        UserError: the folder is not the model that the delta applies to, or cannot be replaced atomically.
     """
     stored = ModelFolder(folder)
     deltas.check_same_base(apply, undo)
@@ -45,17 +45,21 @@ def change_folder(
     assert started_from is not None
     for name in [name for delta in (apply, undo) if delta for name in delta.names]:
         if name not in stored.file_of:
-            raise UserError(f"{folder}: has no {name}, which {started_from.origin} changes")
-    try:  # everything that is wrong, before anything is written
+            raise UserError(f"{folder}: has no {name}, which {started_from.location} changes")
+    try:  # check everything before anything is written
         found = weights.digest(folder, cache_dir) if undo is None else _digest_without(stored, undo)
-        if found != started_from.base:
-            what = f"differs in more than {undo.origin} changed from" if undo else "is another model than"
-            raise UserError(f"{what} the base of {started_from.origin} ({found[:12]}, not {started_from.base[:12]})")
+        if found != started_from.base_digest:
+            undone = f"with {undo.location} undone, " if undo else ""
+            remedy = "" if undo else "; undo a delta that was applied to it, or swap with --instead-of"
+            raise UserError(
+                f"{undone}is not the base model of {started_from.location} "
+                f"({found[:12]}, not {started_from.base_digest[:12]}){remedy}"
+            )
         for name in apply.names if apply else ():
             change = started_from.get(name)
             if output is None and change.base is None:
                 raise UserError(
-                    f"{started_from.origin} holds no base values, so this could not be taken back; give --output"
+                    f"{started_from.location} holds no base values, so this could not be undone; give --output"
                 )
             deltas.edit(name, stored.read(name), deltas.by_name(name, undo), change)
     except UserError as error:
@@ -73,7 +77,7 @@ def change_folder(
 
 
 def _digest_without(stored: ModelFolder, undo: Delta) -> str:
-    """What the digest of a folder would be with a delta undone."""
+    """The digest of a folder's weights with a delta undone."""
     tensors = {}
     for name in stored.file_of:
         tensor = deltas.edit(name, stored.read(name), deltas.by_name(name, undo), None)
@@ -89,19 +93,22 @@ def rewrite(
     finish: Callable[[Path], None],
     replace: bool = False,
 ) -> None:
-    """Write a model folder, file by file, its files shared by the ranks; it appears under its name when it is complete.
+    """Write a model folder, its files split over the ranks; it appears under its name when it is complete. Collective.
 
     Args:
-        edit: from a tensor's name and value, what takes its place.
-        finish: completes the folder, on one rank, before it appears.
-        replace: take the place of a folder that exists.
+        edit: maps a tensor's name and value to the new value.
+        finish: adds the other files to the folder, on rank 0, before it appears.
+        replace: replace an existing folder.
+
+    Raises:
+        UserError: ``target`` exists, cannot be written, or cannot be replaced atomically.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made: Path | None = None
     with together(), disk_errors(target):
         if rank == 0:
             if target.exists() and not replace:
-                raise UserError(f"{target}: exists")
+                raise UserError(f"{target}: exists; remove it or give another path")
             made = files.folder_beside(target)
             if replace:
                 _check_exchange(made, target)
@@ -114,12 +121,12 @@ def rewrite(
             if rank == 0:
                 _write_index(stored, temporary, total)
                 finish(temporary)
-                _take_modes(temporary, target if replace else None)
+                _set_permissions(temporary, target if replace else None)
                 permissions = target.stat().st_mode & 0o777 if replace else 0o777
                 files.publish(temporary, target, permissions, _exchange if replace else None)
     finally:
         if rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)  # what is left of a failure, or the replaced folder
+            shutil.rmtree(temporary, ignore_errors=True)  # what a failure left, or the replaced folder
 
 
 def _write_weights(
@@ -139,7 +146,7 @@ def _write_weights(
 
 
 def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:
-    """The index of the weight files, where there is one: as it was, but for their size."""
+    """Write the index of the weight files, if there is one, with the new total size."""
     if not (stored.folder / check.INDEX).exists():
         return
     index = json.loads((stored.folder / check.INDEX).read_text())
@@ -150,8 +157,8 @@ def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:
         (folder / check.INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _take_modes(folder: Path, old: Path | None) -> None:
-    """Files get the permissions that those of their name have in the folder they replace, or that the umask gives."""
+def _set_permissions(folder: Path, old: Path | None) -> None:
+    """Give files the permissions of their namesakes in the folder they replace, or those of the umask."""
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
             before = old / path.name if old else None
@@ -161,7 +168,7 @@ def _take_modes(folder: Path, old: Path | None) -> None:
 
 @contextlib.contextmanager
 def disk_errors(target: Path) -> Iterator[None]:
-    """Turns an error of the disk into a ``UserError``."""
+    """Raises errors of the file system as ``UserError``."""
     try:
         yield
     except OSError as error:
@@ -171,7 +178,7 @@ def disk_errors(target: Path) -> Iterator[None]:
 
 
 def _check_exchange(folder: Path, target: Path) -> None:
-    """Raises ``UserError`` now, rather than when everything is written, where folders cannot be exchanged."""
+    """Raises ``UserError`` before anything is written if folders cannot be exchanged."""
     pair = [folder / name for name in ("first", "second")]
     for path in pair:
         path.mkdir()
@@ -184,7 +191,7 @@ def _check_exchange(folder: Path, target: Path) -> None:
 
 
 def _exchange(first: Path, second: Path) -> None:
-    """Exchange the names of two folders in one step. Raises ``UserError`` where the file system cannot."""
+    """Exchange the names of two folders atomically. Raises ``UserError`` if the file system cannot."""
     at_fdcwd, rename_exchange = -100, 2
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0:
@@ -198,12 +205,12 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def _copy_others(stored: ModelFolder, target: Path) -> None:
-    """Everything in a model folder but its weights."""
+    """Copy everything in a model folder except its weights."""
     written = {*stored.file_of.values(), check.INDEX}
     for path in stored.folder.iterdir():
         if path.name in written:
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.copytree(path, target / path.name, symlinks=True)
-        elif path.exists():  # a link into a cache becomes the file that it names
+        elif path.exists():  # a link, for example into a cache, becomes a copy of its target
             shutil.copy2(path, target / path.name)

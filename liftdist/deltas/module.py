@@ -1,4 +1,4 @@
-"""Deltas on a model in memory, sharded or not."""
+"""Deltas applied to a model in memory, sharded or not."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | N
     Everything is checked before anything is written.
 
     Raises:
-        UserError: the model does not hold a tensor, or not with the shape and weights that the delta starts from.
+        UserError: the model lacks a tensor, or holds it with another shape or other weights than the delta expects.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
-            part.reshard()  # after a forward some parameters may be gathered copies
+            part.reshard()  # after a forward, some parameters may be gathered copies
     params = dict(module.named_parameters())
     stored = dict.fromkeys(name for delta in (apply, undo) if delta for name in delta.names)
     names = NameMap.between(params, stored, getattr(module, "base_model_prefix", "")).parameter

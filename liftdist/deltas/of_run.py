@@ -1,4 +1,4 @@
-"""Where deltas come from: a checkpoint of a run, or two model folders."""
+"""Deltas from a checkpoint of a run, or from two model folders."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ from liftdist.runs import checkpoint, claims
 from liftdist.runs.checkpoint import Step
 
 
-def of_run(step: Step, base: Path) -> Delta:
-    """What a run has changed by a checkpoint.
+def of_run(step: Step, base_folder: Path) -> Delta:
+    """What a run changed up to a checkpoint.
 
     Raises:
-        UserError: ``base`` does not hold the parameters.
+        UserError: ``base_folder`` lacks parameters of the run.
     """
-    stored_files = ModelFolder(base)
+    stored_files = ModelFolder(base_folder)
     trained = step.manifest.parameters
     names = NameMap(step.manifest.snapshot.names)
-    if not names.stored:  # written before the map was kept
+    if not names.stored:  # a checkpoint of a version that did not save the map
         prefix = next(iter(trained)).partition(".")[0]
         names = NameMap.between(trained, stored_files.file_of, prefix)
     for name in trained:
         if names.stored.get(name) not in stored_files.file_of:
-            raise UserError(f"{base}: has no {name}, which the run trained; --base must name the model it started from")
+            raise UserError(
+                f"{base_folder}: has no {name}, which the run trained; --base must name the model it started from"
+            )
 
     def get(stored: str) -> Change:
         try:
             indices, values = step.touched(names.parameter[stored])
         except FileNotFoundError:
-            raise UserError(f"{step.folder}: was removed meanwhile; a file named keep in it keeps it") from None
+            raise UserError(
+                f"{step.folder}: was removed during the export; a file named keep in a checkpoint prevents that"
+            ) from None
         tensor = stored_files.read(stored)
         dtype = torch.promote_types(tensor.dtype, values.dtype)
         check_fits(stored, indices, tensor.numel())
@@ -49,11 +53,11 @@ def of_run(step: Step, base: Path) -> Delta:
     return Delta(step.folder, step.manifest.provenance.base, list(names.parameter), get)
 
 
-def between(before: Path, after: Path, base: str) -> Delta:
-    """What changed between two folders of one architecture; ``base`` is the digest of the first.
+def between(before: Path, after: Path, base_digest: str) -> Delta:
+    """What changed between two folders of one architecture; ``base_digest`` is that of the first.
 
     Raises:
-        UserError: they do not hold the same tensors.
+        UserError: their tensors differ in names or shapes.
     """
     old, new = ModelFolder(before), ModelFolder(after)
     if missing := sorted(set(old.file_of) ^ set(new.file_of)):
@@ -70,13 +74,13 @@ def between(before: Path, after: Path, base: str) -> Delta:
         indices = (bits(flat) != bits(other)).nonzero().squeeze(1)
         return Change(tuple(first.shape), first.dtype, indices, other[indices], flat[indices])
 
-    return Delta(after, base, sorted(old.file_of), get)
+    return Delta(after, base_digest, sorted(old.file_of), get)
 
 
 def of_run_dir(
-    run_dir: Path, number: int | None, base: Path | None, say: Callable[[str], None] = lambda _: None
+    run_dir: Path, number: int | None, base_folder: Path | None, say: Callable[[str], None] = lambda _: None
 ) -> tuple[Delta, Path, torch.dtype]:
-    """What a run has changed by a step, or by its newest checkpoint; its base model; the dtype it was trained in.
+    """What a run changed up to step ``number``, or its newest checkpoint; its base model; the dtype it was trained in.
 
     Raises:
         UserError: no such run or checkpoint, a damaged one, or no base model.
@@ -93,12 +97,12 @@ def of_run_dir(
     step = checkpoint.newest(run_dir, steps, 0, 1, say, set_aside=False)
     assert step is not None
     say(f"exporting {step.folder}")
-    if base is None:
+    if base_folder is None:
         try:
-            base = resolve_model(OmegaConf.create(step.manifest.provenance.config).model.path)
+            base_folder = resolve_model(OmegaConf.create(step.manifest.provenance.config).model.path)
         except OmegaConfBaseException as error:
             raise UserError(f"{run_dir}: model.path: {str(error).splitlines()[0]}; give --base") from None
         except UserError as error:
             raise UserError(f"{error}; give --base") from None
     dtype = next(iter(step.manifest.parameters.values())).dtype
-    return of_run(step, base), base, getattr(torch, dtype)
+    return of_run(step, base_folder), base_folder, getattr(torch, dtype)

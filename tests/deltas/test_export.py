@@ -55,7 +55,7 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
         "export", folder / "run", "--step", 3, "--output", tmp_path / "x", *cache, code=2
     )
     other = ("--base", folders[1], "--output", tmp_path / "x")
-    assert "is another model than the base" in liftdist("export", folder / "run", *other, *cache, code=2)
+    assert "is not the base model of" in liftdist("export", folder / "run", *other, *cache, code=2)
 
 
 def test_peft_loads_the_adapter_and_computes_what_the_merged_model_does(trained, folders, tmp_path):
@@ -107,7 +107,10 @@ def test_a_checkpoint_that_is_removed_while_it_is_exported_is_named(trained, fol
     run_dir = shutil.copytree(trained[0] / "run", tmp_path / "run")
     changes, _, _ = of_run.of_run_dir(run_dir, None, folders[0])
     shutil.rmtree(run_dir / "checkpoints")
-    with pytest.raises(UserError, match="step-00000005: was removed meanwhile; a file named keep in it keeps it"):
+    with pytest.raises(
+        UserError,
+        match="step-00000005: was removed during the export; a file named keep in a checkpoint prevents that",
+    ):
         changes.get(changes.names[0])
 
 

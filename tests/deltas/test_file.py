@@ -28,7 +28,7 @@ def test_a_changed_weight_costs_about_five_bytes(folders, deltas, tmp_path):
     assert builders.contents(out) == builders.contents(folders[1])
     copy = shutil.copytree(folders[0], tmp_path / "copy")
     said = liftdist("apply", tmp_path / "slim", copy, "--cache-dir", deltas[2], code=2)
-    assert "holds no base values, so this could not be taken back" in said
+    assert "holds no base values, so this could not be undone" in said
     assert "give --output" in said
     assert "cannot be undone" in liftdist("apply", tmp_path / "slim", out, "--undo", "--cache-dir", deltas[2], code=2)
 
@@ -67,12 +67,12 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
     renamed = {"tensors": json.dumps({key.replace("layers.1", "layers.7"): value for key, value in about.items()})}
     one_name = f"{name}.gaps"
     for problem, path in (
-        ("not a safetensors file|damaged|cut short", folders[0] / check.INDEX),
+        ("not a safetensors file|damaged|truncated", folders[0] / check.INDEX),
         ("No such file", tmp_path / "none"),
-        ("is empty or cut short", tmp_path / "empty"),
+        ("is empty or truncated", tmp_path / "empty"),
         ("is another kind of safetensors file, not a delta", next(folders[0].glob("*.safetensors"))),
         ("short has", tmp_path / "short"),
-        ("do not have the hash", tmp_path / "flipped"),
+        ("do not match the sha256", tmp_path / "flipped"),
         ("not finite", rewrite(one, tmp_path / "nan", **{f"{name}.values": values})),
         ("out of range", rewrite(one, tmp_path / "beyond", **{one_name: codec.encode(beyond)})),
         ("do not ascend", rewrite(one, tmp_path / "twice", **{one_name: twice})),
@@ -82,7 +82,7 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
         ),
         ("the delta is for", rewrite(one, tmp_path / "shape", other_shape)),
         ("damaged|layers.7", rewrite(one, tmp_path / "name", renamed)),
-        ("is another model than the base", rewrite(one, tmp_path / "base", {"base": "0" * 64})),
+        ("is not the base model of", rewrite(one, tmp_path / "base", {"base": "0" * 64})),
     ):
         said = liftdist("apply", path, base, "--cache-dir", cache, code=2)
         assert any(part in said for part in problem.split("|")), (problem, said)

@@ -51,7 +51,7 @@ def test_a_folder_that_differs_elsewhere_is_refused(folders, deltas, tmp_path):
         save_file(tensors, file, {"format": "pt"})
         before = builders.contents(folder)
         said = liftdist("apply", arguments[0], folder, *arguments[1:], "--cache-dir", cache, code=2)
-        assert "the base of" in said
+        assert "is not the base model of" in said
         assert builders.contents(folder) == before
 
 

@@ -1,1 +1,1 @@
-"""Export formats, one a file: ``write(delta, base, target, dtype)``, see :data:`liftdist.registry.EXPORT_FORMATS`."""
+"""Export formats, one per file: ``write(delta, base_folder, target, dtype)``, see :data:`liftdist.registry.EXPORT_FORMATS`."""

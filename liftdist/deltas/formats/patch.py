@@ -15,9 +15,8 @@ from liftdist.deltas import file as delta_file
 from liftdist.deltas.delta import Delta
 
 
-def write(delta: Delta, base: Path, target: Path, dtype: torch.dtype | None = None) -> None:
-    """Write a sparse patch: for each tensor ``NAME.indices`` (flat, int32 or int64) and ``NAME.values``, which are absolute;
-    the shapes are in the metadata."""
+def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Write a sparse patch. Raises ``UserError`` if a value is not finite or ``target`` cannot be written."""
     tensors, shapes = {}, {}
     for name, change in deltas.changed(delta):
         size = int(torch.Size(change.shape).numel())
@@ -25,5 +24,5 @@ def write(delta: Delta, base: Path, target: Path, dtype: torch.dtype | None = No
         tensors[f"{name}.values"] = change.values
         shapes[name] = list(change.shape)
     delta_file.save(
-        tensors, target, {"format": delta_file.PATCH_FORMAT, "base": delta.base, "shapes": json.dumps(shapes)}
+        tensors, target, {"format": delta_file.PATCH_FORMAT, "base": delta.base_digest, "shapes": json.dumps(shapes)}
     )
