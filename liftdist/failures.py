@@ -2,7 +2,7 @@
 
     LIFTDIST_FAILURES/rank-00003.failure.json      one a rank, by the rank itself or by the launcher that saw it die
 
-A rank that merely lost its peers says so in its record: what it saw is noise, unless there is nothing else. Imports no torch.
+A rank that only lost its peers records that: its error is shown only if there is no other. Imports no torch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from liftdist.errors import EXIT_USER_ERROR
 from liftdist.redaction import redact
 
 BUG, USER_ERROR, LOST_PEERS = range(3)  # kinds, the first to show first
-MOST_RANKS = 1 << 20  # of a job; a record that tells of more is none
-#: How gloo says that a peer is gone, in a plain RuntimeError: with the place in its own source, or in just these words.
+MOST_RANKS = 1 << 20  # of a job; a record with more is invalid
+#: How gloo reports a lost peer in a plain RuntimeError: with a location in its own source, or with exactly this text.
 _GLOO = re.compile(
     r"(Gloo connectFullMesh failed with )?\[\S*/gloo/\S+:\d+\] |Application timeout caused pair closure$"
 )
@@ -73,8 +73,8 @@ def record(error: BaseException) -> bool:
 
 
 def _is_lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` is raised by a collective that a peer, or the way to it, has failed; not merely tells of such things."""
-    # what is not imported has raised nothing; and without torch.distributed there is no such class
+    """Whether a collective raised ``error`` because a peer or the connection to it failed; its text alone decides nothing."""
+    # a module that is not imported cannot have raised it
     raised_by_torch = getattr(sys.modules.get("torch.distributed"), "DistError", ())
     return isinstance(error, raised_by_torch) or (type(error) is RuntimeError and _GLOO.match(str(error)) is not None)
 
@@ -101,7 +101,7 @@ def write(folder: Path, failure: Failure) -> bool:
     try:
         files.create(path, json.dumps(asdict(failure)))
     except FileExistsError:
-        return not path.is_symlink()  # which nobody will read
+        return not path.is_symlink()  # links are not read
     except OSError:
         return False
     return True
@@ -121,7 +121,7 @@ def read(folder: Path) -> list[Failure]:
 
 
 def _is_sound(failure: Failure) -> bool:
-    """Whether each field is what it should be: a record may be of another version, or of somebody else."""
+    """Whether each field is what it should be: a record may come from another version or another program."""
     texts = (failure.host, failure.error, failure.trace)
     numbers = (failure.rank, failure.world_size, failure.kind)
     return (
@@ -134,7 +134,7 @@ def _is_sound(failure: Failure) -> bool:
 
 
 def summary(found: Sequence[Failure]) -> str | None:
-    """What to tell the user: one failure, whose it was, and its traceback. None if nothing is known."""
+    """The message for the user: one failure, its rank, and its traceback. None if nothing is known."""
     if not found:
         return None
     first = found[0]
@@ -147,4 +147,4 @@ def summary(found: Sequence[Failure]) -> str | None:
     if not silent:
         return f"{whose} lost its peers first: {first.error}"
     names = ("ranks " if len(silent) > 1 else "rank ") + ", ".join(map(str, silent[:8])) + ", ..." * (len(silent) > 8)
-    return f"{names} ended without a word before the run did; {whose} noticed first: {first.error}"
+    return f"{names} ended without a message before the run did; {whose} noticed first: {first.error}"

@@ -1,4 +1,4 @@
-"""Writing files that are whole or absent, and never through a symbolic link that somebody planted.
+"""Writing files atomically, and never through a symbolic link.
 
 Imports no torch.
 """
@@ -43,7 +43,7 @@ def write(path: Path, text: str) -> None:
 
 
 def create(path: Path, text: str) -> None:
-    """Write a file that must not exist; whoever sees it sees all of it. Raises ``FileExistsError``."""
+    """Write a file that must not exist; it appears complete. Raises ``FileExistsError``."""
     with written_beside(path, text) as temporary:
         os.link(temporary, path)  # unlike a rename, fails if the name is taken
     sync_folder(path.parent)
@@ -111,7 +111,7 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def read(path: Path) -> str:
-    """The text of a file. Raises ``OSError`` for a symbolic link, ``ValueError`` for what is no text."""
+    """The text of a file. Raises ``OSError`` for a symbolic link, ``ValueError`` if it is not text."""
     with open(path, encoding="utf-8", opener=_no_link) as file:
         return file.read()
 

@@ -86,7 +86,7 @@ def check_port(address: str, port: int) -> None:
 
 
 def free_port(seed: int) -> int:
-    """A port of ``PORTS`` on which nobody listens; jobs with different seeds begin to look at different places."""
+    """A port of ``PORTS`` on which nobody listens; jobs with different seeds start at different ports."""
     for offset in range(len(PORTS)):
         port = PORTS[(seed + offset) % len(PORTS)]
         with contextlib.suppress(UserError):

@@ -100,7 +100,7 @@ def test_ranks_that_lose_a_peer_say_so(how, tmp_path):
         found = failures.read(tmp_path / name)
         assert sorted(failure.rank for failure in found) == [0, 1], name
         assert {failure.kind for failure in found} == {failures.LOST_PEERS}, (name, found)
-        assert failures.summary(found).startswith("rank 2 ended without a word before the run did; rank ")
+        assert failures.summary(found).startswith("rank 2 ended without a message before the run did; rank ")
 
 
 def test_a_store_whose_host_has_died_is_a_lost_peer(tmp_path, monkeypatch):

@@ -10,5 +10,5 @@ def test_the_first_failure_is_no_teardown():
     late = Failure(1, 4, "a", 3.0, "KeyError: 'y'", "Traceback", failures.BUG)
     ordered = sorted([lost, late, bug], key=lambda failure: (failure.kind, failure.time))
     assert failures.summary(ordered).startswith("rank 2 on b failed first: KeyError: 'x'")
-    assert failures.summary([lost]).startswith("ranks 1, 2, 3 ended without a word")
+    assert failures.summary([lost]).startswith("ranks 1, 2, 3 ended without a message")
     assert failures.summary([]) is None

@@ -1,4 +1,4 @@
-"""Which nodes of a job are fit, asked before ranks start, and which are gone, asked after they ended.
+"""Node health: which nodes can run, checked before ranks start, and which were lost, checked after they ended.
 
 Runs no command of SLURM, and imports no torch.
 """
@@ -24,18 +24,18 @@ from liftdist.heartbeat import HEARTBEAT
 
 PROBLEMS = "problems.json"  # in the folder of logs: what the check of the nodes found
 NOW = "now"  # a file there, as old as the end of the training step
-SILENT = 4 * HEARTBEAT  # seconds without a sign of life after which a node is taken for dead
+SILENT = 4 * HEARTBEAT  # seconds without a heartbeat after which a node counts as lost
 CHECK_TIMEOUT = 120.0  # seconds that nodes have to find each other
 SLURMD_PORT = 6818  # where nodes listen unless SLURM says otherwise
 COMPARED = ("liftdist", "torch", "transformers")
 
 
 def check(nodes: Sequence[str], logs: Path, head: str, secret: str) -> list[tuple[str, str]]:
-    """On every node at once: the head hears of each of them, and says which are not fit.
+    """Run on every node at once: the head collects a report from each node and returns those that cannot be used.
 
     Args:
         head: address and port at which it listens.
-        secret: of this start of the job; what is said without it is not heard.
+        secret: of this start of the job; reports that are not signed with it are ignored.
 
     Returns:
         On the head ``(node, problem)`` of those to do without; elsewhere nothing.
@@ -51,17 +51,17 @@ def check(nodes: Sequence[str], logs: Path, head: str, secret: str) -> list[tupl
         return []
     others = [name for name in nodes if name != facts["node"]]
     heard = rollcall.hear(others, secret, address, port, CHECK_TIMEOUT) if others else {}
-    for name, said in {facts["node"]: facts, **heard}.items():
+    for name, report in {facts["node"]: facts, **heard}.items():
         for key in ("python", *COMPARED):
-            if said.get(key) != facts[key]:  # one of another version may say less
-                raise UserError(f"{name} has {key} {said.get(key, 'unknown')}, but {facts['node']} has {facts[key]}")
-        if said.get("problem"):
-            raise UserError(f"{name}: {said['problem']}")
-    return [(name, f"no word within {CHECK_TIMEOUT:.0f} s") for name in others if name not in heard]
+            if report.get(key) != facts[key]:  # another version may report fewer keys
+                raise UserError(f"{name} has {key} {report.get(key, 'unknown')}, but {facts['node']} has {facts[key]}")
+        if report.get("problem"):
+            raise UserError(f"{name}: {report['problem']}")
+    return [(name, f"no report within {CHECK_TIMEOUT:.0f} s") for name in others if name not in heard]
 
 
 def facts_of(node: str, logs: Path) -> Report:
-    """What this node, ``node``, tells of itself."""
+    """The report of this node."""
     facts: Report = {
         "node": node,
         "python": platform.python_version(),
@@ -77,13 +77,13 @@ def facts_of(node: str, logs: Path) -> Report:
     return facts
 
 
-def silent(nodes: Sequence[str], logs: Path, said: str) -> list[str]:
-    """Nodes that are gone: not heard of, out of reach, or down by SLURM's word."""
+def lost(nodes: Sequence[str], logs: Path, scontrol_output: str) -> list[str]:
+    """Nodes that are lost: without heartbeats, unreachable, or down according to SLURM."""
     gone = {name for name, problem in _problems(logs) if problem}
     with contextlib.suppress(FileNotFoundError):
-        gone.update(unheard(nodes, logs, (logs / NOW).lstat().st_mtime))
+        gone.update(without_heartbeat(nodes, logs, (logs / NOW).lstat().st_mtime))
     addresses = {}
-    for block in re.split(r"(?m)^(?=NodeName=)", said):
+    for block in re.split(r"(?m)^(?=NodeName=)", scontrol_output):
         found = {
             key: re.search(rf"(?m)(?:^|\s){key}=(\S+)", block) for key in ("NodeName", "State", "NodeAddr", "Port")
         }
@@ -98,7 +98,7 @@ def silent(nodes: Sequence[str], logs: Path, said: str) -> list[str]:
     return [name for name in nodes if name in gone]
 
 
-def unheard(nodes: Sequence[str], logs: Path, now: float | None = None) -> list[str]:
+def without_heartbeat(nodes: Sequence[str], logs: Path, now: float | None = None) -> list[str]:
     """Nodes whose last sign of life is much older than ``now``, or than that of the others, and that did not say goodbye."""
     heard: dict[int, float] = {}
     for path in logs.glob("node-*.json"):

@@ -3,7 +3,7 @@
     begin -> check, on every node -> training -> end: done, requeue, restart, fail, or nothing because SLURM or a user acts
 
 ``slurm/train.sbatch`` runs these three and does what they say. No exit code of a rank decides anything: what counts is what the
-run directory holds, what SLURM says of job and nodes, and which nodes have been heard of.
+run directory holds, what SLURM says of job and nodes, and which nodes sent heartbeats.
 
 Runs no command of SLURM, so that it works inside a container, and imports no torch.
 """
@@ -125,7 +125,7 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
         _check_requeued(config, run_dir, start, step)
         preflight.check(config, ranks_per_node(config) * len(nodes), training=True)
     except UserError as error:
-        if os.path.lexists(run_dir / history.JOBS):  # those that wait for this job must hear of it
+        if os.path.lexists(run_dir / history.JOBS):  # jobs that wait for this one read it there
             history.note(run_dir, "end", **start, cause=None, action="fail", step=step, message=str(error))
         raise
     head = network.outgoing_address(network.resolve(nodes[1])) if len(nodes) > 1 else "127.0.0.1"
@@ -137,7 +137,7 @@ def begin(arguments: Sequence[str], nodes: Sequence[str]) -> list[str]:
     except OSError as error:
         raise UserError(f"{files.reason(error)}; remove it") from None
     given = split_arguments(resolved)[0][0]
-    kept = logs / "config.yaml"  # whoever edits his file now means another run
+    kept = logs / "config.yaml"  # edits of the file from now on are meant for other runs
     files.write(kept, Path(given).read_text())
     resolved[resolved.index(given)] = str(kept)
     output = str(Path("/proc/self/fd/2").readlink())
@@ -172,9 +172,9 @@ def _check_requeued(config: Config, run_dir: Path, start: history.Event, step: i
     last = mine[-1]
     before = [event for event in events if event is not last]
     if last["event"] == "start":
-        silent = health.unheard(last["nodes"], layout.logs(run_dir, history.start_name(last)))
-        of = f", {', '.join(silent)} first" if silent else ""
-        message = f"ended without a word at step {step}{of}: a node was lost, or the job was killed"
+        missing = health.without_heartbeat(last["nodes"], layout.logs(run_dir, history.start_name(last)))
+        of = f", {', '.join(missing)} first" if missing else ""
+        message = f"ended without a message at step {step}{of}: a node was lost, or the job was killed"
         lost = {key: last[key] for key in ("job", "start", "family")}
         history.note(run_dir, "end", **lost, cause=history.NODE_FAILURE, action="nothing", step=step, message=message)
         print(f"liftdist: start {history.start_name(last)} {message}", file=sys.stderr)
@@ -198,19 +198,19 @@ class Verdict:
 
 
 def end(
-    arguments: Sequence[str], nodes: Sequence[str], logs: Path, said: str, warned: bool, terminated: bool
+    arguments: Sequence[str], nodes: Sequence[str], logs: Path, scontrol_output: str, warned: bool, terminated: bool
 ) -> Verdict:
     """What the end of the training step means.
 
     Args:
-        said: what ``scontrol show job`` and ``scontrol show node`` print.
-        warned: the batch script was told that the time limit is near.
-        terminated: the batch script was told to end.
+        scontrol_output: what ``scontrol show job`` and ``scontrol show node`` print.
+        warned: the batch script was warned of the time limit.
+        terminated: the batch script was asked to end.
     """
     config, _, _ = _load(arguments)
     run_dir = Path(config.run_dir).expanduser()
     start, events, step = history.this_start(), history.read(run_dir), history.committed_step(run_dir)
-    verdict = _judge(run_dir, start, nodes, logs, said, warned, terminated, step)
+    verdict = _judge(run_dir, start, nodes, logs, scontrol_output, warned, terminated, step)
     if verdict.action == "requeue":
         assert verdict.cause is not None
         problem = history.refusal(config, events, start["family"], verdict.cause, step)
@@ -221,7 +221,7 @@ def end(
         if sum(event["step"] == step for event in in_a_row) >= config.slurm.max_restarts:
             verdict = replace(verdict, action="fail")
     if verdict.exclude:  # besides those that were left out before
-        known = scheduler.fields(said).get("ExcNodeList", "(null)")
+        known = scheduler.fields(scontrol_output).get("ExcNodeList", "(null)")
         verdict = replace(verdict, exclude=[*([known] if known != "(null)" else []), *verdict.exclude])
     fields = dict(cause=verdict.cause, action=verdict.action, step=step, message=verdict.message)
     history.note(run_dir, "end", **start, **fields, exclude=verdict.exclude)
@@ -233,7 +233,7 @@ def _judge(
     start: history.Event,
     nodes: Sequence[str],
     logs: Path,
-    said: str,
+    scontrol_output: str,
     warned: bool,
     terminated: bool,
     step: int,
@@ -242,7 +242,7 @@ def _judge(
     found = failures.read(logs)
     if outcome == "finished":
         return Verdict("done", f"finished at step {step}", 0)
-    known = scheduler.fields(said)
+    known = scheduler.fields(scontrol_output)
     saved = f"saved step {step}" if step else "before anything was saved"
     time_limit = Verdict("requeue", f"time limit, {saved}", 1, history.TIME_LIMIT)
     if "JobState" not in known:  # this node may be the one that is cut off, and the job run elsewhere by now
@@ -250,7 +250,7 @@ def _judge(
             return time_limit
         return Verdict("nothing", f"SLURM does not answer at step {step}, and decides by itself", 1)
     if int(known.get("Restarts", 0)) > environment.SLURM_RESTART_COUNT.get(0):
-        lost = health.silent(nodes, logs, said)
+        lost = health.lost(nodes, logs, scontrol_output)
         without = f" without {', '.join(lost)}" if lost else ""
         return Verdict(
             "nothing", f"requeued by SLURM at step {step}{without}", 0, history.NODE_FAILURE if lost else None, lost
@@ -261,9 +261,11 @@ def _judge(
         return Verdict("requeue", f"preempted, {saved}", 1, history.PREEMPTED)
     crashed = outcome != "stopped" and bool(found) and found[0].kind == failures.BUG
     if not crashed:
-        silent = [] if outcome == "stopped" else health.silent(nodes, logs, said)
-        if silent:
-            return Verdict("requeue", f"lost {', '.join(silent)} at step {step}", 1, history.NODE_FAILURE, silent)
+        lost_nodes = [] if outcome == "stopped" else health.lost(nodes, logs, scontrol_output)
+        if lost_nodes:
+            return Verdict(
+                "requeue", f"lost {', '.join(lost_nodes)} at step {step}", 1, history.NODE_FAILURE, lost_nodes
+            )
         if _is_over(known) if terminated else warned:
             return time_limit
         if terminated:
@@ -275,7 +277,7 @@ def _judge(
 
 
 def _outcome(run_dir: Path, start: history.Event) -> str | None:
-    """How the newest attempt at the run by this start of the job ended, by its own word."""
+    """How the newest attempt at the run by this start of the job ended, as it recorded itself."""
     attempts = claims.attempts(run_dir)
     claim, *others = attempts[max(attempts)] if attempts else [{}]
     job = claim.get("job")
@@ -287,11 +289,11 @@ def _outcome(run_dir: Path, start: history.Event) -> str | None:
     return next((event.get("outcome") for event in ends), None)
 
 
-def _is_over(said: Mapping[str, str]) -> bool:
+def _is_over(job: Mapping[str, str]) -> bool:
     """Whether the job's time limit has passed."""
-    limit = scheduler.seconds(said.get("TimeLimit", ""))
+    limit = scheduler.seconds(job.get("TimeLimit", ""))
     try:
-        began = datetime.fromisoformat(said.get("StartTime", "")).timestamp()
+        began = datetime.fromisoformat(job.get("StartTime", "")).timestamp()
     except ValueError:
         return False
     return limit is not None and time.time() >= began + limit - 1

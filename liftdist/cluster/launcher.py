@@ -126,7 +126,7 @@ def _slurm_place(environ: Mapping[str, str] | None) -> Place:
     in_job = environment.LOGS.is_set(environ)
     if nodes == 1:
         return Place(id=start, in_job=True) if in_job else Place()
-    if in_job:  # the batch script has looked for a free port
+    if in_job:  # the batch script has found a free port
         head, port = network.split_endpoint(environment.HEAD.need(environ))
     else:
         names = scheduler.node_names(environment.SLURM_STEP_NODELIST.need(environ))
@@ -152,10 +152,10 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
     nproc = options.nproc or (config.slurm.ranks_per_node if where.in_job else None) or _gpus()
     logs = layout.logs(Path(config.run_dir).expanduser(), where.id) if where.id else None
     with tempfile.TemporaryDirectory(prefix="liftdist-") as scratch:
-        folder = logs or Path(scratch)  # for what nodes and ranks tell
+        folder = logs or Path(scratch)  # for reports of nodes and records of ranks
         report = folder / f"node-{where.node_rank:05d}.json"  # its time is this node's heartbeat
         agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
-        status = Path(scratch) / "status"  # that of ranks, where nobody else can write
+        status = Path(scratch) / "status"  # written by ranks, in a folder that only this user can write to
         variables = _variables(nproc, where, folder, logs) | {environment.STATUS_FILE.name: str(status)}
         files.write(report, json.dumps({"host": platform.node()}))
         torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), "-m", "liftdist.train", *command]
@@ -172,7 +172,7 @@ def launch(config: Config, options: argparse.Namespace, where: Place, command: S
         if known == EXIT_USER_ERROR or (known is None and code):
             print(f"liftdist: {failures.summary(found) or last_words([agent_log])}", file=sys.stderr)
         if known is None and code:
-            again = "the same command goes on from the newest checkpoint, if there is one"
+            again = "the same command continues from the newest checkpoint, if there is one"
             print(f"liftdist: ended by an error; {again}", file=sys.stderr)
         return code if known is None else known
 
@@ -211,7 +211,7 @@ def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]
 
 
 def _variables(nproc: int, where: Place, folder: Path, logs: Path | None) -> dict[str, str]:
-    """The environment of torchrun and the ranks: this one's, with what is not set there."""
+    """The environment of torchrun and the ranks: this process's, with defaults for what is unset."""
     cores = environment.SLURM_CPUS_PER_TASK.get(0) if where.in_job else 0
     cores = cores or len(os.sched_getaffinity(0))
     added = {
@@ -268,7 +268,7 @@ def _supervise(torchrun: list[str], variables: dict[str, str], log: TextIOWrappe
 def _become_torchrun(
     torchrun: list[str], variables: dict[str, str], log: TextIOWrapper, folder: Path, parent: int
 ) -> NoReturn:
-    """In the forked process: run torchrun and leave records of ranks that died without a word."""
+    """In the forked process: run torchrun and leave records of ranks that died without one."""
     code = 1
     try:
         for name in schema.STOP_SIGNALS:  # ranks begin like this, too, until they are ready for them
@@ -279,7 +279,7 @@ def _become_torchrun(
             os._exit(1)
         os.environ.update(variables)
         sys.stderr = log  # its own reports; ranks keep the real one
-        quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is its daily bread
+        quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is expected here
         from torch.distributed import run
         from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
@@ -331,7 +331,7 @@ def last_words(reports: Iterable[Path]) -> str:
             ]
             if lines:
                 return f"torchrun: {lines[-1]}"
-    return "torchrun ended without a word"
+    return "torchrun ended without a message"
 
 
 def _gpus() -> int:

@@ -1,10 +1,10 @@
-"""Nodes of one start find each other: each reports to the head, and has its report confirmed.
+"""The nodes of one start report to the head, which confirms each report.
 
     node -> head    authentication code, space, report as JSON, newline
     head -> node    authentication code of the same report
 
-The codes are HMACs by a secret that only this start of the job has. Whoever else connects is not believed, ends nothing, and
-delays nobody. Imports no torch.
+The codes are HMACs by a secret that only this start of the job has. Other connections are ignored, end nothing and
+delay nobody. Imports no torch.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ def _code(secret: str, what: bytes, report: bytes) -> bytes:
     return hmac.new(secret.encode(), what + b" " + report, hashlib.sha256).hexdigest().encode()
 
 
-def report(said: Report, secret: str, address: str, port: int, seconds: float) -> None:
-    """Tell the head of this start what is to be said of ``said["node"]``, within ``seconds``.
+def report(facts: Report, secret: str, address: str, port: int, seconds: float) -> None:
+    """Send the report of a node to the head of this start, within ``seconds``.
 
     Raises:
         UserError: it cannot be reached.
     """
-    text = json.dumps(said).encode()
+    text = json.dumps(facts).encode()
     line, expected = _code(secret, b"report", text) + b" " + text + b"\n", _code(secret, b"confirm", text)
     ends = time.monotonic() + seconds
     while True:
@@ -50,7 +50,7 @@ def report(said: Report, secret: str, address: str, port: int, seconds: float) -
         except OSError as error:
             problem = error.strerror or str(error)
         if time.monotonic() > ends:
-            raise UserError(f"{said['node']}: cannot reach the head, {address} port {port}: {problem}")
+            raise UserError(f"{facts['node']}: cannot reach the head, {address} port {port}: {problem}")
         time.sleep(_AGAIN)
 
 
@@ -69,7 +69,7 @@ def _ask(line: bytes, size: int, address: str, port: int) -> bytes:
 
 
 def hear(nodes: Collection[str], secret: str, address: str, port: int, seconds: float) -> dict[str, Report]:
-    """On the head: what each of ``nodes`` reports within ``seconds``, by name; ends as soon as all have been heard.
+    """On the head: what each of ``nodes`` reports within ``seconds``, by name; returns as soon as all have reported.
 
     Args:
         address: of this machine, at which the nodes reach it; nothing listens at others.
@@ -85,16 +85,16 @@ async def _hear(nodes: Collection[str], secret: str, address: str, port: int, se
     all_heard = asyncio.Event()
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        # cancelled where the head has heard enough
+        # cancelled once all nodes have reported
         with contextlib.suppress(OSError, ValueError, asyncio.CancelledError), contextlib.closing(writer):
             async with asyncio.timeout(PATIENCE):
                 text = _authentic(await reader.readline(), secret)
-                said = json.loads(text)
-                if not isinstance(said, dict) or said.get("node") not in nodes:
+                facts = json.loads(text)
+                if not isinstance(facts, dict) or facts.get("node") not in nodes:
                     return
                 writer.write(_code(secret, b"confirm", text))
                 await writer.drain()
-            heard.setdefault(said["node"], said)
+            heard.setdefault(facts["node"], facts)
             if len(heard) == len(nodes):
                 all_heard.set()
 
@@ -109,5 +109,5 @@ def _authentic(line: bytes, secret: str) -> bytes:
     """The report in ``line``. Raises ``ValueError``: it is not of a node of this start."""
     code, _, text = line.rstrip(b"\n").partition(b" ")
     if not hmac.compare_digest(code, _code(secret, b"report", text)):
-        raise ValueError("a report of somebody else")
+        raise ValueError("a report that is not signed with the secret of this start")
     return text

@@ -1,4 +1,4 @@
-"""What is said to SLURM, as argument vectors, and what it answers. No shell ever sees a word of the user's.
+"""SLURM's commands as argument vectors, and how their output is read. User input never reaches a shell.
 
 Imports no torch.
 """
@@ -100,11 +100,11 @@ def sbatch(
     return [*_SBATCH, "--requeue", *options, *slurm.options, str(script()), *container(slurm), *arguments]
 
 
-def again(said: str, exclude: str, batch_script: str, arguments: Sequence[str], lead: str) -> list[str]:
+def again(scontrol_output: str, exclude: str, batch_script: str, arguments: Sequence[str], lead: str) -> list[str]:
     """The command that submits a running job once more, where it may not be requeued.
 
     Args:
-        said: what ``scontrol show job`` says of it.
+        scontrol_output: what ``scontrol show job`` prints about it.
     """
     options = _named(
         {
@@ -114,18 +114,18 @@ def again(said: str, exclude: str, batch_script: str, arguments: Sequence[str], 
             "cpus-per-task": env.SLURM_CPUS_PER_TASK.get(),
             "gpus-per-node": env.SLURM_GPUS_PER_NODE.get() or env.SLURM_GPUS_ON_NODE.get(),
             "mem": env.SLURM_MEM_PER_NODE.get(),
-            "time": fields(said).get("TimeLimit"),
+            "time": fields(scontrol_output).get("TimeLimit"),
             "partition": env.SLURM_JOB_PARTITION.get(),
             "account": env.SLURM_JOB_ACCOUNT.get(),
             "qos": env.SLURM_JOB_QOS.get(),
             "reservation": env.SLURM_JOB_RESERVATION.get(),
-            "constraint": fields(said).get("Features"),
+            "constraint": fields(scontrol_output).get("Features"),
             "exclude": exclude or None,
             "array": env.SLURM_ARRAY_TASK_ID.get(),
             "dependency": f"afterany:{env.SLURM_JOB_ID.need()}",
             "export": "ALL",
             "open-mode": "append",
-            "output": _pattern(Path(fields(said).get("StdOut", "liftdist.out"))),
+            "output": _pattern(Path(fields(scontrol_output).get("StdOut", "liftdist.out"))),
             "signal": f"B:USR1@{lead}",
         }
     )
@@ -177,7 +177,7 @@ def submit(command: Sequence[str], environment: Mapping[str, str]) -> str:
 
 
 def test_only(command: Sequence[str], environment: Mapping[str, str]) -> None:
-    """Raises ``UserError`` if SLURM would never start the job that ``command`` submits; it would wait in the queue for ever."""
+    """Raises ``UserError`` if SLURM would never start the job that ``command`` submits; it would stay in the queue forever."""
     done = run([command[0], "--test-only", *command[1:]], environment)
     if done.returncode:
         raise UserError(f"sbatch: {_reason(done.stderr)}")
@@ -185,18 +185,18 @@ def test_only(command: Sequence[str], environment: Mapping[str, str]) -> None:
 
 def _reason(text: str) -> str:
     lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines() if line.strip()]
-    return "; ".join(lines) or "failed without a word"
+    return "; ".join(lines) or "failed without a message"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Asking.
 
 
-def fields(said: str) -> dict[str, str]:
+def fields(scontrol_output: str) -> dict[str, str]:
     """The fields of one job by ``scontrol show job``, the first of each name. Lines in which a user may write what he likes
     count for their first field alone."""
     found: dict[str, str] = {}
-    for line in said.splitlines():
+    for line in scontrol_output.splitlines():
         free = re.match(r"\s*(Comment|Command|WorkDir|Std(?:Out|Err|In)|AdminComment|SystemComment)=(.*)", line)
         named = re.match(r"\s*JobId=", line)
         if free:
@@ -251,10 +251,10 @@ def _scontrol(id: str) -> _Answer:
     found = []
     done = run(["scontrol", "show", "job", id])
     for block in re.split(r"\n\s*\n", done.stdout):
-        said = fields(block)
-        if "JobState" in said:
-            task = f"{said['ArrayJobId']}_{said.get('ArrayTaskId')}" if "ArrayJobId" in said else said["JobId"]
-            found.append(Job(task, said["JobState"], said.get("NodeList", ""), said.get("Reason", "")))
+        job = fields(block)
+        if "JobState" in job:
+            task = f"{job['ArrayJobId']}_{job.get('ArrayTaskId')}" if "ArrayJobId" in job else job["JobId"]
+            found.append(Job(task, job["JobState"], job.get("NodeList", ""), job.get("Reason", "")))
     return done, found
 
 

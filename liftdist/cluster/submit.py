@@ -91,7 +91,7 @@ def submit(options: argparse.Namespace) -> None:
         return
     scheduler.test_only(command, variables)
     base.mkdir(parents=True, exist_ok=True)
-    files.real_folder(logs)  # SLURM makes none, and a job without it fails without a word
+    files.real_folder(logs)  # SLURM does not create it, and a job without it fails silently
     # the job's own, whatever becomes of the file
     kept = logs.absolute() / f"{job.SUBMITTED}-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
     files.write(kept, Path(options.config).read_text())
@@ -122,7 +122,7 @@ def _check_folder(folder: Path, array: bool) -> None:
 
 
 def _check_time(config: Config) -> None:
-    """Raises ``UserError``: a job that would be told to stop as soon as it begins."""
+    """Raises ``UserError``: a job that would be asked to stop as soon as it starts."""
     slurm = config.slurm
     limit = scheduler.seconds(slurm.time) if slurm.time else None
     if limit is not None and limit <= slurm.signal_lead:
@@ -190,7 +190,7 @@ def _variables(config: Config) -> dict[str, str]:
 
 
 def _ids(run_dir: Path) -> list[str]:
-    """The jobs of a run, by their own word and by that of who submitted them; the newest last."""
+    """The jobs of a run, from their own events and those of `submit`; the newest last."""
     return list(dict.fromkeys(event["job"] for event in history.read(run_dir)))
 
 
@@ -265,7 +265,7 @@ def _number(figure: Any) -> float:
 
 
 def _steps(run_dir: Path) -> int | None:
-    """The number of steps of a run, if its config tells."""
+    """The number of steps of a run, if its config sets it."""
     try:
         steps = yaml.safe_load(files.read(run_dir / "config.yaml"))["train"]["steps"]
     except (OSError, ValueError, TypeError, LookupError, yaml.YAMLError):

@@ -63,7 +63,7 @@ def test_two_nodes_by_hand_do_what_two_ranks_of_one_do(config, tmp_path):
         pytest.param(
             "leave",
             0,
-            r"rank 1 ended without a word before the run did; rank 0 on \S+ noticed first: \w+",
+            r"rank 1 ended without a message before the run did; rank 0 on \S+ noticed first: \w+",
             marks=pytest.mark.slow,
         ),
     ],

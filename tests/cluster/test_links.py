@@ -127,12 +127,12 @@ def test_signs_of_life_are_not_those_of_other_files(run_dir, tmp_path):
     (logs / "node-00001.json").write_text('{"host": "n1"}')
     (logs / "node-00002.json").write_text("17")
     (logs / "problems.json").symlink_to(problems)
-    assert health.unheard(["n0", "n1", "n2"], logs) == []
+    assert health.without_heartbeat(["n0", "n1", "n2"], logs) == []
     assert health._problems(logs) == []
     (logs / health.NOW).symlink_to(tmp_path / "records.jsonl")
     os.utime(logs / health.NOW, follow_symlinks=False)
     os.utime(logs / "node-00001.json", (1e9, 1e9))
-    assert health.silent(["n0", "n1"], logs, "") == ["n1"]
+    assert health.lost(["n0", "n1"], logs, "") == ["n1"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,7 +186,7 @@ def test_torchruns_last_words_are_its_own(run_dir, tmp_path):
     cut.write_bytes(b"RuntimeError: \xff\xfe\n")
     real.write_text("x\nValueError: the truth\n")
     assert launcher.last_words([linked, cut, real]) == "torchrun: ValueError: the truth"
-    assert launcher.last_words([linked]) == "torchrun ended without a word"
+    assert launcher.last_words([linked]) == "torchrun ended without a message"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
