@@ -10,12 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, preflight, schema
+from liftdist import __version__, environment, preflight, schema
 from liftdist import config as configs
 from liftdist.cluster import launcher, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.models.hub import resolve_model
-from liftdist.options import CONTINUATION_FLAGS, allowed_by
+from liftdist.options import add_continuation_flags, allowed_by
 from liftdist.redaction import redact
 from liftdist.registry import EXPORT_FORMATS
 from liftdist.runs import changes, layout
@@ -88,8 +88,7 @@ def _continuation_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fresh", action="store_true", help="start again in a new directory beside run_dir instead of continuing"
     )
-    for flag, (_, help) in CONTINUATION_FLAGS.items():
-        parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
+    add_continuation_flags(parser)
 
 
 def _select_arguments(parser: argparse.ArgumentParser) -> None:
@@ -169,7 +168,7 @@ def _select(options: argparse.Namespace) -> None:
 
 def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
     resolve_model(config.model.path)  # one process downloads what all ranks read
-    os.environ["LIFTDIST_COMMAND"] = json.dumps(["liftdist", *sys.argv[1:]])
+    os.environ[environment.COMMAND.name] = json.dumps(["liftdist", *sys.argv[1:]])
     sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments))
 
 

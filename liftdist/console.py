@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from liftdist.redaction import redact
 
+GIB = 2**30
+
 
 class Console:
     """Messages and progress: bars on a terminal, plain lines elsewhere. Only the main rank prints."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
 from liftdist.schema import COURSE, STATE
@@ -19,6 +20,12 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the arguments of a command into positional ones, of which the config is the first, and flags."""
     flags = [word for word in arguments if word.startswith("--")]
     return [word for word in arguments if not word.startswith("--")], flags
+
+
+def add_continuation_flags(parser: argparse.ArgumentParser) -> None:
+    """The flags, collected in ``flags``."""
+    for flag, (_, meaning) in CONTINUATION_FLAGS.items():
+        parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=meaning)
 
 
 def allowed_by(flags: Sequence[str]) -> set[str]:

@@ -27,10 +27,10 @@ from liftdist import environment
 from liftdist.console import Console
 from liftdist.distributed import mesh as meshes
 from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, PeerError, Stopped, UserError
-from liftdist.options import CONTINUATION_FLAGS, allowed_by
+from liftdist.options import add_continuation_flags, allowed_by
+from liftdist.processes import die_with_parent
 from liftdist.redaction import redact
 from liftdist.runs.context import RunContext
-from liftdist.runs.watchdog import die_with_parent
 from liftdist.training import setup
 from liftdist.training.run import train
 
@@ -44,10 +44,10 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
     parser.add_argument(
         "--select-only", action="store_true", help="select the principal weights, cache the selection, exit"
     )
-    for flag, (_, help) in CONTINUATION_FLAGS.items():
-        parser.add_argument(flag, action="append_const", const=flag, dest="flags", default=[], help=help)
+    add_continuation_flags(parser)
     options = parser.parse_intermixed_args(arguments)
-    die_with_parent()
+    if environment.AGENT_RUN_ID.is_set():
+        die_with_parent(os.getppid())  # no rank outlives its agent
     joined = False  # whether all ranks have met, so that they end with the same error
     try:
         config, text = configs.load(options.config, options.overrides)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -42,6 +41,7 @@ from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.failures import Failure
 from liftdist.heartbeat import heartbeat
 from liftdist.options import split_arguments
+from liftdist.processes import die_with_parent
 from liftdist.redaction import redact
 from liftdist.runs import claims, layout
 from liftdist.schema import Config
@@ -50,7 +50,6 @@ FAILED = "failed"  # a file in the folder of logs: ranks of some node have faile
 JOIN_TIMEOUT, JOIN_TIMEOUT_SLURM = 600, 180  # seconds that nodes wait for each other: started by people, by SLURM
 SHUTDOWN_TIMEOUT = 60  # seconds from torchrun's SIGTERM for a rank to its SIGKILL
 _INTERRUPTS = 3  # that end everything without saving
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -274,9 +273,7 @@ def _become_torchrun(
         for name in schema.STOP_SIGNALS:  # ranks begin like this, too, until they are ready for them
             signal.signal(signal.Signals[name], signal.SIG_IGN)
         os.setsid()
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
+        die_with_parent(parent)
         os.environ.update(variables)
         sys.stderr = log  # its own reports; ranks keep the real one
         quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is expected here

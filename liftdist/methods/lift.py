@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from liftdist.console import GIB
 from liftdist.distributed import collectives
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.matrices import Matrix
@@ -21,8 +22,6 @@ from liftdist.registry import BUDGETS, CRITERIA
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
 from liftdist.schema import Config
-
-GIB = 2**30
 
 
 class Lift:

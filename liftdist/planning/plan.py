@@ -15,6 +15,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from liftdist import config as configs
+from liftdist.console import GIB
 from liftdist.engine import selection
 from liftdist.errors import UserError
 from liftdist.models import build
@@ -22,8 +23,6 @@ from liftdist.models.hub import resolve_config
 from liftdist.planning import footprint
 from liftdist.planning.footprint import Sizes
 from liftdist.schema import Config
-
-GIB = 2**30
 
 
 class Gpu(NamedTuple):

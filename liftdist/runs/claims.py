@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import platform
 import secrets
 import tempfile
 import time
@@ -28,6 +27,7 @@ from typing import Any
 from liftdist import __version__, environment, files
 from liftdist.errors import UserError
 from liftdist.heartbeat import heartbeat
+from liftdist.processes import has_ended, start_time, this_process
 from liftdist.runs.layout import ATTEMPTS, CHECKPOINTS, LOGS, STOP_REQUESTED, TENSORBOARD
 
 LEASE = 90.0  # seconds without a heartbeat after which an attempt is dead; network file systems cache mtimes up to 60 s
@@ -103,7 +103,7 @@ def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> N
     if any(event.get("event") == "end" for event in events) or silent > LEASE:
         return
     process = claim["process"]
-    if _is_gone(process) or _is_earlier(claim["job"], claim.get("launch")):
+    if has_ended(process) or _is_earlier(claim["job"], claim.get("launch")):
         return
     name = f"job {claim['job']['id']}, " if claim["job"] else ""
     raise UserError(
@@ -128,34 +128,6 @@ def _is_earlier(job: Mapping[str, str] | None, launch: str | None) -> bool:
     if mine["id"] == job["id"]:
         return mine["time"] != job["time"]  # requeued, or restarted by its batch script
     return job["id"] == f"slurm {environment.AFTER_JOB.get()}"  # this job was submitted to follow that one
-
-
-def _this_process() -> dict[str, Any]:
-    return {
-        "host": platform.node(),
-        "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
-        "namespace": str(Path("/proc/self/ns/pid").readlink()),
-        "pid": os.getpid(),
-        "started": _process_state(os.getpid())[1],
-    }
-
-
-def _process_state(pid: int) -> tuple[str, str]:
-    """State letter and start time (clock ticks since boot) of a process of this machine."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return fields[0], fields[19]
-
-
-def _is_gone(process: Mapping[str, Any]) -> bool:
-    """Whether a process of this machine has ended. False for a process of another one, which cannot be checked."""
-    here = _this_process()
-    if any(process.get(key) != here[key] for key in ("machine", "namespace")):
-        return False
-    try:
-        state, started = _process_state(process["pid"])
-    except (OSError, IndexError):
-        return True
-    return started != process["started"] or state in "ZX"
 
 
 @dataclass(frozen=True)
@@ -223,7 +195,7 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
             "version": __version__,
             "job": _job(),
             "launch": environment.LAUNCH.get(),
-            "process": _this_process(),
+            "process": this_process(),
             "accepts": attempt.accepts,
         }
         try:
@@ -246,8 +218,7 @@ def _clear_request(run_dir: Path) -> None:
     """Remove a stop request that is older than the command that started this attempt: it was for an earlier one."""
     started = environment.STARTED.get()
     if started is None:
-        seconds = int(_process_state(os.getpid())[1]) / os.sysconf("SC_CLK_TCK")  # since boot
-        started = time.time() - float(Path("/proc/uptime").read_text().split()[0]) + seconds
+        started = start_time()
     with contextlib.suppress(FileNotFoundError):
         if (run_dir / STOP_REQUESTED).lstat().st_mtime < started - 2:  # clocks of machines differ slightly
             (run_dir / STOP_REQUESTED).unlink()

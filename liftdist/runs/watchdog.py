@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from liftdist import environment, failures, files
+from liftdist import failures, files
 
-_PR_SET_PDEATHSIG = 1
 _GRACE = 8.0  # seconds from the timeout to the forced exit, to write stacks and report
-
-
-def die_with_parent() -> None:
-    """Have the kernel kill this process when the agent that started it dies, so that no rank outlives its job."""
-    if environment.AGENT_RUN_ID.is_set():
-        parent = os.getppid()
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os._exit(1)
 
 
 class Watchdog:

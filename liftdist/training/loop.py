@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from liftdist import environment
+from liftdist.console import GIB
 from liftdist.distributed import collectives
 from liftdist.errors import UserError
 from liftdist.registry import EVALUATIONS
@@ -14,7 +15,7 @@ from liftdist.runs.context import RunContext
 from liftdist.runs.manifest import Snapshot
 from liftdist.runs.saver import Checkpointer
 from liftdist.training.recorder import Recorder
-from liftdist.training.stopwatch import GIB, memory
+from liftdist.training.stopwatch import memory
 from liftdist.training.trainer import Trainer
 
 

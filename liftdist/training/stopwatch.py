@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-GIB = 2**30
+from liftdist.console import GIB
 
 
 class Stopwatch:

@@ -1,0 +1,56 @@
+"""Processes of this machine: which one this is, whether another has ended, and not outliving a parent."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_PR_SET_PDEATHSIG = 1
+
+
+def this_process() -> dict[str, Any]:
+    """What identifies this process among those of all machines and containers, now and later."""
+    return {
+        "host": platform.node(),
+        "machine": Path("/proc/sys/kernel/random/boot_id").read_text().strip(),
+        "namespace": str(Path("/proc/self/ns/pid").readlink()),
+        "pid": os.getpid(),
+        "started": _state(os.getpid())[1],
+    }
+
+
+def has_ended(process: Mapping[str, Any]) -> bool:
+    """Whether a process, as :func:`this_process` described it, is known to have ended; false for another machine's."""
+    here = this_process()
+    if any(process.get(key) != here[key] for key in ("machine", "namespace")):
+        return False
+    try:
+        state, started = _state(process["pid"])
+    except (OSError, IndexError):
+        return True
+    return started != process["started"] or state in "ZX"
+
+
+def start_time() -> float:
+    """When this process started, in seconds since the epoch."""
+    seconds = int(_state(os.getpid())[1]) / os.sysconf("SC_CLK_TCK")  # since boot
+    return time.time() - float(Path("/proc/uptime").read_text().split()[0]) + seconds
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """State letter and start time, in clock ticks since boot, of a process of this machine."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return fields[0], fields[19]
+
+
+def die_with_parent(parent: int) -> None:
+    """Have the kernel kill this process when its parent, process ``parent``, ends; exit now if it has ended already."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call
+        os._exit(1)
