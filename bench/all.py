@@ -1,9 +1,9 @@
-"""Every benchmark that runs on this machine, one after the other; results under bench/results.
+"""Run every benchmark that this machine supports, one after the other; results go to bench/results.
 
     python -m bench all [--only NAME ...] [--out FOLDER]
 
 With a GPU: Llama-3-8B shapes on one GPU, within ten minutes. Without: SmolLM2-135M of launch/quickstart, about half an hour.
-What fails or takes too long is said, and the rest goes on.
+A benchmark that fails or exceeds its time limit is reported, and the next one starts.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ ON_GPU = {
     "compare-16x2048": "compare --synthetic 8b --length 2048 --rows 1 --micro-batches 16 --rounds 1 --steps 1 --full-bf16 "
     "--kinds full lora liftdist",
 }
-LIMIT = {"cpu": 1200, "gpu": 145}  # seconds for one
+LIMIT = {"cpu": 1200, "gpu": 145}  # seconds per benchmark
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench all", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", nargs="+", help="some of them")
+    parser.add_argument("--only", nargs="+", help="run only these benchmarks")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
     kind, commands = ("gpu", ON_GPU) if torch.cuda.is_available() else ("cpu", ON_CPU)
@@ -63,9 +63,9 @@ def main() -> None:
         try:
             code = running.wait(LIMIT[kind])
         except subprocess.TimeoutExpired:
-            os.killpg(running.pid, signal.SIGKILL)  # its ranks, too: they hold the GPU
+            os.killpg(running.pid, signal.SIGKILL)  # with its ranks, which hold the GPU
             running.wait()
-            code = f"no end within {LIMIT[kind]} s"
+            code = f"not finished within {LIMIT[kind]} s"
         if code:
             failed.append(f"{name}: {code}")
         print(f"== {time.perf_counter() - began:.0f} s", flush=True)

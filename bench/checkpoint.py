@@ -1,8 +1,8 @@
-"""What a checkpoint takes: bytes against those of full fine-tuning, and the time for which training waits.
+"""Cost of a checkpoint: its size relative to full fine-tuning, and the time for which it blocks training.
 
     python -m bench checkpoint [--ranks 2] [--rounds 3] [--model FOLDER] [--out FILE]
 
-Full fine-tuning would save float32 weights and two moments, 12 B a parameter.
+Full fine-tuning would save float32 weights and two moments: 12 B per parameter.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The same model, batch and sharding, trained by what a user would run instead, side by side: bench/contenders.py.
+"""liftdist against the alternatives of bench/contenders.py, on the same model, batch and sharding.
 
     python -m bench compare [--ranks 2] [--rows 2] [--length 128] [--rounds 5] [--synthetic 8b] [--out FILE]
 
-Every contender is set up, takes two steps, and is taken away before the next: they would not fit together. The steps timed
-are taken in several visits, in turn, so that what disturbs one disturbs all. Bytes are tensors, on rank 0.
+Each contender is set up, takes two steps, is timed, and is freed before the next one: they would not fit together. The rounds
+visit all contenders in turn, so that disturbances affect all alike. Bytes are those of tensors on rank 0.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COMPARED = ("full", "lora", "masked", "liftdist")
 
 
 def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh) -> dict[str, Any]:
-    """One visit to a contender."""
+    """Set up a contender and measure it once."""
     gc.collect()
     live = LiveBytes()
     began = time.perf_counter()
@@ -103,14 +103,14 @@ def make_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Mo
 
 def main() -> None:
     parser = measure.parser("compare", __doc__, ranks=torch.cuda.device_count() or 2)
-    parser.add_argument("--rows", type=int, default=2, help="sequences of a rank")
-    parser.add_argument("--length", type=int, default=128, help="tokens of a sequence")
-    parser.add_argument("--micro-batches", type=int, default=1, help="of a step")
-    parser.add_argument("--full-bf16", action="store_true", help="full fine-tuning in bf16 throughout: 8 B a parameter")
-    parser.add_argument("--rounds", type=int, default=3, help="visits to each contender")
-    parser.add_argument("--steps", type=int, default=3, help="steps timed in a visit")
+    parser.add_argument("--rows", type=int, default=2, help="sequences per rank")
+    parser.add_argument("--length", type=int, default=128, help="tokens per sequence")
+    parser.add_argument("--micro-batches", type=int, default=1, help="micro-batches per step")
+    parser.add_argument("--full-bf16", action="store_true", help="full fine-tuning in pure bf16: 8 B per parameter")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements of each contender")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps per round")
     parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
-    parser.add_argument("--layers", type=int, default=32, help="of a synthetic model")
+    parser.add_argument("--layers", type=int, default=32, help="layers of a synthetic model")
     parser.add_argument("--kinds", nargs="+", default=list(COMPARED), choices=list(contenders.KINDS))
     options = measure.on_ranks(parser)
     config = measure.config()
@@ -126,7 +126,7 @@ def main() -> None:
                         f"update {last['update_s']:.4f} s",
                         flush=True,
                     )
-                    measure.write({"visits": visits}, options.out)  # in case a later one does not end
+                    measure.write({"visits": visits}, options.out)  # in case a later one does not finish
         world = dist.get_world_size()
     if os.environ["RANK"] == "0":
         results = summary(visits, options.rows * options.length * options.micro_batches * world, world)
@@ -138,7 +138,7 @@ def main() -> None:
 
 
 def summary(visits: dict[str, list[dict[str, Any]]], tokens: int, ranks: int) -> dict[str, dict[str, Any]]:
-    """Medians over the visits; bytes are those of the last. ``tokens`` of a step."""
+    """Medians over the visits, bytes of the last one. ``tokens``: per step, over all ranks."""
     results = {}
     for kind, found in visits.items():
         result = dict(found[-1])
@@ -146,7 +146,7 @@ def summary(visits: dict[str, list[dict[str, Any]]], tokens: int, ranks: int) ->
             result[key] = statistics.median(visit[key] for visit in found)
         result["tokens_per_second"] = tokens / (result["forward_backward_s"] + result["update_s"])
         result["sent_bytes"] = sum(size for group in result["exchanged_bytes"].values() for _, size in group.values())
-        if operations := result["operations_a_token"]:  # without what is computed twice
+        if operations := result["operations_a_token"]:  # without recomputation
             result["tflops"] = operations * result["tokens_per_second"] / ranks / 1e12
         results[kind] = result
     return results

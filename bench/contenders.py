@@ -1,11 +1,11 @@
 """Ways to fine-tune the same model on the same batch under the same FSDP2 sharding.
 
-full      all weights: float32 shards, computing in bf16, fused AdamW                16 B a parameter
-lora      adapters of peft on all linear modules, as many weights as the others train
-masked    LIFT as its authors do it on one device: one full SVD after another, a bool mask and a dense gradient for each
-          matrix, Adam on the masked entries in a loop over parameters
-dense     liftdist's trained matrices with dense gradients and no hooks: what hooks are measured against
-liftdist  the library
+full      all weights: float32 shards, bf16 compute, fused AdamW; 16 B per parameter
+lora      peft adapters on all linear modules, with as many trained weights as the others
+masked    LIFT as in its authors' code for one device: a full SVD of each matrix, a bool mask and a dense gradient per matrix,
+          Adam on the masked entries in a loop over parameters
+dense     liftdist's trained matrices with dense gradients and no hooks: the baseline for the cost of the hooks
+liftdist  this library
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ LR = 1e-5
 
 
 class Contender(ABC):
-    """A sharded model that trains ``batch`` after ``batch``."""
+    """A sharded model and its optimizer."""
 
     policy = MixedPrecisionPolicy(reduce_dtype=torch.float32)
     optimizer: Any
@@ -50,7 +50,7 @@ class Contender(ABC):
 
     @abstractmethod
     def prepare(self, model: nn.Module) -> nn.Module:
-        """Whatever comes before the first step."""
+        """Shard the model and make the optimizer."""
 
     def shard_mesh(self) -> Any:
         return self.mesh.shard_mesh
@@ -68,7 +68,7 @@ class Contender(ABC):
         return summed(logits.flatten(0, 1), batch["labels"].to(logits.device).flatten())
 
     def forward_backward(self, batch: dict[str, Tensor]) -> float:
-        """The mean loss of a micro-batch."""
+        """Forward and backward of a micro-batch; returns the mean loss."""
         mean = self.losses(batch) / batch["labels"].numel()
         mean.backward()
         return mean.item()
@@ -78,12 +78,12 @@ class Contender(ABC):
         self.optimizer.zero_grad()
 
     def state_bytes(self) -> int:
-        """Of the optimizer's state on this rank."""
+        """Bytes of optimizer state on this rank."""
         states = self.optimizer.state.values()
         return sum(local_tensor(t).nbytes for state in states for t in state.values() if isinstance(t, Tensor))
 
     def checkpoint_bytes(self) -> int:
-        """What this rank must save to go on: trained weights and optimizer's state."""
+        """Bytes that this rank must save to continue: trained weights and optimizer state."""
         return self.state_bytes() + sum(local_tensor(p).nbytes for p in self.model.parameters() if p.requires_grad)
 
 
@@ -100,8 +100,8 @@ class Lora(Contender):
         import peft
 
         shapes = [param.shape for param in principal_parameters(model).values()]
-        wanted = sum(round(self.config.selection.density * shape.numel()) for shape in shapes)
-        rank = round(wanted / sum(m + n for m, n in shapes))
+        budget = sum(round(self.config.selection.density * shape.numel()) for shape in shapes)
+        rank = round(budget / sum(m + n for m, n in shapes))
         names = sorted({name.split(".")[-2] for name in principal_parameters(model)})
         settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
         # FSDP gathers a layer's parameters in one dtype
@@ -124,7 +124,7 @@ class Dense(Contender):
 
 
 class Hybrid(Dense):
-    """Its replicas reduce whole gradients, too, as FSDP2 does it."""
+    """Dense, with FSDP2's hybrid sharding: replicas reduce whole gradients, too."""
 
     def shard_mesh(self) -> Any:
         return self.mesh.device_mesh
@@ -147,7 +147,7 @@ class Masked(Dense):
         return model
 
     def chosen(self, whole: Tensor, count: int) -> Tensor:
-        """Flat indices of a matrix."""
+        """Flat indices ``[count]`` of the weights of a matrix to train."""
         u, s, vh = torch.linalg.svd(whole.float(), full_matrices=False)
         rank = self.config.selection.filter_rank
         return ((u[:, :rank] * s[:rank]) @ vh[:rank]).abs().flatten().topk(count).indices
@@ -169,7 +169,7 @@ class Masked(Dense):
 
 
 class QuicklyMasked(Masked):
-    """Its masks are liftdist's, found sooner, where only the steps are looked at."""
+    """Masked, with liftdist's fast selection, for benchmarks that time steps only."""
 
     def chosen(self, whole: Tensor, count: int) -> Tensor:
         return low_rank.select(whole, count, self.config.selection.filter_rank)
@@ -207,7 +207,7 @@ KINDS: dict[str, type[Contender]] = {
 
 
 def load(folder: Any, device: torch.device) -> nn.Module:
-    """The whole model in bf16 on every rank; what it is cut from is gone after sharding."""
+    """The whole model in bf16 on every rank; sharding frees it."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).to(device)
     model.config.use_cache = False
     return model
@@ -230,7 +230,9 @@ def synthetic(shape: dict[str, Any], device: torch.device) -> nn.Module:
         model = transformers.AutoModelForCausalLM.from_config(
             transformers.AutoConfig.for_model("llama", **shape), dtype=torch.bfloat16
         )
-    made: dict[tuple[int, ...], Tensor] = {}  # one of a shape, rows in another order each time: the same spectrum
+    made: dict[
+        tuple[int, ...], Tensor
+    ] = {}  # one per shape; each parameter permutes its rows, which keeps the spectrum
     for number, param in enumerate(model.parameters()):
         if param.ndim < 2:
             param.fill_(1.0)
@@ -251,7 +253,7 @@ def synthetic(shape: dict[str, Any], device: torch.device) -> nn.Module:
 def batches(
     vocabulary: int, rows: int, length: int, device: torch.device, seed: int, packed: bool = False
 ) -> Iterator[dict[str, Tensor]]:
-    """Random tokens, all of them labelled, ``packed`` of two samples each; labels on the host, as the trainer leaves them."""
+    """Random tokens, all labelled; with ``packed``, two samples per sequence. Labels stay on the host, as in the trainer."""
     generator = torch.Generator().manual_seed(seed)
     positions = torch.arange(length, device=device).remainder(-(-length // 2) if packed else length).expand(rows, -1)
     while True:

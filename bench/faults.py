@@ -1,10 +1,10 @@
-"""Ranks killed while they save: is a committed step ever lost, or a mixture of two steps ever believed?
+"""Kill ranks while they save: is a committed step ever lost, or a mixture of two steps ever loaded?
 
     python -m bench faults [--kills 200] [--json FILE]
 
-Two ranks save one step after the other without pause, a random one of them is killed at a random moment, and what is left
-is loaded: it must be at least the newest step that was reported as committed, and every weight in it must be of that step.
-The next two ranks continue from there.
+Two ranks save steps without pause, a random one of them is killed at a random time, and the newest checkpoint is loaded: it
+must be at least the newest step that was reported as committed, and every weight in it must be of that step. The next two ranks
+continue from there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _principal(mesh: Mesh | None) -> PrincipalWeights:
 
 
 def _save_for_ever(rank: int, folder: Path, run_dir: Path) -> None:
-    """Save steps whose every value is the number of the step, and write down each that is committed."""
+    """Save steps whose values all equal the number of the step, and append each committed one to a file."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), RANKS)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
@@ -76,12 +76,12 @@ def _save_for_ever(rank: int, folder: Path, run_dir: Path) -> None:
 
 
 def _check(run_dir: Path, committed: int) -> tuple[int, str | None]:
-    """The newest step that is believed, and what is wrong with it."""
+    """The newest step that loads, and what is wrong with it, or None."""
     accepted = checkpoint.accepted(run_dir, claims.attempts(run_dir))
     step = checkpoint.newest(run_dir, accepted, 0, 1, print, set_aside=False)
     number = step.number if step else 0
     if number < committed:
-        return number, f"step {committed} was committed and is lost"
+        return number, f"step {committed} was committed but is lost"
     if step is not None:
         for key, tensor in step.read(_principal(None).matrices).items():
             if key.endswith("/values") and not (tensor == number).all():
@@ -90,7 +90,7 @@ def _check(run_dir: Path, committed: int) -> tuple[int, str | None]:
 
 
 def kill_while_saving(kills: int, folder: Path, seed: int = 0) -> dict[str, object]:
-    """Kill a rank ``kills`` times; what was found. Raises ``RuntimeError`` at the first thing that is wrong."""
+    """Kill a rank ``kills`` times and return the counts. Raises ``RuntimeError`` at the first lost or mixed step."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.faults"])
     chance, run_dir = random.Random(seed), folder / "run"
@@ -105,7 +105,7 @@ def kill_while_saving(kills: int, folder: Path, seed: int = 0) -> dict[str, obje
         ]
         for process in ranks:
             process.start()
-        while not (place / "committed").read_text():  # the first save may be hit, too, but not the start
+        while not (place / "committed").read_text():  # kill during saves, not during the start
             if not all(process.is_alive() for process in ranks):
                 raise RuntimeError(f"kill {number}: a rank ended by itself")
             time.sleep(0.005)
@@ -113,7 +113,7 @@ def kill_while_saving(kills: int, folder: Path, seed: int = 0) -> dict[str, obje
         victim = ranks[chance.randrange(RANKS)].pid
         assert victim is not None
         os.kill(victim, signal.SIGKILL)
-        time.sleep(chance.choice([0, 0.02]))  # the other may or may not notice before it goes, too
+        time.sleep(chance.choice([0, 0.02]))  # the other rank may or may not notice before it is killed, too
         for process in ranks:
             process.kill()
             process.join()
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    from bench.faults import kill_while_saving as kill  # by its name, which the server that forks ranks knows
+    from bench.faults import kill_while_saving as kill  # imported by name, so that the fork server can unpickle it
 
     with tempfile.TemporaryDirectory() as scratch:
         result = kill(options.kills, Path(scratch))

@@ -1,4 +1,4 @@
-"""How long a sharded model takes to load, and how much each rank reads.
+"""Time to load a sharded model, and bytes that each rank reads.
 
 python -m bench load [--ranks 2] [--rounds 3] [--model FOLDER] [--out FILE]
 """
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     options = measure.on_ranks(parser)
     config, read = measure.config(), 0
-    originals = {name: getattr(ModelFolder, name) for name in ("read", "row")}  # the second checks samples
+    originals = {name: getattr(ModelFolder, name) for name in ("read", "row")}  # row: for the check of random rows
 
     def counting(name):
         def wrapped(self, *arguments):

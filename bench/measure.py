@@ -1,4 +1,4 @@
-"""What the benchmarks share: ranks to run on, clocks, and the words for what they ran on."""
+"""Shared by the benchmarks: options, starting ranks, timing, and the description of the machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from liftdist.schema import Config
 
 
 def machine() -> str:
-    """The processor, or the GPU."""
+    """The name of the GPU, or of the processor."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -31,13 +31,13 @@ def machine() -> str:
 
 
 def tflops() -> float | None:
-    """Of the GPU, dense bf16, by its data sheet."""
+    """Peak TFLOP/s of the GPU, dense bf16, from its data sheet; None if unknown."""
     name = machine().lower()
     return next((gpu.tflops for key, gpu in plan.GPUS.items() if key.split("-")[0] in name), None)
 
 
 def parser(name: str, description: str | None, ranks: int) -> argparse.ArgumentParser:
-    """The options of a benchmark that trains or loads a model on ``ranks`` ranks unless told otherwise."""
+    """Common options of benchmarks that train or load a model; ``ranks`` is the default of ``--ranks``."""
     made = argparse.ArgumentParser(
         prog=f"python -m bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -48,14 +48,14 @@ def parser(name: str, description: str | None, ranks: int) -> argparse.ArgumentP
 
 
 def on_ranks(made: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options, on each of the ranks that they ask for: outside of them the benchmark is started again, and awaited."""
+    """Parse the options. Outside of torchrun, start the benchmark again on ``--ranks`` ranks, wait, and exit."""
     options = made.parse_args()
     _start_ranks(f"bench.{made.prog.split()[-1]}", options.ranks)
     return options
 
 
 def config() -> Config:
-    """What all benchmarks train: 5 % of each matrix."""
+    """The config of all benchmarks: 5 % of each matrix are trained."""
     made = Config(run_dir="none")
     made.selection.density = 0.05
     return made
@@ -71,21 +71,21 @@ def _start_ranks(module: str, ranks: int) -> None:
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, Any]:
-    """Wall time of a call, all ranks and the device at rest before and after; and what it returned."""
-    _rest()
+    """Wall time of a call in seconds, with all ranks and the device synchronised before and after; and its result."""
+    _synchronise()
     began = time.perf_counter()
     result = function()
-    _rest()
+    _synchronise()
     return time.perf_counter() - began, result
 
 
 def seconds(function: Callable[[], Any]) -> float:
-    """Wall time of a call, as :func:`timed`."""
+    """Wall time of a call in seconds, as :func:`timed`."""
     return timed(function)[0]
 
 
 def busy_seconds(function: Callable[[], Any]) -> float:
-    """Processor time of a call, which other work on the machine disturbs less; on a GPU wall time."""
+    """Processor time of a call in seconds, which other load disturbs less; on a GPU wall time."""
     if torch.cuda.is_available():
         return seconds(function)
     began = time.process_time()
@@ -93,7 +93,7 @@ def busy_seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - began
 
 
-def _rest() -> None:
+def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     if dist.is_initialized():
@@ -106,7 +106,7 @@ def ratio(rounds: dict[str, list[float]], over: str, under: str) -> float:
 
 
 def write(results: dict[str, Any], out: Path | None) -> None:
-    """With what it was measured on, to ``out``."""
+    """Write ``results``, with the device and torch's version, to ``out``."""
     if out:
-        on = {"device": machine(), "torch": torch.__version__}
-        out.write_text(json.dumps(on | results, indent=1) + "\n")
+        machine_facts = {"device": machine(), "torch": torch.__version__}
+        out.write_text(json.dumps(machine_facts | results, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""Live bytes of a rank in one training step, against what the planner says.
+"""Live bytes of a rank in one training step, against the planner's estimate.
 
 python -m bench memory [--ranks 2] [--rows 2] [--length 512] [--model FOLDER] [--out FILE]
 """
@@ -23,7 +23,7 @@ from liftdist.schema import Config
 
 
 def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
-    """A second step's peak, what is held between steps, and the plan for both."""
+    """Peak bytes of the second step, bytes held between steps, and the planner's estimate."""
     live = LiveBytes()
     rows, length = config.train.micro_batch_size, config.data.max_length
     with live:
@@ -48,8 +48,8 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
 
 def main() -> None:
     parser = measure.parser("memory", __doc__, ranks=2)
-    parser.add_argument("--rows", type=int, default=2, help="sequences of a micro-batch")
-    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence")
+    parser.add_argument("--rows", type=int, default=2, help="sequences per micro-batch")
+    parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
     options = measure.on_ranks(parser)
     config = measure.config()
     config.train.micro_batch_size, config.data.max_length = options.rows, options.length

@@ -1,15 +1,15 @@
-"""What travels between two nodes in a step, and how long the step takes: FSDP2's hybrid sharding against liftdist.
+"""Traffic between two nodes and time of a step: FSDP2's hybrid sharding against liftdist.
 
     python -m bench nodes [--steps 1] [--rounds 5] [--mbit 1000] [--out FILE]
 
-Needs root, iproute2 and what launch/quickstart prepares. Two network namespaces are the nodes, with one link between
-them; each holds a replica on two ranks, and talks to itself over its own loopback. On the same four ranks the same batches
-are trained in turn, round by round, first over the link as it is, then over one of --mbit Mbit/s:
+Needs root, iproute2, and the model and data of launch/quickstart. Two network namespaces act as the nodes, with one link between
+them; each holds a replica on two ranks, which communicate over the loopback of the namespace. On the same four ranks both sides
+train the same batches, alternating by round, first over the unlimited link, then over one of --mbit Mbit/s:
 
-    dense     fully_shard on (dp_replicate, dp_shard), AdamW on the decoder's matrices: their whole gradient travels, in float32
-    liftdist  configs/quickstart.yaml with a replica a node and one selection, its own Trainer: the flat gradient travels
+    dense     fully_shard on (dp_replicate, dp_shard), AdamW on the decoder's matrices: sends their whole gradient, in float32
+    liftdist  configs/quickstart.yaml with one replica per node, one selection, its own Trainer: sends the flat gradient
 
-Bytes are those that the link's interface counts, both ways; start, selection and a first step of each are not measured.
+Bytes are counted by the link's interface, in both directions. Start, selection and the first step of each are not measured.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ from liftdist.training.trainer import Trainer
 
 NODES, RANKS_PER_NODE = 2, 2
 CONFIG = "configs/quickstart.yaml"
-LINK = "between"  # each node's end of it
-AIM = 12  # times fewer bytes
+LINK = "between"  # name of the link's interface on each node
+AIM = 12  # required factor by which liftdist sends fewer bytes
 
 
 class Dense:
-    """Training as FSDP2 does it, on the batches of ``trainer``."""
+    """Training with FSDP2's hybrid sharding, on the batches of ``trainer``."""
 
     def __init__(self, trainer: Trainer, mesh: Mesh) -> None:
         self.trainer, self.mesh, self.consumed = trainer, mesh, 0
@@ -75,18 +75,18 @@ class Dense:
         self.optimizer = torch.optim.AdamW(params, lr=config.optimizer.lr, weight_decay=0.0, fused=True)
 
     def run_step(self) -> float:
-        """One optimizer step; its loss."""
+        """One optimizer step; returns its loss."""
         trainer, ranks = self.trainer, self.mesh.world_size
         sequences = trainer.order.batch(self.consumed)
         size = trainer.config.train.micro_batch_size
-        dealt = split_micro_batches(sequences, trainer.inputs.samples.lengths, self.mesh.rank, ranks, size)
-        batches = [collate(trainer.inputs.samples, micro) for micro in dealt]
+        micro_batches = split_micro_batches(sequences, trainer.inputs.samples.lengths, self.mesh.rank, ranks, size)
+        batches = [collate(trainer.inputs.samples, micro) for micro in micro_batches]
         labels = sum((batch["labels"] != IGNORED).sum() for batch in batches)
         dist.all_reduce(labels)
         loss = torch.zeros(())
         for batch in batches:
             part = token_losses(self.model, batch) / labels
-            (part * ranks).backward()  # FSDP divides by them
+            (part * ranks).backward()  # FSDP averages over ranks
             loss += part.detach()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -96,14 +96,14 @@ class Dense:
 
 
 def traffic() -> int:
-    """Bytes that have crossed this node's end of the link, in and out."""
+    """Bytes received and sent by this node's interface of the link so far."""
     lines = dict(line.split(":") for line in Path("/proc/net/dev").read_text().splitlines()[2:])
     figures = next(figures for name, figures in lines.items() if name.strip() == LINK).split()
     return int(figures[0]) + int(figures[8])
 
 
 def carried(mesh: Mesh, step: Callable[[], object]) -> int:
-    """Bytes that ``step`` gives to all-reduces between replicas, over all ranks: gloo sends each once, as there are two."""
+    """Bytes that ``step`` all-reduces between replicas, over all ranks; with two replicas gloo sends each byte once."""
     between, real, counts = mesh.replicate_group, dist.all_reduce, []
 
     def counting(tensor, *arguments, group=None, **others):
@@ -128,7 +128,7 @@ def timed(step: Callable[[], object], steps: int) -> dict[str, float]:
 def take_turns(
     options: argparse.Namespace, console: Console, dense: Dense, trainer: Trainer
 ) -> dict[str, dict[str, list[dict[str, float]]]]:
-    """What was measured: link -> side -> rounds."""
+    """Measure both sides in turn over each link; returns link -> side -> rounds."""
     links: dict[str, dict[str, list[dict[str, float]]]] = {}
     for link in ("unlimited", f"{options.mbit} Mbit/s"):
         if link != "unlimited" and os.environ["LOCAL_RANK"] == "0":
@@ -144,7 +144,7 @@ def take_turns(
 
 
 def rank(options: argparse.Namespace) -> None:
-    """What every rank does; the first says what was found."""
+    """Entry point of a rank; rank 0 reports the results."""
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     overrides = [
@@ -217,7 +217,7 @@ def report(results: dict) -> None:
 
 @contextmanager
 def linked_nodes() -> Iterator[list[subprocess.Popen]]:
-    """Processes that each hold a network of their own, with a link between them, and end with this one."""
+    """Processes that each hold a network namespace, with a link between them; killed at the end of the block."""
     command = ["unshare", "--net", "sh", "-c", "ip link set lo up && echo && exec cat"]
     nodes = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
@@ -225,7 +225,7 @@ def linked_nodes() -> Iterator[list[subprocess.Popen]]:
     ]
     try:
         if not all(node.stdout and node.stdout.readline() for node in nodes):
-            sys.exit("bench nodes: no network namespaces here")
+            sys.exit("bench nodes: cannot create network namespaces; run as root, outside of an unprivileged container")
         link = f"ip link add {LINK} type veth peer name {LINK} netns {nodes[1].pid}"
         subprocess.run(inside(nodes[0], *link.split()), check=True)
         for number, node in enumerate(nodes, 1):
@@ -243,7 +243,7 @@ def inside(node: subprocess.Popen, *command: str) -> list[str]:
 
 
 def run(arguments: list[str]) -> None:
-    """Start the ranks on their nodes and wait for them. All end if one fails, or this process does."""
+    """Start the ranks on their nodes and wait for them. All are killed if one fails or this process ends."""
     ranks: list[subprocess.Popen] = []
     with tempfile.TemporaryDirectory() as scratch, linked_nodes() as nodes:
         python = ["setpriv", "--pdeathsig", "KILL", sys.executable, "-m", "bench.nodes"]
@@ -259,7 +259,7 @@ def run(arguments: list[str]) -> None:
                     "GLOO_SOCKET_IFNAME": LINK,
                     "OMP_NUM_THREADS": "1",
                     "HF_HUB_OFFLINE": "1",
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # the nodes have no names
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # the namespaces have no host names, which torch warns about
                 }
                 command = inside(nodes[number // RANKS_PER_NODE], *python, *arguments, "--as-rank", scratch)
                 ranks.append(subprocess.Popen(command, env=os.environ | environment, start_new_session=True))
@@ -278,9 +278,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m bench nodes", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=int, default=1, help="steps of a round")
+    parser.add_argument("--steps", type=int, default=1, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5, help="rounds over each link")
-    parser.add_argument("--mbit", type=int, default=1000, help="the slower link, Mbit/s")
+    parser.add_argument("--mbit", type=int, default=1000, help="bandwidth of the slower link, Mbit/s")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     parser.add_argument("--as-rank", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -288,9 +288,9 @@ def main() -> None:
         rank(options)
         return
     if os.geteuid() != 0:
-        sys.exit("bench nodes: needs root, to give every node a network of its own")
+        sys.exit("bench nodes: needs root, to create network namespaces")
     if not Path(".cache/quickstart/train.jsonl").exists():
-        sys.exit("bench nodes: no model and data here; launch/quickstart prepares them")
+        sys.exit("bench nodes: .cache/quickstart/train.jsonl does not exist; run launch/quickstart first")
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     run(sys.argv[1:])

@@ -1,9 +1,10 @@
-"""One whole step of models that fit nowhere, on ranks that do not exist: what is exchanged and held, against the planner.
+"""One whole step of large models on simulated ranks: collectives and memory, against the planner's.
 
 python -m bench scale [--models 8b 70b 405b] [--ranks 8 64 1024] [--out FILE]
 
-One process is rank 0 of a process group of the ``fake`` backend; tensors have shapes and no memory. Real are all else: what is
-read, the sharding, the hooks, the exchange, the optimizer. Indices are spread evenly, as the planner assumes.
+One process is rank 0 of a process group of torch's ``fake`` backend, and works on fake tensors, which have shapes but no memory.
+Everything else is the real code: reading, sharding, hooks, collectives, optimizer. Indices are spread evenly, as the planner
+assumes.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from liftdist.schema import Config
 from liftdist.training.losses.cross_entropy import summed
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
-FEW = 64  # bytes of collectives that carry a few numbers: a norm, a count
+FEW = 64  # bytes per call; smaller collectives carry scalars, such as a norm or a count, and are not compared
 MODELS = {
     "8b": dict(LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
     "70b": dict(LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
@@ -44,21 +45,21 @@ MODELS = {
 
 
 class Folder:
-    """Stands for the weights of a model, and counts what is asked of it."""
+    """Replaces the weight files of a model, and counts the bytes that are read."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self.asked = 0
+        self.bytes_read = 0
         self._tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in build.tensors(model).items()}
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
         shape, dtype = self._tensors[name]
         rows = torch.empty((len(range(*slice(begin, end).indices(shape[0]))), *shape[1:]), dtype=dtype)
-        self.asked += rows.nbytes
+        self.bytes_read += rows.nbytes
         return rows
 
 
 def settings(ranks: int, replicas: int, density: float = 0.05, **mesh) -> Config:
-    """A batch of one sequence a rank and micro-batch, two of them."""
+    """The config of a step: two micro-batches per rank, each of one sequence."""
     config = measure.config()
     config.selection.density = density
     config.data.max_length = 2048
@@ -71,7 +72,7 @@ def settings(ranks: int, replicas: int, density: float = 0.05, **mesh) -> Config
 
 
 def step(shape: dict, config: Config, ranks: int) -> dict:
-    """Rank 0's collectives, by axis, and its peak of live bytes, in one step; and what the planner says of them."""
+    """Measured and planned on rank 0 in one step: bytes read, collectives by axis, and peak of live bytes."""
     replicas, shards = config.mesh.layout(ranks)
     hf_config = AutoConfig.for_model("llama", **shape)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -98,13 +99,13 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
                 sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             )
             for reduction in [segment.reduction for segment in principal._segments]:
-                if reduction is not None:  # what the ranks would agree on
+                if reduction is not None:  # real ranks agree on it by a collective
                     reduction._width = sum(indices.numel() for indices in reduction._indices.values())
             optimizer = PrincipalAdamW(principal)
             head.in_chunks(model)
             tokens = torch.zeros((config.train.micro_batch_size, config.data.max_length), dtype=torch.int64)
             places = torch.arange(config.data.max_length)
-            optimizer.step()  # makes its state
+            optimizer.step()  # creates its state
             live.peak = live.now
             with traffic:
                 for _ in range(footprint.micro_batches(config, ranks)):
@@ -130,7 +131,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         size, config, shards, footprint.activations(hf_config, config, footprint.rows(config, ranks))
     )
     return {
-        "read": folder.asked,
+        "read": folder.bytes_read,
         "planned_read": planned["weights"],
         "collectives": measured,
         "planned_collectives": planned_collectives,
@@ -140,7 +141,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
 
 
 def balance(shape: dict, ranks: int) -> dict[str, float]:
-    """The work of the owner who has most to factor, over the larger of the mean and the largest matrix."""
+    """Load balance of the factorisation: the largest load of a rank over max(mean load, largest matrix)."""
     size = footprint.sizes(build.build(AutoConfig.for_model("llama", **shape), Config(run_dir="none").model), ["*"])
     costs = [low_rank.cost(m, n, 64, "fast") for m, n in size.trained.values()]
     loads = [0.0] * ranks
@@ -165,10 +166,10 @@ def main() -> None:
                 key = f"{name}, {replicas} x {ranks // replicas}"
                 results[key] = found | {"balance": balance(MODELS[name], ranks)}
                 exact = all(found[key] == found[f"planned_{key}"] for key in ("read", "collectives"))
-                same = "as planned" if exact else "NOT AS PLANNED"
+                verdict = "as planned" if exact else "NOT AS PLANNED"
                 print(
                     f"{key:16s} peak {found['peak'] / 2**30:8.2f} GiB, planned {found['planned_peak'] / 2**30:8.2f}; "
-                    f"reads and collectives {same}; fullest owner {results[key]['balance']['ratio']:.3f} ({took:.0f} s)",
+                    f"reads and collectives {verdict}; fullest owner {results[key]['balance']['ratio']:.3f} ({took:.0f} s)",
                     flush=True,
                 )
     measure.write({"results": results}, options.out)

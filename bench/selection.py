@@ -1,9 +1,9 @@
-"""The fast selection against the full SVD: time and overlap, on a real model and on large matrices.
+"""The fast selection against the full SVD: time and overlap of indices, on a real model and on large matrices.
 
 python -m bench selection [--model FOLDER] [--large] [--ranks 32 64 128] [--processes 2] [--out FILE]
 
-CPU: process time of one thread, the two methods taken in turn on each matrix. GPU: wall time after a warm-up.
-With --processes, wall time of the whole model's selection on so many ranks, too, against one.
+CPU: process time of one thread, alternating between the methods for each matrix. GPU: wall time after a warm-up.
+--processes also compares the wall time of the whole model's selection on that many ranks with one rank.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def compare(weight: torch.Tensor, filter_rank: int) -> dict[str, float]:
 
 
 def whole_model(name: str, filter_rank: int, device: torch.device) -> Iterator[dict[str, float]]:
-    """Seconds for the selection of all matrices; then with those for full SVDs of as many, by one of each shape."""
+    """Seconds to select in all matrices; then also the seconds for full SVDs of all, extrapolated from one per shape."""
     from bench.contenders import synthetic
     from liftdist import PrincipalWeights
 
@@ -65,16 +65,16 @@ def whole_model(name: str, filter_rank: int, device: torch.device) -> Iterator[d
 
 
 def on_processes(options: argparse.Namespace) -> dict[str, object]:
-    """Wall time of the whole model's selection on one rank and on several, in turn; a thread each."""
+    """Wall time of the whole model's selection on one rank and on several, alternating; one thread per rank."""
     taken: dict[int, list[float]] = {1: [], options.processes: []}
     for _ in range(options.rounds):
         for ranks, found in taken.items():
             torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
             command = [*torchrun, "-m", "bench.selection", "--as-rank", "--model", str(options.model)]
-            said = subprocess.run(
+            done = subprocess.run(
                 command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, check=True
             )
-            found.append(float(said.stdout.split()[-1]))
+            found.append(float(done.stdout.split()[-1]))
     ratios = [one / several for one, several in zip(taken[1], taken[options.processes], strict=True)]
     return {"seconds": taken, "ratio": statistics.median(ratios)}
 
@@ -110,9 +110,11 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--large", action="store_true", help="4096 x 4096 and 11008 x 4096, too (minutes)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[32, 64, 128])
-    parser.add_argument("--synthetic", choices=list(MODELS), help="a whole model of this shape; a full SVD of a sample")
-    parser.add_argument("--processes", type=int, help="time a selection on so many ranks against one")
-    parser.add_argument("--rounds", type=int, default=3, help="of that")
+    parser.add_argument(
+        "--synthetic", choices=list(MODELS), help="a whole model of this shape; full SVDs of one per shape"
+    )
+    parser.add_argument("--processes", type=int, help="time a selection on this many ranks against one")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of --processes")
     parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
@@ -128,7 +130,7 @@ def main() -> None:
                 results["results"][f"{options.synthetic}, r={rank}"] = found
                 figures = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
                 print(f"{options.synthetic}, r={rank}: {figures}", flush=True)
-                measure.write(results, options.out)  # the second may take too long
+                measure.write(results, options.out)  # the SVDs that follow may take too long
         return
     weights = [w.to(device).float() for n, w in load_file(options.model / "model.safetensors").items() if "_proj" in n]
     for rank in options.ranks:

@@ -1,11 +1,11 @@
-"""The phases of a step: what the hooks add to forward-backward, and the optimizer's phase against what others do there.
+"""The phases of a step: overhead of the hooks in forward-backward, and the optimizer's phase against alternatives.
 
     python -m bench step [--ranks 1] [--rows 2] [--length 256] [--rounds 7] [--synthetic 8b] [--out FILE]
 
     forward-backward   liftdist against the same model, trained matrices and sharding with dense gradients and no hooks
-    optimizer          step and scatter, against fused AdamW on the same matrices, and against masked LIFT's loop
+    optimizer          step and write back, against fused AdamW on the same matrices, and against masked LIFT's loop
 
-All are kept in memory and take turns. Forward-backward counts processor time on a CPU, the rest wall time.
+All stay in memory and are timed in turn. Forward-backward is in processor time on a CPU, everything else in wall time.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from liftdist.distributed import mesh as meshes
 
 def main() -> None:
     parser = measure.parser("step", __doc__, ranks=1)
-    parser.add_argument("--rows", type=int, default=2, help="sequences of a rank")
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--rows", type=int, default=2, help="sequences per rank")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
-    parser.add_argument("--layers", type=int, default=32, help="of a synthetic model")
+    parser.add_argument("--layers", type=int, default=32, help="layers of a synthetic model")
     options = measure.on_ranks(parser)
     config = measure.config()
     with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
@@ -37,7 +37,7 @@ def main() -> None:
             dense.model, batch
         )
         dense = sides["dense"]
-        contenders.in_chunks(dense.model)  # the hooks alone are compared
+        contenders.in_chunks(dense.model)  # so that only the hooks differ
         vocabulary = dense.model.config.vocab_size
         batch = next(contenders.batches(vocabulary, options.rows, options.length, mesh.device, mesh.rank))
 
@@ -71,7 +71,7 @@ def main() -> None:
                 else:
                     principal.values.grad.normal_()
                 taken = measure.seconds(side.optimizer.step if kind == "dense" else side.update)
-                if number:  # the first makes the state
+                if number:  # the first round creates the state
                     updates[kind].append(taken)
     if os.environ["RANK"] != "0":
         return

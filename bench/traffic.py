@@ -1,4 +1,4 @@
-"""Bytes by collective and mesh axis: dense hybrid sharding of FSDP2, gradients reduced in float32, against liftdist.
+"""Bytes per collective and mesh axis: FSDP2's hybrid sharding, with gradients reduced in float32, against liftdist.
 
 python -m bench traffic [--ranks 4] [--replicas 2] [--out FILE]
 """
@@ -18,12 +18,12 @@ from liftdist.distributed.mesh import Mesh
 from liftdist.planning import footprint
 from liftdist.schema import Config
 
-#: what operations are called, by what their operators' names begin with
+#: prefix of an operator's name -> name of the operation
 OPERATIONS = {"allgather": "all_gather", "reduce_scatter": "reduce_scatter", "allreduce": "all_reduce"}
 
 
 class Traffic(TorchDispatchMode):
-    """Counts collectives and the bytes a rank puts into them, by process group: ``{group: {operation: [calls, bytes]}}``."""
+    """Counts collectives and their input bytes on this rank: ``{process group: {operation: [calls, bytes]}}``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,11 +44,11 @@ class Traffic(TorchDispatchMode):
 
 
 def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh) -> dict[str, dict[str, list[int]]]:
-    """Rank 0's collectives in a step, by mesh axis and operation: calls, bytes put in, bytes sent in a ring."""
+    """Collectives of a step on this rank, by mesh axis and operation: calls, input bytes, bytes sent by a ring algorithm."""
     contender = contenders.KINDS[kind](contenders.load(options.model, mesh.device), config, mesh)
     batch = next(contenders.batches(contender.model.config.vocab_size, 1, options.length, mesh.device, mesh.rank))
     contender.forward_backward(batch)
-    contender.update()  # asks once how many entries the fullest shard has
+    contender.update()  # the first step also agrees on the size of the sparse exchange
     traffic = Traffic()
     with traffic:
         contender.forward_backward(batch)
@@ -67,7 +67,7 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
 def main() -> None:
     parser = measure.parser("traffic", __doc__, ranks=4)
     parser.add_argument("--replicas", type=int, default=2)
-    parser.add_argument("--length", type=int, default=16, help="tokens of the only sequence of a rank")
+    parser.add_argument("--length", type=int, default=16, help="tokens of a rank's only sequence")
     options = measure.on_ranks(parser)
     config = measure.config()
     config.mesh.dp_replicate = options.replicas
@@ -82,9 +82,9 @@ def main() -> None:
             totals.setdefault(axis, {})[kind] = sum(sent for _, _, sent in operations.values())
             for operation, (calls, _, sent) in operations.items():
                 print(f"{kind:10s} {axis:13s} {operation:15s} {calls:5d} calls {sent / 1e6:12.3f}")
-    for axis, of in totals.items():
-        if min(of.get("hybrid", 0), of.get("liftdist", 0)) > 1000:
-            print(f"{axis}: liftdist sends {of['liftdist'] / of['hybrid']:.3f} of the bytes")
+    for axis, sent_by in totals.items():
+        if min(sent_by.get("hybrid", 0), sent_by.get("liftdist", 0)) > 1000:
+            print(f"{axis}: liftdist sends {sent_by['liftdist'] / sent_by['hybrid']:.3f} of the bytes")
     measure.write({"ranks": options.ranks, "replicas": options.replicas, "results": results}, options.out)
 
 

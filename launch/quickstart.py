@@ -1,4 +1,4 @@
-"""What ``launch/quickstart`` needs beside liftdist: a real small model, problems with answers, and a score.
+"""Data and evaluation of ``launch/quickstart``: a small pretrained model, arithmetic problems, and exact-match accuracy.
 
 python launch/quickstart.py prepare FOLDER      write FOLDER/SmolLM2-135M-Instruct, FOLDER/train.jsonl, FOLDER/heldout.jsonl
 python launch/quickstart.py report FOLDER RUN   loss and exact-match accuracy before and after the run in RUN
@@ -48,7 +48,7 @@ def model_folder(folder: Path) -> Path:
     temporary.chmod(0o755)
     try:
         temporary.rename(target)
-    except OSError:  # someone else was first
+    except OSError:  # another process was first
         shutil.rmtree(temporary)
     return target
 
@@ -79,7 +79,7 @@ def write_problems(folder: Path) -> None:
 
 
 def accuracy(model_path: Path, problems: Path) -> float:
-    """Share of problems whose greedy answer ends in the right number."""
+    """Fraction of problems for which the last number of the greedy answer is correct."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -92,11 +92,11 @@ def accuracy(model_path: Path, problems: Path) -> float:
     with torch.inference_mode():
         output = model.generate(**batch, max_new_tokens=24, do_sample=False)
     replies = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    right = 0
+    correct = 0
     for record, reply in zip(records, replies, strict=True):
         numbers = re.findall(r"-?\d+", reply)
-        right += bool(numbers) and numbers[-1] == record[1]["content"]
-    return right / len(records)
+        correct += bool(numbers) and numbers[-1] == record[1]["content"]
+    return correct / len(records)
 
 
 def report(folder: Path, run: Path) -> None:
