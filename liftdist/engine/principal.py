@@ -108,7 +108,9 @@ class PrincipalWeights:
         self.counts = [allotted[matrix.name] for matrix in self.matrices]  # principal weights of each whole matrix
         self.num_selected = sum(self.counts)
         if not self.num_selected:
-            raise UserError(f"nothing to train: density {density} selects no weight of any matrix")
+            share = f"budget rank {budget_rank}" if density is None else f"density {density}"
+            asked = share if budget is None else f"the budget {budget}"
+            raise UserError(f"nothing to train: {asked} selects no weight of any matrix; ask for more")
         check_alike(self.matrices)
         kept = {id(param) for param in trained.values()}
         for param in model.parameters():

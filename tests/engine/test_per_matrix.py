@@ -17,3 +17,9 @@ def test_budget():
 def test_density_is_a_share(density):
     with pytest.raises(ValueError, match="density must be above 0 and at most 1"):
         PerMatrix(density, None).allot({"w": (30, 50)})["w"]
+
+
+@pytest.mark.parametrize("rank", [0, -1])
+def test_a_budget_rank_is_at_least_one(rank):
+    with pytest.raises(ValueError, match="budget_rank must be at least 1"):
+        PerMatrix(None, rank)

@@ -24,6 +24,8 @@ class PerMatrix:
             raise ValueError(f"give exactly one of density and budget_rank, got {self.density} and {self.budget_rank}")
         if self.density is not None and not 0 < self.density <= 1:
             raise ValueError(f"density must be above 0 and at most 1, got {self.density}")
+        if self.budget_rank is not None and self.budget_rank < 1:
+            raise ValueError(f"budget_rank must be at least 1, got {self.budget_rank}")
 
     def allot(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """Weights to train of each matrix, by name."""
