@@ -117,8 +117,8 @@ def _arguments(parser: argparse.ArgumentParser) -> Iterator[list[str]]:
 
 def variables() -> str:
     """Every environment variable that means something, by who sets it."""
-    told = "Every environment variable that means something, and who sets it."
-    lines = [_front(told), "# Environment variables", "", "A config can read any variable by `${oc.env:NAME}`."]
+    about = "Every environment variable that means something, and who sets it."
+    lines = [_front(about), "# Environment variables", "", "A config can read any variable by `${oc.env:NAME}`."]
     table = list(environment.table())
     makers = {variable.by: None for variable in table}
     for maker in sorted(makers, key=lambda maker: maker != environment.USER):
