@@ -167,7 +167,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
         print(f"{title:22s}" + "".join(f"{result[key] / unit:12,.{digits}f}" for result in results.values()))
     for kind, result in results.items():
         if result.get("tflops"):
-            print(f"{kind}: {result['tflops']:.3g} TFLOP/s a rank, of {measure.tflops()} by the data sheet")
+            print(f"{kind}: {result['tflops']:.3g} TFLOP/s per rank, of {measure.tflops()} by the data sheet")
 
 
 if __name__ == "__main__":

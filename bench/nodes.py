@@ -139,7 +139,7 @@ def take_turns(
             rounds["dense"].append(timed(dense.run_step, options.steps))
             rounds["liftdist"].append(timed(trainer.run_step, options.steps))
             last = ", ".join(f"{side} {found[-1]['seconds']:.2f} s" for side, found in rounds.items())
-            console.say(f"{link}, round {number + 1} of {options.rounds}: {last} a step")
+            console.say(f"{link}, round {number + 1} of {options.rounds}: {last} per step")
     return links
 
 
@@ -177,7 +177,7 @@ def rank(options: argparse.Namespace) -> None:
         "model": inputs.folder.name,
         "density": config.selection.density,
         "filter_rank": config.selection.filter_rank,
-        "layout": f"{NODES} nodes x {RANKS_PER_NODE} ranks, gloo, a replica a node",
+        "layout": f"{NODES} nodes x {RANKS_PER_NODE} ranks, gloo, one replica per node",
         "sequences_per_step": config.train.batch_size,
         "steps_per_round": options.steps,
         "all_reduced_bytes": all_reduced,
@@ -205,7 +205,7 @@ def summary(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, fl
 def report(results: dict) -> None:
     print(f"{measure.machine()}, torch {torch.__version__}; {results['layout']}")
     print(f"{results['model']}, density {results['density']}, filter rank {results['filter_rank']}")
-    print(f"{'a step':32s} {'dense':>13s} {'liftdist':>13s} {'ratio':>7s}")
+    print(f"{'per step':32s} {'dense':>13s} {'liftdist':>13s} {'ratio':>7s}")
     counted = results["all_reduced_bytes"]
     rows = {"bytes all-reduced": counted | {"ratio": counted["dense"] / counted["liftdist"]}}
     for link, found in results["results"].items():

@@ -75,7 +75,7 @@ def main() -> None:
         results = {kind: measured(kind, options, config, mesh) for kind in ("hybrid", "liftdist")}
     if os.environ["RANK"] != "0":
         return
-    print(f"{options.ranks // options.replicas} shards, {options.replicas} replicas; MB a rank sends in a step")
+    print(f"{options.ranks // options.replicas} shards, {options.replicas} replicas; MB sent per rank and step")
     totals: dict[str, dict[str, int]] = {}
     for kind, axes in results.items():
         for axis, operations in axes.items():
