@@ -19,6 +19,7 @@ from bench import contenders, measure
 from liftdist.distributed import collectives
 from liftdist.distributed import mesh as meshes
 from liftdist.runs import checkpoint, claims
+from liftdist.runs.manifest import Provenance, Snapshot
 from liftdist.runs.saver import Checkpointer, Saved
 
 
@@ -43,7 +44,7 @@ def main() -> None:
             side.update()
             began = time.perf_counter()
             state = side.principal.state_dict(side.optimizer)
-            saver.save(state, side.principal.matrices, {"step": step, "state": {"step": step}})
+            saver.save(state, side.principal.matrices, Snapshot(step, {"step": step}, Provenance("", {}, "", "")))
             found["waiting"].append(time.perf_counter() - began)
             saver.wait()
             found["saving"].append(time.perf_counter() - began)

@@ -8,10 +8,10 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import sys
-import tempfile
 from pathlib import Path
+
+from liftdist import files
 
 NAME = "SmolLM2-135M-Instruct"
 WEIGHTS = f"{NAME}.Q4_1.gguf"
@@ -42,14 +42,13 @@ def model_folder(folder: Path) -> Path:
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=WEIGHTS)
     tokenizer.model_max_length = model.config.max_position_embeddings
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder))
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    temporary.chmod(0o755)
     try:
-        temporary.rename(target)
+        with files.new_folder(target) as temporary:
+            model.save_pretrained(temporary)
+            tokenizer.save_pretrained(temporary)
     except OSError:  # another process was first
-        shutil.rmtree(temporary)
+        if not target.is_dir():
+            raise
     return target
 
 
