@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,11 +158,17 @@ def _dotted(key: str | None) -> str:
     return re.sub(r"\[(\d+)\]", r".\1", key or "")
 
 
+@functools.cache
+def _known_keys(root: type) -> dict[str, None]:
+    """The keys of all settings and sections, in the order of the file."""
+    return dict.fromkeys([*dict(schema.settings(root)), *dict(schema.sections(root))])
+
+
 def _check_key(key: str, where: str, root: type) -> None:
-    known = [*dict(schema.settings(root)), *dict(schema.sections(root))]
     form = schema.template(key)
-    if form in known:
+    if form in _known_keys(root):
         return
+    known = list(_known_keys(root))
     near = difflib.get_close_matches(form, known, n=1, cutoff=0.5)
     if not near:  # the section may be missing or misspelt
         near = [name for name in known if name.split(".")[-1] == form.split(".")[-1]]

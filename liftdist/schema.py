@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import re
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -325,9 +326,14 @@ def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, st
             yield from sections(inner, f"{key}{dots}")
 
 
+@functools.cache
+def _hints(section: type) -> dict[str, Any]:
+    return typing.get_type_hints(section)
+
+
 def _section(section: type, leaf: dataclasses.Field) -> tuple[type | None, str]:
     """The section that a field holds, or None, and the separator between its key and those of the section."""
-    hint = typing.get_type_hints(section)[leaf.name]
+    hint = _hints(section)[leaf.name]
     if dataclasses.is_dataclass(hint):
         return typing.cast(type, hint), "."
     entry = next(iter(typing.get_args(hint)), None)

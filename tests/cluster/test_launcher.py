@@ -76,7 +76,7 @@ def test_one_summary_names_the_rank_that_failed_first(kind, restarts, expected, 
     assert said.count("Traceback (most recent call last)") <= 1
     assert "exitcode" not in said  # torchrun's own report
     assert said.count("continuing after step 5") == restarts  # a restart really goes on, and fails again there
-    assert said.count("ended by an error; the same command goes on") == 1
+    assert said.count("ended by an error; the same command continues") == 1
     assert builders.files_of(tmp_path / "run")[0] == 5  # what was committed is there
 
 
