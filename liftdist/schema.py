@@ -399,9 +399,3 @@ def reference(section: type = Config) -> Iterator[tuple[str, str, str]]:
             shown = f"`{yaml.safe_dump(default, default_flow_style=True).splitlines()[0]}`"
         choices = leaf.metadata["choices"]
         yield key, shown, leaf.metadata["help"] + (f" ({', '.join(f'`{c}`' for c in choices)})" if choices else "")
-
-
-def settings_table() -> str:
-    """The reference as a table in Markdown."""
-    rows = [f"| `{key}` | {default} | {meaning} |" for key, default, meaning in reference()]
-    return "\n".join(["| setting | default | meaning |", "|---|---|---|", *rows])

@@ -11,14 +11,14 @@ from plain_models import flat, make, mlp
 
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
-from liftdist.engine.factors import METHODS
+from liftdist.engine.factors import FACTORINGS
 
 pytestmark = pytest.mark.gpu
 
 
 def test_selection_on_a_gpu_agrees_with_the_cpu():
     weight = torch.randn(700, 900, generator=torch.Generator().manual_seed(0))
-    for method in METHODS:
+    for method in FACTORINGS:
         on_cpu = low_rank.select(weight, 31500, 16, method)
         on_gpu = [low_rank.select(weight.cuda(), 31500, 16, method) for _ in range(2)]
         assert torch.equal(*on_gpu)

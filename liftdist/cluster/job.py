@@ -1,4 +1,4 @@
-"""What a SLURM job decides for itself: where it begins, whether its nodes are fit, and what its end means.
+"""Decisions of a SLURM job: where it begins, which of its nodes can be used, and whether it is requeued, restarted or failed.
 
     begin -> check, on every node -> training -> end: done, requeue, restart, fail, or nothing because SLURM or a user acts
 

@@ -27,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-METHODS = ("exact", "fast")
+FACTORINGS = ("exact", "fast")
 
 #: Largest estimated share of the selected entries that a fast factorisation may get wrong.
 MISS_TOLERANCE = 2e-3
@@ -49,7 +49,7 @@ class Factors(NamedTuple):
 
 
 def factor(matrix: Tensor, num_selected: int, filter_rank: int, method: str, seed: int) -> Factors:
-    """The cheapest factors of ``matrix [m, n]`` that select ``num_selected`` entries accurately; ``method``: of ``METHODS``."""
+    """The cheapest factors of ``matrix [m, n]`` that select ``num_selected`` entries accurately."""
     if method == "fast":
         for factors in fast_factors(matrix, filter_rank, seed):
             if estimated_miss(factors, num_selected) <= MISS_TOLERANCE:

@@ -27,10 +27,11 @@ from liftdist.errors import UserError
 
 
 class Criterion(Protocol):
-    """Which entries of a weight matrix are trained. A plain function is accepted.
+    """Which entries of a weight matrix are trained. In your own loop a plain function will do.
 
-    Optional: ``cost(m, n)``, the relative time for a matrix, and ``workspace(m, n, num_selected)``, in bytes. Settings that
-    affect the result must be dataclass fields: these are part of the key of cached selections.
+    Optional members are ``cost(m, n)``, the relative time for a matrix, ``m n`` by default, and
+    ``workspace(m, n, num_selected)``, the bytes needed besides the matrix, 16 per weight by default, which the planner counts.
+    A criterion that is chosen in a config is a frozen dataclass: its fields are part of the key of a cached selection.
     """
 
     def __call__(self, weight: Tensor, num_selected: int, seed: int, /) -> Tensor:
@@ -42,6 +43,12 @@ class Budget(Protocol):
 
     def allot(self, shapes: Mapping[str, tuple[int, int]], /) -> Mapping[str, int]:
         """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name."""
+
+
+def workspace_of(criterion: Criterion, m: int, n: int, num_selected: int) -> int:
+    """Bytes that ``criterion`` needs besides an ``[m, n]`` weight."""
+    workspace: Callable[[int, int, int], int] = getattr(criterion, "workspace", lambda m, n, _: 16 * m * n)
+    return workspace(m, n, num_selected)
 
 
 def cost_of(criterion: Criterion, m: int, n: int) -> float:
@@ -139,6 +146,8 @@ def _rounds(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[l
 
 def _score(matrix: Matrix, count: int, whole: Tensor, criterion: Criterion) -> Tensor:
     """The criterion's selection of ``whole``, validated, because the criterion may be user code."""
+    if not torch.isfinite(whole.sum(dtype=torch.float32)):
+        raise ValueError("weight holds NaN or infinity")
     indices = criterion(whole, count, seed_of(matrix.name))
     if indices.dtype != torch.int64 or indices.shape != (count,):
         raise ValueError(f"the criterion must return [{count}] int64, got {list(indices.shape)} {indices.dtype}")

@@ -2,7 +2,8 @@
 
     attach -> for each step: before_step, forward and backward, reduce, clip, step or skip
 
-The trainer drives a method. Another method implements the same members; the loop, checkpoints and export do not depend on it.
+The trainer drives a method. Another method implements the same members; the loop and the export do not depend on it.
+A checkpoint stores its state as tensors of each matrix, ``NAME/KEY``, among them sorted ``indices`` and ``dropped_indices``.
 """
 
 from __future__ import annotations
@@ -116,13 +117,14 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
     """
     config, console, choice = context.config, context.console, context.config.selection
     cached = _CachedSelection(context, base_digest)
+    criterion = CRITERIA.load(choice.criterion).make(choice)
     if not from_checkpoint:
-        console.say(f"selecting principal weights ({choice.method}, filter rank {choice.filter_rank})")
+        console.say(f"selecting principal weights: {criterion}")
     started = time.perf_counter()
     with console.progress("selecting", "matrix") as progress:
         principal = PrincipalWeights(
             model,
-            criterion=CRITERIA.load(choice.criterion).make(choice),
+            criterion=criterion,
             budget=BUDGETS.load(choice.budget).make(choice),
             modules=choice.modules,
             replicate_group=context.mesh.replicate_group,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
 
 from liftdist.distributed.sharding import row_bounds
+from liftdist.engine import selection
 from liftdist.engine.matrices import principal_parameters
 from liftdist.errors import UserError
 from liftdist.models import build
@@ -173,7 +175,7 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
     largest = max(m * n for m, n in size.trained.values())
     counts = selected(size, config)
-    workspace = criterion(config).workspace
+    workspace = functools.partial(selection.workspace_of, criterion(config))
     factoring = max(workspace(*shape, counts[name]) for name, shape in size.trained.items())
     sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # bytes per gradient to be reduced
     exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0

@@ -28,7 +28,7 @@ from liftdist.errors import UserError
 from liftdist.methods.lift import Lift
 from liftdist.registry import LOSSES
 from liftdist.schema import Config
-from liftdist.training import loss as losses
+from liftdist.training import loss as batch_loss
 from liftdist.training.inputs import Inputs
 from liftdist.training.stopwatch import Stopwatch
 
@@ -162,7 +162,7 @@ class Trainer:
                 batch = to_device(collate(self.inputs.samples, micro), self.mesh.device)
                 tokens += sum(int(self.inputs.samples.lengths[sample]) for sequence in micro for sample in sequence)
             with self.watch("forward_backward"):
-                loss = losses.token_losses(self.model, batch, self._loss)
+                loss = batch_loss.token_losses(self.model, batch, self._loss)
                 loss.backward()
                 micro_losses.append(loss.detach())
                 loss_and_labels[0] += loss.detach()

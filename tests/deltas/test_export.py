@@ -18,12 +18,13 @@ from liftdist.deltas import of_run
 from liftdist.deltas.export import export
 from liftdist.errors import UserError
 from liftdist.models import check, weights
+from liftdist.registry import EXPORT_FORMATS
 
 
 def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     folder, parameters = trained
     cache = ("--cache-dir", folder / "cache")
-    for form in ("hf", "delta", "shira", "patch"):
+    for form in EXPORT_FORMATS:
         liftdist("export", folder / "run", "--format", form, "--output", tmp_path / form, *cache)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert merged.dtype == torch.bfloat16

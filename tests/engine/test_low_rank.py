@@ -7,7 +7,14 @@ from safetensors.torch import load_file
 
 from liftdist.engine import topk
 from liftdist.engine.criteria import low_rank
-from liftdist.engine.factors import METHODS, MISS_TOLERANCE, estimated_miss, exact_factors, fast_factors, krylov_factors
+from liftdist.engine.factors import (
+    FACTORINGS,
+    MISS_TOLERANCE,
+    estimated_miss,
+    exact_factors,
+    fast_factors,
+    krylov_factors,
+)
 from liftdist.planning.live_bytes import LiveBytes
 
 
@@ -35,7 +42,7 @@ def test_exact_is_the_definition(shape, filter_rank):
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     k = weight.numel() // 20
     expected = principal_mask(weight, k, filter_rank).flatten().nonzero().squeeze(1)
-    for method in METHODS:
+    for method in FACTORINGS:
         found = low_rank.select(weight, k, filter_rank, method)
         assert found.dtype == torch.int64
         assert (found[1:] > found[:-1]).all()

@@ -10,6 +10,7 @@ from torch.distributed.tensor import Shard
 from liftdist import PrincipalWeights
 from liftdist.distributed.collectives import gather, together
 from liftdist.engine import selection
+from liftdist.errors import UserError
 from liftdist.runs import selections
 
 
@@ -95,3 +96,20 @@ def columns(mesh):
 
 def test_sharding_by_columns_is_refused():
     assert all("0.weight: must be sharded by rows" in text for text in ranks.run(2, columns))
+
+
+def test_a_criterion_needs_neither_cost_nor_workspace():
+    """The rest has defaults: a plain function selects, is planned for, and is not asked about weights that are not finite."""
+
+    def first(weight, num_selected, seed):
+        return torch.arange(num_selected)
+
+    model = torch.nn.Sequential(torch.nn.Linear(10, 6, bias=False), torch.nn.Linear(6, 8, bias=False))
+    principal = PrincipalWeights(model, density=0.1, criterion=first)
+    assert [indices.tolist() for indices in principal.indices] == [[0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4]]
+    assert selection.workspace_of(first, 10, 6, 6) == 16 * 60
+    broken = torch.nn.Sequential(torch.nn.Linear(10, 6, bias=False))
+    with torch.no_grad():
+        broken[0].weight[2, 3] = torch.nan
+    with pytest.raises(UserError, match=r"0\.weight: weight holds NaN or infinity"):
+        PrincipalWeights(broken, density=0.1, criterion=first)

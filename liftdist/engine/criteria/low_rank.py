@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from liftdist.engine.factors import KRYLOV_BLOCK, METHODS, factor, max_krylov_blocks
+from liftdist.engine.factors import FACTORINGS, KRYLOV_BLOCK, factor, max_krylov_blocks
 from liftdist.engine.topk import BLOCK, CANDIDATE_MARGIN, top_k
 
 FACTORING_THREADS = 1  # fixed: another number of threads rounds differently and changes a few entries
@@ -35,8 +35,8 @@ class LowRank:
     def __post_init__(self) -> None:
         if self.filter_rank < 1:
             raise ValueError(f"filter_rank must be at least 1, got {self.filter_rank}")
-        if self.method not in METHODS:
-            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}")
+        if self.method not in FACTORINGS:
+            raise ValueError(f"method must be one of {', '.join(FACTORINGS)}, got {self.method!r}")
 
     def __call__(self, weight: Tensor, num_selected: int, seed: int) -> Tensor:
         return select(weight, num_selected, self.filter_rank, self.method, seed)
@@ -80,8 +80,8 @@ def select(weight: Tensor, num_selected: int, filter_rank: int, method: str = "f
         )
     if filter_rank < 1:
         raise ValueError(f"filter_rank must be at least 1, got {filter_rank}")
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if method not in FACTORINGS:
+        raise ValueError(f"method must be one of {', '.join(FACTORINGS)}, got {method!r}")
     with torch.no_grad(), _reproducible(weight.device):
         scores_of = _scorer(weight.float(), num_selected, filter_rank, method, seed)
         return top_k(scores_of, weight.shape, num_selected)
