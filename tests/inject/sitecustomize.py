@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 SLOW, _, STARTS = os.environ.get("SLOW", "0").partition(":")
 SLOW = float(SLOW) if int(os.environ.get("SLURM_RESTART_COUNT", 0)) < int(STARTS or 99) else 0.0
@@ -24,6 +25,16 @@ def fail():
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def wait_for_the_checkpoint(trainer):
+    """Until the checkpoint that was due last is there: it is written in the background, and a restart is to find it."""
+    interval = trainer.config.checkpoint.interval
+    due = trainer.step // interval * interval if interval else 0
+    folder = Path(trainer.config.run_dir).expanduser() / "checkpoints" / f"step-{due:08d}"
+    ends = time.monotonic() + 60
+    while due and not folder.exists() and time.monotonic() < ends:
+        time.sleep(0.01)
+
+
 class Finder:
     """Patches the trainer while ``liftdist.training.setup`` is imported, which is after it."""
 
@@ -37,6 +48,7 @@ class Finder:
             def faulty(self):
                 time.sleep(SLOW)
                 if os.environ.get("RANK") == RANK and self.step + 1 == int(STEP):
+                    wait_for_the_checkpoint(self)
                     fail()
                 return run_step(self)
 
