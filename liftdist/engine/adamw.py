@@ -95,9 +95,16 @@ class PrincipalAdamW(torch.optim.AdamW):
             )
 
     def _compiles_everywhere(self) -> bool:
-        compiles = torch.tensor(int(self._compiles()), device=self.principal.values.device)
+        error: Exception | None = None
+        try:
+            here = self._compiles()
+        except Exception as caught:  # raised below: the other ranks wait in the collective
+            here, error = False, caught
+        compiles = torch.tensor(int(here), device=self.principal.values.device)
         if dist.is_initialized():
             dist.all_reduce(compiles, op=dist.ReduceOp.MIN)
+        if error is not None:
+            raise error
         return bool(compiles)
 
     def _compiles(self) -> bool:

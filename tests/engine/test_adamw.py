@@ -138,7 +138,7 @@ def test_a_bug_in_the_kernel_is_raised(interpreter, monkeypatch):
     optimizer = PrincipalAdamW(principal)
     monkeypatch.setattr(kernels, "adamw_and_write_back", Broken())
     with pytest.raises(TypeError, match="a bug in the kernel's arguments"):
-        optimizer._compiles()
+        optimizer._compiles_everywhere()
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
