@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from liftdist import __version__, environment, preflight, schema
+from liftdist import __version__, output, preflight, processes, schema, signals
 from liftdist import config as configs
 from liftdist.cluster import launcher, submit
-from liftdist.errors import EXIT_USER_ERROR, UserError
+from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from liftdist.models.hub import resolve_model
 from liftdist.options import add_continuation_flags, allowed_by
 from liftdist.redaction import redact
@@ -26,6 +27,32 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point. Exit code 2 and one line for any error that the user can correct."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     name = given[0] if given else "--help"
+    if arguments is None:  # the process is this command's own
+        processes.use_utf8()
+        output.take_over(patient=name not in RUNS)
+        signals.interrupt()
+    try:
+        _run(name, given[1:])
+    except UserError as error:
+        print(f"liftdist: {redact(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt as reason:
+        _interrupted(name, str(reason) or "SIGINT")
+    finally:
+        if (problem := output.lost()) is not None:
+            print(f"liftdist: the output is not complete: {problem.strerror}", file=sys.stderr)
+            sys.exit(1)
+
+
+def _interrupted(name: str, reason: str) -> NoReturn:
+    if name in RUNS:
+        print(f"liftdist: stopped ({reason}) before training began; the same command starts it", file=sys.stderr)
+        sys.exit(EXIT_STOPPED)
+    print(f"liftdist: ended by {reason}", file=sys.stderr)
+    sys.exit(128 + signal.Signals[reason])
+
+
+def _run(name: str, given: Sequence[str]) -> None:
     if name == "--version":
         print(f"liftdist {__version__}")
         return
@@ -39,12 +66,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     about = f"{command.help[0].upper()}{command.help[1:]}."
     parser = argparse.ArgumentParser(prog=f"liftdist {name}", description=about, epilog=command.epilog)
     command.arguments(parser)
-    options = parser.parse_intermixed_args(given[1:])
-    try:
-        command.run(options)
-    except UserError as error:
-        print(f"liftdist: {redact(str(error))}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
+    command.run(parser.parse_intermixed_args(given))
 
 
 @dataclass(frozen=True)
@@ -168,8 +190,8 @@ def _select(options: argparse.Namespace) -> None:
 
 def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
     resolve_model(config.model.path)  # one process downloads what all ranks read
-    os.environ[environment.COMMAND.name] = json.dumps(["liftdist", *sys.argv[1:]])
-    sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments))
+    typed = ["liftdist", *sys.argv[1:]]
+    sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments, typed))
 
 
 def _prefetch(options: argparse.Namespace) -> None:
@@ -308,6 +330,8 @@ def _diff(options: argparse.Namespace) -> None:
     delta_file.write(of_run.between(options.before, options.after, base), options.output, not options.without_base)
     print(options.output)
 
+
+RUNS = ("train", "select")  # commands that start ranks
 
 COMMANDS = {
     "train": Command(

@@ -24,7 +24,6 @@ class Console:
     def say(self, message: str) -> None:
         if self._enabled:
             tqdm.write(redact(message), file=sys.stderr)
-            sys.stderr.flush()
 
     @contextmanager
     def progress(self, title: str, unit: str, total: int | None = None) -> Iterator[Progress]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,7 @@ COMMAND = Variable("LIFTDIST_COMMAND", _command, LAUNCHER, "the command as it wa
 STARTED = Variable("LIFTDIST_STARTED", float, LAUNCHER, "when the command began; older requests to stop are not for it")
 LAUNCH = Variable("LIFTDIST_LAUNCH", str, LAUNCHER, "identity of one start of torchrun on all nodes")
 STATUS_FILE = Variable("LIFTDIST_STATUS_FILE", Path, LAUNCHER, "where a rank leaves its exit code")
+AGENT = Variable("LIFTDIST_AGENT", int, LAUNCHER, "process of torchrun, which no rank outlives")
 FAILURES = Variable("LIFTDIST_FAILURES", Path, LAUNCHER, "folder for records of ranks that failed")
 LOGS = Variable("LIFTDIST_LOGS", Path, SCRIPT, "folder for the output of ranks and the reports of nodes")
 LEAD = Variable("LIFTDIST_LEAD", float, SUBMIT, "seconds from SLURM's warning to the time limit")
@@ -125,6 +127,24 @@ SLURM_STEP_NUM_TASKS = Variable("SLURM_STEP_NUM_TASKS", int, SLURM, "tasks of th
 SLURM_STEP_NODELIST = Variable("SLURM_STEP_NODELIST", str, SLURM, "nodes of the step, in SLURM's short form")
 SLURM_NODEID = Variable("SLURM_NODEID", int, SLURM, "number of this node in the step")
 SLURMD_NODENAME = Variable("SLURMD_NODENAME", str, SLURM, "name of this node")
+
+
+#: What others leave behind: settings of torchrun, accelerate and ranks, and what changes the numerics unasked. Ranks do not get
+#: them, except for those that torchrun sets anew.
+FOREIGN = re.compile(
+    r"PET_\w+|PYTHON_EXEC|LOGLEVEL|TORCH_?ELASTIC_\w+|(ACCELERATE|FSDP)_\w+|TORCH_ALLOW_TF32_CUBLAS_OVERRIDE"
+    r"|(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+)
+
+
+def foreign(environ: Environ | None = None) -> list[str]:
+    """The names in ``environ`` that match ``FOREIGN``."""
+    return sorted(name for name in (os.environ if environ is None else environ) if FOREIGN.fullmatch(name))
+
+
+def internal() -> list[str]:
+    """The names by which one part of liftdist tells another something."""
+    return [variable.name for variable in table() if variable.by in (LAUNCHER, SCRIPT, SUBMIT)]
 
 
 def table() -> Iterator[Variable]:

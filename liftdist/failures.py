@@ -7,6 +7,7 @@ A rank that only lost its peers records that: its error is shown only if there i
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -42,11 +43,15 @@ class Failure:
 
 
 def start() -> None:
-    """At the start of a rank: forget what an earlier attempt of it left, and keep its output apart unless it is the main one.
+    """At the start of a rank: let the launcher know, forget what an earlier attempt of the rank left, and keep its output apart
+    unless it is the main one.
 
     Ends the rank where it cannot have its output there.
     """
     try:
+        if (status := environment.STATUS_FILE.get()) is not None:
+            with contextlib.suppress(OSError):
+                status.touch()
         if (folder := environment.FAILURES.get()) is not None:
             _path(folder, _rank()).unlink(missing_ok=True)
         if is_apart():

@@ -6,12 +6,19 @@ import ctypes
 import os
 import platform
 import signal
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 _PR_SET_PDEATHSIG = 1
+
+
+def use_utf8() -> None:
+    """Begin this process again in Python's UTF-8 mode, where a locale gives file names another encoding."""
+    if sys.getfilesystemencoding() != "utf-8":
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
 
 
 def this_process() -> dict[str, Any]:

@@ -19,11 +19,9 @@ from omegaconf import MISSING
 
 from liftdist.errors import UserError
 from liftdist.registry import BUDGETS, CRITERIA, FORMATS, LOSSES, METHODS
+from liftdist.signals import STOP_SIGNALS
 
 Problem = tuple[str, str]  # (key of a setting within its section, or "", what is wrong)
-
-STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2")
-
 
 # what a changed setting affects in a run that continues, see runs/changes.py
 NOTHING = "nothing"  # no effect on the losses, except for the order of summation

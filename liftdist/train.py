@@ -8,22 +8,24 @@ The same command continues a run that was stopped, killed or preempted, from its
 
 from __future__ import annotations
 
-from liftdist import failures
+from liftdist import failures, output
 from liftdist.runs.stop import CancellationPoint, StopRequests
 
 _early = StopRequests()
 if __name__ == "__main__":
-    failures.start()
+    output.take_over()
     _early.catch()  # the imports below take seconds, in which a signal must be neither lost nor fatal
+    failures.start()
 
 import argparse
+import contextlib
 import os
 import sys
 import time
 from collections.abc import Sequence
 
 from liftdist import config as configs
-from liftdist import environment
+from liftdist import environment, signals
 from liftdist.console import Console
 from liftdist.distributed import mesh as meshes
 from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, PeerError, Stopped, UserError
@@ -47,12 +49,11 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
     add_continuation_flags(parser)
     options = parser.parse_intermixed_args(arguments)
     if environment.AGENT_RUN_ID.is_set():
-        die_with_parent(os.getppid())  # no rank outlives its agent
+        die_with_parent(environment.AGENT.get(os.getppid()))  # no rank outlives its agent
     joined = False  # whether all ranks have met, so that they end with the same error
     try:
         config, text = configs.load(options.config, options.overrides)
-        # the batch script of a SLURM job forwards the scheduler's warning as SIGUSR2
-        stop.catch([*config.train.stop_signals, *(["SIGUSR2"] if environment.LOGS.is_set() else [])])
+        stop.catch(config.train.stop_signals)
         with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
             joined = True
             if options.select_only:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
     except UserError as error:
         if not failures.say(str(error), failures.USER_ERROR):
             _say(str(error))
-        _leave(EXIT_USER_ERROR, stop, joined)
+        _leave(EXIT_USER_ERROR, joined)
     except Stopped as reason:
         typed = environment.COMMAND.get([])
         how = (
@@ -71,14 +72,14 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             else "the same command"
         )
         _say(f"stopped ({reason}); {how} continues")
-        _leave(EXIT_STOPPED, stop)
+        _leave(EXIT_STOPPED)
     except PeerError as error:
         failures.say(str(error), failures.LOST_PEERS)
         sys.exit(1)  # the rank that failed shows its traceback
     except BaseException as error:  # SystemExit, too: a rank that exits early must not count as finished
         if not failures.record(error) or failures.is_apart():  # else the launcher or the job shows the first failure
             sys.excepthook(*sys.exc_info())
-        sys.stderr.flush()
+        output.drain()
         os._exit(1)  # at once: threads and libraries would wait for peers that may be gone
 
 
@@ -87,16 +88,17 @@ def _say(message: str) -> None:
         print(f"liftdist: {redact(message)}", file=sys.stderr, flush=True)
 
 
-def _leave(code: int, stop: StopRequests, all_ranks: bool = True) -> None:
+def _leave(code: int, all_ranks: bool = True) -> None:
     """Exit with ``code``, which the launcher reads from a file: torchrun turns each code into 1, and restarts failed ranks.
 
     Args:
         all_ranks: whether all ranks exit with this code.
     """
-    stop.ignore()
+    signals.ignore()
     if (status := environment.STATUS_FILE.get()) is not None:
-        status.write_text(str(code))
-        sys.exit(0 if all_ranks else code)
+        with contextlib.suppress(OSError):
+            status.write_text(str(code))
+            sys.exit(0 if all_ranks else code)
     if code == EXIT_STOPPED and environment.AGENT_MAX_RESTARTS.get(0) > 0:
         sys.exit(0)  # torchrun would restart ranks that were asked to stop
     time.sleep(1.0 if environment.LOCAL_RANK.get(0) > 0 else 0.0)  # let local rank 0 print its message first

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from liftdist import config as configs
-from liftdist import environment, failures, files, network, preflight
+from liftdist import environment, failures, files, network, output, preflight, processes
 from liftdist.cluster import health, history, launcher, scheduler
 from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from liftdist.options import allowed_by, split_arguments
@@ -306,6 +306,9 @@ def main(given: Sequence[str] | None = None) -> None:
     """``python -m liftdist.cluster.job begin | check | end | again``.
 
     For the batch script: the answer is words with a null byte each."""
+    if given is None:
+        processes.use_utf8()
+        output.take_over(patient=True)
     command, *rest = sys.argv[1:] if given is None else given
     nodes = environment.NODES.need()
     answer: list[str] = []
@@ -333,6 +336,9 @@ def main(given: Sequence[str] | None = None) -> None:
             _record(text, failures.USER_ERROR)
         sys.exit(EXIT_USER_ERROR)
     sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in answer))
+    if (problem := output.lost()) is not None:
+        print(f"liftdist: the batch script cannot be answered: {problem.strerror}", file=sys.stderr)
+        sys.exit(1)
 
 
 def _check_nodes(nodes: Sequence[str], logs: Path) -> None:

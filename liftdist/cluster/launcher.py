@@ -5,8 +5,12 @@
 on this machine; on several by hand (``--nnodes N --node-rank I --head HOST[:PORT]`` on each); or as one task a node of a SLURM
 step, where everything comes from ``SLURM_*``. Whatever ends the launcher ends torchrun, and that its ranks.
 
-A signal goes to the ranks, past torchrun, which would end them: the ranks agree, save and end, and torchrun after them.
-Inside a SLURM step signals reach every process without help.
+A signal goes to the ranks, past torchrun, which would end them: the ranks agree, save and end, and torchrun after them. As long
+as there is no rank, because modules are imported or other nodes are waited for, it ends torchrun: nothing has begun. Inside a
+SLURM step signals reach every rank without help.
+
+Ranks run the code of this package, whatever lies in the current folder, and no variable of the environment is an option of
+torchrun.
 
 Imports torch in torchrun's own process alone.
 """
@@ -35,13 +39,12 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from liftdist import config as configs
-from liftdist import environment, failures, files, network, schema
+from liftdist import environment, failures, files, network, output, processes, signals, start
 from liftdist.cluster import scheduler
-from liftdist.errors import EXIT_USER_ERROR, UserError
+from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from liftdist.failures import Failure
 from liftdist.heartbeat import heartbeat
 from liftdist.options import split_arguments
-from liftdist.processes import die_with_parent
 from liftdist.redaction import redact
 from liftdist.runs import claims, layout
 from liftdist.schema import Config
@@ -50,6 +53,7 @@ FAILED = "failed"  # a file in the folder of logs: ranks of some node have faile
 JOIN_TIMEOUT, JOIN_TIMEOUT_SLURM = 600, 180  # seconds that nodes wait for each other: started by people, by SLURM
 SHUTDOWN_TIMEOUT = 60  # seconds from torchrun's SIGTERM for a rank to its SIGKILL
 _INTERRUPTS = 3  # that end everything without saving
+_POLL = 0.1  # seconds between two looks at torchrun
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,15 @@ def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str
         UserError: options that do not fit together, a head that has no address, a port in use.
     """
     check(options)
-    if options.nnodes is None and environment.SLURM_STEP_ID.is_set(environ):
+    # a terminal belongs to one shell: what `srun --pty` or `salloc` started is no task of a step of launchers
+    if options.nnodes is None and environment.SLURM_STEP_ID.is_set(environ) and not _has_terminal():
         return _slurm_place(environ)
     nnodes = options.nnodes or 1
     if options.node_rank >= nnodes:
         raise UserError(f"--node-rank {options.node_rank}: must be below --nnodes {nnodes}")
     if nnodes == 1:
         if (nodes := environment.SLURM_JOB_NUM_NODES.get(1, environ)) > 1:
-            print(
-                f"liftdist: this job has {nodes} nodes, only this one is used; `liftdist submit` uses all",
-                file=sys.stderr,
-            )
+            _say(f"this job has {nodes} nodes, only this one is used; `liftdist submit` uses all")
         return Place()
     if options.head is None:
         raise UserError(f"--nnodes {nnodes} needs --head HOST[:PORT], the machine with --node-rank 0")
@@ -114,6 +116,12 @@ def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str
     attempt = len(claims.attempts(Path(config.run_dir).expanduser())) + 1
     own = head if options.node_rank == 0 else network.outgoing_address(head)
     return Place(nnodes, options.node_rank, head, port, f"{name}-{port}-{attempt}", own)
+
+
+def _has_terminal() -> bool:
+    with contextlib.suppress(OSError):
+        return os.isatty(0)
+    return False
 
 
 def _slurm_place(environ: Mapping[str, str] | None) -> Place:
@@ -141,49 +149,64 @@ def _slurm_place(environ: Mapping[str, str] | None) -> Place:
 # Running.
 
 
-def launch(config: Config, options: argparse.Namespace, where: Place, command: Sequence[str]) -> int:
-    """Run ``python -m liftdist.train *command`` on all ranks of this node, and wait for the end.
+def launch(
+    config: Config, options: argparse.Namespace, where: Place, command: Sequence[str], typed: Sequence[str] = ()
+) -> int:
+    """Run ``liftdist.train *command`` on all ranks of this node, and wait for the end.
+
+    Args:
+        typed: the whole command as the user typed it, for the run directory.
 
     Returns:
-        The exit code: a rank's own for what it knows (2, 75), 0, or torchrun's. In SLURM torchrun's alone, which is 0 where
-        all ranks ended alike: a bad exit would end the other nodes, and ``run_dir`` tells how the run ended.
+        The exit code: a rank's own for what it knows (2, 75), 75 if there was no rank yet when a signal came, 0, or torchrun's.
+        In SLURM torchrun's alone, which is 0 where all ranks ended alike: a bad exit would end the other nodes, and
+        ``run_dir`` tells how the run ended.
+
+    Raises:
+        UserError: no space for temporary files, or no permission.
     """
     nproc = options.nproc or (config.slurm.ranks_per_node if where.in_job else None) or _gpus()
     logs = layout.logs(Path(config.run_dir).expanduser(), where.id) if where.id else None
-    with tempfile.TemporaryDirectory(prefix="liftdist-") as scratch:
-        folder = logs or Path(scratch)  # for reports of nodes and records of ranks
-        report = folder / f"node-{where.node_rank:05d}.json"  # its time is this node's heartbeat
-        agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
-        status = Path(scratch) / "status"  # written by ranks, in a folder that only this user can write to
-        variables = _variables(nproc, where, folder, logs) | {environment.STATUS_FILE.name: str(status)}
-        files.write(report, json.dumps({"host": platform.node()}))
-        torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), "-m", "liftdist.train", *command]
-        with _open_log(agent_log) as log, heartbeat(lambda: os.utime(report, follow_symlinks=False)):
-            code = _supervise(torchrun, variables, log, folder, where.in_job)
+    with contextlib.ExitStack() as stack:
+        try:
+            scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liftdist-")))
+            folder = logs or scratch  # for reports of nodes and records of ranks
+            report = folder / f"node-{where.node_rank:05d}.json"  # its time is this node's heartbeat
+            agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
+            files.write(report, json.dumps({"host": platform.node()}))
+            log = stack.enter_context(files.open_to_append(agent_log))
+        except OSError as error:
+            raise UserError(
+                f"{files.reason(error)}; TMPDIR and run_dir must name folders that can be written"
+            ) from None
+        log.reconfigure(line_buffering=True)
+        status = scratch / "status"  # a folder that only this user can write to
+        variables = _variables(nproc, where, folder, logs, typed) | {environment.STATUS_FILE.name: str(status)}
+        torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), start.__file__, "liftdist.train"]
+        torchrun += [word.replace("$", "$$") for word in command]  # torchrun substitutes ${local_rank}
+        with heartbeat(lambda: os.utime(report, follow_symlinks=False)):
+            code, stopped = _supervise(torchrun, variables, log, folder, status, where.in_job)
         known, found = _status(status), failures.read(folder)
         if known is None and code and found and found[0].kind == failures.USER_ERROR:
             known = EXIT_USER_ERROR  # of a rank that ended before it could write it
-        files.write(report, json.dumps({"host": platform.node(), "ended": time.time(), "code": known or code}))
-        if where.in_job:
-            if code:
+        with contextlib.suppress(OSError):  # the run is over, and how it ended stands elsewhere, too
+            files.write(report, json.dumps({"host": platform.node(), "ended": time.time(), "code": known or code}))
+            if where.in_job and code:
                 files.write(folder / FAILED, "")
+        if where.in_job:
             return code
+        if stopped:
+            _say(f"stopped ({stopped}) before training began; the same command starts it")
+            return EXIT_STOPPED
         if known == EXIT_USER_ERROR or (known is None and code):
-            print(f"liftdist: {failures.summary(found) or last_words([agent_log])}", file=sys.stderr)
+            _say(failures.summary(found) or last_words([agent_log]))
         if known is None and code:
-            again = "the same command continues from the newest checkpoint, if there is one"
-            print(f"liftdist: ended by an error; {again}", file=sys.stderr)
+            _say("ended by an error; the same command continues from the newest checkpoint, if there is one")
         return code if known is None else known
 
 
-def _open_log(path: Path) -> TextIOWrapper:
-    """A file for torchrun's own reports. Raises ``UserError``."""
-    try:
-        log = files.open_to_append(path)
-    except OSError as error:
-        raise UserError(files.reason(error)) from None
-    log.reconfigure(line_buffering=True)
-    return log
+def _say(message: str) -> None:
+    print(f"liftdist: {message}", file=sys.stderr)
 
 
 def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]:
@@ -192,7 +215,9 @@ def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]
         f"--nproc-per-node={nproc}",
         f"--max-restarts={max_restarts}",
         f"--shutdown-timeout={SHUTDOWN_TIMEOUT}",
-        "--signals-to-handle=SIGHUP,SIGQUIT",  # the others are for the ranks
+        "--signals-to-handle=SIGQUIT",  # the others are for the ranks
+        f"--node-rank={where.node_rank}",
+        f"--nnodes={where.nnodes}",
     ]
     if where.nnodes == 1:
         return [*composed, "--standalone"]
@@ -200,7 +225,6 @@ def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]
     conf = {"is_host": where.node_rank == 0, "join_timeout": JOIN_TIMEOUT_SLURM if where.in_job else JOIN_TIMEOUT}
     return [
         *composed,
-        f"--nnodes={where.nnodes}",
         "--rdzv-backend=c10d",
         f"--rdzv-endpoint={head}:{where.port}",
         f"--rdzv-id={where.id}",
@@ -209,8 +233,8 @@ def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]
     ]
 
 
-def _variables(nproc: int, where: Place, folder: Path, logs: Path | None) -> dict[str, str]:
-    """The environment of torchrun and the ranks: this process's, with defaults for what is unset."""
+def _variables(nproc: int, where: Place, folder: Path, logs: Path | None, typed: Sequence[str]) -> dict[str, str]:
+    """The environment of torchrun and the ranks: this process's, without what others left there, and with defaults."""
     cores = environment.SLURM_CPUS_PER_TASK.get(0) if where.in_job else 0
     cores = cores or len(os.sched_getaffinity(0))
     added = {
@@ -226,42 +250,76 @@ def _variables(nproc: int, where: Place, folder: Path, logs: Path | None) -> dic
     interface = network.interface_of(where.address) if where.nnodes > 1 else None
     if interface:  # gloo takes the host's own name, which may be 127.0.1.1
         added |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": f"={interface}"}
-    ours = {environment.FAILURES.name: str(folder), environment.LAUNCH.name: where.id or str(folder)}
-    return added | os.environ | ours
+    foreign = environment.foreign()
+    if foreign and where.node_rank == 0:
+        given = ", ".join(f"{name}={redact(os.environ[name])}" for name in foreign)
+        _say(f"not used, though in the environment: {given}; see --nproc, --nnodes, --node-rank and --head")
+    dropped = {*foreign, *(() if where.in_job else environment.internal())}  # of a job that is not this one's
+    inherited = {name: value for name, value in os.environ.items() if name not in dropped}
+    ours = {
+        environment.FAILURES.name: str(folder),
+        environment.LAUNCH.name: where.id or str(folder),
+        "PYTHONSAFEPATH": "1",  # the current folder holds no modules of the ranks
+        "PYTHONUTF8": "1",
+    }
+    if typed:
+        ours[environment.COMMAND.name] = json.dumps(list(typed))
+    return added | inherited | ours
 
 
-def _supervise(torchrun: list[str], variables: dict[str, str], log: TextIOWrapper, folder: Path, in_job: bool) -> int:
-    """Run torchrun in a session of its own, hand signals to its ranks, and return its exit code."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    parent = os.getpid()
-    child = os.fork()
-    if child == 0:
-        _become_torchrun(torchrun, variables, log, folder, parent)
-    interrupts = 0
+def _supervise(
+    torchrun: list[str], variables: dict[str, str], log: TextIOWrapper, folder: Path, status: Path, in_job: bool
+) -> tuple[int, str | None]:
+    """Run torchrun in a session of its own and hand signals to its ranks.
+
+    Args:
+        status: exists once there has been a rank.
+
+    Returns:
+        torchrun's exit code, and the signal that ended it because there was no rank yet.
+    """
+    waiting: list[int] = []  # signals that are not delivered yet
+    interrupts, stopped = 0, None
 
     def received(number: int, _: FrameType | None) -> None:
         nonlocal interrupts
+        waiting.append(number)
         if number == signal.SIGINT:
             interrupts += 1
             if interrupts == _INTERRUPTS - 1:
-                print("liftdist: stopping; interrupt once more to end without saving", file=sys.stderr, flush=True)
+                _say("stopping; interrupt once more to end without saving")
             elif interrupts >= _INTERRUPTS:
                 os.kill(child, signal.SIGKILL)
-        if in_job:
-            return  # which has signalled the ranks itself
-        for task in Path(f"/proc/{child}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                for rank in task.read_text().split():
-                    os.kill(int(rank), signal.SIGTERM if number == signal.SIGHUP else number)
 
-    for name in (*schema.STOP_SIGNALS, "SIGHUP"):
-        signal.signal(signal.Signals[name], received)
-    _, status = os.waitpid(child, 0)
-    for name in (*schema.STOP_SIGNALS, "SIGHUP"):
-        signal.signal(signal.Signals[name], signal.SIG_IGN)
-    code = os.waitstatus_to_exitcode(status)
-    return code if code >= 0 else 128 - code
+    parent = os.getpid()
+    with signals.blocked():  # torchrun and the ranks begin like this: a signal waits until a rank is ready for it
+        child = os.fork()
+        if child == 0:
+            _become_torchrun(torchrun, variables, log, folder, parent)
+        signals.handle(received)
+    while not (ended := os.waitpid(child, os.WNOHANG))[0]:
+        ranks = _children(child) if waiting else []
+        if ranks:
+            for number in waiting if not in_job else ():  # a job has signalled its ranks itself
+                for rank in ranks:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(rank, number)
+            waiting.clear()
+        elif waiting and not status.exists():
+            stopped = signal.Signals(waiting[0]).name
+            os.kill(child, signal.SIGKILL)
+        time.sleep(_POLL)
+    signals.handle(signal.SIG_IGN)
+    code = os.waitstatus_to_exitcode(ended[1])
+    return code if code >= 0 else 128 - code, stopped
+
+
+def _children(pid: int) -> list[int]:
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            found += [int(child) for child in task.read_text().split()]
+    return found
 
 
 def _become_torchrun(
@@ -270,11 +328,11 @@ def _become_torchrun(
     """In the forked process: run torchrun and leave records of ranks that died without one."""
     code = 1
     try:
-        for name in schema.STOP_SIGNALS:  # ranks begin like this, too, until they are ready for them
-            signal.signal(signal.Signals[name], signal.SIG_IGN)
+        signals.handle(signal.SIG_DFL)
         os.setsid()
-        die_with_parent(parent)
-        os.environ.update(variables)
+        processes.die_with_parent(parent)
+        os.environ.clear()
+        os.environ.update(variables | {environment.AGENT.name: str(os.getpid())})
         sys.stderr = log  # its own reports; ranks keep the real one
         quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is expected here
         from torch.distributed import run
@@ -290,12 +348,15 @@ def _become_torchrun(
             run.run(run.parse_args(torchrun))
             code = 0
         except ChildFailedError as error:
-            for rank, failure in error.failures.items():
-                _record_death(folder, rank, failure)
+            if all(failure.exitcode == EXIT_STOPPED for failure in error.failures.values()):
+                code = EXIT_STOPPED  # of ranks that had no space to write it
+            else:
+                for rank, failure in error.failures.items():
+                    _record_death(folder, rank, failure)
     except BaseException:
-        traceback.print_exc(file=sys.stderr)
+        with contextlib.suppress(OSError):
+            traceback.print_exc(file=log)
     finally:
-        sys.stderr.flush()
         os._exit(code)
 
 
@@ -333,7 +394,7 @@ def last_words(reports: Iterable[Path]) -> str:
 
 def _gpus() -> int:
     """GPUs of this machine, or one: counted by a process that ends, as this one must not open them."""
-    given = environment.SLURM_GPUS_ON_NODE.get("")
+    given = environment.SLURM_GPUS_ON_NODE.get("") if environment.SLURM_STEP_ID.is_set() else ""
     if given.isdigit() and int(given):
         return int(given)
     if shutil.which("nvidia-smi") is None and not Path("/dev/kfd").exists():
@@ -346,6 +407,10 @@ def main(given: Sequence[str] | None = None) -> None:
     """``launch/torchrun [options] CONFIG [key=value ...]``: like ``liftdist train``, without its checks beforehand."""
     parser = argparse.ArgumentParser(prog="launch/torchrun", description=main.__doc__, allow_abbrev=False)
     arguments(parser)
+    if given is None:
+        processes.use_utf8()
+        output.take_over()
+        signals.interrupt()
     options, command = parser.parse_known_args(given)
     words, _ = split_arguments(command)
     try:
@@ -353,9 +418,12 @@ def main(given: Sequence[str] | None = None) -> None:
             raise UserError("launch/torchrun: needs a config")
         config, _ = configs.load(words[0], words[1:])
         code = launch(config, options, place(config, options), command)
+    except KeyboardInterrupt as reason:
+        _say(f"stopped ({reason}) before training began")
+        code = EXIT_STOPPED
     except UserError as error:
         text = redact(str(error))
-        print(f"liftdist: {text}", file=sys.stderr)
+        _say(text)
         code = EXIT_USER_ERROR
         if (logs := environment.LOGS.get()) is not None:  # for the batch script
             node = environment.SLURM_NODEID.need()

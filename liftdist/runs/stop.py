@@ -13,9 +13,10 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from liftdist import signals
 from liftdist.runs.layout import STOP_REQUESTED
 from liftdist.runs.watchdog import Watchdog
-from liftdist.schema import STOP_SIGNALS
+from liftdist.signals import STOP_SIGNALS
 
 Progress = Callable[[int, int], None]  # called with (done, total)
 _FILE_INTERVAL = 1.0  # seconds between two checks for the stop file
@@ -31,18 +32,13 @@ class StopRequests:
         self._last_check = 0.0
 
     def catch(self, names: Sequence[str] = STOP_SIGNALS) -> None:
-        """Treat these signals as stop requests, and give the rest of ``STOP_SIGNALS`` back their default action."""
+        """Treat these signals as stop requests, unless they were ignored when this process began, and give the rest of
+        ``STOP_SIGNALS`` back their default action. A signal that came before and is blocked counts."""
         for name in STOP_SIGNALS:
-            number = signal.Signals[name]
-            if name in names:
-                signal.signal(number, self._received)
-            elif signal.getsignal(number) == self._received:
-                signal.signal(number, signal.SIG_DFL)
-
-    def ignore(self) -> None:
-        """Ignore all stop signals: this process is ending."""
-        for name in STOP_SIGNALS:
-            signal.signal(signal.Signals[name], signal.SIG_IGN)
+            if name not in (*names, *signals.forwarded()) and signal.getsignal(signal.Signals[name]) == self._received:
+                signal.signal(signal.Signals[name], signal.SIG_DFL)
+        signals.handle(self._received, {*names, *signals.forwarded()}, signals.forwarded())
+        signals.unblock()
 
     def _received(self, number: int, _: object) -> None:
         self.reason = self.reason or signal.Signals(number).name

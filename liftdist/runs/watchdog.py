@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from liftdist import failures, files
+from liftdist import failures, files, output
 
 _GRACE = 8.0  # seconds from the timeout to the forced exit, to write stacks and report
 
@@ -68,6 +68,7 @@ class Watchdog:
                     flush=True,
                 )
         finally:
+            output.drain()
             os._exit(1)
 
     def _stacks(self, rank: int) -> Path:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from liftdist import environment, preflight, schema
+from liftdist import __version__, environment, preflight, schema
 from liftdist.console import Console
 from liftdist.data import sources
 from liftdist.deltas import of_run
@@ -188,7 +188,8 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
     recorder.text("parameters", trainer.method.describe(trainer.model))
     context.console.say(
         f"{trainer.steps} steps of {context.config.train.batch_size} sequences on {mesh.world_size} ranks "
-        f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}"
+        f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}; "
+        f"liftdist {__version__} of {Path(__file__).resolve().parents[1]}"
     )
     return recorder
 
