@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
-from liftdist import __version__, output, preflight, processes, schema, signals
+from liftdist import __version__, preflight, schema
 from liftdist import config as configs
 from liftdist.cluster import launcher, submit
-from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
+from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.models.hub import resolve_model
 from liftdist.options import add_continuation_flags, allowed_by
 from liftdist.redaction import redact
@@ -23,36 +21,9 @@ from liftdist.runs import changes, layout
 from liftdist.schema import Config
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point. Exit code 2 and one line for any error that the user can correct."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    name = given[0] if given else "--help"
-    if arguments is None:  # the process is this command's own
-        processes.use_utf8()
-        output.take_over(patient=name not in RUNS)
-        signals.interrupt()
-    try:
-        _run(name, given[1:])
-    except UserError as error:
-        print(f"liftdist: {redact(str(error))}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt as reason:
-        _interrupted(name, str(reason) or "SIGINT")
-    finally:
-        if (problem := output.lost()) is not None:
-            print(f"liftdist: the output is not complete: {problem.strerror}", file=sys.stderr)
-            sys.exit(1)
-
-
-def _interrupted(name: str, reason: str) -> NoReturn:
-    if name in RUNS:
-        print(f"liftdist: stopped ({reason}) before training began; the same command starts it", file=sys.stderr)
-        sys.exit(EXIT_STOPPED)
-    print(f"liftdist: ended by {reason}", file=sys.stderr)
-    sys.exit(128 + signal.Signals[reason])
-
-
-def _run(name: str, given: Sequence[str]) -> None:
+def main(arguments: Sequence[str]) -> None:
+    """Run the command that ``arguments`` begin with. Exit code 2 and one line for any error that the user can correct."""
+    name = arguments[0] if arguments else "--help"
     if name == "--version":
         print(f"liftdist {__version__}")
         return
@@ -66,7 +37,12 @@ def _run(name: str, given: Sequence[str]) -> None:
     about = f"{command.help[0].upper()}{command.help[1:]}."
     parser = argparse.ArgumentParser(prog=f"liftdist {name}", description=about, epilog=command.epilog)
     command.arguments(parser)
-    command.run(parser.parse_intermixed_args(given))
+    options = parser.parse_intermixed_args(arguments[1:])
+    try:
+        command.run(options)
+    except UserError as error:
+        print(f"liftdist: {redact(str(error))}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
 
 
 @dataclass(frozen=True)
@@ -331,8 +307,6 @@ def _diff(options: argparse.Namespace) -> None:
     print(options.output)
 
 
-RUNS = ("train", "select")  # commands that start ranks
-
 COMMANDS = {
     "train": Command(
         "select the principal weights and train them; continue a run", _train_arguments, _train, _RUN_EPILOG
@@ -352,6 +326,3 @@ COMMANDS = {
     "apply": Command("apply a delta to a model folder, undo it, or swap it for another", _apply_arguments, _apply),
     "diff": Command("write the delta between two model folders", _diff_arguments, _diff),
 }
-
-if __name__ == "__main__":
-    main()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ class Console:
 
     def __init__(self, enabled: bool) -> None:
         self._enabled = enabled
-        self._bars = enabled and sys.stderr.isatty()
+        self._bars = enabled and _columns() > 0
 
     def say(self, message: str) -> None:
         if self._enabled:
@@ -33,6 +34,14 @@ class Console:
             yield progress
         finally:
             progress.close()
+
+
+def _columns() -> int:
+    """Width of the terminal; 0 if there is none, or it does not know, as under some tools that provide one."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns
+    except (OSError, ValueError):
+        return 0
 
 
 class Progress:

@@ -3,7 +3,7 @@
     write -> queue of at most LIMIT bytes -> a thread -> the terminal, pipe or file
 
 A terminal that was closed, a pipe whose reader has gone, a full disk or an encoding without a character raise nothing. A reader
-that has stopped reading delays nothing: the queue fills, and then text is dropped, and the gap is marked.
+that has stopped reading delays nothing: when the queue is full its oldest text is dropped, and the gap is marked.
 
 A *patient* stream has no queue and waits for its reader: for a command whose output is its result. Imports no torch.
 """
@@ -43,9 +43,10 @@ def take_over(patient: bool = False) -> None:
 
 def drain() -> None:
     """Wait until all is written, at most ``DRAIN`` seconds. To be called before ``os._exit``."""
+    ends = time.monotonic() + DRAIN
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, Output):
-            stream.drain()
+            stream.drain(ends - time.monotonic())
 
 
 def lost() -> OSError | None:
@@ -68,6 +69,7 @@ class Output(io.TextIOBase):
         """Begin with an empty queue and no thread, as a forked process must."""
         self._queue: deque[bytes] = deque()
         self._waiting = self._dropped = 0  # bytes
+        self._writing = False
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -98,14 +100,11 @@ class Output(io.TextIOBase):
                 self.error = self._put(data)
             return
         with self._changed:
-            if self._waiting + len(data) > LIMIT:
-                self._dropped += len(data)
-                return
-            if self._dropped:
-                data = f"\n[{self._dropped} bytes are missing here: nobody was reading]\n".encode() + data
-                self._dropped = 0
             self._queue.append(data)
             self._waiting += len(data)
+            while self._waiting > LIMIT:  # the newest text is kept: it says how things end
+                self._dropped += len(self._queue[0])
+                self._waiting -= len(self._queue.popleft())
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="output", daemon=True)
                 self._thread.start()
@@ -114,14 +113,19 @@ class Output(io.TextIOBase):
     def _run(self) -> None:
         while True:
             with self._changed:
-                while not self._queue:
-                    self._changed.wait()
-                data = b"".join(self._queue)
-                self._queue.clear()
-            self._put(data)
-            with self._changed:
-                self._waiting -= len(data)
+                self._writing = False
                 self._changed.notify_all()
+                self._changed.wait_for(lambda: self._queue)
+                gap = (
+                    f"\n[{self._dropped} bytes are missing here: nobody was reading]\n".encode()
+                    if self._dropped
+                    else b""
+                )
+                data = gap + b"".join(self._queue)
+                self._queue.clear()
+                self._waiting = self._dropped = 0
+                self._writing = True
+            self._put(data)
 
     def _put(self, data: bytes) -> OSError | None:
         """Write to the descriptor. Returns what made that fail."""
@@ -135,9 +139,9 @@ class Output(io.TextIOBase):
                 return error
         return None
 
-    def drain(self) -> None:
+    def drain(self, seconds: float) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: not self._waiting, DRAIN)
+            self._changed.wait_for(lambda: not self._queue and not self._writing, max(0.0, seconds))
 
 
 class _Bytes(io.RawIOBase):

@@ -48,7 +48,7 @@ def write_job_config(
 
 
 def run_command(
-    *arguments, environment: dict | None = None, module: str = "liftdist.cli"
+    *arguments, environment: dict | None = None, module: str = "liftdist"
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own; returns it finished, with its output and its errors as one text."""
     return subprocess.run(

@@ -18,7 +18,7 @@ from liftdist import network
 def start(config, *options, overrides=(), fault="", **variables):
     """Start ``liftdist train``."""
     return subprocess.Popen(
-        [sys.executable, "-m", "liftdist.cli", "train", str(config), *overrides, *options],
+        [sys.executable, "-m", "liftdist", "train", str(config), *overrides, *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -201,7 +201,7 @@ def test_logs_are_read_as_they_are(run_dir):
     submitted(run_dir)
     assert call("logs", run_dir) == (2, f"liftdist: {run_dir}/logs/slurm-7.out: the job has written nothing yet\n")
     (run_dir / "logs" / "slurm-7.out").write_bytes(b"one\n\xff two\n")
-    command = [sys.executable, "-m", "liftdist.cli", "logs", str(run_dir)]
+    command = [sys.executable, "-m", "liftdist", "logs", str(run_dir)]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout == b"one\n\xff two\n"
 
 

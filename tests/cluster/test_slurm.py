@@ -23,7 +23,7 @@ STEPS = 60
 def liftdist(*words, code=0, **variables):
     """Run a command of the user's; its output."""
     run = subprocess.run(
-        [sys.executable, "-m", "liftdist.cli", *map(str, words)],
+        [sys.executable, "-m", "liftdist", *map(str, words)],
         capture_output=True,
         text=True,
         check=False,

@@ -64,7 +64,7 @@ def test_a_process_killed_while_it_applies_leaves_the_old_folder(folders, deltas
     seen = set()
     for _ in range(4):
         process = subprocess.Popen(
-            [sys.executable, "-m", "liftdist.cli", "apply", one, folder, "--cache-dir", cache],
+            [sys.executable, "-m", "liftdist", "apply", one, folder, "--cache-dir", cache],
             stderr=subprocess.DEVNULL,
         )
         try:

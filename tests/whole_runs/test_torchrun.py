@@ -5,8 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import builders
@@ -14,6 +12,7 @@ import hooks
 import pytest
 import ranks
 from commands import write_job_config
+from jobs import command, is_alive, ranks_of, read_until, wait_until
 
 from liftdist import config as configs
 from liftdist.runs import checkpoint, saver
@@ -37,59 +36,13 @@ def torchrun(config, *options, overrides=()):
     )
 
 
-HANGS = 60  # seconds after which what takes a few has hung, on a busy machine too
-
-
-def read_until(process, text, limit=2 * HANGS):
-    """Read a job's output up to a line with ``text``; a job that does not come to print it is killed."""
-    seen = []
-    timer = threading.Timer(limit, process.kill)
-    timer.start()
-    try:
-        for line in process.stdout:
-            seen.append(line)
-            if text in line:
-                return "".join(seen)
-    finally:
-        timer.cancel()
-    raise AssertionError("".join(seen))
-
-
-def ranks_of(config):
-    """Processes of a job by rank."""
-    found = {}
-    for folder in (path for path in Path("/proc").iterdir() if path.name.isdigit()):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = dict(v.split(b"=", 1) for v in (folder / "environ").read_bytes().split(b"\0") if b"=" in v)
-        except OSError:
-            continue
-        if b"liftdist.train" in words and str(config).encode() in words and b"RANK" in variables:
-            found[int(variables[b"RANK"])] = int(folder.name)
-    return found
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
-    except OSError:
-        return False
-
-
-def wait_until(condition):
-    began = time.monotonic()
-    while not condition():
-        assert time.monotonic() - began < HANGS
-        time.sleep(0.02)
-
-
 def test_a_killed_rank_a_second_job_and_a_restart(tiny_model, tmp_path):
     """A rank is killed mid-step: its peer goes, torchrun starts both again, and the end is that of an undisturbed run."""
     config = write_job_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"), steps=400)
     job = torchrun(config, "--standalone", "--max-restarts", "2")
     read_until(job, "training 12/400")
     second = subprocess.run(
-        [sys.executable, "-m", "liftdist.cli", "train", str(config), "--nproc", "2"],
+        [sys.executable, "-m", "liftdist", "train", str(config), "--nproc", "2"],
         capture_output=True,
         text=True,
         check=False,
@@ -137,18 +90,6 @@ def test_no_rank_outlives_its_agent(through, tiny_model, tmp_path):
     job.kill()
     wait_until(lambda: not any(map(is_alive, pids.values())))
     job.communicate()
-
-
-def command(config):
-    """Start a job of two ranks by the command, in a session of its own, as a terminal does."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "liftdist.cli", "train", str(config), "--nproc", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
-    )
 
 
 def test_signals_to_every_process_of_a_job_stop_it_once(tiny_model, tmp_path):

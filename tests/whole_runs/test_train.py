@@ -146,7 +146,7 @@ def test_what_only_ranks_find_out(tiny_model, tmp_path):
 
 def test_a_signal_to_the_command_reaches_all_ranks(tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
-    arguments = [sys.executable, "-m", "liftdist.cli", "train", config, "--nproc", "2", "train.steps=100000"]
+    arguments = [sys.executable, "-m", "liftdist", "train", config, "--nproc", "2", "train.steps=100000"]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen(arguments, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     for line in process.stderr:
