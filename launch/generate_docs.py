@@ -34,6 +34,15 @@ OTHERS = {
     "CUBLAS_WORKSPACE_CONFIG": "a run with `train.deterministic` sets `:4096:8`",
 }
 
+NOT_USED = (
+    "`liftdist train` names these once when it finds them, and starts torchrun and the ranks without them: torchrun's options "
+    "(`PET_*`, `TORCHELASTIC_*`, `PYTHON_EXEC`, `LOGLEVEL`), what describes ranks (`RANK`, `WORLD_SIZE`, `LOCAL_RANK`, "
+    "`MASTER_ADDR`, `MASTER_PORT` and their like), settings of accelerate (`ACCELERATE_*`, `FSDP_*`), and "
+    "`TORCH_ALLOW_TF32_CUBLAS_OVERRIDE`, which some images set and which would select weights less exactly. Give `--nproc`, "
+    "`--nnodes`, `--node-rank` and `--head` instead. Outside of `liftdist submit`'s jobs the variables of SLURM decide "
+    "nothing where there is a terminal, and those that liftdist sets for its own parts are not used."
+)
+
 
 def settings() -> str:
     """Every setting, a table for each section, and everything that is chosen by name."""
@@ -128,6 +137,7 @@ def variables() -> str:
         if maker == environment.USER:
             lines += ["", "## Of other software", "", "| variable | meaning |", "|---|---|"]
             lines += [_row([f"`{name}`", meaning]) for name, meaning in OTHERS.items()]
+            lines += ["", "## Not used", "", NOT_USED]
     return "\n".join(lines) + "\n"
 
 
