@@ -54,8 +54,9 @@ class Command:
 
 
 _RUN_EPILOG = (
-    "`liftdist settings` lists the settings. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or a file `stop-requested` in the run directory "
-    "make a run save and stop, with exit code 75: the same command continues it. Exit code 2: an error that you can correct."
+    "`liftdist settings` lists the settings. Ctrl-C, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2 or a file `stop-requested` in the run "
+    "directory make a run save and stop, with exit code 75: the same command continues it. Exit code 2: an error that you can "
+    "correct."
 )
 
 
