@@ -116,7 +116,7 @@ def _make_fresh(options: argparse.Namespace) -> None:
     run_dir = Path(configs.load(options.config, options.overrides)[0].run_dir).expanduser()
     if (free := layout.next_free(run_dir)) != run_dir:
         print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
-        options.overrides = [*options.overrides, f"run_dir={json.dumps(str(free))}"]
+        options.overrides = [*options.overrides, f"run_dir={free}"]
 
 
 def _settings_arguments(parser: argparse.ArgumentParser) -> None:

@@ -2,16 +2,17 @@
 
     defaults < YAML file < command line, merged by OmegaConf; an error is one line that names the file and line or the override.
 
+A text is what was typed: after ``key=``, character by character; in the file, what YAML leaves of it (:mod:`liftdist.yaml_tree`).
+
 :mod:`liftdist.schema` defines the settings. Imports no torch: a misspelt key is reported in a fraction of a second.
 """
 
 from __future__ import annotations
 
 import difflib
-import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
@@ -19,10 +20,11 @@ import yaml
 from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from liftdist import schema
+from liftdist import schema, yaml_tree
 from liftdist.errors import UserError
 from liftdist.redaction import note_references, redact, redact_tree
 from liftdist.schema import Config
+from liftdist.yaml_tree import Source
 
 Root = TypeVar("Root")
 Where = Callable[[str], str]  # key -> where it was set
@@ -75,37 +77,26 @@ def _read(path: Path) -> str:
 
 def _merge_file(path: Path, text: str, root: type, locations: dict[str, str]) -> Any:
     """Merge the settings of the file into the defaults, and record the line of each in ``locations``."""
+    source = Source(text, lambda node: f"{path}:{node.start_mark.line + 1}", root)
+    nodes = []
     try:
-        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        tree = source.compose()
         if not isinstance(tree, yaml.MappingNode):
             raise UserError(f"{path}: {'is empty' if tree is None else 'must hold settings, one name: value a line'}")
-        nodes = list(_nodes(tree))
+        for key, name, node in source.settings(tree):
+            locations[key] = f"{source.place(name)}: {key}"
+            nodes.append((key, node))
+        given = yaml_tree.construct(tree)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        raise UserError(
-            f"{path}:{mark.line + 1 if mark else 1}: not YAML: {getattr(error, 'problem', error)}"
-        ) from None
-    kinds = dict(schema.sections(root))
-    for key, line, node in nodes:
-        _check_key(key, f"{path}:{line}", root)
-        expected = kinds.get(schema.template(key))
-        if expected == schema.LIST and not isinstance(node, yaml.SequenceNode):
-            raise UserError(f"{path}:{line}: {key} must hold a list of sections, each after a dash")
-        if expected == schema.SECTION and not isinstance(node, yaml.MappingNode):
-            raise UserError(f"{path}:{line}: {key} must hold settings, one name: value a line")
-        locations[key] = f"{path}:{line}: {key}"
+        line = source.line(error)
+        problem = getattr(error, "problem", None) or getattr(error, "reason", error)
+        raise UserError(f"{path}:{line}: not YAML: {problem}{source.hint(line)}") from None
     config = OmegaConf.structured(root)
     try:
-        config.merge_with(OmegaConf.create(text))
+        config.merge_with(OmegaConf.create(given))
     except OmegaConfBaseException as error:
         key = _key_of(error, nodes)
         raise UserError(f"{locations.get(key, f'{path}: {key}')}: {_explain(error, key, root)}") from None
-    except yaml.MarkedYAMLError as error:  # rejected by the loader but not by the parser: a duplicate key
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise UserError(f"{path}:{line}: {error.problem}") from None
-    for key, _, node in nodes:  # YAML 1.1 reads 12:00:00 as 43200 in base 60, which SLURM takes as minutes
-        if key == "slurm.time" and isinstance(node, yaml.ScalarNode) and re.fullmatch(_CLOCK, node.value):
-            config.slurm.time = str(node.value)
     return config
 
 
@@ -114,40 +105,34 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
     key, equals, text = override.partition("=")
     if not equals or not key:
         raise UserError(f"override {override!r}: expected key=value")
-    _check_key(key, f"override {override!r}", root)
-    locations[key] = f"override {override!r}: {key}"
+    where = f"override {override!r}"
+    yaml_tree.check_key(key, where, root)
+    locations[key] = f"{where}: {key}"
     for match in re.finditer(r"\.(\d+)(?=\.|$)", key):
         entries = OmegaConf.select(config, key[: match.start()])
         if isinstance(entries, ListConfig) and int(match[1]) >= len(entries):
             held = f"0 to {len(entries) - 1}" if entries else "none"
             raise UserError(f"{locations[key]}: there is no entry {match[1]} (entries: {held}); add it in the file")
     try:
-        parsed: Any = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]), resolve=False)
-        OmegaConf.update(config, key, text if re.fullmatch(_CLOCK, text) else parsed["value"])
+        if schema.texts(root).get(schema.template(key)) in (schema.TEXT, schema.OPTIONAL_TEXT):
+            OmegaConf.update(config, key, text or None)
+            return
+        source = Source(text, lambda _: where, root)
+        tree = source.compose()
+        if tree is not None:
+            source.keep(key, tree, tree)
+            locations |= {inner: f"{where}: {inner}" for inner, _, _ in source.settings(tree, f"{key}.")}
+            if isinstance(tree, yaml.SequenceNode) and tree.end_mark.index != len(text.rstrip()):
+                raise yaml.MarkedYAMLError(problem="something follows the list")  # a comment
+        OmegaConf.update(config, key, tree and yaml_tree.construct(tree))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{locations[key]}: {_explain(error, key, root)}") from None
 
 
-_CLOCK = r"\d+:\d\d(:\d\d)?"
-
-
-def _nodes(node: yaml.Node, prefix: str = "") -> Iterator[tuple[str, int, yaml.Node]]:
-    """``(dotted key, line, node)`` of every key in a YAML tree and of every entry in a list of mappings."""
-    if isinstance(node, yaml.MappingNode):
-        for key, value in node.value:
-            name = f"{prefix}{key.value}"
-            yield name, key.start_mark.line + 1, value
-            yield from _nodes(value, f"{name}.")
-    elif isinstance(node, yaml.SequenceNode) and any(isinstance(entry, yaml.MappingNode) for entry in node.value):
-        for number, entry in enumerate(node.value):
-            yield f"{prefix}{number}", entry.start_mark.line + 1, entry
-            yield from _nodes(entry, f"{prefix}{number}.")
-
-
-def _key_of(error: Exception, nodes: Sequence[tuple[str, int, yaml.Node]]) -> str:
+def _key_of(error: Exception, nodes: Sequence[tuple[str, yaml.Node]]) -> str:
     """The key that an OmegaConf error is about. For an entry of a list the error holds only its last part, and the value."""
     key = _dotted(getattr(error, "full_key", None))
-    for name, _, node in nodes:
+    for name, node in nodes:
         if name.endswith(f".{key}") and isinstance(node, yaml.ScalarNode) and f"'{node.value}'" in str(error):
             return name
     return key
@@ -156,23 +141,6 @@ def _key_of(error: Exception, nodes: Sequence[tuple[str, int, yaml.Node]]) -> st
 def _dotted(key: str | None) -> str:
     """``a.0.b`` for OmegaConf's ``a[0].b``."""
     return re.sub(r"\[(\d+)\]", r".\1", key or "")
-
-
-@functools.cache
-def _known_keys(root: type) -> dict[str, None]:
-    """The keys of all settings and sections, in the order of the file."""
-    return dict.fromkeys([*dict(schema.settings(root)), *dict(schema.sections(root))])
-
-
-def _check_key(key: str, where: str, root: type) -> None:
-    form = schema.template(key)
-    if form in _known_keys(root):
-        return
-    known = list(_known_keys(root))
-    near = difflib.get_close_matches(form, known, n=1, cutoff=0.5)
-    if not near:  # the section may be missing or misspelt
-        near = [name for name in known if name.split(".")[-1] == form.split(".")[-1]]
-    raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
 
 
 def _explain(error: Exception, key: str, root: type) -> str:

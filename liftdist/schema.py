@@ -324,6 +324,27 @@ def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, st
             yield from sections(inner, f"{key}{dots}")
 
 
+TEXT, OPTIONAL_TEXT, TEXTS = "text", "text or unset", "list of texts"
+
+
+@functools.cache
+def texts(root: type = Config) -> dict[str, str]:
+    """The settings that hold texts, by their key as in :func:`settings`: ``TEXT``, ``OPTIONAL_TEXT`` or ``TEXTS``."""
+    return dict(_texts(root, ""))
+
+
+def _texts(section: type, prefix: str) -> Iterator[tuple[str, str]]:
+    for leaf in dataclasses.fields(section):
+        inner, dots = _section(section, leaf)
+        hint = _hints(section)[leaf.name]
+        if inner is not None:
+            yield from _texts(inner, f"{prefix}{leaf.name}{dots}")
+        elif hint is str or hint == str | None:
+            yield f"{prefix}{leaf.name}", TEXT if hint is str else OPTIONAL_TEXT
+        elif typing.get_origin(hint) is list and typing.get_args(hint) == (str,):
+            yield f"{prefix}{leaf.name}", TEXTS
+
+
 @functools.cache
 def _hints(section: type) -> dict[str, Any]:
     return typing.get_type_hints(section)

@@ -66,7 +66,7 @@ def submit(options: argparse.Namespace) -> None:
     for name in SETTINGS:
         if (value := getattr(options, name)) is not None:
             _check_word(f"--{name.replace('_', '-')}", value)
-            overrides.append(f"slurm.{name}={value if value.isdigit() else json.dumps(value)}")
+            overrides.append(f"slurm.{name}={value}")
     for name in ("job_name", "array", "dependency"):
         _check_word(f"--{name.replace('_', '-')}", getattr(options, name))
     points = job.sweep(options.sweep)
@@ -110,7 +110,7 @@ def submit(options: argparse.Namespace) -> None:
 
 
 def _check_word(option: str, value: Any) -> None:
-    if value is not None and not isinstance(value, str):  # argparse makes a list of `--option=--`
+    if value is not None and (not value or not isinstance(value, str)):  # argparse makes a list of `--option=--`
         raise UserError(f"{option}: must have a value")
 
 

@@ -1,0 +1,174 @@
+"""Settings in YAML, as the tree that its parser composes: it still holds the characters of every scalar.
+
+What the characters stand for depends on the setting, not on YAML: ``data.subset: 0012`` is a text, ``train.seed: 12`` a number.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from yaml.constructor import SafeConstructor
+from yaml.reader import ReaderError
+
+from liftdist import schema
+from liftdist.errors import UserError
+
+Setting = tuple[str, yaml.Node, yaml.Node]  # dotted key, the node of its name, its node
+
+_TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+_OTHER_BASE = r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)"  # YAML 1.1 reads 010 as 8, and 1:30 as 90
+
+
+@dataclass(frozen=True)
+class Source:
+    """YAML that holds settings.
+
+    Args:
+        place: says where a node stands.
+        root: the dataclass of the whole config.
+    """
+
+    text: str
+    place: Callable[[yaml.Node], str]
+    root: type
+
+    def compose(self) -> yaml.Node | None:
+        """The tree; None if the text is empty. Raises ``yaml.YAMLError``."""
+        return yaml.compose(self.text, Loader=yaml.SafeLoader)
+
+    def settings(self, tree: yaml.Node, prefix: str = "") -> Iterator[Setting]:
+        """Every setting and section below ``tree``. Its texts become texts in the tree.
+
+        Raises:
+            UserError: unknown or repeated key, a section that is none, or a value that :meth:`keep` refuses.
+        """
+        kinds = dict(schema.sections(self.root))
+        seen: set[str] = set()
+        for key, name, node in _walk(tree, prefix):
+            check_key(key, self.place(name), self.root)
+            if key in seen:
+                raise UserError(f"{self.place(name)}: found duplicate key {key.rpartition('.')[2]}")
+            seen.add(key)
+            expected = kinds.get(schema.template(key))
+            if expected == schema.LIST and not isinstance(node, yaml.SequenceNode):
+                raise UserError(f"{self.place(name)}: {key} must hold a list of sections, each after a dash")
+            if expected == schema.SECTION and not isinstance(node, yaml.MappingNode):
+                raise UserError(f"{self.place(name)}: {key} must hold settings, one name: value a line")
+            self.keep(key, name, node)
+            yield key, name, node
+
+    def keep(self, key: str, name: yaml.Node, node: yaml.Node) -> None:
+        """Make texts of the scalars of a setting that are to be texts.
+
+        Raises:
+            UserError: YAML has lost a part of a text, or reads a number in another base than ten.
+        """
+        kind = schema.texts(self.root).get(schema.template(key))
+        if kind is None:
+            if isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(_OTHER_BASE, node.value):
+                base = 60 if ":" in node.value else 8
+                raise UserError(f"{self.place(name)}: {key}: YAML reads {node.value} in base {base}; write it in base 10")
+            return
+        texts = [node]
+        if kind == schema.TEXTS:
+            texts = node.value if isinstance(node, yaml.SequenceNode) else []
+        before = name.end_mark.index if name is not node else 0
+        for text in texts:
+            if problem := self._lost(text, kind, before):
+                raise UserError(f"{self.place(name if text.start_mark.index < before else text)}: {key}: {problem}")
+            before = max(before, text.end_mark.index)
+            if kind != schema.OPTIONAL_TEXT or text.tag != _NULL:
+                text.tag = _TEXT
+
+    def _lost(self, node: yaml.Node, kind: str, before: int) -> str | None:
+        """What YAML has made of a text; an alias stands for a node that begins before the index ``before``."""
+        start = node.start_mark.index
+        written = self.text[start : node.end_mark.index].strip()
+        comment = re.compile(r"[ \t]*(#\S.*)").match(self.text, start)  # after a blank it is meant as one
+        if start < before:
+            alias = re.compile(r"\*[^\s,\]}]+").search(self.text, before)
+            read, written = "an alias", alias[0] if alias else ""
+        elif self.text[start] in "&!":
+            read = "an anchor" if self.text[start] == "&" else "a tag"
+        elif not isinstance(node, yaml.ScalarNode):
+            read = "a list" if isinstance(node, yaml.SequenceNode) else "settings"
+        elif node.tag == _NULL and not written and comment:
+            read, written = "a comment", comment[1].strip()
+        elif node.tag == _NULL and (kind == schema.TEXT or (kind == schema.TEXTS and not written)):
+            read = "nothing"
+        else:
+            return None
+        if not written:
+            return "must not be empty"
+        if "\n" in written:
+            return f"must be a text, not {read}"
+        return f"YAML reads {read}; as a text it needs quotes: {_quoted(written)}"
+
+    def line(self, error: yaml.YAMLError) -> int:
+        """The line that YAML does not take, from 1."""
+        if isinstance(error, ReaderError):  # a character
+            return self.text.count("\n", 0, error.position) + 1
+        mark = getattr(error, "problem_mark", None)
+        return mark.line + 1 if mark else 1
+
+    def hint(self, line: int) -> str:
+        """The quotes that ``line`` needs, if it gives a text that YAML does not take without them; or nothing."""
+        leaves = dict(schema.settings(self.root))
+        texts = {key.rpartition(".")[2]: leaves[key].metadata["example"] for key in schema.texts(self.root)}
+        found = re.fullmatch(r"\s*((?:- +)*(?:(\w+):|-))\s+(\S.*?)(?:\s+#.*)?", self.text.split("\n")[line - 1])
+        if not found or (found[2] and found[2] not in texts):
+            return ""
+        text = found[3]
+        try:
+            if yaml.safe_load(text) == text:
+                return ""
+        except yaml.YAMLError:
+            pass
+        inside = text[1:-1] if re.fullmatch(r"'.*'|\".*\"", text) else text
+        return f"; a text that YAML does not take needs quotes: {found[1]} {texts.get(found[2]) or _quoted(inside)}"
+
+
+def construct(tree: yaml.Node) -> Any:
+    """What a tree holds, as mappings, lists, numbers and texts. Raises ``yaml.YAMLError``."""
+    return SafeConstructor().construct_document(tree)
+
+
+def _walk(node: yaml.Node, prefix: str) -> Iterator[Setting]:
+    """Every key in a tree, and every entry of a list of mappings."""
+    if isinstance(node, yaml.MappingNode):
+        for name, value in node.value:
+            key = f"{prefix}{name.value}"
+            yield key, name, value
+            yield from _walk(value, f"{key}.")
+    elif isinstance(node, yaml.SequenceNode) and any(isinstance(entry, yaml.MappingNode) for entry in node.value):
+        for number, entry in enumerate(node.value):
+            yield f"{prefix}{number}", entry, entry
+            yield from _walk(entry, f"{prefix}{number}.")
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "''") + "'"
+
+
+@functools.cache
+def _known_keys(root: type) -> dict[str, None]:
+    """The keys of all settings and sections, in the order of the file."""
+    return dict.fromkeys([*dict(schema.settings(root)), *dict(schema.sections(root))])
+
+
+def check_key(key: str, where: str, root: type) -> None:
+    """Raises ``UserError``: no setting or section has this key."""
+    form = schema.template(key)
+    if form in _known_keys(root):
+        return
+    known = list(_known_keys(root))
+    near = difflib.get_close_matches(form, known, n=1, cutoff=0.5)
+    if not near:  # the section may be missing or misspelt
+        near = [name for name in known if name.split(".")[-1] == form.split(".")[-1]]
+    raise UserError(f"{where}: unknown key {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
