@@ -151,7 +151,7 @@ def rank(options: argparse.Namespace) -> None:
         f"mesh.dp_replicate={NODES}",
         "selection.refresh_interval=0",
         f"train.steps={1 + 2 * options.rounds * options.steps}",
-        "data.eval_path=null",
+        "data.eval_path=",
         f"cache_dir={options.as_rank}",
     ]
     config, _ = configs.load(CONFIG, overrides)

@@ -59,6 +59,12 @@ def settings() -> str:
         "`liftdist train FILE key=value ...`: defaults, then the file, then the command line. `${oc.env:NAME}` reads an",
         "environment variable, whose value is written nowhere. The last column names the flag that a run needs to continue",
         "with another value; see [Checkpoints](checkpoints.md#continue-with-other-settings).",
+        "",
+        "A setting that is a text is what was typed. After `key=`, every character counts, quotes too: `slurm.partition=0012`,",
+        "`slurm.account=on`, `data.subset=null`; nothing after `key=` unsets it. In the file, numbers, dates, `on` and `1e3`",
+        "need no quotes either, `null` unsets, and a text that YAML would cut short or take for something else, such as",
+        "`{x}`, `*x` or `#x`, is refused with the quotes that it needs. A list is in brackets, as in YAML, and its entries keep",
+        "their characters: `selection.modules='[\"*.mlp.*\", lm_head]'`. `\\${` stands for `${`.",
     ]
     for section, rows in sections.items():
         lines += ["", f"## {section or 'Run'}", ""]

@@ -73,7 +73,11 @@ def _overview() -> str:
 def _config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="YAML file, see configs/")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="key=value", help="settings that override the file's"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings that override the file's; `key=` unsets one",
     )
 
 
@@ -116,7 +120,7 @@ def _make_fresh(options: argparse.Namespace) -> None:
     run_dir = Path(configs.load(options.config, options.overrides)[0].run_dir).expanduser()
     if (free := layout.next_free(run_dir)) != run_dir:
         print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
-        options.overrides = [*options.overrides, f"run_dir={free}"]
+        options.overrides = [*options.overrides, configs.override("run_dir", str(free))]
 
 
 def _settings_arguments(parser: argparse.ArgumentParser) -> None:

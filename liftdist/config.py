@@ -18,7 +18,7 @@ from typing import Any, TypeVar, overload
 
 import yaml
 from omegaconf import ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from liftdist import schema, yaml_tree
 from liftdist.errors import UserError
@@ -66,6 +66,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), root: type = Config) -
         raise UserError(f"{where(key)}: {problem}") from None
     _validate(resolved, where)
     return resolved, OmegaConf.to_yaml(redact_tree(OmegaConf.to_container(config, resolve=False)))
+
+
+def override(key: str, text: str) -> str:
+    """The override that sets a setting to ``text``, in which a ``${`` is no interpolation."""
+    return f"{key}=" + re.sub(r"(\\*)\$\{", r"\1\1\\${", text)
 
 
 def _read(path: Path) -> str:
@@ -122,8 +127,10 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
         if tree is not None:
             source.keep(key, tree, tree)
             locations |= {inner: f"{where}: {inner}" for inner, _, _ in source.settings(tree, f"{key}.")}
-            if isinstance(tree, yaml.SequenceNode) and tree.end_mark.index != len(text.rstrip()):
-                raise yaml.MarkedYAMLError(problem="something follows the list")  # a comment
+            if isinstance(tree, yaml.SequenceNode) and (
+                not tree.flow_style or tree.end_mark.index != len(text.rstrip())  # a comment follows
+            ):
+                raise yaml.MarkedYAMLError(problem="must be a list in brackets and nothing else")
         OmegaConf.update(config, key, tree and yaml_tree.construct(tree))
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{locations[key]}: {_explain(error, key, root)}") from None
@@ -157,6 +164,8 @@ def _explain(error: Exception, key: str, root: type) -> str:
     text = str(error).splitlines()[0]
     if "is not Optional" in text:
         return "must not be empty"
+    if isinstance(error, GrammarParseError):
+        return r"is no interpolation such as ${oc.env:NAME}; write \${ for the characters ${"
     variable = re.search(r"Environment variable '\w+' not found", text)
     return redact(variable[0] if variable else text)
 
@@ -178,6 +187,8 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
             return "must not be empty"
         if "\0" in value:
             return "must not contain a null character"
+        if any("\ud800" <= character <= "\udfff" for character in value):
+            return "must be UTF-8, in which it is kept"
         if value.startswith("~"):
             try:
                 Path(value).expanduser()
@@ -187,7 +198,8 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
             near = difflib.get_close_matches(value, bounds["choices"], n=1)
             return f"must be one of {', '.join(bounds['choices'])}" + (f" (did you mean {near[0]}?)" if near else "")
         if bounds["pattern"] and not re.fullmatch(bounds["pattern"], value, re.ASCII):
-            return "is not of a form that SLURM takes"
+            example = f", such as {bounds['example']}" if bounds["example"] else ""
+            return f"is not of a form that SLURM takes{example}"
         return None
     if isinstance(value, float) and not math.isfinite(value):
         return "must be a finite number"

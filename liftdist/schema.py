@@ -235,9 +235,11 @@ def _slurm(default: Any, help: str, **bounds: Any) -> Any:
 
 # names, lists of nodes, times and options as SLURM accepts them: no other text is passed to its commands
 NAME = r"[A-Za-z0-9_@+.,][A-Za-z0-9_@+.,-]*"
-NODES = r"[A-Za-z0-9_.,\[\]][A-Za-z0-9_.,\[\]-]*"
-TIME = r"\d+|\d+:\d\d(:\d\d)?|\d+-\d+(:\d\d){0,2}"
-OPTION = r"--[a-z][a-z-]*(=[A-Za-z0-9_@%+.,:/=&|*()\[\]-]*)?"
+GROUP = r"[A-Za-z0-9_@+.,/:=%][A-Za-z0-9_@+.,/:=%-]*"  # partitions, accounts: sites name them as they like
+NODES = r"[A-Za-z0-9_.,/\[\]][A-Za-z0-9_.,/\[\]-]*"  # with a slash, a file of them
+TIME = r"\d+|\d+(:\d{1,2}){1,2}|\d+-\d+(:\d{1,2}){0,2}|(?i:unlimited|infinite)"
+# in one line; --wrap, also cut short, would take the place of the script
+OPTION = r"--(?!wr(a|ap)?(=|$))[a-z][a-z0-9-]*(=[^\x00-\x08\x0a-\x1f\x7f-\x9f\u2028\u2029]*)?"
 
 
 @dataclass
@@ -247,9 +249,9 @@ class SlurmConfig:
     ranks_per_node: int | None = _slurm(None, "ranks per node, if not one per GPU", at_least=1)
     cpus_per_task: int | None = _slurm(None, "CPUs to request per node, for all its ranks", at_least=1)
     time: str | None = _slurm(None, "time limit in SLURM's format: `12:00:00`, `2-00:00:00`, or minutes", pattern=TIME)
-    partition: str | None = _slurm(None, "partition", pattern=NAME)
-    account: str | None = _slurm(None, "account", pattern=NAME)
-    qos: str | None = _slurm(None, "quality of service", pattern=NAME)
+    partition: str | None = _slurm(None, "partition", pattern=GROUP)
+    account: str | None = _slurm(None, "account", pattern=GROUP)
+    qos: str | None = _slurm(None, "quality of service", pattern=GROUP)
     exclude: str | None = _slurm(None, "nodes to exclude", pattern=NODES)
     options: list[str] = _slurm(
         [], "further options for sbatch, each as `--name=value`", pattern=OPTION, example='["--mail-type=END"]'

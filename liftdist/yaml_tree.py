@@ -73,8 +73,12 @@ class Source:
         if kind is None:
             if isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(_OTHER_BASE, node.value):
                 base = 60 if ":" in node.value else 8
-                raise UserError(f"{self.place(name)}: {key}: YAML reads {node.value} in base {base}; write it in base 10")
+                raise UserError(
+                    f"{self.place(name)}: {key}: YAML reads {node.value} in base {base}; write it in base 10"
+                )
             return
+        if kind == schema.TEXTS and isinstance(node, yaml.MappingNode):
+            raise UserError(f"{self.place(name)}: {key}: must be a list, not settings")
         texts = [node]
         if kind == schema.TEXTS:
             texts = node.value if isinstance(node, yaml.SequenceNode) else []
@@ -114,7 +118,8 @@ class Source:
         """The line that YAML does not take, from 1."""
         if isinstance(error, ReaderError):  # a character
             return self.text.count("\n", 0, error.position) + 1
-        mark = getattr(error, "problem_mark", None)
+        quoted = "quoted" in (getattr(error, "context", None) or "")  # quotes that are not closed end with the file
+        mark = getattr(error, "context_mark" if quoted else "problem_mark", None)
         return mark.line + 1 if mark else 1
 
     def hint(self, line: int) -> str:
@@ -122,7 +127,7 @@ class Source:
         leaves = dict(schema.settings(self.root))
         texts = {key.rpartition(".")[2]: leaves[key].metadata["example"] for key in schema.texts(self.root)}
         found = re.fullmatch(r"\s*((?:- +)*(?:(\w+):|-))\s+(\S.*?)(?:\s+#.*)?", self.text.split("\n")[line - 1])
-        if not found or (found[2] and found[2] not in texts):
+        if not found or not found[3].isprintable() or (found[2] and found[2] not in texts):
             return ""
         text = found[3]
         try:

@@ -102,7 +102,7 @@ def test_secrets_are_neither_kept_nor_shown(tmp_path, monkeypatch):
     monkeypatch.setenv("PLAIN_NAME", "value-from-env")
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     monkeypatch.setenv("ODD_SECRET", 'it\'s "odd" \\ ü')
-    _, text = load(tmp_path, overrides=["data.subset=it's \"odd\" \\ ü"])
+    _, text = load(tmp_path, overrides=['data.subset=it\'s "odd" \\ ü'])
     assert "odd" not in text
     assert "<ODD_SECRET>" in text
     config, text = load(tmp_path, overrides=["model.path=${oc.env:PLAIN_NAME}", "run_dir=runs/hf_secret"])

@@ -67,7 +67,7 @@ def of_task(arguments: Sequence[str], index: int | None) -> list[str]:
     _check_kept(Path(words[0]))
     config, _ = configs.load(words[0], [*words[1:], *chosen])
     name = "-".join([str(index), *(re.sub(r"[^A-Za-z0-9=._-]", "_", value) for value in chosen)])
-    return [*rest, *chosen, f"run_dir={Path(config.run_dir) / name}"]
+    return [*rest, *chosen, configs.override("run_dir", str(Path(config.run_dir) / name))]
 
 
 def sweep(given: Sequence[str]) -> list[list[str]]:

@@ -193,16 +193,15 @@ def _reason(text: str) -> str:
 
 
 def fields(scontrol_output: str) -> dict[str, str]:
-    """The fields of one job by ``scontrol show job``, the first of each name. Lines in which a user may write what he likes
-    count for their first field alone."""
+    """The fields of one job by ``scontrol show job``, the first of each name. Where a user may write what
+    he likes, the rest of the line does not count."""
     found: dict[str, str] = {}
-    for line in scontrol_output.splitlines():
-        free = re.match(r"\s*(Comment|Command|WorkDir|Std(?:Out|Err|In)|AdminComment|SystemComment)=(.*)", line)
-        named = re.match(r"\s*JobId=", line)
+    for line in scontrol_output.split("\n"):
+        free = re.match(r"\s*(Comment|Command|WorkDir|Std(?:Out|Err|In)|AdminComment|SystemComment|Extra)=(.*)", line)
         if free:
             found.setdefault(free[1], free[2])
         else:
-            known = line.partition(" JobName=")[0] if named else line
+            known = re.split(r" (?:JobName|WCKey|Network)=", line)[0]
             for key, value in re.findall(r"(?:^|\s)([A-Za-z][\w/:]*)=(\S*)", known):
                 found.setdefault(key, value)
     return found

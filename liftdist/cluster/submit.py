@@ -125,7 +125,7 @@ def _check_time(config: Config) -> None:
     """Raises ``UserError``: a job that would be asked to stop as soon as it starts."""
     slurm = config.slurm
     limit = scheduler.seconds(slurm.time) if slurm.time else None
-    if limit is not None and limit <= slurm.signal_lead:
+    if limit and limit <= slurm.signal_lead:  # 0: no limit
         raise UserError(
             f"slurm.time={slurm.time}: the last slurm.signal_lead={slurm.signal_lead} seconds of it are for saving, "
             "nothing is left for training"

@@ -8,12 +8,16 @@ from liftdist.cluster import scheduler
 
 SHOWN = """JobId=12 ArrayJobId=11 ArrayTaskId=3 JobName=x JobState=FAILED Restarts=9
    UserId=u(0) GroupId=u(0) MCS_label=N/A
+   Priority=1 Nice=0 Account=a.b QOS=(null) WCKey=x JobState=COMPLETED Restarts=7
    JobState=RUNNING Reason=None Dependency=(null)
    Requeue=1 Restarts=2 BatchFlag=1 Reboot=0 ExitCode=0:0
    RunTime=00:00:04 TimeLimit=1-00:10:00 TimeMin=N/A
    StartTime=2026-11-22T10:17:12 EndTime=2026-11-23T10:27:12 Deadline=N/A
    PreemptEligibleTime=2026-11-22T10:17:12 PreemptTime=None
    NodeList=node[2-3]
+   OverSubscribe=OK Contiguous=0 Licenses=(null) Network=x StdOut=/elsewhere
+   Extra=x StdOut=/elsewhere
+   Comment=it's me\x0b   StdOut=/elsewhere
    Comment=liftdist: preempted JobState=COMPLETED
    StdOut=/a b/slurm-12.out
 """
@@ -24,7 +28,8 @@ def test_fields_of_a_job_are_not_those_that_a_user_wrote():
     assert fields["JobState"] == "RUNNING"
     assert fields["Restarts"] == "2"
     assert fields["StdOut"] == "/a b/slurm-12.out"
-    assert fields["Comment"] == "liftdist: preempted JobState=COMPLETED"
+    assert fields["Comment"] == "it's me\x0b   StdOut=/elsewhere"
+    assert fields["Account"] == "a.b"
     assert fields["TimeLimit"] == "1-00:10:00"
 
 

@@ -201,11 +201,10 @@ def test_a_bug_fails_once_with_one_summary_and_a_cancelled_job_saves(config, tmp
     """The second job's names would run something in every shell that took them for more than words."""
     failing = Submitted(config, tmp_path / "failing", "slurm.max_restarts=1", FAULT="1:15:bug")
     hostile = tmp_path / "a b$(touch canary)`touch canary`'\"; touch canary; %j#&|"
-    running = Submitted(config, json.dumps(str(hostile)), "--nodes=1", "data.split=$(touch canary)", SLOW="2")
-    running.run_dir = hostile
+    running = Submitted(config, hostile, "--nodes=1", "data.split=$(touch canary)", SLOW="2")
     waiting = liftdist("submit", config, f"run_dir={tmp_path}/waiting", "--dependency", f"afterany:{running.id}")
     running.wait_for("training 2/")
-    again = liftdist("submit", config, f"run_dir={json.dumps(str(hostile))}", code=2)
+    again = liftdist("submit", config, f"run_dir={hostile}", code=2)
     assert f"in use by job slurm {running.id}" in again
     assert failing.wait_for_state("FAILED") == "FAILED"
     assert failing.ends == [(None, "restart"), (None, "fail")]

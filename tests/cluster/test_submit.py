@@ -1,6 +1,7 @@
 """``liftdist submit`` before anything is queued: what it composes, what it refuses, and that no word of it is ever run."""
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -77,6 +78,21 @@ def test_arrays_and_sweeps(config, tmp_path):
         (["model.path=./no-such"], "no such folder"),
         (["train.stpes=3"], "did you mean 'train.steps'"),
         (['slurm.options=["--wrap=touch x"]'], "is not of a form that SLURM takes"),
+        (["slurm.options=[--wra=x]"], "is not of a form that SLURM takes"),
+        (
+            ["slurm.options=[-C a100]"],
+            """is not of a form that SLURM takes, such as ["--mail-type=END"], got '-C a100'""",
+        ),
+        (["slurm.options=[--comment it's me]"], "is not of a form that SLURM takes"),
+        (['slurm.options=["--comment=a\\nb"]'], "is not of a form that SLURM takes"),
+        (["--nodes=010"], "slurm.nodes: YAML reads 010 in base 8; write it in base 10"),
+        (["--partition="], "--partition: must have a value"),
+        (["--dependency="], "--dependency: must have a value"),
+        (["--array="], "--array: must have a value"),
+        (["--job-name="], "--job-name: must have a value"),
+        (["--job-name=null x"], "--job-name 'null x': is not of a form that SLURM takes"),
+        (["--dependency=on"], "--dependency 'on': is not of a form that SLURM takes"),
+        (["slurm.account=null x"], "is not of a form that SLURM takes"),
     ],
 )
 def test_mistakes_fail_before_anything_is_queued(words, problem, config):
@@ -85,6 +101,64 @@ def test_mistakes_fail_before_anything_is_queued(words, problem, config):
     assert said.startswith("liftdist: ")
     assert problem in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["0012", "0042", "0x1F", "1_000", "1e3", "on", "off", "null", "None", "2026-11-25", "1.50", ".5", "nan", "="],
+)
+def test_names_reach_slurm_as_they_were_typed(text, config, tmp_path):
+    """From the command line, with its short options and without, and from a file."""
+    written = "'null'" if text == "null" else text
+    name = text.replace("=", "x")  # SLURM's names of jobs are checked
+    section = f"slurm:\n  account: {written}\n  qos: {written} # of ours\n"
+    config.write_text(config.read_text().replace("slurm: {}\n", section))
+    code, said = call("submit", config, f"--partition={text}", f"--job-name={name}", "--dry-run")
+    assert code == 0, said
+    command = shlex.split(said)
+    assert {f"--job-name={name}", f"--partition={text}", f"--account={text}", f"--qos={text}"} <= set(command)
+    words = command[command.index(str(ROOT / "slurm" / "train.sbatch")) + 1 :]
+    slurm = configs.load(words[0], words[1:])[0].slurm
+    assert (slurm.partition, slurm.account, slurm.qos) == (text, text, text)
+
+
+@pytest.mark.parametrize(
+    ("option", "text"),
+    [
+        ("--time", "90:5"), ("--time", "12:00:00"), ("--time", "1-0:0"), ("--time", "UNLIMITED"), ("--time", "infinite"),
+        ("--time", "0"), ("--time", "0090"), ("--partition", "gpu,cpu"), ("--partition", "a/b"), ("--account", "a.b"),
+        ("--account", "a@v100"), ("--account", "a:b"), ("--qos", "a=b"), ("--exclude", "./bad-nodes"), ("--exclude", "node[001-003,07]"),
+    ],
+)  # fmt: skip
+def test_whatever_slurm_takes_is_taken(option, text, config):
+    code, said = call("submit", config, option, text, "--dry-run")
+    assert code == 0, said
+    assert f"{option}={text}" in shlex.split(said)
+
+
+OPTIONS = [
+    "--comment=it's me", '--comment=a "b"', "--comment=#1; $(touch canary)", "--comment=null", "--comment=", "--comment=a, b",
+    "--comment=a\tb", "--comment=é", "--mail-user=a+b@c.de", "--reservation=r 1", "--constraint=[a|b]*2&c", "--wckey=0012",
+    "--export=ALL,X=a b", "--gres=gpu:a100:2", "--exclusive", "--wait-all-nodes=1", "--x11", "--licenses=a:2", "--mem=0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_options_are_handed_on(option, config):
+    code, said = call("submit", config, f"slurm.options=[{json.dumps(option)}]", "--dry-run")
+    assert code == 0, said
+    assert option in shlex.split(said)
+
+
+def test_sweeps_and_run_directories_keep_their_characters(config, tmp_path):
+    values = ["0012", "on", "1e3", "null", "~", "#x", "a b", "{x}", "2026-11-25", '"q"', "it's", "*.x", "12:30:00"]
+    base = f"{tmp_path}/0012 #x/${{oc.env:SLURM_ARRAY_TASK_ID}}".replace("${oc.env:SLURM_ARRAY_TASK_ID}", r"\${y}")
+    words = ["--sweep", f"data.subset={','.join(values)}", str(config), f"run_dir={base}"]
+    for index, value in enumerate(values):
+        path, *overrides = job.of_task(words, index)
+        loaded, _ = configs.load(path, overrides)
+        assert loaded.data.subset == value
+        assert loaded.run_dir.startswith(f"{tmp_path}/0012 #x/${{y}}/{index}-data.subset=")
 
 
 def test_slurm_is_asked_before_a_job_is_queued(cluster, config, tmp_path):
@@ -138,6 +212,7 @@ PLACES = {
     "key": "{}=1",
     "partition": "--partition={}",
     "container": "--container={}",
+    "option": 'slurm.options=["--comment={}"]',
     "config": None,
 }
 
@@ -150,7 +225,8 @@ def test_no_word_is_ever_run(place, cluster, config, tmp_path, monkeypatch):
     assert len(strings) > 100
     accepted = 0
     for text in strings:
-        words = [config, PLACES[place].format(text)] if PLACES[place] else [f"./{text}"]
+        inside = json.dumps(text)[1:-1] if place == "option" else text
+        words = [config, PLACES[place].format(inside)] if PLACES[place] else [f"./{text}"]
         code, said = call("submit", *words, "--dry-run")
         if code == 0 and said.startswith("env "):
             accepted += 1
@@ -161,7 +237,7 @@ def test_no_word_is_ever_run(place, cluster, config, tmp_path, monkeypatch):
             assert code == 2, (text, said)
             assert "Traceback" not in said
     assert not (tmp_path / "canary").exists()
-    assert accepted >= {"run_dir": 40, "value": 60, "container": 80}.get(place, 0)
+    assert accepted >= {"run_dir": 40, "value": 60, "container": 80, "option": 80}.get(place, 0)
 
 
 @pytest.mark.parametrize("place", ["name", "array", "dependency"])
@@ -188,7 +264,11 @@ def test_only_what_slurm_takes_reaches_its_options():
     texts = {key for key, bound in bounds.items() if bound["pattern"]}
     numbers = {key for key, leaf in schema.settings() if key in bounds and re.search("int|float", str(leaf.type))}
     assert texts | numbers | free == set(bounds)
-    for key in texts:
+    for text in hostile("canary"):  # a word, of which sbatch makes no command, and a line
+        for option in (f"--comment={text}", text):
+            taken = configs._problem(option, bounds["slurm.options"]) is None
+            assert not taken or re.fullmatch(r"--(?!wrap)[^\x00-\x08\x0a-\x1f\x7f-\x9f]+", option), option
+    for key in texts - {"slurm.options"}:
         for text in hostile("canary"):
             taken = configs._problem(text, bounds[key]) is None
             assert not taken or re.fullmatch(r"[A-Za-z0-9_@%+.,:/=\[\]()*&|-]+", text, re.ASCII), (key, text)
