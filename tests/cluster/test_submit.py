@@ -125,9 +125,10 @@ def test_names_reach_slurm_as_they_were_typed(text, config, tmp_path):
 @pytest.mark.parametrize(
     ("option", "text"),
     [
-        ("--time", "90:5"), ("--time", "12:00:00"), ("--time", "1-0:0"), ("--time", "UNLIMITED"), ("--time", "infinite"), ("--time", "0"),
-        ("--time", "0090"), ("--partition", "gpu,cpu"), ("--partition", "a/b"), ("--account", "a.b"),
-        ("--account", "a@v100"), ("--account", "a:b"), ("--qos", "a=b"), ("--exclude", "./bad-nodes"), ("--exclude", "node[001-003,07]"),
+        ("--time", "90:5"), ("--time", "12:00:00"), ("--time", "1-0:0"), ("--time", "UNLIMITED"), ("--time", "infinite"),
+        ("--time", "0"), ("--time", "0090"), ("--partition", "gpu,cpu"), ("--partition", "a/b"), ("--account", "a.b"),
+        ("--account", "a@v100"), ("--account", "a:b"), ("--qos", "a=b"), ("--exclude", "./bad-nodes"),
+        ("--exclude", "node[001-003,07]"),
     ],
 )  # fmt: skip
 def test_whatever_slurm_takes_is_taken(option, text, config):
