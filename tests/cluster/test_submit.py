@@ -105,7 +105,23 @@ def test_mistakes_fail_before_anything_is_queued(words, problem, config):
 
 @pytest.mark.parametrize(
     "text",
-    ["0012", "0042", "0x1F", "1_000", "1e3", "on", "off", "null", "None", "2026-11-25", "1.50", ".5", "nan", "="],
+    [
+        "0012",
+        "3090",
+        "0042",
+        "0x1F",
+        "1_000",
+        "1e3",
+        "on",
+        "off",
+        "null",
+        "None",
+        "2026-11-25",
+        "1.50",
+        ".5",
+        "nan",
+        "=",
+    ],
 )
 def test_names_reach_slurm_as_they_were_typed(text, config, tmp_path):
     """From the command line, with its short options and without, and from a file."""
