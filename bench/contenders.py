@@ -31,7 +31,7 @@ from liftdist.models import build
 from liftdist.models.head import in_chunks
 from liftdist.models.load import compute_buffers
 from liftdist.schema import Config
-from liftdist.training import loss
+from liftdist.training import objective
 from liftdist.training.losses.cross_entropy import summed
 
 LR = 1e-5
@@ -187,7 +187,7 @@ class Liftdist(Contender):
         return model
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        return loss.token_losses(self.model, batch)
+        return objective.token_losses(self.model, batch)
 
     def update(self) -> None:
         self.principal.reduce_gradients()

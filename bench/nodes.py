@@ -47,7 +47,7 @@ from liftdist.models import build, weights
 from liftdist.runs.context import RunContext
 from liftdist.training import setup
 from liftdist.training.inputs import prepare_inputs
-from liftdist.training.loss import token_losses
+from liftdist.training.objective import token_losses
 from liftdist.training.trainer import Trainer
 
 NODES, RANKS_PER_NODE = 2, 2

@@ -33,7 +33,7 @@ def main() -> None:
         sides = {}
         for kind in ("dense", "quickly-masked", "liftdist"):
             sides[kind] = contenders.KINDS[kind](compare.make_model(options, mesh.device), config, mesh)
-        sides["dense"].losses = sides["quickly-masked"].losses = lambda batch: contenders.loss.token_losses(
+        sides["dense"].losses = sides["quickly-masked"].losses = lambda batch: contenders.objective.token_losses(
             dense.model, batch
         )
         dense = sides["dense"]

@@ -154,7 +154,10 @@ class OptimizerConfig:
         at_least=0,
         at_most=1,
     )
-    reference_numerics: bool = setting(False, "add epsilon to the uncorrected denominator, as the LIFT authors do")
+    reference_numerics: bool = setting(
+        False,
+        "as the LIFT authors do, add epsilon to the uncorrected denominator, and round the warm-up down to whole steps",
+    )
 
     def problems(self) -> Iterator[Problem]:
         if len(self.betas) != 2:
@@ -164,6 +167,11 @@ class OptimizerConfig:
 @dataclass
 class TrainConfig:
     loss: str = setting("cross_entropy", "loss of the labelled tokens", choices=tuple(LOSSES))
+    loss_reduction: str = setting(
+        "token",
+        "mean over all labelled tokens of a step's batch, or over its samples of each sample's own mean",
+        choices=("token", "sequence"),
+    )
     epochs: int = setting(1, "passes over the data", at_least=1)
     steps: int | None = setting(None, "optimizer steps; overrides `epochs`", at_least=1)
     batch_size: int = setting(16, "sequences per optimizer step, over all ranks", at_least=1)

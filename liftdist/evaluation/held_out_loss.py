@@ -1,4 +1,4 @@
-"""Mean cross-entropy over all labelled tokens of ``data.eval_path``."""
+"""Mean cross-entropy over all labelled tokens of ``data.eval_path``, whatever ``train.loss_reduction`` is."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from liftdist.data.order import split_micro_batches
 from liftdist.data.tokenised import IGNORED, Samples
 from liftdist.distributed.mesh import Mesh
 from liftdist.runs.context import RunContext
-from liftdist.training import loss as batch_loss
+from liftdist.training import objective
 from liftdist.training.inputs import Inputs
 
 
@@ -36,7 +36,7 @@ def mean_loss(
     for micro in split_micro_batches(everything, samples.lengths, mesh.rank, mesh.world_size, micro_batch_size):
         boundary()
         batch = to_device(collate(samples, micro), mesh.device)
-        totals[0] += batch_loss.token_losses(model, batch)
+        totals[0] += objective.token_losses(model, batch)
         totals[1] += int((batch["labels"] != IGNORED).sum())
     model.train()
     dist.all_reduce(totals)

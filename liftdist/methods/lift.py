@@ -57,9 +57,9 @@ class Lift:
         """Select again after loading a state that was made with other selection settings. Collective."""
         self.principal.refresh(self.optimizer)
 
-    def reduce(self, labels: Tensor) -> None:
-        """Sum the gradient over the replicas and divide it by the number of labels in the global batch. Collective."""
-        self.principal.reduce_gradients(labels)
+    def reduce(self, divisor: Tensor) -> None:
+        """Sum the gradient over the replicas and divide it by the divisor of the global batch's loss. Collective."""
+        self.principal.reduce_gradients(divisor)
 
     def clip(self) -> Tensor:
         """Clip the gradient to ``optimizer.max_grad_norm``; return its norm before clipping. Collective."""

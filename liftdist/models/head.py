@@ -1,6 +1,6 @@
 """The output head of a causal language model, and a loss over it that never holds all logits at once.
 
-    L = sum over labelled tokens t of  loss(W h_t, y_t)         W [vocabulary, d] the frozen output head
+    L = sum over labelled tokens t of  w_t loss(W h_t, y_t)     W [vocabulary, d] the frozen output head
 
 Tokens are processed in chunks. As ``W`` is frozen, ``dL/dh_t`` is all that backward needs: it is computed right after a chunk's
 logits, in forward, without recomputation.
@@ -22,45 +22,55 @@ from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**25  # logits per chunk; about 14 B of memory for each
 
-Loss = Callable[[Tensor, Tensor], Tensor]  # logits [T, V], labels [T] -> [] float32, summed
+#: logits [T, V], labels [T], weights [T] or None -> [] float32, summed
+Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """``(hidden [T, d], head [V, d], labels [T], loss) -> []`` float32; only ``hidden`` gets a gradient."""
+    """``(hidden [T, d], head [V, d], labels [T], loss, weights [T] or None) -> []`` float32; only ``hidden`` gets a gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, loss: Loss) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, loss: Loss, weights: Tensor | None = None
+    ) -> Tensor:
         tokens = max(1, CHUNK_LOGITS // head.shape[0])
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, hidden.shape[0], tokens):
             with torch.set_grad_enabled(gradient is not None):
-                part = hidden[begin : begin + tokens].detach().requires_grad_(gradient is not None)
-                summed = loss(F.linear(part, head), labels[begin : begin + tokens])
+                chunk = slice(begin, begin + tokens)
+                part = hidden[chunk].detach().requires_grad_(gradient is not None)
+                summed = loss(F.linear(part, head), labels[chunk], None if weights is None else weights[chunk])
             if gradient is not None:
-                gradient[begin : begin + tokens] = torch.autograd.grad(summed, part)[0]
+                gradient[chunk] = torch.autograd.grad(summed, part)[0]
             total += summed.detach()
         ctx.save_for_backward(gradient)
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None
+        return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None, None
 
 
 def in_chunks(model: PreTrainedModel) -> None:
-    """Add ``chunked_loss(input_ids, position_ids, places, labels, loss)`` to a model for which :func:`is_plain` holds."""
+    """Add ``chunked_loss(input_ids, position_ids, places, labels, loss, weights)`` to a model for which :func:`is_plain` holds."""
     model.chunked_loss = types.MethodType(_chunked_loss, model)
     register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded, FSDP gathers the head for the call
 
 
 def _chunked_loss(
-    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, places: Tensor, labels: Tensor, loss: Loss
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    position_ids: Tensor,
+    places: Tensor,
+    labels: Tensor,
+    loss: Loss,
+    weights: Tensor | None = None,
 ) -> Tensor:
     hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     chosen = hidden[:, places].flatten(0, 1)
-    return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss)
+    return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss, weights)
 
 
 def is_plain(model: PreTrainedModel, device: torch.device) -> bool:

@@ -1,7 +1,7 @@
 """One optimizer step of a run, and the state that must be saved to continue after it.
 
-gradient of one optimizer step = (sum over ranks and micro-batches of the gradient of summed token losses)
-                                 / (tokens with a label in the global batch)
+gradient of one optimizer step = (sum over ranks and micro-batches of the gradient of the weighted sum of token losses)
+                                 / (labels, or samples with labels, in the global batch), see objective.py
 
 The order of the samples is a function of (seed, epoch), random numbers of (seed, step, rank), the learning rate of the step.
 So a few counters are the whole state, besides the weights and the optimizer state.
@@ -21,14 +21,13 @@ from transformers import PreTrainedModel, get_scheduler
 
 from liftdist.data.batches import collate, to_device
 from liftdist.data.order import BatchOrder, split_micro_batches
-from liftdist.data.tokenised import IGNORED
 from liftdist.distributed.collectives import gather
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
 from liftdist.methods.lift import Lift
 from liftdist.registry import LOSSES
 from liftdist.schema import Config
-from liftdist.training import loss as batch_loss
+from liftdist.training import objective
 from liftdist.training.inputs import Inputs
 from liftdist.training.stopwatch import Stopwatch
 
@@ -72,7 +71,8 @@ class Trainer:
     def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
         settings = self.config.optimizer
         name = "constant_with_warmup" if settings.schedule == "constant" else settings.schedule
-        warmup = round(settings.warmup_ratio * self.steps)
+        warmup_steps = settings.warmup_ratio * self.steps
+        warmup = int(warmup_steps) if settings.reference_numerics else round(warmup_steps)
         return get_scheduler(name, self.method.optimizer, num_warmup_steps=warmup, num_training_steps=self.steps)
 
     def state(self) -> dict[str, Any]:
@@ -122,12 +122,12 @@ class Trainer:
             self.mesh.world_size,
             self.config.train.micro_batch_size,
         )
-        loss_and_labels, micro_losses, tokens = self._backward(micro_batches)
+        loss_and_divisor, micro_losses, tokens = self._backward(micro_batches)
         with self.watch("exchange"):
-            dist.all_reduce(loss_and_labels)
-            self.method.reduce(loss_and_labels[1].float())
+            dist.all_reduce(loss_and_divisor)
+            self.method.reduce(loss_and_divisor[1].float())
             norm = self.method.clip()
-        mean_loss = (loss_and_labels[0] / loss_and_labels[1]).item()
+        mean_loss = (loss_and_divisor[0] / loss_and_divisor[1]).item()
         figures |= {
             "train/loss": mean_loss,
             "train/lr": float(self.schedule.get_last_lr()[0]),
@@ -152,23 +152,25 @@ class Trainer:
         """Forward and backward of this rank's micro-batches.
 
         Returns:
-            ``[2]`` float64, the summed loss and the number of labels; the loss of each micro-batch; the number of tokens.
+            ``[2]`` float64, the summed loss and its divisor; the loss of each micro-batch; the number of tokens.
         """
-        loss_and_labels = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        loss_and_divisor = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
         micro_losses: list[Tensor] = []
         tokens = 0
         for micro in micro_batches:
             with self.watch("data"):
-                batch = to_device(collate(self.inputs.samples, micro), self.mesh.device)
+                batch = collate(self.inputs.samples, micro)
+                weights, divisor = objective.weigh(batch, self.config.train.loss_reduction)
+                batch = to_device(batch, self.mesh.device)
                 tokens += sum(int(self.inputs.samples.lengths[sample]) for sequence in micro for sample in sequence)
             with self.watch("forward_backward"):
-                loss = batch_loss.token_losses(self.model, batch, self._loss)
+                loss = objective.token_losses(self.model, batch, self._loss, weights)
                 loss.backward()
                 micro_losses.append(loss.detach())
-                loss_and_labels[0] += loss.detach()
-                loss_and_labels[1] += int((batch["labels"] != IGNORED).sum())
+                loss_and_divisor[0] += loss.detach()
+                loss_and_divisor[1] += divisor
             self._beat()
-        return loss_and_labels, micro_losses, tokens
+        return loss_and_divisor, micro_losses, tokens
 
     def _skip(
         self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], micro_losses: list[Tensor]

@@ -12,7 +12,7 @@ from liftdist.data.batches import collate
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"])
 def test_packed_samples_do_not_see_each_other(model_type, tmp_path, smollm2, tokenizer):
     """Losses of a packed sequence are those of its samples alone."""
-    from liftdist.training.loss import token_losses
+    from liftdist.training.objective import token_losses
 
     folder = builders.llama(tmp_path / "model", smollm2, model_type, sliding_window=8)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -45,6 +45,35 @@ def test_schedules(run):
     assert cosine == pytest.approx([0, 5e-5, 1e-4, 8.5355e-5, 5e-5, 1.46447e-5], rel=1e-4)
 
 
+WARMUPS = [  # steps, ratio, steps of warm-up by rounding to the nearest and by rounding down
+    (6, 0.1, 1, 0),
+    (6, 0.3, 2, 1),
+    (20, 0.03, 1, 0),
+    (100, 0.29, 29, 28),  # 28.999999999999996
+    (10, 0.25, 2, 2),  # halves are rounded to even
+    (40, 0.1, 4, 4),
+    (5, 0.0, 0, 0),
+    (3, 1.0, 3, 3),
+]
+
+
+def warmups_of(mesh, config):
+    made = builders.trainer(mesh, config)
+    found = []
+    for steps, ratio, *_ in WARMUPS:
+        made.steps, config.optimizer.warmup_ratio = steps, ratio
+        factor = made._make_schedule().lr_lambdas[0]
+        found.append(next(step for step in range(steps + 1) if factor(step) == 1.0 or step == steps))
+    return found
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_warm_up_is_rounded_and_rounded_down_as_in_the_authors_code(reference, tiny_model, records, tmp_path):
+    config = builders.config(tiny_model, records, tmp_path, optimizer=dict(reference_numerics=reference))
+    ((found),) = ranks.run(1, warmups_of, config)
+    assert found == [down if reference else nearest for _, _, nearest, down in WARMUPS]
+
+
 def test_what_must_not_change_the_result(run):
     plain = run()
     for same in (

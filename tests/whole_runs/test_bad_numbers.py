@@ -8,7 +8,7 @@ import pytest
 import ranks
 import torch
 
-from liftdist.training import loss as training_loss
+from liftdist.training import objective
 
 
 def with_bad_numbers(mesh, config, kind, steps):
@@ -25,7 +25,7 @@ def with_bad_numbers(mesh, config, kind, steps):
                 loss.register_hook(lambda gradient: gradient * torch.inf)
         return loss
 
-    with hooks.around(training_loss, "token_losses", after=spoil):
+    with hooks.around(objective, "token_losses", after=spoil):
         return builders.run_once(mesh, config)
 
 
@@ -80,7 +80,7 @@ def with_large_gradients(mesh, config):
         return loss
 
     config.optimizer.max_grad_norm = None
-    with hooks.around(training_loss, "token_losses", after=spoil):
+    with hooks.around(objective, "token_losses", after=spoil):
         return builders.run_once(mesh, config)
 
 
@@ -91,8 +91,10 @@ def test_a_gradient_whose_square_overflows_is_no_step(diverging, tmp_path):
     assert [line["train/skipped_steps"] for line in lines if "train/loss" in line] == [0] + [1] * 7
 
 
-def test_a_gradient_that_is_not_finite_names_its_samples(diverging, tmp_path):
+@pytest.mark.parametrize("reduction", ["token", "sequence"])
+def test_a_gradient_that_is_not_finite_names_its_samples(reduction, diverging, tmp_path):
     diverging.train.max_skipped_steps = 0
+    diverging.train.loss_reduction = reduction
     end, _ = ranks.run(2, with_bad_numbers, diverging, "gradient", (1,))
     assert end.startswith("UserError: step 1: loss ")
     assert "gradient norm nan" in end or "gradient norm inf" in end

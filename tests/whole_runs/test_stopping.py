@@ -13,7 +13,7 @@ import torch
 from liftdist.engine.criteria import low_rank
 from liftdist.models import weights
 from liftdist.runs import saver
-from liftdist.training import loss as training_loss
+from liftdist.training import objective
 
 PHASES = ("forward", "accumulation", "evaluation", "refresh", "save", "selection", "loading")
 
@@ -36,7 +36,7 @@ class Strike:
 
     def __enter__(self):
         around = self.hooks.enter_context
-        around(hooks.around(training_loss, "token_losses", before=self.in_forward))
+        around(hooks.around(objective, "token_losses", before=self.in_forward))
         around(
             hooks.around(low_rank, "select", before=lambda *_: self.hit("refresh" if self.forwards else "selection"))
         )

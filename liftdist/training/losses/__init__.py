@@ -1,1 +1,1 @@
-"""Losses, one per file: ``summed(logits, labels)``, see :data:`liftdist.registry.LOSSES`. Must not know models or chunks."""
+"""Losses, one per file: ``summed(logits, labels, weights)``, see :data:`liftdist.registry.LOSSES`. Must not know models or chunks."""

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from liftdist.data.tokenised import IGNORED
 from liftdist.models import head
 from liftdist.models.head import is_plain
-from liftdist.training import loss
+from liftdist.training import objective
 
 
 def batch(rows=2, length=200):
@@ -47,7 +47,7 @@ def gradients(model, given):
     hook = model.get_input_embeddings().register_forward_hook(keep)
     largest = Largest()
     with largest:
-        total = loss.token_losses(model, given)
+        total = objective.token_losses(model, given)
         (total / 255).backward()
     hook.remove()
     return total.detach(), embedded["output"].grad, largest.numel
@@ -72,6 +72,6 @@ def test_loss_and_gradient_are_those_of_whole_logits(dtype, tied, tmp_path, monk
     assert largest > 257 * 200  # labelled places of two rows
     assert largest_in_chunks < 257 * 150
     with torch.no_grad():
-        assert loss.token_losses(model, batch()).item() == pytest.approx(whole.item(), rel=1e-6)
+        assert objective.token_losses(model, batch()).item() == pytest.approx(whole.item(), rel=1e-6)
     nothing = batch() | {"labels": torch.full((2, 200), IGNORED)}
-    assert loss.token_losses(model, nothing).item() == 0.0
+    assert objective.token_losses(model, nothing).item() == 0.0

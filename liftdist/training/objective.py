@@ -1,0 +1,67 @@
+"""What training minimises: a weighted sum of the losses of labelled tokens, and the number by which it is divided.
+
+    token       sum over tokens of their loss                        / labelled tokens
+    sequence    sum over samples of the mean loss of their tokens    / samples with labelled tokens
+
+Sum and divisor are added over micro-batches and ranks before the division, so that neither how a batch is split nor padding
+or packing changes the result. Logits come from the model, or in chunks where it supports that.
+"""
+
+from __future__ import annotations
+
+import inspect
+
+import torch
+from torch import Tensor, nn
+
+from liftdist.data.tokenised import IGNORED
+from liftdist.models.head import Loss
+from liftdist.training.losses.cross_entropy import summed
+
+
+def weigh(batch: dict[str, Tensor], reduction: str) -> tuple[Tensor | None, int]:
+    """The weights of the token losses of a micro-batch, and its part of the divisor.
+
+    Args:
+        batch: ``[B, L]`` each, on the host, see :func:`liftdist.data.batches.collate`.
+        reduction: ``train.loss_reduction``.
+
+    Returns:
+        For ``token``: None and the number of labels. For ``sequence``: ``[B, L]`` float32, 1 / (labels of its sample) at each
+        labelled position and 0 elsewhere, and the number of samples with labels; a packed sequence holds several samples.
+    """
+    labelled = batch["labels"] != IGNORED
+    if reduction == "token":
+        return None, int(labelled.sum())
+    sample = (batch["position_ids"] == 0).flatten().cumsum(0) - 1  # positions restart at each sample; padding goes on
+    labels = torch.zeros(int(sample[-1]) + 1).index_add_(0, sample, labelled.flatten().float())
+    weights = labelled / labels[sample].view_as(labelled).clamp_min(1)
+    return weights, int((labels > 0).sum())
+
+
+def token_losses(
+    model: nn.Module, batch: dict[str, Tensor], loss: Loss = summed, weights: Tensor | None = None
+) -> Tensor:
+    """Sum of the losses of all labelled tokens of a micro-batch ``[B, L]``, float32 ``[]``.
+
+    Logits are computed for labelled positions only, if the model supports that, and in chunks after
+    :func:`liftdist.models.head.in_chunks`.
+
+    Args:
+        batch: ``[B, L]`` each: ``input_ids`` and ``position_ids`` on the device of the model; ``labels``, the next token at
+            each position or ``IGNORED``, preferably on the host: finding the labelled positions then needs no device sync.
+        loss: ``logits [T, V], labels [T], weights [T] or None -> []``, see :data:`liftdist.registry.LOSSES`.
+        weights: ``[B, L]`` float32, the factor of each token's loss, where the labels are; None: all are 1.
+    """
+    input_ids, position_ids, labels = batch["input_ids"], batch["position_ids"], batch["labels"]
+    positions = (labels != IGNORED).any(0).nonzero().squeeze(1)
+    if not positions.numel():
+        positions = positions.new_zeros(1)
+    if weights is not None:
+        weights = weights[:, positions].to(input_ids.device).flatten()
+    labels, positions = labels[:, positions].to(input_ids.device), positions.to(input_ids.device)
+    if chunked := getattr(model, "chunked_loss", None):
+        return chunked(input_ids, position_ids, positions, labels, loss, weights)
+    chosen = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **chosen).logits
+    return loss((logits if chosen else logits[:, positions]).flatten(0, 1), labels.flatten(), weights)
