@@ -180,7 +180,11 @@ class Liftdist(Contender):
         self.shard(model)
         choice = self.config.selection
         self.principal = PrincipalWeights(
-            model, density=choice.density, filter_rank=choice.filter_rank, replicate_group=self.mesh.replicate_group
+            model,
+            density=choice.density,
+            filter_rank=choice.filter_rank,
+            replicate_group=self.mesh.replicate_group,
+            dtype=getattr(torch, self.config.optimizer.dtype),
         )
         in_chunks(model)
         self.optimizer = PrincipalAdamW(self.principal, lr=LR)

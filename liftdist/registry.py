@@ -62,7 +62,7 @@ BUDGETS = Registry(
     "budget", "liftdist.engine.budgets", {"per_matrix": "each matrix by its own size, from `density` or `budget_rank`"}
 )
 
-#: ``summed(logits, labels, weights)``: the summed loss of labelled tokens, each times its weight if there are any.
+#: ``summed(logits, labels, weights)``: the sum of the losses of labelled tokens, each times its weight if there are any.
 LOSSES = Registry("loss", "liftdist.training.losses", {"cross_entropy": "negative log-likelihood"})
 
 #: ``run(context, inputs, model)``: figures by tag.

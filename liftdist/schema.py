@@ -142,6 +142,13 @@ class OptimizerConfig:
     )
     eps: float = setting(1e-6, "Adam's epsilon", above=0)
     weight_decay: float = setting(0.0, "decoupled weight decay of the principal weights", at_least=0)
+    dtype: str = setting(
+        "float32",
+        "dtype of the trained values and of Adam's moments; `bfloat16` keeps no more of them than the model's weights do, and "
+        "loses updates that these would round away",
+        choices=("float32", "bfloat16"),
+        changes=STATE,
+    )
     max_grad_norm: float | None = setting(None, "clip the principal gradient to this global norm", above=0)
     schedule: str = setting(
         "linear",
@@ -298,6 +305,8 @@ class Config:
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     def problems(self) -> Iterator[Problem]:
+        if self.optimizer.dtype == "bfloat16" and self.model.dtype == "float32":
+            yield "optimizer.dtype", "must be float32 with model.dtype=float32, or set model.dtype=bfloat16"
         flash = "flash" in (self.model.attn_implementation or "")
         if self.data.packing and flash and self.train.micro_batch_size != 1:
             yield (

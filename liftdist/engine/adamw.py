@@ -3,6 +3,9 @@
 An entry has an index (4 B), a gradient, a value and two moments (16 B). One kernel reads them once, and writes value, moments, a
 cleared gradient and the weight in the model. Where the kernel does not run, torch's AdamW followed by
 :meth:`PrincipalWeights.write_back` does the same in several passes over memory.
+
+Values in bf16 are stepped by torch's AdamW alone: their gradient is rounded to bf16, once, and value and moments are read,
+computed in float32, and rounded, as for any bf16 parameter.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ class PrincipalAdamW(torch.optim.AdamW):
         super().__init__([principal.values], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self._step_supports_amp_scaling = False  # GradScaler must unscale gradients and skip steps itself
         self.principal = principal
-        self.in_one_kernel = principal.values.is_cuda and self._compiles_everywhere()
+        in_float32 = principal.dtype == torch.float32
+        self.in_one_kernel = in_float32 and principal.values.is_cuda and self._compiles_everywhere()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -56,7 +60,9 @@ class PrincipalAdamW(torch.optim.AdamW):
             self._step_in_one_kernel(gradient)
             self.principal.written_back()
         else:  # also the first step, which creates the state
+            values.grad = gradient.to(values.dtype) if gradient is not None else None
             super().step()
+            values.grad = gradient  # float32, to accumulate the next one
             self.principal.write_back()
         return loss
 

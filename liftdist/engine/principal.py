@@ -6,6 +6,9 @@ For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorte
     values.grad= concat over j of dL/dW_j.flat[S_j]        float32, never rounded after the reduction   and two moments
     indices    = concat over j of S_j                      int32, local to each matrix                   4 B
 
+With ``dtype=torch.bfloat16`` the values and the moments take 2 B each: updates that bf16 rounds away are lost, as where
+bf16 weights are trained without master values.
+
 Backward: as soon as the gradient of a layer is reduced, a hook adds its principal entries to ``values.grad`` and drops
 the dense gradient. Step: any optimizer on ``values``, then ``write_back`` rounds the values into the model's weights.
 
@@ -63,6 +66,9 @@ class PrincipalWeights:
             sharded, and none where it is sharded over all ranks.
         initial_indices: a function that returns ``[k_local]`` int32 for each of :attr:`matrices`, which replace the first
             selection, or None, on all ranks, to select.
+        dtype: of the values and, with them, of the optimizer's element-wise states: float32, which keeps what weights in bf16
+            would round away, or bfloat16, for a model in bfloat16. Gradients are float32 either way, which torch's own
+            optimizers do not step bfloat16 values by: take :class:`liftdist.engine.adamw.PrincipalAdamW`.
         multiple_of: pad the flat vector with zeros to a multiple of this. Optimizers that quantise their state in blocks,
             such as torchao's, do not quantise vectors of other lengths.
         sparse_reduce_scatter: exchange only the principal entries of gradients between FSDP2 shards. The modules keep this
@@ -72,7 +78,7 @@ class PrincipalWeights:
 
     Raises:
         ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named), a model that
-            has principal weights already, a setting out of range.
+            has principal weights already, a setting out of range, bfloat16 values of other weights.
     """
 
     def __init__(
@@ -88,6 +94,7 @@ class PrincipalWeights:
         budget: Budget | None = None,
         replicate_group: Group = None,
         initial_indices: Callable[[PrincipalWeights], list[Tensor] | None] | None = None,
+        dtype: torch.dtype = torch.float32,
         multiple_of: int = 1,
         sparse_reduce_scatter: bool = True,
         progress: Callable[[int, int], None] | None = None,
@@ -112,6 +119,11 @@ class PrincipalWeights:
             asked = share if budget is None else f"the budget {budget}"
             raise UserError(f"nothing to train: {asked} selects no weight of any matrix; ask for more")
         check_alike(self.matrices)
+        self.dtype = dtype
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
+        if dtype == torch.bfloat16 and (others := [m for m in self.matrices if m.dtype != dtype]):
+            raise ValueError(f"dtype bfloat16 is for bfloat16 weights: {others[0].name} has {others[0].dtype}")
         kept = {id(param) for param in trained.values()}
         for param in model.parameters():
             param.requires_grad_(id(param) in kept)
@@ -126,7 +138,8 @@ class PrincipalWeights:
         indices = indices if indices is not None else self.select(on_selected)
         self._use(self._lay_out(indices, [watched.get(id(matrix.param)) for matrix in self.matrices]))
         self.values = nn.Parameter(self._read_shards())
-        self._grad = torch.zeros_like(self.values)
+        self.values.grad_dtype = None  # float32, whatever the dtype of the values is
+        self._grad = torch.zeros_like(self.values, dtype=torch.float32)
         self.values.grad = self._grad
         for number, matrix in enumerate(self.matrices):
             matrix.param.register_post_accumulate_grad_hook(_hook(self, number))
@@ -228,7 +241,7 @@ class PrincipalWeights:
 
         Returns:
             For each matrix ``NAME``, of this rank's rows: ``NAME/indices`` ``[k]`` int32 (int64 in a matrix of 2^31
-            weights or more), sorted; ``NAME/values`` ``[k]`` float32; ``NAME/optimizer.KEY`` ``[k]`` for each
+            weights or more), sorted; ``NAME/values`` ``[k]`` in :attr:`dtype`; ``NAME/optimizer.KEY`` ``[k]`` for each
             element-wise state of the optimizer; ``NAME/dropped_indices`` ``[d]``, sorted, and ``NAME/dropped_values``
             ``[d]`` in the dtype of the model, for previously selected weights.
         """
@@ -278,7 +291,7 @@ class PrincipalWeights:
         def flat(key: str) -> Tensor:
             return self._flat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
 
-        self._replace_values(flat("values"))
+        self._replace_values(flat("values").to(self.dtype))  # a state may have been saved in the other one
         self.write_back()
         keys = {key.partition("/optimizer.")[2] for key in state if "/optimizer." in key}
         if optimizer is not None and (keys or scalars):
@@ -306,7 +319,7 @@ class PrincipalWeights:
     def _replace_values(self, values: Tensor) -> None:
         self.values.grad = None  # before the length changes
         self.values.data = values
-        self._grad = torch.zeros_like(values)
+        self._grad = torch.zeros_like(values, dtype=torch.float32)
         self.values.grad = self._grad
 
     def _lay_out(self, indices: Sequence[Tensor], found: Sequence[FSDPReduction | None]) -> list[Segment]:
@@ -324,8 +337,8 @@ class PrincipalWeights:
                 segment.reduction.choose(segment.matrix.param, segment.indices)
 
     def _read_shards(self) -> Tensor:
-        """``[k_local]`` float32, the principal weights as the model holds them."""
-        return self._flat([segment.matrix.read(segment.indices).float() for segment in self._segments])
+        """``[k_local]`` in :attr:`dtype`, the principal weights as the model holds them."""
+        return self._flat([segment.matrix.read(segment.indices).to(self.dtype) for segment in self._segments])
 
     def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
         """The concatenation of one vector per matrix, padded as ``values`` is."""

@@ -98,10 +98,11 @@ class Lift:
         """A summary of the trained weights in plain text. Collective."""
         everything = sum(param.numel() for param in model.parameters())
         fullest = max(collectives.gather(self.principal.values.numel()))
+        each = 8 + 3 * self.principal.values.element_size()
         lines = [
             f"weights of the model      {everything}",
             f"principal weights         {self.principal.num_selected} ({self.principal.num_selected / everything:.2%})",
-            f"on the fullest rank       {fullest} ({fullest * 20 / GIB:.3f} GiB of values, gradient, moments and indices)",
+            f"on the fullest rank       {fullest} ({fullest * each / GIB:.3f} GiB of values, gradient, moments and indices)",
         ]
         for matrix, count in zip(self.matrices, self.principal.counts, strict=True):
             lines.append(f"{matrix.name}  {list(matrix.shape)}  {count}")
@@ -128,6 +129,7 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
             budget=BUDGETS.load(choice.budget).make(choice),
             modules=choice.modules,
             replicate_group=context.mesh.replicate_group,
+            dtype=getattr(torch, config.optimizer.dtype),
             initial_indices=_no_indices if from_checkpoint else cached.read,
             sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             progress=context.cancellation.at_boundaries(progress),

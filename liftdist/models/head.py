@@ -54,7 +54,7 @@ class ChunkedLoss(torch.autograd.Function):
 
 
 def in_chunks(model: PreTrainedModel) -> None:
-    """Add ``chunked_loss(input_ids, position_ids, places, labels, loss, weights)`` to a model for which :func:`is_plain` holds."""
+    """Add ``chunked_loss``, see :func:`_chunked_loss`, to a model for which :func:`is_plain` holds."""
     model.chunked_loss = types.MethodType(_chunked_loss, model)
     register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded, FSDP gathers the head for the call
 
@@ -68,6 +68,7 @@ def _chunked_loss(
     loss: Loss,
     weights: Tensor | None = None,
 ) -> Tensor:
+    """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``weights [B P]``. Float32 ``[]``."""
     hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     chosen = hidden[:, places].flatten(0, 1)
     return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss, weights)

@@ -3,7 +3,8 @@
 For S shards, R replicas, P parameters, N of them in trained matrices, density d; bytes on the fullest rank:
 
     weights              2 P / S       plus the unsharded root: head, last norm, and an embedding tied to the head
-    principal            20 d N / S    values, gradient and two moments 16 B, indices 4 B
+    principal            20 d N / S    values, gradient and two moments 4 B each, indices 4 B
+                         14 d N / S    with optimizer.dtype=bfloat16: values and moments 2 B each
     previously selected  N / (8 S)     one bit per weight, from the first refresh on
     layers               one layer gathered, plus the gradient of another one and its copy in the reduce-scatter buffer
     activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
@@ -181,7 +182,8 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0
     return {
         "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units),
-        "principal": 20 * sum(-(-count // shards) for count in counts.values()),
+        "principal": (8 + 3 * torch.finfo(getattr(torch, config.optimizer.dtype)).bits // 8)
+        * sum(-(-count // shards) for count in counts.values()),
         "previously selected": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
         if config.selection.refresh_interval
         else 0,

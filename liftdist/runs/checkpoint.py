@@ -3,7 +3,7 @@
     checkpoints/step-00000100/                     mode 0700
         shard-00000-of-00004.safetensors           rows [row_bounds[0], row_bounds[1]) of every trained matrix:
             NAME/indices           [k] int32       flat indices of principal weights in the whole matrix, sorted
-            NAME/values            [k] float32
+            NAME/values            [k]             in optimizer.dtype
             NAME/optimizer.KEY     [k]             each element-wise state of the optimizer
             NAME/dropped_indices   [d] int32       the same for previously selected weights
             NAME/dropped_values    [d]             in the dtype of the model

@@ -8,6 +8,7 @@ import torch
 from bench import contenders, memory, scale
 from liftdist.engine import topk
 from liftdist.engine.criteria import low_rank
+from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
 
@@ -36,10 +37,25 @@ def test_planned_memory_is_within_a_tenth_of_what_a_rank_has(world, tmp_path):
         {"train__micro_batch_size": 1, "data__max_length": 1500},
         {"train__micro_batch_size": 2, "data__max_length": 300, "model__activation_checkpointing": True},
         {"train__micro_batch_size": 1, "data__max_length": 4},
+        {
+            "train__micro_batch_size": 1,
+            "data__max_length": 4,
+            "selection__density": 0.5,
+            "optimizer__dtype": "bfloat16",
+        },
     ):
         found = ranks.run(world, a_step, folder, settings)
         peak, planned = max(found)
         assert planned == pytest.approx(peak, rel=0.1), settings
+
+
+@pytest.mark.parametrize(("dtype", "each"), [("float32", 20), ("bfloat16", 14)])
+def test_bytes_of_a_principal_weight(dtype, each, tmp_path):
+    config = Config()
+    config.selection.density, config.optimizer.dtype = 0.1, dtype
+    size = footprint.sizes(builders.frozen_model(tmp_path, dtype=torch.bfloat16), ["*"])
+    planned = footprint.memory(size, config, 1, footprint.Activations(0, 0, 0, 0))["principal"]
+    assert planned == each * sum(footprint.selected(size, config).values())
 
 
 @pytest.mark.parametrize(
