@@ -12,13 +12,13 @@ BF16 = torch.bfloat16
 STEPS = 60
 
 
-def make_lift(model, **optimizer):
+def make_lift(model, dtype="bfloat16", **optimizer):
     config = Config()
-    config.optimizer.dtype = "bfloat16"
+    config.optimizer.dtype = dtype
     for key, value in optimizer.items():
         assert hasattr(config.optimizer, key)
         setattr(config.optimizer, key, value)
-    return Lift(config, make(model, method="exact", dtype=BF16))
+    return Lift(config, make(model, method="exact", dtype=getattr(torch, dtype)))
 
 
 def trained(model, lift, gradients=None, micro_batches=1):
@@ -130,12 +130,7 @@ def test_small_updates_are_lost_in_bf16_and_kept_in_float32():
     moved = {}
     for dtype in ("bfloat16", "float32"):
         model = mlp(BF16)
-        start, lift = flat(model), make_lift(model)
-        if dtype == "float32":
-            lift = Lift(Config(), make(model_ := mlp(BF16), method="exact"))
-            model = model_
-        lift.optimizer.param_groups[0]["lr"] = 2e-5
-        trained(model, lift)
+        start, lift = flat(model), trained(model, make_lift(model, dtype, lr=2e-5))
         moved[dtype] = int((flat(model) != start).sum()) / lift.principal.num_selected
     assert moved["bfloat16"] < 0.5 * moved["float32"]
     assert moved["bfloat16"] > 0

@@ -95,24 +95,32 @@ def test_a_change_of_dtype_needs_to_be_allowed_and_the_export_holds_the_values(t
         assert torch.equal(exported[name].flatten(), expected), name
 
 
+DTYPES, REDUCTIONS = "must be one of float32, bfloat16", "must be one of token, sequence"
+
+
 @pytest.mark.parametrize(
-    ("overrides", "problem"),
+    ("override", "problem"),
     [
-        (["optimizer.dtype=bfloat16"], "optimizer.dtype: must be float32 with model.dtype=float32"),
-        (["model.dtype=float32", "optimizer.dtype=bfloat16"], "optimizer.dtype: must be float32 with model.dtype"),
-        (["optimizer.dtype=float16"], "optimizer.dtype: must be one of float32, bfloat16 (did you mean bfloat16?), got 'float16'"),
-        (["optimizer.dtype=bf16"], "optimizer.dtype: must be one of float32, bfloat16 (did you mean bfloat16?), got 'bf16'"),
-        (["optimizer.dtype=null"], "optimizer.dtype: must not be empty"),
-        (["optimizer.dtype="], "optimizer.dtype: must not be empty"),
-        (["optimizer.dtype=16"], "optimizer.dtype: must be one of float32, bfloat16"),
-        (["train.loss_reduction=sum"], "train.loss_reduction: must be one of token, sequence, got 'sum'"),
-        (["train.loss_reduction=sample"], "train.loss_reduction: must be one of token, sequence, got 'sample'"),
-        (["train.loss_reduction=Token"], "train.loss_reduction: must be one of token, sequence (did you mean token?), got 'Token'"),
-        (["train.loss_reduction=null"], "train.loss_reduction: must not be empty"),
-        (["train.reduction=token"], "unknown key 'train.reduction'"),
+        ("optimizer.dtype=bfloat16", "must be float32 with model.dtype=float32, or set model.dtype=bfloat16"),
+        ("optimizer.dtype=float16", f"{DTYPES} (did you mean bfloat16?), got 'float16'"),
+        ("optimizer.dtype=bf16", f"{DTYPES} (did you mean bfloat16?), got 'bf16'"),
+        ("optimizer.dtype=16", DTYPES),
+        ("optimizer.dtype=null", "must not be empty"),
+        ("optimizer.dtype=", "must not be empty"),
+        ("train.loss_reduction=sum", f"{REDUCTIONS}, got 'sum'"),
+        ("train.loss_reduction=sample", f"{REDUCTIONS}, got 'sample'"),
+        ("train.loss_reduction=Token", f"{REDUCTIONS} (did you mean token?), got 'Token'"),
+        ("train.loss_reduction=[token]", ""),
+        ("train.loss_reduction=null", "must not be empty"),
     ],
-)  # fmt: skip
-def test_what_makes_no_sense_is_refused_in_one_line(overrides, problem, tiny_model, records, tmp_path):
-    said = liftdist("train", write_config(tmp_path, tiny_model, records), *overrides, code=2)
-    assert problem in said
+)
+def test_what_makes_no_sense_is_refused_in_one_line(override, problem, tiny_model, records, tmp_path):
+    said = liftdist("train", write_config(tmp_path, tiny_model, records), override, code=2)
+    assert f"{override.partition('=')[0]}: {problem}" in said
     assert len(said.splitlines()) == 1
+
+
+def test_a_file_that_makes_no_sense_is_named_with_its_line(tiny_model, records, tmp_path):
+    file = write_config(tmp_path, tiny_model, records, optimizer=dict(dtype="bfloat16"))
+    line = next(number for number, text in enumerate(file.read_text().splitlines(), 1) if "bfloat16" in text)
+    assert f"{file}:{line}: optimizer.dtype: must be float32" in liftdist("train", file, code=2)
