@@ -12,7 +12,6 @@ from liftdist import __version__, preflight, schema
 from liftdist import config as configs
 from liftdist.cluster import launcher, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
-from liftdist.models.hub import resolve_model
 from liftdist.options import add_continuation_flags, allowed_by
 from liftdist.redaction import redact
 from liftdist.registry import EXPORT_FORMATS
@@ -169,7 +168,7 @@ def _select(options: argparse.Namespace) -> None:
 
 
 def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
-    resolve_model(config.model.path)  # one process downloads what all ranks read
+    preflight.fetch(config, training="--select-only" not in arguments)  # at commits that the ranks inherit
     typed = ["liftdist", *sys.argv[1:]]
     sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments, typed))
 

@@ -68,6 +68,10 @@ def _command(text: str) -> list[str]:
     return [str(word) for word in json.loads(text)]
 
 
+def _commits(text: str) -> dict[str, str]:
+    return {str(name): str(commit) for name, commit in json.loads(text).items()}
+
+
 TORCHRUN, SLURM, USER, LAUNCHER, SCRIPT, SUBMIT = (
     "torchrun", "SLURM", "user", "liftdist train", "slurm/train.sbatch", "liftdist submit",
 )  # fmt: skip
@@ -83,6 +87,9 @@ AGENT_MAX_RESTARTS = Variable("TORCHELASTIC_MAX_RESTARTS", int, TORCHRUN, "times
 
 # From one part of liftdist to another.
 COMMAND = Variable("LIFTDIST_COMMAND", _command, LAUNCHER, "the command as it was typed, as JSON, for `command.txt`")
+COMMITS = Variable(
+    "LIFTDIST_COMMITS", _commits, LAUNCHER, "commits that names on the hub stand for in this run, as JSON"
+)
 STARTED = Variable("LIFTDIST_STARTED", float, LAUNCHER, "when the command began; older requests to stop are not for it")
 LAUNCH = Variable("LIFTDIST_LAUNCH", str, LAUNCHER, "identity of one start of torchrun on all nodes")
 STATUS_FILE = Variable("LIFTDIST_STATUS_FILE", Path, LAUNCHER, "where a rank leaves its exit code")

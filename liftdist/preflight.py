@@ -8,7 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from liftdist.data import records
+from liftdist.data import records, sources
 from liftdist.errors import UserError
 from liftdist.models.check import check_model_folder, check_weight_files
 from liftdist.models.hub import resolve_model
@@ -44,7 +44,14 @@ def check(config: Config, ranks: int | None, training: bool) -> None:
     if training:
         claims.check_free(Path(config.run_dir).expanduser())
         records.check_first_records(config.data)
-    folder = resolve_model(config.model.path, weights=False)
+    folder = resolve_model(config.model.path, config.model.revision, weights=False)
     if folder == Path(config.model.path).expanduser():
         check_weight_files(folder)
     check_model_folder(folder, config.model.trust_remote_code)
+
+
+def fetch(config: Config, training: bool) -> None:
+    """Download what is on the hub, by one process for all ranks. Raises ``UserError`` if there is none, or no access."""
+    resolve_model(config.model.path, config.model.revision)
+    if training:
+        sources.fetch(config.data)

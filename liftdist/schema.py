@@ -61,6 +61,9 @@ class ModelConfig:
     path: str = setting(
         MISSING, "folder of a Hugging Face causal language model, or its name on the hub", changes=NOTHING
     )
+    revision: str | None = setting(
+        None, "commit, tag or branch of a model on the hub; its main branch if unset", changes=NOTHING
+    )
     dtype: str = setting(
         "bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"), changes=STATE
     )
@@ -77,8 +80,16 @@ class ModelConfig:
 @dataclass
 class DataConfig:
     path: str = setting(MISSING, "training data: a .jsonl, .json or .parquet file, or a data set name on the hub")
+    revision: str | None = setting(
+        None, "commit, tag or branch of `data.path` on the hub; its main branch if unset", changes=NOTHING
+    )
     eval_path: str | None = setting(
         None, "held-out data for the evaluation loss, in a form as for `data.path`", changes=NOTHING
+    )
+    eval_revision: str | None = setting(
+        None,
+        "the same for `data.eval_path`; that of `data.path` if both are one repository",
+        changes=NOTHING,
     )
     subset: str | None = setting(None, "configuration name of a hub data set")
     split: str = setting("train", "split of a hub data set to train on")
@@ -96,6 +107,14 @@ class DataConfig:
     packing: bool = setting(
         False, "fill sequences up to `max_length` with several samples, which do not attend to each other"
     )
+
+    @property
+    def revision_of_eval_path(self) -> str | None:
+        return self.eval_revision or (self.revision if self.eval_path == self.path else None)
+
+    def problems(self) -> Iterator[Problem]:
+        if self.eval_revision is not None and self.eval_path is None:
+            yield "eval_revision", "is the revision of data.eval_path, which is not set"
 
 
 @dataclass

@@ -27,7 +27,6 @@ from liftdist import environment, files, preflight, schema
 from liftdist.cluster import history, job, scheduler
 from liftdist.cluster.scheduler import Job
 from liftdist.errors import UserError
-from liftdist.models.hub import resolve_model
 from liftdist.options import allowed_by, split_arguments
 from liftdist.runs import changes, layout
 from liftdist.schema import Config
@@ -149,7 +148,7 @@ def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool)
         plan.check_fits(config, base.slurm.nodes, ranks)
     if not dry_run:
         preflight.check(config, base.slurm.nodes * ranks, training=True)
-        resolve_model(config.model.path)
+        preflight.fetch(config, training=True)
         waiting = [known for known in scheduler.jobs(_ids(run_dir)) if not known.has_ended]
         if waiting:
             raise UserError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from liftdist.data.sources import Record, Source, is_local, open_source
+from liftdist.data.sources import Record, Source, is_local, locations, open_source
 from liftdist.errors import UserError
 from liftdist.registry import FORMATS
 from liftdist.schema import DataConfig
@@ -89,9 +89,9 @@ def check_first_records(config: DataConfig) -> None:
     Raises:
         UserError: naming file and line.
     """
-    for path in filter(None, (config.path, config.eval_path)):
+    for path, revision in locations(config):
         if is_local(path):
-            source = open_source(path, None, "train")
+            source = open_source(path, None, "train", revision)
             read = reader(source, config.format)
             for where, record in source.read(0, CHECKED_RECORDS):
                 at(where, read, record)

@@ -29,7 +29,7 @@ from liftdist.data.chat import encode
 
 IGNORED = -100  # label of a token that does not count towards the loss
 #: Settings that do not affect tokens; all others are part of the cache key.
-NOT_IN_TOKENS = ("path", "eval_path", "subset", "split", "eval_split", "packing")
+NOT_IN_TOKENS = ("path", "revision", "eval_path", "eval_revision", "subset", "split", "eval_split", "packing")
 FORMAT = 2  # version of the layout of parts
 PART_RECORDS = 2048  # records per part
 
@@ -63,17 +63,19 @@ def tokenise(
     split: str = "train",
     first_part: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
+    revision: str | None = None,
 ) -> Samples:
     """All samples of ``path``, from the cache or tokenised now.
 
     Args:
         vocabulary: rows of the model's embedding; a token id outside of it is an error.
+        revision: commit, tag or branch of a data set on the hub.
         first_part: where among the parts to begin, 0 to 1: ranks that begin apart tokenise different parts.
 
     Raises:
         UserError: a record that cannot be read (file and line), or no token to train on.
     """
-    source = sources.open_source(path, config.subset, split)
+    source = sources.open_source(path, config.subset, split, revision)
     read = records.reader(source, config.format)
     key = _key(source, config, tokenizer, vocabulary, cache_dir)
     folder = cache_dir.expanduser() / "tokens" / key

@@ -4,7 +4,8 @@
         NAME.gaps      [bytes] uint8   k sorted flat indices: the first, then each less the one before, as LEB128 numbers
         NAME.values    [k]             new values
         NAME.base      [k]             base values; may be left out
-    metadata: digest of the base model, shape and dtypes of every tensor, sha256 of the contents
+    metadata: digest of the base model, its name and commit if it is from the hub, shape and dtypes of every tensor,
+              sha256 of the contents
 
     apply: t[indices] = values, where t[indices] was base          undo: t[indices] = base, where t[indices] was values
 
@@ -14,15 +15,18 @@ takes about 5 bytes per changed weight, 3 without base values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from liftdist import __version__
 from liftdist.errors import UserError
 
+ABOUT = "liftdist.json"  # file of an exported model that holds Delta.about
+ORIGIN = ("base_model", "base_commit")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -60,6 +64,11 @@ class Delta:
     base_digest: str  # digest of the base model
     names: list[str]
     get: Callable[[str], Change]
+    origin: Mapping[str, str] = field(default_factory=dict)  # base_model and base_commit, if known: its name on the hub
+
+    def about(self) -> dict[str, str]:
+        """What a result says of where it comes from: the base model, its digest, and the version of liftdist."""
+        return {**self.origin, "base_digest": self.base_digest, "liftdist": __version__}
 
 
 def changed(delta: Delta) -> Iterator[tuple[str, Change]]:

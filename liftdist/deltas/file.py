@@ -14,7 +14,7 @@ from torch import Tensor
 
 from liftdist import files, safetensors_io
 from liftdist.deltas.codec import decode, encode
-from liftdist.deltas.delta import Change, Delta, changed, check_fits, is_finite
+from liftdist.deltas.delta import ORIGIN, Change, Delta, changed, check_fits, is_finite
 from liftdist.errors import UserError
 from liftdist.safetensors_io import DTYPES
 
@@ -60,7 +60,7 @@ def read(path: Path) -> Delta:
             raise ValueError(f"{name}: holds a value that is not finite")
         return change
 
-    delta = Delta(path, metadata["base"], list(tensors), get)
+    delta = Delta(path, metadata["base"], list(tensors), get, {k: metadata[k] for k in ORIGIN if k in metadata})
     for name in delta.names:
         try:
             get(name)
@@ -87,6 +87,7 @@ def write(delta: Delta, path: Path, with_base: bool = True) -> None:
         stored = safetensors_io.dtype_name(change.stored)
         about[name] = {"shape": list(change.shape), "stored": stored, "count": change.indices.numel()}
     metadata = {
+        **delta.about(),
         "format": FORMAT,
         "base": delta.base_digest,
         "tensors": json.dumps(about),

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from liftdist.deltas.delta import Change, Delta, bits, check_fits
+from liftdist.deltas.delta import ORIGIN, Change, Delta, bits, check_fits
 from liftdist.errors import UserError
 from liftdist.models.hub import resolve_model
 from liftdist.models.names import NameMap
@@ -50,7 +50,21 @@ def of_run(step: Step, base_folder: Path) -> Delta:
         changed = bits(before) != bits(after)
         return Change(tuple(tensor.shape), tensor.dtype, indices[changed], after[changed], before[changed])
 
-    return Delta(step.folder, step.manifest.provenance.base, list(names.parameter), get)
+    return Delta(step.folder, step.manifest.provenance.base, list(names.parameter), get, _origin(step))
+
+
+def _origin(step: Step) -> dict[str, str]:
+    """Name and commit of the run's base model on the hub; empty for a local folder, or if they were not recorded."""
+    name, _, commit = step.manifest.provenance.commits.get("model.path", "").rpartition("@")
+    return dict(zip(ORIGIN, (name, commit), strict=True)) if name else {}
+
+
+def _base_folder(step: Step) -> Path:
+    """The folder of the run's base model: of the commit that the run used, wherever its branch is now."""
+    if origin := _origin(step):
+        return resolve_model(origin["base_model"], origin["base_commit"])
+    model = OmegaConf.create(step.manifest.provenance.config).model
+    return resolve_model(model.path, model.get("revision"))
 
 
 def between(before: Path, after: Path, base_digest: str) -> Delta:
@@ -99,7 +113,7 @@ def of_run_dir(
     say(f"exporting {step.folder}")
     if base_folder is None:
         try:
-            base_folder = resolve_model(OmegaConf.create(step.manifest.provenance.config).model.path)
+            base_folder = _base_folder(step)
         except OmegaConfBaseException as error:
             raise UserError(f"{run_dir}: model.path: {str(error).splitlines()[0]}; give --base") from None
         except UserError as error:

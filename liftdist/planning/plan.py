@@ -66,7 +66,7 @@ def plan(
     # use transformers' default attention: the configured one may not be installed here, and needs about as much memory
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
-    hf_config = build.check_type(resolve_config(config.model.path), config.model)
+    hf_config = build.check_type(resolve_config(config.model.path, config.model.revision), config.model)
     size = footprint.sizes(build.build(hf_config, config.model), config.selection.modules)
     probes: dict[int, footprint.Activations] = {}
 

@@ -19,7 +19,7 @@ from liftdist.options import CONTINUATION_FLAGS
 from liftdist.redaction import redact
 from liftdist.runs import claims, layout, manifest
 from liftdist.runs.manifest import Provenance
-from liftdist.schema import COURSE, STATE, Config
+from liftdist.schema import COURSE, NOTHING, STATE, Config
 
 SettingChange = tuple[str, str]
 
@@ -35,20 +35,24 @@ def refuse(found: Sequence[SettingChange], allowed: set[str], run_dir: Path) -> 
             )
 
 
-def provenance(config: Config, text: str, base_digest: str, data_digest: str) -> Provenance:
+def provenance(
+    config: Config, text: str, base_digest: str, data_digest: str, commits: dict[str, str] | None = None
+) -> Provenance:
     """The inputs that the state of a run depends on.
 
     Args:
         text: YAML text of the config, from :func:`liftdist.config.load`.
         base_digest: digest of the base model's weights.
         data_digest: digest of the training samples.
+        commits: ``NAME@COMMIT`` of what is from the hub, by setting.
     """
-    return Provenance(text, _fingerprints(config, text), base_digest, data_digest)
+    return Provenance(text, _fingerprints(config, text), base_digest, data_digest, commits or {})
 
 
 def check_alike(mine: Provenance, first: Provenance, rank: int) -> None:
     """Raises ``UserError`` if this rank's inputs differ from those of rank 0: the ranks would take different decisions."""
     names = {"config": "settings", "from_environment": "environment", "base": "model weights", "data": "training data"}
+    names["commits"] = f"commits on the hub ({_listed(mine)}, not {_listed(first)})"
     if different := [name for key, name in names.items() if getattr(mine, key) != getattr(first, key)]:
         raise UserError(
             f"rank {rank} on {platform.node()} differs from rank 0 in {' and '.join(different)}; "
@@ -63,11 +67,30 @@ def between(before: Provenance, after: Provenance) -> list[SettingChange]:
     for key, value in after.from_environment.items():
         if before.from_environment.get(key, value) != value:
             found.append((kinds[schema.template(key)], f"{key}: its value from the environment has changed"))
+    moved = {key: _moved(before, after, key) for key in after.commits}
     if before.base != after.base:
-        found.append((STATE, f"model.path: the weights have changed ({before.base[:12]} -> {after.base[:12]})"))
-    if before.data != after.data and not any(text.startswith("data.") for _, text in found):
-        found.append((COURSE, "data.path: the contents have changed"))
+        digests = f"({before.base[:12]} -> {after.base[:12]})"
+        found.append((STATE, f"model.path: the weights have changed {digests}{moved.pop('model.path', '')}"))
+    if before.data != after.data and not any(kind == COURSE and text.startswith("data.") for kind, text in found):
+        found.append((COURSE, f"data.path: the contents have changed{moved.pop('data.path', '')}"))
+    elif before.data != after.data:
+        moved.pop("data.path", None)
+    same = {"model.path": "the weights are equal, other files may differ", "data.path": "the samples are equal"}
+    found += [(NOTHING, f"{key}: {same.get(key, 'of another commit')}{text}") for key, text in moved.items() if text]
     return found
+
+
+def _moved(before: Provenance, after: Provenance, key: str) -> str:
+    """How the commit of a repository differs, and how to use the earlier one; empty if it does not, or is not known."""
+    (old_name, _, old), (name, _, new) = (side.commits.get(key, "").rpartition("@") for side in (before, after))
+    if not old or old_name != name or old == new:
+        return ""
+    setting = key.replace("path", "revision")
+    return f": the run used commit {old} of {name}, and finds {new} now; {setting}={old} continues with the earlier one"
+
+
+def _listed(provenance: Provenance) -> str:
+    return ", ".join(provenance.commits.values()) or "none known"
 
 
 def of_settings(before: str, after: str) -> list[SettingChange]:

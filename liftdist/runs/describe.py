@@ -8,6 +8,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 
@@ -28,8 +29,12 @@ SHOWN_ENVIRONMENT = (
 )
 
 
-def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
-    """Write the config, the command and the environment of a run, without secrets."""
+def describe_run(run_dir: Path, text: str, mesh: Mesh, commits: Mapping[str, str]) -> None:
+    """Write the config, the command and the environment of a run, without secrets.
+
+    Args:
+        commits: ``NAME@COMMIT`` of what is from the hub, by setting.
+    """
     files.write(run_dir / "config.yaml", text)
     with files.open_to_append(run_dir / "command.txt") as file:  # one line per attempt
         file.write(_command() + "\n")
@@ -38,6 +43,7 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh) -> None:
         "python": platform.python_version(),
         "packages": {name: metadata.version(name) for name in SHOWN_PACKAGES},
         "git": _git_state(),
+        "hub": dict(commits),
         "host": platform.node(),
         "device": torch.cuda.get_device_name(mesh.device)
         if mesh.device.type == "cuda"

@@ -26,6 +26,7 @@ class Provenance:
     from_environment: dict[str, str]  # key of each setting from the environment -> short hash of its value
     base: str  # digest of the base model's weights
     data: str  # digest of the training samples
+    commits: dict[str, str] = field(default_factory=dict)  # setting -> NAME@COMMIT of what is from the hub
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,11 @@ def read(path: Path) -> Manifest:
             f"{path} has format {tree['format']}, but this version of liftdist reads format {FORMAT}; "
             f"continue with the version that wrote it (environment.json)"
         )
-    provenance = Provenance(*(tree[f.name] for f in dataclasses.fields(Provenance)))
+    provenance = Provenance(
+        tree["config"], tree["from_environment"], tree["base"], tree["data"], tree.get("commits", {})
+    )
     return Manifest(
-        Snapshot(tree["step"], tree["state"], provenance, tree.get("names", {})),  # absent in older ones
+        Snapshot(tree["step"], tree["state"], provenance, tree.get("names", {})),  # absent in older ones, as commits
         tree["attempt"],
         tree["nonce"],
         {name: ShardFile(**entry) for name, entry in tree["files"].items()},

@@ -5,10 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from liftdist import hub
 from liftdist.console import Console
-from liftdist.data import tokenised
+from liftdist.data import sources, tokenised
+from liftdist.distributed.collectives import gather, together
+from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
 from liftdist.models import build
+from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
 from liftdist.runs.stop import CancellationPoint
 from liftdist.schema import Config
@@ -35,7 +39,7 @@ def prepare_inputs(
         UserError: the folder, the tokenizer or the data cannot be used.
     """
     cancellation = cancellation or CancellationPoint()
-    folder = resolve_model(config.model.path)
+    folder = resolve_model(config.model.path, config.model.revision)
     hf_config = build.check_type(folder, config.model)
     tokenizer = build.load_tokenizer(folder, config.model)
     text_config = hf_config.get_text_config()
@@ -46,7 +50,7 @@ def prepare_inputs(
             f"resize the model's embeddings or use its own tokenizer"
         )
 
-    def samples_of(path: str, split: str) -> tokenised.Samples:
+    def samples_of(path: str, split: str, revision: str | None) -> tokenised.Samples:
         with console.progress("tokenising", "part") as progress:
             samples = tokenised.tokenise(
                 path,
@@ -57,6 +61,7 @@ def prepare_inputs(
                 split,
                 part,
                 cancellation.checking(progress),
+                revision,
             )
         longest, context = int(samples.lengths.max()), getattr(text_config, "max_position_embeddings", None)
         if context and longest > context:
@@ -69,5 +74,26 @@ def prepare_inputs(
         console.say(f"data {path}: {len(samples)} samples, {int(samples.lengths.sum())} tokens{note}")
         return samples
 
-    evaluation = samples_of(config.data.eval_path, config.data.eval_split) if config.data.eval_path else None
-    return Inputs(folder, samples_of(config.data.path, config.data.split), evaluation)
+    data = config.data
+    evaluation = samples_of(data.eval_path, data.eval_split, data.revision_of_eval_path) if data.eval_path else None
+    return Inputs(folder, samples_of(data.path, data.split, data.revision), evaluation)
+
+
+def commits(config: Config, training: bool = True) -> dict[str, str]:
+    """``NAME@COMMIT`` of what is on the hub, the model and, for training, the data, by setting. Raises ``UserError``."""
+    data = config.data
+    found = {"model.path": models.repository(config.model.path, config.model.revision)}
+    if training:
+        found["data.path"] = sources.repository(data.path, data.revision)
+    if training and data.eval_path:
+        found["data.eval_path"] = sources.repository(data.eval_path, data.revision_of_eval_path)
+    pairs = [(key, repo.name, repo.commit()) for key, repo in found.items() if repo is not None]
+    return {key: f"{name}@{commit}" for key, name, commit in pairs if commit is not None}
+
+
+def agree_on_commits(config: Config, mesh: Mesh, training: bool = True) -> None:
+    """Make all ranks read the hub at the commits that rank 0 finds. Collective."""
+    with together():
+        if mesh.is_main:
+            commits(config, training)
+    hub.adopt(gather(hub.resolved())[0])

@@ -35,7 +35,7 @@ from liftdist.runs.stop import CancellationPoint, StopRequests
 from liftdist.runs.watchdog import Watchdog
 from liftdist.schema import Config
 from liftdist.training import setup
-from liftdist.training.inputs import Inputs, prepare_inputs
+from liftdist.training.inputs import Inputs, agree_on_commits, commits, prepare_inputs
 from liftdist.training.loop import Loop
 from liftdist.training.recorder import Recorder
 from liftdist.training.trainer import Trainer
@@ -99,7 +99,7 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         attempt.run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat
     )
     base_digest = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
-    provenance = changes.provenance(config, text, base_digest, inputs.samples.digest)
+    provenance = changes.provenance(config, text, base_digest, inputs.samples.digest, commits(config))
     state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
     model, names, method = setup.model_and_method(
         context, inputs.folder, base_digest, from_checkpoint=saved is not None
@@ -133,6 +133,7 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
 def _inputs(context: RunContext) -> Inputs:
     """The tokenised data. Local rank 0 hashes the data files; the others read the digests from the cache. Collective."""
     config, mesh = context.config, context.mesh
+    agree_on_commits(config, mesh)
     with together():
         if environment.LOCAL_RANK.get(0) == 0:
             sources.remember_digests([config.data.path, config.data.eval_path], Path(config.cache_dir))
@@ -181,7 +182,7 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
     mesh, run_dir = context.mesh, attempt.run_dir
     with together():
         if mesh.is_main:  # not earlier: a command that fails before this point leaves no description
-            describe_run(run_dir, text, mesh)
+            describe_run(run_dir, text, mesh, commits(context.config))
         after = trainer.step if resumed else None if attempt.number == 1 else -1
         recorder = Recorder(run_dir, mesh.is_main, after, context.console.say)
     recorder.text("config", text)

@@ -16,6 +16,7 @@ from liftdist.models.load import load
 from liftdist.models.names import NameMap
 from liftdist.registry import METHODS
 from liftdist.runs.context import RunContext
+from liftdist.training.inputs import agree_on_commits
 
 
 def model_and_method(
@@ -38,8 +39,9 @@ def model_and_method(
 def select_only(context: RunContext) -> None:
     """Select the principal weights and write the selection to the cache. Collective."""
     config = context.config
+    agree_on_commits(config, context.mesh, training=False)
     with together():
-        folder = resolve_model(config.model.path)
+        folder = resolve_model(config.model.path, config.model.revision)
     _, _, method = model_and_method(
         context, folder, weights.digest(folder, Path(config.cache_dir), context.cancellation.beat)
     )

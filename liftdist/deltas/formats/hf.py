@@ -37,6 +37,7 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
         for path in base_folder.iterdir():
             if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name != check.INDEX:
                 shutil.copyfile(path, temporary / path.name)
+        (temporary / deltas.ABOUT).write_text(json.dumps(delta.about(), indent=2) + "\n")
         if dtype is not None:
             config = json.loads((temporary / "config.json").read_text())
             config["dtype"] = str(dtype).removeprefix("torch.")

@@ -43,7 +43,8 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     settings = {
         "peft_type": "SHIRA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(base_folder),
+        "base_model_name_or_path": delta.origin.get("base_model", str(base_folder)),
+        "revision": delta.origin.get("base_commit"),
         "r": rank,
         "mask_type": "principal_weights",
         "target_modules": list(modules.values()),
