@@ -11,6 +11,7 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import os
 import re
 import sys
@@ -99,10 +100,11 @@ class Repository:
         )
 
     def explain(self, error: BaseException) -> str:
-        for link in _chain(error):
-            if (text := self._explain(link)) is not None:
-                return _clean(text)
-        return _clean(f"{self._absent}: {first_line(error)}")
+        return self.cause(error) or _clean(f"{self._absent}: {first_line(error)}")
+
+    def cause(self, error: BaseException) -> str | None:
+        """What the hub, the network or the cache has to do with an error; None if nothing."""
+        return next((_clean(text) for link in chain(error) if (text := self._explain(link)) is not None), None)
 
     @property
     def _absent(self) -> str:
@@ -160,12 +162,19 @@ class Repository:
             where = error.filename or constants.HF_HOME
             return f"the hub's cache cannot be written ({where}: {error.strerror}); set HF_HOME to a folder that can"
         if type(error).__module__.startswith(("httpx", "http.", "aiohttp")) or "Consistency check" in str(error):
-            return f"the download broke off ({_reason(error)}); start again: files that have arrived are kept"
+            where = f" to {host}" if (host := _host(error)) else ""
+            return f"the connection{where} broke off ({_reason(error)}); start again: files that have arrived are kept"
+        if isinstance(error, json.JSONDecodeError):
+            return (
+                f"what answers at {constants.ENDPOINT} is no hub; look at HF_ENDPOINT and at the proxies of your site"
+            )
         return None
 
     def _explain_status(self, error: Any) -> str:
         status = error.response.status_code
         said = _line(error.server_message) if error.server_message else f"HTTP status {status}"
+        if (host := _host(error)) != _endpoint() and status < 500:
+            return f"{host}, where the hub keeps its files, refuses them ({said}); your proxy or firewall must allow it"
         if status == 401:
             return f"the hub refuses the token ({said}); {_LOGIN} to one that is valid"
         if status == 403:
@@ -225,18 +234,20 @@ def why_unreachable() -> str | None:
     if constants.HF_HUB_OFFLINE:
         return OFFLINE
     seconds = _seconds()
-    host = urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]  # without credentials
+    host = _endpoint()
     answers: list[str | None] = []
 
     def ask() -> None:
         try:  # the library's client respects the settings for proxies and certificates
             session = get_session()
-            session.timeout = READ_TIMEOUT  # it has none of its own
+            session.event_hooks["request"].append(_bound)
             session.head(constants.ENDPOINT, timeout=seconds, follow_redirects=False)
             answers.append(None)
         except Exception as error:
             answers.append(f"{host}: {_clean(_reason(error))}")
 
+    for name in ("file_download", "utils._http"):
+        logging.getLogger(f"huggingface_hub.{name}").addFilter(_clean_record)
     # the client's timeout covers neither name resolution nor the number of addresses that it tries in turn
     thread = threading.Thread(target=ask, name="hub", daemon=True)
     thread.start()
@@ -268,11 +279,24 @@ def _seconds() -> float:
     return float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else REPLY_TIMEOUT
 
 
+def _endpoint() -> str:
+    from huggingface_hub import constants
+
+    return urlsplit(constants.ENDPOINT).netloc.rpartition("@")[2]  # without credentials
+
+
+def _host(error: Any) -> str:
+    """Host and port that a request which failed went to; empty if the error does not know."""
+    with contextlib.suppress(AttributeError, RuntimeError):
+        return urlsplit(str(error.request.url)).netloc.rpartition("@")[2]
+    return ""
+
+
 def _other(kind: str) -> str:
     return MODEL if kind == DATASET else DATASET
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what caused it."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
@@ -288,3 +312,15 @@ def _clean(text: str) -> str:
     if token := get_token():
         text = text.replace(token, "<token>")
     return re.sub(r"(https?://)(?:[^/\s@]*@)?([^\s?'\"]*)(?:\?[^\s'\")]*)?", r"\1\2", text)
+
+
+def _bound(request: Any) -> None:
+    """Set the limits that the library leaves open: it would wait for ever."""
+    limits = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {key: READ_TIMEOUT if limit is None else limit for key, limit in limits.items()}
+
+
+def _clean_record(record: logging.LogRecord) -> bool:
+    """Clean what the library logs: addresses of files are signed."""
+    record.msg, record.args = _clean(record.getMessage()), ()
+    return True

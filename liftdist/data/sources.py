@@ -178,7 +178,8 @@ def _open_hub(repo: Repository, subset: str | None, split: str) -> Source:
     datasets.disable_progress_bars()
     commit, unreachable = repo.commit(), hub.why_unreachable()
     try:
-        builder = _built(repo, subset, commit) if subset or unreachable else None
+        known = commit is not None or repo.revision is None  # else the newest copy may be another revision's
+        builder = _built(repo, subset, commit) if known and (subset or unreachable) else None
         if builder is None and unreachable:
             raise repo.unreachable(unreachable)
         if builder is None:
@@ -258,7 +259,7 @@ def _explain(repo: Repository, subset: str | None, error: Exception) -> str:
         return f"data.subset must name one of its subsets: {known}"
     if type(error).__name__ in ("EmptyDatasetError", "DataFilesNotFoundError"):
         return f"holds no data file of a kind that can be read ({hub.first_line(error)})"
-    return repo.explain(error)
+    return repo.cause(error) or f"cannot be read: {hub.first_line([*hub.chain(error)][-1])}"
 
 
 def remember_digests(paths: Iterable[str | None], cache_dir: Path) -> None:

@@ -77,4 +77,6 @@ def _resolve(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
             f"{repo}: the repository holds "
             + ("an adapter; name its base model" if adapter else "no config.json, so no model that transformers loads")
         )
+    if patterns is HUB_FILES and not any(folder.glob("*.safetensors")):
+        raise UserError(f"{repo}: the repository holds no weights in safetensors; convert them, or name another model")
     return folder
