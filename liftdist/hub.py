@@ -191,10 +191,8 @@ class Repository:
         return f"{self._absent}: {first_line(error)}"
 
     def _gated(self, error: Any) -> str:
-        from huggingface_hub import get_token
-
         said = _line(error.server_message or "")
-        if get_token() is None:
+        if _token() is None:
             return f"is gated: ask for access at {self.page}, then {_LOGIN}"
         if "await" in said.lower() or "pending" in said.lower() or "review" in said.lower():
             return f"is gated, and your request for access waits for its owners, see {self.page}: {said}"
@@ -279,6 +277,14 @@ def _seconds() -> float:
     return float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else REPLY_TIMEOUT
 
 
+def _token() -> str | None:
+    from huggingface_hub import get_token
+
+    with contextlib.suppress(OSError):
+        return get_token()
+    return None
+
+
 def _endpoint() -> str:
     from huggingface_hub import constants
 
@@ -288,7 +294,8 @@ def _endpoint() -> str:
 def _host(error: Any) -> str:
     """Host and port that a request which failed went to; empty if the error does not know."""
     with contextlib.suppress(AttributeError, RuntimeError):
-        return urlsplit(str(error.request.url)).netloc.rpartition("@")[2]
+        request = error.response.request if hasattr(error, "response") else error.request
+        return urlsplit(str(request.url)).netloc.rpartition("@")[2]
     return ""
 
 
@@ -307,9 +314,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _clean(text: str) -> str:
     """``text`` without the user's token, and without credentials and signatures in addresses."""
-    from huggingface_hub import get_token
-
-    if token := get_token():
+    if token := _token():
         text = text.replace(token, "<token>")
     return re.sub(r"(https?://)(?:[^/\s@]*@)?([^\s?'\"]*)(?:\?[^\s'\")]*)?", r"\1\2", text)
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import builders
 import local_hub
@@ -16,7 +17,6 @@ from local_hub import Reply, refusal
 
 LOGIN = "log in: hf auth login, or set HF_TOKEN"
 TOKEN = "hf_sesameopensesameopensesame"
-BROKEN = "the connection broke off ("
 RETRY = "start again: files that have arrived are kept"
 
 DRIVER = """
@@ -93,7 +93,7 @@ SAID = {
     "of-another-kind": "is a {other} on the hub, not a {own}",
     "not-json": "what answers at {hub} is no hub; look at HF_ENDPOINT and at the proxies of your site",
     "nameless": "the hub names no commit of it; does HF_ENDPOINT name a hub?",
-    "mute": f"the connection broke off (timed out); {RETRY}",
+    "mute": "the connection to {host} broke off (timed out); " + RETRY,
 }  # fmt: skip
 
 
@@ -128,7 +128,7 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(name, kind, answers):
     words = {"model": ("model", "data set", "folder"), "dataset": ("data set", "model", "file")}[kind]
     expected = SAID[name].format(
         page=f"{url}/{'datasets/' if kind == 'dataset' else ''}{owner}/{name}",
-        own=words[0], hub=url, other=words[1], local=words[2],
+        own=words[0], hub=url, host=url.removeprefix("http://"), other=words[1], local=words[2],
     )  # fmt: skip
     lines = [line for line in said.splitlines() if line.startswith("liftdist: ")]
     assert code == 2, said
@@ -137,3 +137,183 @@ def test_what_the_hub_refuses_is_one_line_with_the_remedy(name, kind, answers):
     assert TOKEN not in said
     assert "Traceback" not in said
     assert seconds < 30
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a repository lacks, and what the user asks of it.
+
+CARD = b"---\nconfigs:\n- config_name: a\n  data_files: a.jsonl\n- config_name: b\n  data_files: b.jsonl\n---\n"
+REVISION = "give a branch, a tag or the full hash of a commit"
+
+ASKED = {
+    "no config": (["model.path=o/gguf"], "model.path o/gguf: the repository holds no config.json"),
+    "an adapter": (["model.path=o/adapter"], "model.path o/adapter: the repository holds an adapter; name its base model"),
+    "pickled": (["model.path=o/pickled"], "model.path o/pickled: the repository holds no weights in safetensors; "),
+    "revision": (["model.path=o/good", "model.revision=v9"],
+                 "model.path o/good (revision v9): has no revision v9; " + REVISION + ", see {url}/o/good/commits"),
+    "short hash": (["model.path=o/good", "model.revision=abcdef1"],
+                   f"model.path o/good (revision abcdef1): has no revision abcdef1; {REVISION}, see "),
+    "unknown commit": (["model.path=o/good", f"model.revision={'c' * 40}"],
+                       f"model.path o/good (revision {'c' * 40}): has no revision {'c' * 40}; {REVISION}"),
+    "no revision": (["model.path=o/good", "model.revision=../../x"],
+                    f"model.path o/good (revision ../../x): is no revision; {REVISION}"),
+    "local model": (["model.revision=main"], "model.revision=main: model.path {model} is a local folder, which has no revisions"),
+    "local data": (["data.revision=main"], "data {data}: is a local file, which has no revision main; leave the revision out"),
+    "local held-out data": (["data.eval_path={data}", "data.eval_revision=v1"],
+                            "data {data}: is a local file, which has no revision v1; leave the revision out"),
+    "no held-out data": (["data.eval_revision=v1"],
+                         "override 'data.eval_revision=v1': data.eval_revision: is the revision of data.eval_path, which "),
+    "data revision": (["data.path=o/good", "data.revision=v9"], f"data o/good (revision v9): has no revision v9; {REVISION}"),
+    "held-out revision": (["data.path=o/good", "data.eval_path=o/subsets", "data.eval_revision=v9"],
+                          f"data o/subsets (revision v9): has no revision v9; {REVISION}"),
+    "same repository": (["data.path=o/good", "data.eval_path=o/good", "data.revision=v1", "data.eval_split=tset"],
+                        "data o/good (revision v1): has no split tset; those it has: train"),
+    "other repository": (["data.path=o/good", "data.eval_path=o/subsets", "data.revision=v1"],
+                         "data o/subsets: data.subset must name one of its subsets: a, b"),
+    "script": (["data.path=o/script"], "data o/script: is made by a script, which is not run; "),
+    "no data": (["data.path=o/gguf-data"], "data o/gguf-data: holds no data file of a kind that can be read ("),
+    "split": (["data.path=o/good", "data.split=tset"], "data o/good: has no split tset; those it has: train, test"),
+    "part of a split": (["data.path=o/good", "'data.split=train[:50%]+tset'"], "data o/good: has no split train[:50%]+tset; "),
+    "subset": (["data.path=o/subsets", "data.subset=c"], "data o/subsets: has no subset c; those it has: a, b"),
+    "which subset": (["data.path=o/subsets"], "data o/subsets: data.subset must name one of its subsets: a, b"),
+    "damaged": (["data.path=o/damaged"], "data o/damaged: cannot be read: "),
+    "no name": (["data.path=https://hub/o/good"], "data https://hub/o/good: no such file, and no name on the hub either ("),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def asked(tiny_model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("asked")
+    records = builders.write_records(folder / "records.jsonl")
+    lines, settings = records.read_bytes(), (tiny_model / "config.json").read_bytes()
+    config = write_config(folder, tiny_model, records, data=dict(eval_path=None))
+    names = {"model": tiny_model, "data": records}
+    with local_hub.serve() as hub:
+        hub.put_model("o/good", tiny_model)
+        hub.put("model", "o/gguf", {"README.md": b"", "weights.gguf": b""})
+        hub.put("model", "o/adapter", {"adapter_config.json": b"{}", "adapter_model.safetensors": b""})
+        hub.put("model", "o/pickled", {"config.json": settings, "pytorch_model.bin": b""})
+        hub.put("dataset", "o/good", {"train.jsonl": lines}, ref="v1")
+        hub.put("dataset", "o/good", {"train.jsonl": lines, "test.jsonl": lines})
+        hub.put("dataset", "o/script", {"script.py": b"raise SystemExit('was run')"})
+        hub.put("dataset", "o/gguf-data", {"README.md": b"", "weights.gguf": b""})
+        hub.put("dataset", "o/damaged", {"train.jsonl": b'{"prompt": "a"}\n{"prompt"\n'})
+        hub.put("dataset", "o/subsets", {"README.md": CARD, "a.jsonl": lines, "b.jsonl": lines})
+        given = [[word.format(**names).strip("'") for word in words] for words, _ in ASKED.values()]
+        found = run_cases(hub, folder, [(["train", str(config), *words], None) for words in given])
+        yield names | {"url": hub.url}, dict(zip(ASKED, found, strict=True))
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_what_is_not_there_is_named_with_what_is(case, asked):
+    names, found = asked
+    code, said, _ = found[case]
+    assert code == 2, said
+    assert f"liftdist: {ASKED[case][1].format(**names)}" in said
+    assert "Traceback" not in said
+    assert "was run" not in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# On the way.
+
+CDN = "X-Amz-Signature=5e5a3e"  # what the address of a file is signed with
+
+
+def elsewhere(where):
+    """A file that the hub keeps on another host."""
+    headers = {"Location": f"{where}?{CDN}", "ETag": '"1"', "X-Linked-ETag": '"1"', "X-Linked-Size": "2000"}
+    return lambda commit: Reply(302, headers=headers | {"X-Repo-Commit": commit})
+
+
+BROKEN_ON_THE_WAY = {
+    "cut": "the connection to {host} broke off (peer closed connection without sending complete message body",
+    "mute": "the connection to {host} broke off (timed out); " + RETRY,
+    "failing": "the hub has failed (502: HTTP status 502); try again later: files that have arrived are kept",
+    "refusing": "the connection to 127.0.0.1:9 broke off ([Errno 111] Connection refused); " + RETRY,
+    "filtered": "localhost:{port}, where the hub keeps its files, refuses them (blocked by the firewall); your proxy or firewall "
+    "must allow it",
+    "gone": "localhost:{port}, where the hub keeps its files, refuses them (HTTP status 404)",
+}
+
+
+@pytest.fixture(scope="module")
+def broken(tiny_model, tmp_path_factory):
+    """Downloads that break, all at once, each in a process of its own: the library tries each several times."""
+    folder = tmp_path_factory.mktemp("broken")
+    records = builders.write_records(folder / "records.jsonl")
+    contents, settings = records.read_bytes(), (tiny_model / "config.json").read_bytes()
+    config = write_config(folder, tiny_model, records, data=dict(eval_path=None))
+    with local_hub.serve() as hub:
+        port = hub.url.rpartition(":")[2]
+        storage = f"http://localhost:{port}/storage"
+        replies = {
+            "cut": lambda _: Reply(200, contents, {"ETag": '"1"'}, cut=100),
+            "mute": lambda _: Reply(wait=8),
+            "failing": lambda _: Reply(502),
+            "refusing": elsewhere("http://127.0.0.1:9/storage"),
+            "filtered": elsewhere(f"{storage}/filtered"),
+            "gone": elsewhere(f"{storage}/gone"),
+        }
+        hub.faults.append(
+            at("/storage/filtered", Reply(403, b"blocked by the firewall", {"Content-Type": "text/plain"}))
+        )
+
+        def fault(method, path, headers):
+            file = path.rpartition("/")[2]
+            if "/resolve/" not in path or file not in ("model.safetensors", "train.jsonl"):
+                return None
+            name, commit = path.split("/")[-4], path.split("/")[-2]
+            reply = replies[name](commit)
+            return reply if method == "GET" or reply.status == 302 else None
+
+        hub.faults.append(fault)
+        for name in replies:
+            hub.put(
+                "model",
+                f"o/{name}",
+                {"config.json": settings, "model.safetensors": contents},
+            )
+            hub.put("dataset", f"o/{name}", {"train.jsonl": contents})
+        cases = [
+            (["train", str(config), f"{key}=o/{name}"], None) for key in ("model.path", "data.path") for name in replies
+        ]
+        with ThreadPoolExecutor(3) as pool:
+            parts = list(pool.map(lambda part: run_cases(hub, folder / str(part), cases[part::3]), range(3)))
+        yield port, {tuple(words[2:]): parts[number % 3][number // 3] for number, (words, _) in enumerate(cases)}
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.path"])
+@pytest.mark.parametrize("name", BROKEN_ON_THE_WAY)
+def test_a_download_that_breaks_is_said_in_bounded_time(name, key, broken):
+    port, found = broken
+    code, said, seconds = found[(f"{key}=o/{name}",)]
+    expected = BROKEN_ON_THE_WAY[name].format(host=f"127.0.0.1:{port}", port=port)
+    assert code == 2, said
+    assert f"liftdist: {'model.path' if key == 'model.path' else 'data'} o/{name}: {expected}" in said
+    assert CDN not in said
+    assert "Traceback" not in said
+    assert seconds < 60
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.path"])
+@pytest.mark.parametrize("kind", ["full", "read-only", "a file"])
+def test_a_cache_that_takes_no_file_is_named(kind, key, tiny_model, small_disk, tmp_path):
+    records = builders.write_records(tmp_path / "records.jsonl")
+    config = write_config(tmp_path, tiny_model, records, data=dict(eval_path=None))
+    home = small_disk / "hf"
+    if kind == "read-only":
+        subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    elif kind == "a file":
+        home.write_text("")
+    with local_hub.serve() as hub:
+        hub.put_model("o/name", tiny_model)
+        hub.put("dataset", "o/name", {"train.jsonl": records.read_bytes() * 2000})
+        [(code, said, _)] = run_cases(
+            hub, tmp_path, [(["train", str(config), f"{key}=o/name"], None)], HF_HOME=str(home)
+        )
+    assert code == 2, said
+    expected = "no space left in the hub's cache" if kind == "full" else "the hub's cache cannot be written ("
+    assert f" o/name: {expected}" in said
+    assert "HF_HOME" in said
+    assert "Traceback" not in said
