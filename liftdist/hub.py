@@ -148,8 +148,8 @@ class Repository:
         if isinstance(error, errors.GatedRepoError):
             return self._gated(error)
         if isinstance(error, errors.RevisionNotFoundError):
-            wanted = "a branch, a tag or the full hash of a commit"
-            return f"has no revision {self.revision or 'main'}; give {wanted}, see {self.page}/commits"
+            wanted, commits = self.revision or "main", f"{self.page}/commits"
+            return f"has no revision {wanted}; give a branch, a tag or the full hash of a commit, see {commits}"
         if isinstance(error, errors.RepositoryNotFoundError):
             if self._is_of_another_kind():
                 return f"is a {_WORDS[_other(self.kind)]} on the hub, not a {_WORDS[self.kind]}"

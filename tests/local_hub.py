@@ -13,6 +13,7 @@ import http.server
 import json
 import re
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -117,7 +118,7 @@ def _json(value) -> Reply:
 
 
 @contextlib.contextmanager
-def serve():
+def serve(tls: ssl.SSLContext | None = None):
     class Handler(http.server.BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -147,6 +148,8 @@ def serve():
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         server.daemon_threads = True
+        if tls is not None:
+            server.socket = tls.wrap_socket(server.socket, server_side=True)
         hub = Hub(f"http://127.0.0.1:{server.server_port}")
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield hub

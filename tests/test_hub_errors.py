@@ -5,6 +5,7 @@ One process runs the command for all cases of a table, against a hub on this mac
 
 import json
 import os
+import ssl
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -317,3 +318,66 @@ def test_a_cache_that_takes_no_file_is_named(kind, key, tiny_model, small_disk, 
     assert f" o/name: {expected}" in said
     assert "HF_HOME" in said
     assert "Traceback" not in said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No way to the hub.
+
+
+@pytest.fixture(scope="module")
+def cut_off(tiny_model, tmp_path_factory):
+    """What is said where there is no hub, for each reason, in processes of their own."""
+    folder = tmp_path_factory.mktemp("cut-off")
+    records = builders.write_records(folder / "records.jsonl")
+    config = write_config(folder, tiny_model, records, data=dict(eval_path=None))
+    certificate = [folder / "key.pem", folder / "certificate.pem"]
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost",
+         "-addext", "subjectAltName=DNS:localhost", "-keyout", certificate[0], "-out", certificate[1]],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate[1], certificate[0])
+    with local_hub.serve() as hub, local_hub.serve(context) as secure:
+        for served in (hub, secure):
+            served.put_model("o/name", tiny_model)
+        port = hub.url.rpartition(":")[2]
+        secure_url = f"https://localhost:{secure.url.rpartition(':')[2]}"
+        reasons = {
+            "offline": {"HF_HUB_OFFLINE": "1"},
+            "name": {"HF_ENDPOINT": "http://hub.invalid"},
+            "proxy": {
+                "HF_ENDPOINT": "https://hub.invalid",
+                "HTTPS_PROXY": "http://me:sesame-open@127.0.0.1:9",
+                "NO_PROXY": "",
+            },
+            "certificate": {"HF_ENDPOINT": secure_url, "NO_PROXY": "localhost"},
+            "no TLS": {"HF_ENDPOINT": f"https://me:sesame-open@127.0.0.1:{port}", "NO_PROXY": "127.0.0.1"},
+        }
+        cases = [(["train", str(config), f"{key}=o/name"], None) for key in ("model.path", "data.path")]
+        with ThreadPoolExecutor(3) as pool:
+            found = pool.map(lambda given: run_cases(hub, folder, cases, **given), reasons.values())
+            yield dict(zip(reasons, found, strict=True))
+
+
+@pytest.mark.parametrize("key", ["model.path", "data.path"])
+@pytest.mark.parametrize(
+    ("reason", "expected"),
+    [
+        ("offline", "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"),
+        ("name", "hub.invalid: "),
+        ("proxy", "hub.invalid: "),
+        ("certificate", "SSL_CERT_FILE may name the certificates of your site"),
+        ("no TLS", "SSL"),
+    ],
+)
+def test_no_way_to_the_hub_is_said_with_the_reason(reason, expected, key, cut_off):
+    code, said, seconds = cut_off[reason][key == "data.path"]
+    label, local = ("model.path", "folder") if key == "model.path" else ("data", "file")
+    remedy = f"); give a local {local}, or fetch it where there is a network: liftdist select CONFIG --prefetch\n"
+    assert code == 2, said
+    assert f"liftdist: {label} o/name: the hub cannot be reached (" in said
+    assert expected in said
+    assert said.endswith(remedy)
+    assert "sesame" not in said
+    assert seconds < 30
