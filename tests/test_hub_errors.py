@@ -26,6 +26,7 @@ sys.path.insert(0, "tests")
 from commands import call
 for words, token in json.loads(sys.argv[1]):
     os.environ.pop("HF_TOKEN", None)
+    os.environ.pop("LIFTDIST_COMMITS", None)
     if token:
         os.environ["HF_TOKEN"] = token
     began = time.monotonic()
@@ -381,3 +382,23 @@ def test_no_way_to_the_hub_is_said_with_the_reason(reason, expected, key, cut_of
     assert said.endswith(remedy)
     assert "sesame" not in said
     assert seconds < 30
+
+
+def test_a_hub_that_fails_leaves_the_copy_in_the_cache_and_its_commit_is_said(tiny_model, tmp_path):
+    records = builders.write_records(tmp_path / "records.jsonl")
+    config = write_config(tmp_path, "o/name", "o/name", data=dict(eval_path=None))
+    with local_hub.serve() as hub:
+        commits = (
+            hub.put_model("o/name", tiny_model),
+            hub.put("dataset", "o/name", {"train.jsonl": records.read_bytes()}),
+        )
+
+        def fails_later(method, path, headers):
+            return Reply(503) if path.endswith("/revision/main") and ("GET", path) in hub.asked[:-1] else None
+
+        hub.faults.append(fails_later)
+        words = ["select", str(config), "--prefetch"]
+        (first, _, _), (again, said, _) = run_cases(hub, tmp_path, [(words, None), (words, None)])
+    assert (first, again) == (0, 0), said
+    for label, commit in zip(("model.path", "data"), commits, strict=True):
+        assert f"{label} o/name: commit {commit} is taken, which the cache knows: the hub has failed (503: " in said
