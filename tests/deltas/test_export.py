@@ -33,7 +33,7 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
         assert torch.equal(param.view(torch.int16), parameters[name].view(torch.int16)), name
         moved += int((param != AutoModelForCausalLM.from_pretrained(folders[0]).get_parameter(name)).sum())
     assert moved > 1000
-    expected = {p.name for p in folders[0].iterdir() if p.is_file()}
+    expected = {p.name for p in folders[0].iterdir() if p.is_file()} | {"liftdist.json"}
     assert {p.name for p in (tmp_path / "hf").iterdir()} == expected
     assert "lm_head.weight" not in json.loads((tmp_path / "hf" / check.INDEX).read_text())["weight_map"]  # tied
     assert AutoTokenizer.from_pretrained(tmp_path / "hf").chat_template
