@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
-from liftdist import output, processes, signals
+from liftdist import environment, output, processes, signals
 from liftdist.errors import EXIT_STOPPED
 
 RUNS = ("train", "select")  # commands that start ranks
@@ -17,6 +18,8 @@ def main() -> None:
     runs = arguments[:1] and arguments[0] in RUNS
     signals.interrupt()
     processes.use_utf8()
+    for name in environment.internal():  # of the run whose shell this may be
+        os.environ.pop(name, None)
     output.take_over(patient=not runs)
     try:
         from liftdist import cli

@@ -254,7 +254,9 @@ def _variables(nproc: int, where: Place, folder: Path, logs: Path | None, typed:
     if foreign and where.node_rank == 0:
         given = ", ".join(f"{name}={redact(os.environ[name])}" for name in foreign)
         _say(f"not used, though in the environment: {given}; see --nproc, --nnodes, --node-rank and --head")
-    dropped = {*foreign, *(() if where.in_job else environment.internal())}  # of a job that is not this one's
+    dropped = set(foreign)
+    if not where.in_job:  # what another job left; the commits are this command's own
+        dropped |= {*environment.internal()} - {environment.COMMITS.name}
     inherited = {name: value for name, value in os.environ.items() if name not in dropped}
     ours = {
         environment.FAILURES.name: str(folder),
