@@ -306,6 +306,7 @@ def _diff(options: argparse.Namespace) -> None:
     from liftdist.models import weights
 
     base = weights.digest(options.before, options.cache_dir)
+    weights.check_copies(weights.ModelFolder(options.after), options.cache_dir)
     delta_file.write(of_run.between(options.before, options.after, base), options.output, not options.without_base)
     print(options.output)
 

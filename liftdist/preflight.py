@@ -1,4 +1,5 @@
-"""Checks before ranks start and weights are read: mesh layout, folders, first records, type of the model.
+"""Checks before ranks start and weights are read: mesh layout, folders, first records, type of the model, headers of
+its files.
 
 Imports no torch itself, so that a wrong path is reported at once.
 """
@@ -10,7 +11,8 @@ from pathlib import Path
 
 from liftdist.data import records, sources
 from liftdist.errors import UserError
-from liftdist.models.check import check_model_folder, check_weight_files
+from liftdist.models import stored
+from liftdist.models.check import check_model_folder
 from liftdist.models.hub import resolve_model
 from liftdist.runs import claims
 from liftdist.schema import Config
@@ -29,7 +31,7 @@ def check_cache_dir(config: Config) -> None:
 
 
 def check(config: Config, ranks: int | None, training: bool) -> None:
-    """Check the mesh layout, the run directory, the first records and the type of the model; takes seconds.
+    """Check the mesh layout, the run directory, the first records, the type of the model and its files' headers; takes seconds.
 
     Args:
         ranks: number of ranks, or None if not known yet.
@@ -46,12 +48,13 @@ def check(config: Config, ranks: int | None, training: bool) -> None:
         records.check_first_records(config.data)
     folder = resolve_model(config.model.path, config.model.revision, weights=False)
     if folder == Path(config.model.path).expanduser():
-        check_weight_files(folder)
+        stored.resolve(folder)
     check_model_folder(folder, config.model.trust_remote_code)
 
 
 def fetch(config: Config, training: bool) -> None:
-    """Download what is on the hub, by one process for all ranks. Raises ``UserError`` if there is none, or no access."""
-    resolve_model(config.model.path, config.model.revision)
+    """Download what is on the hub, by one process for all ranks. Raises ``UserError`` if there is none, or no access, or if
+    the model's files are damaged."""
+    stored.resolve(resolve_model(config.model.path, config.model.revision))
     if training:
         sources.fetch(config.data)

@@ -1,13 +1,9 @@
-"""Low-level access to the safetensors format: headers, names of dtypes, digests of tensors."""
+"""Tensors in the safetensors format: names of dtypes, bytes, digests."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Iterable
-from pathlib import Path
-from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -29,25 +25,6 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }  # by their safetensors names
-
-
-def data_begin(file: BinaryIO) -> int:
-    """Offset of the tensor data: behind eight bytes with the length of the header, and the header."""
-    return 8 + int(struct.unpack("<Q", file.read(8))[0])
-
-
-def header(path: Path) -> dict[str, Any]:
-    """The header of a safetensors file. Raises ``ValueError``, ``OSError`` or ``struct.error`` for a truncated file."""
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        begin = data_begin(file)
-        if begin > size:
-            raise ValueError(f"{path.name} is not a complete safetensors file")
-        entries = json.loads(file.read(begin - 8))
-    end = max((entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__"), default=0)
-    if size != begin + end:
-        raise ValueError(f"{path.name} has {size} bytes, its header describes {begin + end}")
-    return entries
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

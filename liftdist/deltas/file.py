@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from liftdist import files, safetensors_io
+from liftdist import files, safetensors_header, safetensors_io
 from liftdist.deltas.codec import decode, encode
 from liftdist.deltas.delta import ORIGIN, Change, Delta, changed, check_fits, is_finite
 from liftdist.errors import UserError
@@ -29,7 +28,7 @@ def read(path: Path) -> Delta:
         UserError: the file is absent, truncated, damaged, or not a delta; an index out of range; a value that is not finite.
     """
     try:
-        entries = safetensors_io.header(path)
+        entries = safetensors_header.header(path)
         metadata = entries.get("__metadata__", {})
         if (kind := metadata.get("format")) != FORMAT:
             kind = "a sparse patch" if kind == PATCH_FORMAT else "another kind of safetensors file"
@@ -39,8 +38,6 @@ def read(path: Path) -> Delta:
             raise ValueError("its contents do not match the sha256 in its metadata")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except struct.error:
-        raise UserError(f"{path}: is empty or truncated") from None
     except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{path}: damaged, or not a delta: {error}") from None
 

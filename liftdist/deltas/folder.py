@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from liftdist import files, safetensors_io
+from liftdist.console import Console
 from liftdist.deltas import delta as deltas
 from liftdist.deltas.delta import Delta
 from liftdist.distributed.collectives import gather, together
@@ -40,6 +41,12 @@ def change_folder(
         UserError: the folder is not the model that the delta applies to, or cannot be replaced atomically.
     """
     stored = ModelFolder(folder)
+    if output is None and (others := stored.stored.others()):
+        raise UserError(
+            f"{folder}: also holds {', '.join(others)}: other weights, which would stay as they are; give --output, or move "
+            "them elsewhere"
+        )
+    weights.check_copies(stored, cache_dir)
     deltas.check_same_base(apply, undo)
     started_from = apply or undo
     assert started_from is not None
@@ -70,7 +77,7 @@ def change_folder(
         stored,
         target,
         lambda name, tensor: deltas.edit(name, tensor, deltas.by_name(name, undo), deltas.by_name(name, apply)),
-        lambda temporary: _copy_others(stored, temporary),
+        lambda temporary: _copy_others(stored, temporary, replace=output is None),
         replace=output is None,
     )
     return target
@@ -146,14 +153,18 @@ def _write_weights(
 
 
 def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:
-    """Write the index of the weight files, if there is one, with the new total size."""
-    if not (stored.folder / check.INDEX).exists():
+    """Write the index of the weight files, if there is one, for the tensors that they hold now."""
+    index = stored.stored.index
+    if index is None:
         return
-    index = json.loads((stored.folder / check.INDEX).read_text())
-    if index.get("metadata", {}).get("total_size") == total:
+    metadata = index.get("metadata") or {}
+    if metadata.get("total_size") == total and index["weight_map"] == stored.file_of:
         shutil.copyfile(stored.folder / check.INDEX, folder / check.INDEX)
     else:
-        index["metadata"] = index.get("metadata", {}) | {"total_size": total}
+        index = index | {
+            "metadata": metadata | {"total_size": total},
+            "weight_map": dict(sorted(stored.file_of.items())),
+        }
         (folder / check.INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
@@ -204,13 +215,22 @@ def _exchange(first: Path, second: Path) -> None:
     raise UserError(f"{second}: cannot be replaced: {os.strerror(problem)}")
 
 
-def _copy_others(stored: ModelFolder, target: Path) -> None:
-    """Copy everything in a model folder except its weights."""
-    written = {*stored.file_of.values(), check.INDEX}
+def _copy_others(stored: ModelFolder, target: Path, replace: bool) -> None:
+    """Copy everything in a model folder except its weights; to a new folder, nothing that would contradict them."""
+    left_out = set() if replace else {name.rstrip("/") for name in say_left_out(stored)}
     for path in stored.folder.iterdir():
-        if path.name in written:
+        if path.name in {*stored.stored.headers, check.INDEX, *left_out}:
             continue
-        if path.is_dir() and not path.is_symlink():
+        if path.is_dir():
             shutil.copytree(path, target / path.name, symlinks=True)
         elif path.exists():  # a link, for example into a cache, becomes a copy of its target
             shutil.copy2(path, target / path.name)
+
+
+def say_left_out(stored: ModelFolder) -> list[str]:
+    """Name on stderr what is not copied from a model folder to a new one, for it holds other weights; and return it."""
+    hidden = [f"{path.name}/" for path in sorted(stored.folder.glob(".*")) if path.is_dir()]  # of git, or of a download
+    others = [*stored.stored.others(), *hidden]
+    if others:
+        Console(enabled=True).say(f"not copied from {stored.folder}, which are of its own weights: {', '.join(others)}")
+    return others

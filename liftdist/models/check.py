@@ -1,8 +1,9 @@
-"""Checks of a model folder before weights are read. Imports no torch."""
+"""Checks of a model folder before weights are read, and what weights look like. Imports no torch."""
 
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,51 @@ from liftdist.errors import UserError
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model.safetensors"
 
+#: A file that some loader takes for weights: by its extension, before which an index or a copy may add its own.
+_WEIGHTS = re.compile(
+    r"\.(safetensors|bin|pt|pth|pt2|pte|ckpt|pkl|pickle|h5|keras|msgpack|npz|npy|ot|pb|tflite|litertlm|task|gguf|ggml|"
+    r"llamafile|onnx|onnx[_.]data\w*|ort|mlmodel|mlpackage|nemo|engine|plan|distcp|params)"
+    r"(\.index(\..*)?\.json|\.data-\d+-of-\d+|\.(bak|backup|old|orig|copy|tmp|incomplete|part\w*|\d+)|~)*$|^adapter_config\.json$|"
+    r"^openvino.*\.xml$",
+    re.IGNORECASE,
+)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights, or belongs to a file that does: of a model in any format, or an adapter."""
+    return _WEIGHTS.search(name) is not None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises ``UserError`` if there is none, or the file cannot be read."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:  # transformers reads no byte order mark either
+        hint = "; save it without the byte order mark" if "BOM" in str(error) else ""
+        raise UserError(f"{path}: {error}{hint}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: holds no JSON object")
+    return raw
+
 
 def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """The contents of ``config.json``.
 
     Raises:
-        UserError: it is absent or damaged, the model type is unknown, the weights are quantised, pickled or absent.
+        UserError: it is absent or damaged, the model type is unknown, the weights are quantised.
     """
     file = folder / "config.json"
-    if not file.is_file():
-        raise UserError(
-            f"model.path {folder}: holds no config.json" + (" (it is empty)" if not any(folder.iterdir()) else "")
-        )
     try:
-        raw = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: {error}") from None
-    model_type = raw.get("model_type") if isinstance(raw, dict) else None
+        if not file.is_file():
+            raise UserError(
+                f"model.path {folder}: holds no config.json" + (" (it is empty)" if not any(folder.iterdir()) else "")
+            )
+    except OSError as error:
+        raise UserError(f"model.path {folder}: cannot be read: {error.strerror}") from None
+    raw = read_json(file)
+    model_type = raw.get("model_type")
     if not model_type:
         raise UserError(f"{file}: has no model_type; model.path must be the folder of a Hugging Face model")
     if raw.get("quantization_config"):
@@ -42,13 +71,3 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             f"{file}: model_type {model_type!r} is not a causal language model known to transformers; {hint}"
         )
     return raw
-
-
-def check_weight_files(folder: Path) -> None:
-    """Raises ``UserError`` unless ``folder`` holds safetensors."""
-    if not (folder / WEIGHTS).exists() and not (folder / INDEX).exists():
-        pickled = sorted(p.name for p in folder.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        problem = f"holds no {WEIGHTS}"
-        if pickled:
-            problem = f"pickled weights ({pickled[0]}) are not loaded; convert them to safetensors"
-        raise UserError(f"{folder}: {problem}")

@@ -8,8 +8,6 @@ Files are open only during a read, and nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,47 +21,33 @@ from torch import Tensor
 from liftdist.digests import CachedDigest
 from liftdist.distributed.collectives import gather, together
 from liftdist.errors import UserError
-from liftdist.models import check
-from liftdist.safetensors_io import DTYPES, data_begin, header
+from liftdist.models import stored
+from liftdist.safetensors_header import data_begin, header
+from liftdist.safetensors_io import DTYPES
 
 
 class ModelFolder:
-    """The safetensors files of a folder, opened one at a time, read by name and rows."""
+    """The safetensors files of a folder that transformers loads, opened one at a time, read by name and rows."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        check.check_weight_files(folder)
-        try:
-            if (folder / check.INDEX).exists():
-                index = json.loads((folder / check.INDEX).read_text())["weight_map"]
-                names = sorted(set(index.values()))
-            else:
-                names = [check.WEIGHTS]
-            if odd := [name for name in names if Path(name).name != name]:
-                raise ValueError(f"{check.INDEX} names {odd[0]}, outside the folder")
-            self._headers = {name: header(folder / name) for name in names}
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            raise UserError(f"{folder}: damaged weights: {error}; restore or download them again") from None
-        self.file_of = {
-            name: file for file, entries in self._headers.items() for name in entries if name != "__metadata__"
-        }
-        if (folder / check.INDEX).exists() and (missing := sorted(set(index) - set(self.file_of))):
-            raise UserError(f"{folder}: {missing[0]} is not in the file that {check.INDEX} names")
+        self.stored = stored.resolve(folder)
+        self.file_of = self.stored.file_of
 
     def info(self, name: str) -> dict[str, Any]:
         """``dtype``, ``shape`` and the byte range ``data_offsets`` of a tensor, from the header of its file."""
-        return self._headers[self.file_of[name]][name]
+        return self.stored.headers[self.file_of[name]][name]
 
     def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
         """Rows ``begin`` to ``end`` of a tensor, in the dtype of the file."""
         with safe_open(self.folder / self.file_of[name], framework="pt") as file:
             return file.get_tensor(name) if end is None else file.get_slice(name)[begin:end]
 
-    def data(self, name: str) -> Iterator[bytes]:
-        """The bytes of a tensor, in pieces of at most 4 MiB."""
-        path = self.folder / self.file_of[name]
+    def data(self, name: str, file_name: str | None = None) -> Iterator[bytes]:
+        """The bytes of a tensor, in pieces of at most 4 MiB; those of its copy in another file, if one is given."""
+        path = self.folder / (file_name or self.file_of[name])
+        begin, end = self.info(name)["data_offsets"] if file_name is None else header(path)[name]["data_offsets"]
         with path.open("rb") as file:
-            begin, end = self.info(name)["data_offsets"]
             file.seek(data_begin(file) + begin)
             for offset in range(begin, end, 1 << 22):
                 yield file.read(min(1 << 22, end - offset))
@@ -83,31 +67,50 @@ def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: Non
 
     Every rank hashes its share of the tensors and calls ``beat`` meanwhile. Cached in ``cache_dir`` by path, size and times.
     Collective.
+
+    Raises:
+        UserError: as :func:`liftdist.models.stored.resolve`, or another file of the folder holds other values of a tensor.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     with together():
-        stored = ModelFolder(folder)
-        cached = CachedDigest("weights", [folder / file for file in sorted(set(stored.file_of.values()))], cache_dir)
+        model = ModelFolder(folder)
+        places = [(name, file) for name, file in model.file_of.items()]
+        places += [(name, file) for name, files in model.stored.copies.items() for file in files]
+        used = sorted({file for _, file in places})
+        cached = CachedDigest("weights", [folder / file for file in used], cache_dir)
         known = cached.read()
     if all(gather(known is not None)):
         assert known is not None
         return known
 
-    def hash_tensor(name: str) -> tuple[str, str]:
+    def hash_tensor(place: tuple[str, str]) -> tuple[tuple[str, str], str]:
+        name, file = place
         state = hashlib.sha256()
-        for piece in stored.data(name):
+        for piece in model.data(name, None if file == model.file_of[name] else file):
             state.update(piece)
             beat()
-        return name, state.hexdigest()
+        return place, state.hexdigest()
 
-    with together():
-        mine = sorted(stored.file_of)[rank::ranks]
-        with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
-            hashes = dict(pool.map(hash_tensor, mine))
-    merged = {name: value for share in gather(hashes) for name, value in share.items()}
-    result = combine({name: (stored.info(name)["dtype"], stored.info(name)["shape"], merged[name]) for name in merged})
+    with together(), ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+        hashes = dict(pool.map(hash_tensor, sorted(places)[rank::ranks]))
+    merged = {place: value for share in gather(hashes) for place, value in share.items()}
+    for name, file in sorted(merged):
+        if merged[name, file] != merged[name, model.file_of[name]]:
+            raise UserError(stored.conflict(model.stored, name, file))
+    result = combine(
+        {
+            name: (model.info(name)["dtype"], model.info(name)["shape"], merged[name, file])
+            for name, file in model.file_of.items()
+        }
+    )
     cached.write(result)
     return result
+
+
+def check_copies(model: ModelFolder, cache_dir: Path) -> None:
+    """Raises ``UserError`` if other files of a folder hold other values of its tensors. Reads weights only if there are such."""
+    if model.stored.copies:
+        digest(model.folder, cache_dir)
 
 
 def combine(tensors: Mapping[str, tuple[str, list[int], str]]) -> str:

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from liftdist import files, safetensors_io
+from liftdist import files, safetensors_header, safetensors_io
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
 from liftdist.engine.matrices import Matrix
@@ -271,7 +271,7 @@ def _write_file(path: Path, state: dict[str, Tensor], shard: int) -> ShardFile:
             for key, tensor in state.items():
                 if not torch.equal(saved.get_tensor(key), tensor):
                     raise OSError(f"{path}: reading it back gave other contents than were written")
-        safetensors_io.header(path)
+        safetensors_header.header(path)
         return ShardFile(shard, path.stat().st_size, checkpoint.sha256_of(path))
     except SafetensorError as error:
         raise OSError(f"{path}: {error}") from None

@@ -11,7 +11,7 @@ from commands import liftdist
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from liftdist import safetensors_io
+from liftdist import safetensors_header
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import folder as model_folders
 from liftdist.deltas import of_run
@@ -45,7 +45,7 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
 
     patch = load_file(tmp_path / "patch")
     patched = AutoModelForCausalLM.from_pretrained(folders[0])
-    shapes = json.loads(safetensors_io.header(tmp_path / "patch")["__metadata__"]["shapes"])
+    shapes = json.loads(safetensors_header.header(tmp_path / "patch")["__metadata__"]["shapes"])
     for name, shape in shapes.items():
         param = patched.get_parameter(name)
         assert list(param.shape) == shape

@@ -8,7 +8,7 @@ import torch
 from commands import liftdist
 from safetensors.torch import save_file
 
-from liftdist import safetensors_io
+from liftdist import safetensors_header, safetensors_io
 from liftdist.deltas import codec
 from liftdist.deltas import file as delta_file
 from liftdist.models import check
@@ -62,7 +62,7 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
     flipped = bytearray(one.read_bytes())
     flipped[-100] ^= 4
     (tmp_path / "flipped").write_bytes(flipped)
-    about = json.loads(safetensors_io.header(one)["__metadata__"]["tensors"])
+    about = json.loads(safetensors_header.header(one)["__metadata__"]["tensors"])
     other_shape = {"tensors": json.dumps(about | {name: about[name] | {"shape": [100, 203]}})}
     renamed = {"tensors": json.dumps({key.replace("layers.1", "layers.7"): value for key, value in about.items()})}
     one_name = f"{name}.gaps"

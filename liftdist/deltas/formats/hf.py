@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from liftdist.deltas import delta as deltas
+from liftdist.deltas import older
 from liftdist.deltas.delta import Delta
-from liftdist.deltas.folder import rewrite
+from liftdist.deltas.folder import rewrite, say_left_out
 from liftdist.distributed.collectives import together
 from liftdist.models import check
 from liftdist.models.weights import ModelFolder
@@ -21,7 +24,7 @@ COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
 
 def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Write the fine-tuned model as a Hugging Face folder, with config, tokenizer, generation config and chat template of
-    the base, in ``dtype`` or the base's own. Collective.
+    the base, in ``dtype`` or the base's own. Of the base's other weights nothing is copied. Collective.
 
     Raises:
         UserError: ``target`` exists or cannot be written.
@@ -34,14 +37,27 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
         return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
 
     def finish(temporary: Path) -> None:
+        say_left_out(stored)
         for path in base_folder.iterdir():
-            if path.is_file() and path.suffix in COPIED_SUFFIXES and path.name != check.INDEX:
+            if path.is_file() and path.suffix in COPIED_SUFFIXES and not check.is_weights(path.name):
                 shutil.copyfile(path, temporary / path.name)
         (temporary / deltas.ABOUT).write_text(json.dumps(delta.about(), indent=2) + "\n")
-        if dtype is not None:
-            config = json.loads((temporary / "config.json").read_text())
-            config["dtype"] = str(dtype).removeprefix("torch.")
-            config.pop("torch_dtype", None)  # the older name of this key
-            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _edit_json(temporary / "tokenizer_config.json", older.tokenizer_config)
+        _edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
 
     rewrite(stored, target, edit, finish)
+
+
+def _with_dtype(settings: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    if dtype is None:
+        return settings
+    kept = {key: value for key, value in settings.items() if key != "torch_dtype"}  # the older name of this key
+    return kept | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def _edit_json(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Rewrite a file of settings if there is one and ``edit`` changes it."""
+    if path.exists():
+        before = check.read_json(path)
+        if (after := edit(before)) != before:
+            path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
