@@ -1,5 +1,8 @@
 """Writing files atomically, and never through a symbolic link.
 
+Whatever is made has the permissions and the group that the umask and its folder give it, setgid bit and default ACL included:
+files are opened with mode 0666 and folders made with 0777. What tempfile makes is private, and a later chmod loses these.
+
 Imports no torch.
 """
 
@@ -8,10 +11,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import pwd
+import secrets
 import shutil
 import stat
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from io import TextIOWrapper
 from pathlib import Path
 from typing import BinaryIO
@@ -52,37 +56,44 @@ def create(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def written_beside(path: Path, text: str = "") -> Iterator[Path]:
     """A new file beside ``path``, under a name of its own, on the disk; removed at the end if it still has that name."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
+    temporary = _name_beside(path)
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), mode(0o666))
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _name_beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+
+
 def open_to_append(path: Path, create: bool = True) -> TextIOWrapper:
     """Open a file at its end. Raises ``OSError`` for a symbolic link."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
-    return os.fdopen(os.open(path, flags, 0o666), "a", encoding="utf-8")
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW
+    try:
+        descriptor = os.open(path, flags)  # where others may write, Linux opens no file of theirs with O_CREAT
+    except FileNotFoundError:
+        if not create:
+            raise
+        descriptor = os.open(path, flags | os.O_CREAT, 0o666)
+    return os.fdopen(descriptor, "a", encoding="utf-8")
 
 
-def folder_beside(target: Path) -> Path:
+def folder_beside(target: Path, permissions: int = 0o777) -> Path:
     """A new folder beside ``target``, under a name of its own, to be filled and then :func:`publish`-ed."""
-    return Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    folder = _name_beside(target)
+    folder.mkdir(permissions)
+    return folder
 
 
-def publish(
-    folder: Path, target: Path, permissions: int = 0o777, exchange: Callable[[Path, Path], None] | None = None
-) -> None:
+def publish(folder: Path, target: Path, exchange: Callable[[Path, Path], None] | None = None) -> None:
     """Give a filled folder its name, in one step, once all that is in it is on the disk.
 
     Args:
-        permissions: of the folder, less what the umask takes away.
         exchange: exchanges the names of two folders, where ``target`` is to be replaced.
 
     Raises:
@@ -93,7 +104,6 @@ def publish(
             sync_folder(path)
         elif path.is_file() and not path.is_symlink():
             sync_file(path)
-    folder.chmod(permissions if exchange else mode(permissions))
     sync_folder(folder)
     (exchange or Path.rename)(folder, target)
     sync_folder(target.parent)
@@ -140,11 +150,55 @@ def sync_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def mode(permissions: int) -> int:
-    """``permissions`` of something new, less what the user's umask takes away."""
-    status = Path("/proc/self/status").read_text()
-    umask = next(line.split()[1] for line in status.splitlines() if line.startswith("Umask:"))
-    return permissions & ~int(umask, 8)
+def copy(source: Path, target: Path) -> None:
+    """Copy the contents of a file or a folder; links inside a folder stay links. Permissions are those of something new."""
+    if not source.is_dir():
+        shutil.copyfile(source, target)
+        return
+    target.mkdir()
+    for path in source.iterdir():
+        if path.is_symlink():
+            (target / path.name).symlink_to(path.readlink())
+        else:
+            copy(path, target / path.name)
+
+
+def belong_like(path: Path, before: Path) -> None:
+    """Give ``path`` owner, group, permissions and ACL of ``before``, as far as this user may."""
+    status = before.stat()
+    for owner in (status.st_uid, -1):
+        try:
+            os.chown(path, owner, status.st_gid)
+            break
+        except PermissionError:  # only root gives files away
+            continue
+    path.chmod(stat.S_IMODE(status.st_mode))
+    with contextlib.suppress(OSError):  # not every file system has them
+        for name in os.listxattr(before):
+            if name.startswith("system.posix_acl"):
+                os.setxattr(path, name, os.getxattr(before, name))
+
+
+def not_writable(paths: Iterable[Path]) -> str | None:
+    """Why this user cannot replace, or write to, one of ``paths`` and what they hold; None if nothing is in the way."""
+    for path in paths:
+        status = path.stat()
+        whose = f"belongs to {_name_of(status.st_uid)}"
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            return None  # a write will tell
+        if not os.access(path, os.W_OK | (os.X_OK if stat.S_ISDIR(status.st_mode) else 0)):
+            return f"{path} {whose}, and its permissions ({stat.filemode(status.st_mode)}) do not let you write"
+        foreign = os.geteuid() not in (0, status.st_uid)
+        if stat.S_ISDIR(status.st_mode) and status.st_mode & stat.S_ISVTX and foreign:
+            return f"{path} {whose}, and its sticky bit keeps you from replacing what others wrote"
+    return None
+
+
+def _name_of(user: int) -> str:
+    try:
+        return pwd.getpwuid(user).pw_name
+    except KeyError:
+        return f"user {user}"
 
 
 def reason(error: OSError) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+from liftdist import files
 from liftdist.data import records, sources
 from liftdist.errors import UserError
 from liftdist.models import stored
@@ -24,6 +25,9 @@ def check_cache_dir(config: Config) -> None:
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=cache_dir).close()
+        kept = [path for name in ("digests", "tokens", "selections") if (path := cache_dir / name).is_dir()]
+        if problem := files.not_writable(kept):
+            raise UserError(f"cache_dir {cache_dir}: {problem}; give a folder of your own (cache_dir=...)")
     except OSError as error:
         raise UserError(
             f"cache_dir {cache_dir}: cannot be written: {error.strerror}; give a writable folder (cache_dir=...)"

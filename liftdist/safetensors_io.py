@@ -1,30 +1,61 @@
-"""Tensors in the safetensors format: names of dtypes, bytes, digests."""
+"""Tensors in the safetensors format: written, names of dtypes, bytes, digests."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 DTYPES = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
     "F64": torch.float64,
     "F32": torch.float32,
-    "F16": torch.float16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
     "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
     "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
     "U8": torch.uint8,
     "BOOL": torch.bool,
-}  # by their safetensors names
+}  # by their safetensors names, in the order in which the library writes them
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file of tensors on the host, byte for byte as the library does.
+
+    The library makes files that only their owner may read, whatever the umask and the folder say.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
+    """
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+    names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+    entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    position = 0
+    for name in names:
+        tensor, begin = tensors[name], position
+        position += tensor.numel() * tensor.element_size()
+        shape, dtype = list(tensor.shape), dtype_name(tensor.dtype)
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, position]}
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(_bytes(tensors[name]))
+    except OSError as error:
+        raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -38,7 +69,11 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 def bytes_of(tensor: Tensor) -> bytes:
     """The bytes of a tensor on the host, row-major."""
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return bytes(_bytes(tensor))
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def dtype_name(dtype: torch.dtype) -> str:

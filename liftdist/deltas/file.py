@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from liftdist import files, safetensors_header, safetensors_io
@@ -99,12 +98,11 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
         raise UserError(f"{path}: exists; remove it or give another path")
     try:
         with files.written_beside(path) as temporary:
-            save_file(tensors, temporary, metadata)
-            temporary.chmod(files.mode(0o666))
+            safetensors_io.save(tensors, temporary, metadata)
             files.sync_file(temporary)
             temporary.rename(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path}: cannot be written: {error}") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _contents_digest(path: Path) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 
 import torch.distributed as dist
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from liftdist import files, safetensors_io
@@ -116,9 +115,9 @@ def rewrite(
         if rank == 0:
             if target.exists() and not replace:
                 raise UserError(f"{target}: exists; remove it or give another path")
-            made = files.folder_beside(target)
             if replace:
-                _check_exchange(made, target)
+                _check_exchange(target)
+            made = files.folder_beside(target, 0o700 if replace else 0o777)  # what it replaces may be private
     temporary: Path = gather(made)[0]
     try:
         with together(), disk_errors(target):
@@ -128,9 +127,9 @@ def rewrite(
             if rank == 0:
                 _write_index(stored, temporary, total)
                 finish(temporary)
-                _set_permissions(temporary, target if replace else None)
-                permissions = target.stat().st_mode & 0o777 if replace else 0o777
-                files.publish(temporary, target, permissions, _exchange if replace else None)
+                if replace:
+                    _belong_like(temporary, target)
+                files.publish(temporary, target, _exchange if replace else None)
     finally:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what a failure left, or the replaced folder
@@ -146,7 +145,7 @@ def _write_weights(
     total = 0
     for file in sorted(members)[rank::ranks]:
         tensors = {name: edit(name, stored.read(name)).contiguous() for name in members[file]}
-        save_file(tensors, folder / file, {"format": "pt"})
+        safetensors_io.save(tensors, folder / file, {"format": "pt"})
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         del tensors
     return total
@@ -168,13 +167,17 @@ def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:
         (folder / check.INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _set_permissions(folder: Path, old: Path | None) -> None:
-    """Give files the permissions of their namesakes in the folder they replace, or those of the umask."""
-    for path in folder.iterdir():
-        if path.is_file() and not path.is_symlink():
-            before = old / path.name if old else None
-            known = before is not None and before.is_file()
-            path.chmod(before.stat().st_mode & 0o777 if known and before else files.mode(0o666))
+def _belong_like(folder: Path, old: Path) -> None:
+    """Let a folder and all that is in it belong to whom their namesakes in ``old`` belong."""
+    for path in folder.rglob("*"):
+        before = old / path.relative_to(folder)
+        if not path.is_symlink() and before.exists():
+            files.belong_like(path, before)
+    files.belong_like(folder, old)
+
+
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
 
 
 @contextlib.contextmanager
@@ -188,17 +191,18 @@ def disk_errors(target: Path) -> Iterator[None]:
         raise UserError(f"{target}: cannot be written: {error}") from None
 
 
-def _check_exchange(folder: Path, target: Path) -> None:
-    """Raises ``UserError`` before anything is written if folders cannot be exchanged."""
-    pair = [folder / name for name in ("first", "second")]
-    for path in pair:
-        path.mkdir()
+def _check_exchange(target: Path) -> None:
+    """Raises ``UserError`` before anything is written if the folder cannot be exchanged, or what it held not be removed."""
+    if problem := files.not_writable([target, *(path for path in target.rglob("*") if _is_folder(path))]):
+        raise UserError(f"{problem}; give --output for a new folder")
+    pair = [files.folder_beside(target) for _ in range(2)]
     try:
         _exchange(*pair)
     except UserError as error:
         raise UserError(str(error).replace(str(pair[1]), str(target))) from None
-    for path in pair:
-        path.rmdir()
+    finally:
+        for path in pair:
+            path.rmdir()
 
 
 def _exchange(first: Path, second: Path) -> None:
@@ -221,10 +225,8 @@ def _copy_others(stored: ModelFolder, target: Path, replace: bool) -> None:
     for path in stored.folder.iterdir():
         if path.name in {*stored.stored.headers, check.INDEX, *left_out}:
             continue
-        if path.is_dir():
-            shutil.copytree(path, target / path.name, symlinks=True)
-        elif path.exists():  # a link, for example into a cache, becomes a copy of its target
-            shutil.copy2(path, target / path.name)
+        if path.exists():  # a link, for example into a cache, becomes a copy of its target
+            files.copy(path, target / path.name)
 
 
 def say_left_out(stored: ModelFolder) -> list[str]:

@@ -1,6 +1,6 @@
 """Sparse checkpoints: what a run holds beyond its base model, saved by all ranks, loaded on any number of them.
 
-    checkpoints/step-00000100/                     mode 0700
+    checkpoints/step-00000100/
         shard-00000-of-00004.safetensors           rows [row_bounds[0], row_bounds[1]) of every trained matrix:
             NAME/indices           [k] int32       flat indices of principal weights in the whole matrix, sorted
             NAME/values            [k]             in optimizer.dtype

@@ -84,6 +84,7 @@ def check_free(run_dir: Path) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS):
             files.check_real_folder(run_dir / name)
+        _check_writable(run_dir)
         files.real_folder(run_dir / ATTEMPTS)
         with tempfile.TemporaryFile(dir=run_dir / ATTEMPTS) as file:
             now = os.fstat(file.fileno()).st_mtime  # the file system's clock, as for heartbeats
@@ -95,6 +96,18 @@ def check_free(run_dir: Path) -> None:
         raise UserError(
             f"run_dir {run_dir}: cannot be written: {error.strerror}; give a writable folder (run_dir=...)"
         ) from None
+
+
+def _check_writable(run_dir: Path) -> None:
+    """Raises ``UserError`` if another user began the run, and this one may not go on writing what they wrote."""
+    folders = [run_dir, *(run_dir / name for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS))]
+    appended = [run_dir / "command.txt", *run_dir.glob("*.jsonl")]
+    checkpoints = (run_dir / CHECKPOINTS).glob("step-*")  # old ones are removed
+    if problem := files.not_writable(path for path in (*folders, *appended, *checkpoints) if path.exists()):
+        raise UserError(
+            f"run_dir {run_dir}: {problem}: a run that a group shares needs umask 002 and a folder with the setgid bit from "
+            "its start; ask its owner for chmod -R g+rwX, or start your own (run_dir=...)"
+        )
 
 
 def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> None:

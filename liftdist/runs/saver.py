@@ -21,7 +21,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from liftdist import files, safetensors_header, safetensors_io
@@ -173,7 +172,7 @@ class Checkpointer:
             return ""
         self.attempt.check_current()
         folder = files.real_folder(self.attempt.run_dir / CHECKPOINTS)
-        return str(files.folder_beside(folder / f"step-{step:08d}"))  # mode 0700
+        return str(files.folder_beside(folder / f"step-{step:08d}"))
 
     def _write_shard(self, temporary: Path, state: dict[str, Tensor], shards: int) -> _Written:
         """Write this rank's shard, unless another replica does: replicas hold equal shards and split the files."""
@@ -217,7 +216,7 @@ class Checkpointer:
         self.attempt.check_current()
         if target.is_symlink() or target.exists():  # written by a superseded attempt
             checkpoint.set_aside_as(target)
-        files.publish(temporary, target, 0o700)
+        files.publish(temporary, target)
         self._steps[target.name] = manifest.sha256
         return target.name
 
@@ -262,9 +261,8 @@ def _check_finite(state: Mapping[str, Tensor]) -> None:
 def _write_file(path: Path, state: dict[str, Tensor], shard: int) -> ShardFile:
     """Write and sync this rank's tensors, and read them back from the disk."""
     try:
-        save_file(state, path)
+        safetensors_io.save(state, path)
         with path.open("rb") as file:
-            os.fchmod(file.fileno(), 0o600)
             os.fsync(file.fileno())
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # so that the check reads from the disk
         with safe_open(path, framework="pt") as saved:

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from liftdist import __version__, files
+from liftdist import __version__, files, safetensors_io
 from liftdist.distributed.collectives import agree, gather, together
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.selection import Criterion, ascending_within
@@ -65,8 +64,8 @@ def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
             return False
         file = f"owner-{rank:05d}-of-{ranks:05d}.safetensors"
         with together():
-            save_file({name: _smallest(indices).cpu() for name, indices in selected.items()}, temporary / file)
-            (temporary / file).chmod(files.mode(0o666))
+            indices = {name: _smallest(indices).cpu() for name, indices in selected.items()}
+            safetensors_io.save(indices, temporary / file)
         file_of = {name: f for names, f in gather((sorted(selected), file)) for name in names}
         with together():
             if rank == 0:

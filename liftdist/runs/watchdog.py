@@ -53,7 +53,7 @@ class Watchdog:
         failures.say(message, failures.LOST_PEERS)
         try:
             files.real_folder(self._folder)
-            descriptor = os.open(self._stacks(self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o644)
+            descriptor = os.open(self._stacks(self._rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o666)
             with os.fdopen(descriptor, "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)
             time.sleep(_GRACE / 2)  # the other ranks write theirs meanwhile
