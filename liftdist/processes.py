@@ -33,15 +33,29 @@ def this_process() -> dict[str, Any]:
 
 
 def has_ended(process: Mapping[str, Any]) -> bool:
-    """Whether a process, as :func:`this_process` described it, is known to have ended; false for another machine's."""
+    """Whether a process, as :func:`this_process` described it, is known to have ended.
+
+    False for one of another machine, and for one that /proc hides.
+    """
     here = this_process()
     if any(process.get(key) != here[key] for key in ("machine", "namespace")):
         return False
     try:
         state, started = _state(process["pid"])
     except (OSError, IndexError):
-        return True
+        return not _is_hidden(process["pid"])
     return started != process["started"] or state in "ZX"
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether a process exists that /proc does not show: with its option hidepid it shows no other user's."""
+    try:
+        os.kill(pid, 0)  # sends nothing
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def start_time() -> float:

@@ -26,11 +26,16 @@ def call_as(user: int, umask: int, home: Path, *commands) -> list[tuple[int, str
     return [(code, said or ranks) for code, said in answers]
 
 
-def run_as(user: int, umask: int, home: Path, *command) -> subprocess.CompletedProcess[str]:
-    """Run a command as user and member of ``GROUP``; returns it finished, with its output and its errors as one text."""
+def run_as(user: int, umask: int, home: Path, *command, prepare: str = "true") -> subprocess.CompletedProcess[str]:
+    """Run a command as user and member of ``GROUP``; returns it finished, with its output and its errors as one text.
+
+    Args:
+        prepare: a command that root runs before, in the mount namespace of the command.
+    """
     identity = ["setpriv", f"--reuid={user}", f"--regid={user}", f"--groups={GROUP},{user}", "--"]
     script = [
         *_opened(),
+        prepare,
         f"umask {umask:o}",
         f"cd {shlex.quote(str(home))}",
         shlex.join(["exec", *identity, *map(str, command)]),

@@ -263,6 +263,8 @@ def test_the_tokenizer_of_an_export_has_the_names_that_transformers_4_reads(how,
     shutil.copy(smollm2 / "tokenizer.json", base)
     common = {"eos_token": "<|im_end|>", "model_max_length": 8192}
     (base / "tokenizer_config.json").write_text(json.dumps(common | given))
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
     target = exported(base, tmp_path / "hf", tmp_path)
     assert json.loads((target / "tokenizer_config.json").read_text()) == common | written
     assert json.loads((base / "tokenizer_config.json").read_text()) == common | given
@@ -270,6 +272,7 @@ def test_the_tokenizer_of_an_export_has_the_names_that_transformers_4_reads(how,
     text = "<|im_start|>user\nAdd 1 + 2, hé<|im_end|> <file_sep>"
     assert before(text).input_ids == after(text).input_ids
     assert (type(before), before.all_special_tokens) == (type(after), after.all_special_tokens)
+    assert before.chat_template == after.chat_template == {"tools": "{{ messages }}"}
 
 
 @pytest.mark.parametrize("how", ROPE)

@@ -3,15 +3,17 @@
 import os
 import shutil
 import stat
+import sys
 import tempfile
 from pathlib import Path
 
 import builders
 import pytest
 import users
-from commands import liftdist, write_config
+from commands import liftdist, user_error, write_config
 
 from liftdist.registry import EXPORT_FORMATS
+from liftdist.runs import claims
 
 ALICE, BOB = 40001, 40002
 
@@ -176,6 +178,8 @@ REFUSED = {
     ),
     "a cache": (all_but(), f"cache_dir CACHE: CACHE/tokens belongs to user {ALICE}"),
     "a folder to change": (lambda run: None, f"notes belongs to user {ALICE}"),
+    "a closed model": (lambda run: None, "closed: cannot be read: Permission denied"),
+    "closed weights": (lambda run: None, "model.safetensors: cannot be read: Permission denied"),
 }  # fmt: skip
 
 
@@ -198,6 +202,11 @@ def answers(begun, place):
     os.chown(model, BOB, BOB)
     os.chown(model / "notes", ALICE, ALICE)
     commands["a folder to change"] = ["apply", delta, model, "--cache-dir", place / str(BOB) / "own"]
+    for how, closed in (("a closed model", "."), ("closed weights", "model.safetensors")):
+        model = shutil.copytree(place / "model", place / how.replace(" ", "-") / "closed")
+        (model / closed).chmod(0o700)
+        own = [f"{key}={place / str(BOB) / f'of {how}'}" for key in ("run_dir", "cache_dir")]
+        commands[how] = ["train", begun / "config.yaml", f"model.path={model}", *own]
     target = place / str(BOB) / "exported"
     export = ["export", nth_run(place, 0), "--output", target, "--cache-dir", place / str(BOB) / "own"]
     *refused, exported = users.call_as(BOB, 0o022, place / str(BOB), *commands.values(), export)
@@ -213,10 +222,25 @@ def test_what_others_may_not_write_is_refused_to_them_in_one_line(how, answers, 
     assert len(said.splitlines()) == 1
     assert problem in said
     remedy = {"a cache": "(cache_dir=...)", "a folder to change": "give --output for a new folder"}
+    remedy |= dict.fromkeys(("a closed model", "closed weights"), "Permission denied")
     assert said.rstrip().endswith(remedy.get(how, "(run_dir=...)"))
     run = nth_run(place, list(REFUSED).index(how))
     assert len(list((run / "attempts").iterdir())) == 1
     assert not [path for path in (place / str(BOB)).iterdir() if path.name.startswith(".model")]
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_live_run_of_another_user_is_not_taken_over(hidden, place):
+    """Many clusters hide the processes of other users (hidepid): what cannot be seen may be alive."""
+    folder = shared(place, f"live-{hidden}")
+    claims.claim(folder / "run", lambda _: {})  # by this process
+    for path in [folder / "run", *(folder / "run").rglob("*")]:
+        path.chmod(0o2775 if path.is_dir() else 0o664)
+    hide = "mount -t proc -o hidepid=invisible proc /proc" if hidden else "true"
+    words = ["train", folder / "config.yaml", f"cache_dir={place / str(BOB) / 'own'}"]
+    command = [sys.executable, "-m", "liftdist.cli", *words]
+    line = user_error(users.run_as(BOB, 0o002, place / str(BOB), *command, prepare=hide))
+    assert f"in use by process {os.getpid()} on " in line
 
 
 def test_a_run_that_others_may_read_is_exported_by_them(answers):

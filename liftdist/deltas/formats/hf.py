@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from liftdist import files
 from liftdist.deltas import delta as deltas
 from liftdist.deltas import older
 from liftdist.deltas.delta import Delta
@@ -20,6 +20,7 @@ from liftdist.models import check
 from liftdist.models.weights import ModelFolder
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder of the tokenizer
 
 
 def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
@@ -39,9 +40,11 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     def finish(temporary: Path) -> None:
         say_left_out(stored)
         for path in base_folder.iterdir():
-            if path.is_file() and path.suffix in COPIED_SUFFIXES and not check.is_weights(path.name):
-                shutil.copyfile(path, temporary / path.name)
-        (temporary / deltas.ABOUT).write_text(json.dumps(delta.about(), indent=2) + "\n")
+            settings = path.is_file() and path.suffix in COPIED_SUFFIXES and not check.is_weights(path.name)
+            if settings or path.name == CHAT_TEMPLATES:
+                files.copy(path, temporary / path.name)
+        (temporary / deltas.ABOUT).write_text(json.dumps(delta.about(), indent=2) + "
+")
         _edit_json(temporary / "tokenizer_config.json", older.tokenizer_config)
         _edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
 
