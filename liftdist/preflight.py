@@ -1,5 +1,4 @@
-"""Checks before ranks start and weights are read: mesh layout, folders, first records, type of the model, headers of
-its files.
+"""Checks before ranks start and weights are read: mesh layout, folders, first records, the model's type and its files' headers.
 
 Imports no torch itself, so that a wrong path is reported at once.
 """

@@ -220,7 +220,10 @@ def _exchange(first: Path, second: Path) -> None:
 
 
 def _copy_others(stored: ModelFolder, target: Path, replace: bool) -> None:
-    """Copy everything in a model folder except its weights; to a new folder, nothing that would contradict them."""
+    """Copy everything in a model folder except its weights; to a new folder, nothing that would contradict them.
+
+    Settings stay as they are, those of the tokenizer included: a delta is about weights, and the folder is its user's.
+    """
     left_out = set() if replace else {name.rstrip("/") for name in say_left_out(stored)}
     for path in stored.folder.iterdir():
         if path.name in {*stored.stored.headers, check.INDEX, *left_out}:
@@ -230,9 +233,11 @@ def _copy_others(stored: ModelFolder, target: Path, replace: bool) -> None:
 
 
 def say_left_out(stored: ModelFolder) -> list[str]:
-    """Name on stderr what is not copied from a model folder to a new one, for it holds other weights; and return it."""
+    """Name on stderr what is not copied from a model folder to a new one, for it holds or describes other weights; return it."""
     hidden = [f"{path.name}/" for path in sorted(stored.folder.glob(".*")) if path.is_dir()]  # of git, or of a download
     others = [*stored.stored.others(), *hidden]
     if others:
-        Console(enabled=True).say(f"not copied from {stored.folder}, which are of its own weights: {', '.join(others)}")
+        Console(enabled=True).say(
+            f"not copied from {stored.folder}, so that there is one set of weights: {', '.join(others)}"
+        )
     return others

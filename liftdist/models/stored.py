@@ -20,35 +20,35 @@ from liftdist.models import check
 from liftdist.safetensors_header import header
 
 _SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
-_SAVED_BY_RANKS = re.compile(
-    r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors"
-)  # transformers prefers these to all others
+# what save_pretrained writes of a model that is spread over ranks: transformers prefers it to all other files
+_SAVED_BY_RANKS = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 
 
 @dataclass
 class Stored:
-    """The weights of a folder, by the headers of its files."""
+    """The weights of a folder, by the headers of its files.
+
+    Args:
+        headers: of each file that transformers loads.
+        file_of: the file of each tensor.
+        copies: further files that hold a tensor, which must be equal there.
+        index: the contents of the index, unless it names other files than transformers loads.
+    """
 
     folder: Path
-    headers: dict[str, Any] = field(default_factory=dict)  # of each file that transformers loads
-    file_of: dict[str, str] = field(default_factory=dict)  # of each tensor
-    copies: dict[str, list[str]] = field(
-        default_factory=dict
-    )  # files besides that hold a tensor, too: it must be equal
-    index: dict[str, Any] | None = (
-        None  # the contents of the index, if transformers loads shards or it names no other file
-    )
+    headers: dict[str, Any] = field(default_factory=dict)
+    file_of: dict[str, str] = field(default_factory=dict)
+    copies: dict[str, list[str]] = field(default_factory=dict)
+    index: dict[str, Any] | None = None
 
     def others(self) -> list[str]:
         """The files in the folder that hold weights and are not these, and the folders that hold such files, sorted."""
         mine = {*self.headers, check.INDEX} if self.index is not None else {*self.headers}
         found = []
         for path in sorted(self.folder.iterdir()):
-            hidden = path.name.startswith(".")
             if path.is_dir():
-                if not hidden and (
-                    check.is_weights(path.name) or any(check.is_weights(p.name) for p in path.rglob("*"))
-                ):
+                inside = () if path.name.startswith(".") else (path, *path.rglob("*"))
+                if any(check.is_weights(part.name) for part in inside):
                     found.append(f"{path.name}/")
             elif check.is_weights(path.name) and path.name not in mine:
                 found.append(path.name)

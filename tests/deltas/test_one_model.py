@@ -172,7 +172,7 @@ def test_what_is_written_is_one_model(kind, models, tmp_path):
     def check_said(said):
         lines = [line for line in said.splitlines() if line.startswith("not copied from")]
         named = ", ".join((*sorted(others), *hidden))
-        assert lines == ([f"not copied from {folder}, which are of its own weights: {named}"] if named else [])
+        assert lines == ([f"not copied from {folder}, so that there is one set of weights: {named}"] if named else [])
 
     check_said(liftdist("export", to_one, "--base", folder, "--output", tmp_path / "hf", *cache))
     check_holds_only(tmp_path / "hf", one)
