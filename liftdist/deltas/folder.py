@@ -72,11 +72,17 @@ def change_folder(
         raise UserError(f"{folder}: {error}") from None
     target = output or folder.resolve()
 
+    def finish(temporary: Path) -> None:
+        _copy_others(stored, temporary, replace=output is None)
+        about = temporary / deltas.ABOUT
+        if undo is not None and about.exists() and check.read_json(about).get("base_digest") == undo.base_digest:
+            about.unlink()  # says that the folder was trained from the model that it is now
+
     rewrite(
         stored,
         target,
         lambda name, tensor: deltas.edit(name, tensor, deltas.by_name(name, undo), deltas.by_name(name, apply)),
-        lambda temporary: _copy_others(stored, temporary, replace=output is None),
+        finish,
         replace=output is None,
     )
     return target

@@ -43,6 +43,11 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     liftdist("export", tmp_path / "delta", "--base", folders[0], "--output", tmp_path / "again", *cache)
     assert weights.digest(tmp_path / "again", tmp_path) == weights.digest(tmp_path / "hf", tmp_path)
 
+    undone = tmp_path / "undone"
+    liftdist("apply", tmp_path / "delta", tmp_path / "hf", "--undo", "--output", undone, *cache)
+    assert weights.digest(undone, tmp_path) == weights.digest(folders[0], tmp_path)
+    assert not (undone / "liftdist.json").exists()  # it is no fine-tuned model
+
     patch = load_file(tmp_path / "patch")
     patched = AutoModelForCausalLM.from_pretrained(folders[0])
     shapes = json.loads(safetensors_header.header(tmp_path / "patch")["__metadata__"]["shapes"])

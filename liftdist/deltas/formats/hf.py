@@ -43,8 +43,7 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
             settings = path.is_file() and path.suffix in COPIED_SUFFIXES and not check.is_weights(path.name)
             if settings or path.name == CHAT_TEMPLATES:
                 files.copy(path, temporary / path.name)
-        (temporary / deltas.ABOUT).write_text(json.dumps(delta.about(), indent=2) + "
-")
+        (temporary / deltas.ABOUT).write_text(json.dumps(delta.about(), indent=2) + "\n")
         _edit_json(temporary / "tokenizer_config.json", older.tokenizer_config)
         _edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
 
