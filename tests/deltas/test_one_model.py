@@ -176,7 +176,11 @@ def test_what_is_written_is_one_model(kind, models, tmp_path):
 
     check_said(liftdist("export", to_one, "--base", folder, "--output", tmp_path / "hf", *cache))
     check_holds_only(tmp_path / "hf", one)
-    assert {path.name for path in (tmp_path / "hf").iterdir()} <= MODEL_FILES | {*SHARDS, "params.json", "liftdist.json"}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} <= MODEL_FILES | {
+        *SHARDS,
+        "params.json",
+        "liftdist.json",
+    }
     check_said(liftdist("apply", to_one, folder, "--output", tmp_path / "applied", *cache))
     check_holds_only(tmp_path / "applied", one)
     assert names_in(folder) == before
