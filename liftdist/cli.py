@@ -10,7 +10,7 @@ from pathlib import Path
 
 from liftdist import __version__, preflight, schema
 from liftdist import config as configs
-from liftdist.cluster import launcher, submit
+from liftdist.cluster import cancel, launcher, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.options import add_continuation_flags, allowed_by
 from liftdist.redaction import redact
@@ -210,7 +210,7 @@ def _logs_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _cancel_arguments(parser: argparse.ArgumentParser) -> None:
     _run_dir_argument(parser)
-    parser.add_argument("--now", action="store_true", help="do not wait for running jobs to save")
+    parser.add_argument("--now", action="store_true", help="end running jobs at once, without letting them save")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -324,7 +324,7 @@ COMMANDS = {
         "print the output of a run's newest job", _logs_arguments, lambda o: submit.logs(o.run_dir, o.follow, o.rank)
     ),
     "cancel": Command(
-        "make the jobs of a run save and end", _cancel_arguments, lambda o: submit.cancel(o.run_dir, o.now)
+        "make the jobs of a run save and end", _cancel_arguments, lambda o: cancel.cancel(o.run_dir, o.now)
     ),
     "export": Command("write the result of a run as a model, delta, adapter or patch", _export_arguments, _export),
     "apply": Command("apply a delta to a model folder, undo it, or swap it for another", _apply_arguments, _apply),

@@ -111,6 +111,9 @@ PYTHON = Variable(
 CONTAINER_PYTHON = Variable(
     "LIFTDIST_CONTAINER_PYTHON", str, USER, "the Python inside the container (default `python3`)"
 )
+PATIENCE = Variable(
+    "LIFTDIST_PATIENCE", int, USER, "seconds for which SLURM is asked again where it does not answer (90; in a job 600)"
+)
 TEST_SLURM = Variable("LIFTDIST_TEST_SLURM", str, USER, "if set, tests that need SLURM fail where it is missing")
 
 # SLURM's.

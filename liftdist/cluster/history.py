@@ -76,6 +76,19 @@ def _is_whole(event: object) -> bool:
     return all(isinstance(node, str) for key in ("nodes", "exclude") for node in event.get(key) or ())
 
 
+def job_ids(run_dir: Path) -> list[str]:
+    """The jobs of a run, from their own events and those of `submit`; the newest last."""
+    return list(dict.fromkeys(event["job"] for event in read(run_dir)))
+
+
+def runs(folder: Path) -> list[Path]:
+    """The run directory, or those of an array below it. Raises ``UserError``: no job has worked there."""
+    if not (folder / JOBS).is_file():
+        raise UserError(f"{folder}: no job was submitted for it")
+    below = [path.parent for path in folder.glob(f"*/{JOBS}") if not path.parent.is_symlink()]
+    return sorted(below, key=lambda path: (len(path.name.partition("-")[0]), path.name)) or [folder]
+
+
 def committed_step(run_dir: Path) -> int:
     """The step of the newest checkpoint that was committed, 0 before the first."""
     events = itertools.chain.from_iterable(claims.attempts(run_dir).values())

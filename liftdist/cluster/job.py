@@ -272,7 +272,9 @@ def _judge(
             return Verdict("nothing", f"cancelled, {saved}", 1)
         if outcome == "stopped":
             return Verdict("fail", f"stopped as asked, {saved}", EXIT_STOPPED, history.ASKED)
-    summary = failures.summary(found) or launcher.last_words(sorted(logs.glob("node-*.torchrun.log")))
+    reports = sorted(logs.glob("node-*.torchrun.log"))
+    nothing = "no rank was started: what srun or the check of the nodes printed is in the log"
+    summary = failures.summary(found) or (launcher.last_words(reports) if reports else nothing)
     return Verdict("restart", summary, 1)
 
 
@@ -305,7 +307,7 @@ def _is_over(job: Mapping[str, str]) -> bool:
 def main(given: Sequence[str] | None = None) -> None:
     """``python -m liftdist.cluster.job begin | check | end | again``.
 
-    For the batch script: the answer is words with a null byte each."""
+    For the batch script: the answer is words with a null byte each; where the command fails, it is the reason."""
     if given is None:
         processes.use_utf8()
         output.take_over(patient=True)
@@ -323,9 +325,7 @@ def main(given: Sequence[str] | None = None) -> None:
             print(f"liftdist: {verdict.message}", file=sys.stderr)
             if verdict.action == "restart":
                 print("liftdist: starting again from the newest checkpoint", file=sys.stderr)
-            first = verdict.message.partition("\n")[0]
-            comment = re.sub(r"[^\w .,:()/=-]", "?", f"liftdist: {first}", flags=re.ASCII)[:200]
-            answer = [verdict.action, str(verdict.code), comment, ",".join(verdict.exclude)]
+            answer = [verdict.action, str(verdict.code), _comment(verdict.message), ",".join(verdict.exclude)]
         else:
             exclude, script, *arguments = rest
             answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, f"{environment.LEAD.need():.0f}")
@@ -334,11 +334,27 @@ def main(given: Sequence[str] | None = None) -> None:
         print(f"liftdist: {text}", file=sys.stderr)
         if command == "check":
             _record(text, failures.USER_ERROR)
+        else:
+            _answer([_comment(text).removeprefix("liftdist: ")])
         sys.exit(EXIT_USER_ERROR)
-    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in answer))
+    except Exception as error:
+        if command != "check":
+            _answer([_comment(redact(f"{type(error).__name__}: {error}")).removeprefix("liftdist: ")])
+        raise
+    _answer(answer)
     if (problem := output.lost()) is not None:
         print(f"liftdist: the batch script cannot be answered: {problem.strerror}", file=sys.stderr)
         sys.exit(1)
+
+
+def _answer(words: Sequence[str]) -> None:
+    sys.stdout.buffer.write(b"".join(os.fsencode(word) + b"\0" for word in words))
+    sys.stdout.buffer.flush()
+
+
+def _comment(message: str) -> str:
+    """The first line of a message, as the comment of a job."""
+    return re.sub(r"[^\w .,:()/=-]", "?", f"liftdist: {message.partition(chr(10))[0]}", flags=re.ASCII)[:200]
 
 
 def _check_nodes(nodes: Sequence[str], logs: Path) -> None:

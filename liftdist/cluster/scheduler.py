@@ -1,4 +1,4 @@
-"""SLURM's commands as argument vectors, and how their output is read. User input never reaches a shell.
+"""SLURM's commands as argument vectors, and how their output is read.
 
 Imports no torch.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liftdist import environment as env
+from liftdist.cluster import commands
 from liftdist.errors import UserError
 from liftdist.schema import NAME, Config, SlurmConfig
 
@@ -29,7 +30,6 @@ ENDED = (
 ARRAY = r"\d+(-\d+(:\d+)?)?(,\d+(-\d+(:\d+)?)?)*(%\d+)?"
 _AFTER = r"(singleton|after(any|ok|notok|corr|burstbuffer)?(:\d+(_\d+)?(\+\d+)?)+)"
 DEPENDENCY = rf"{_AFTER}([,?]{_AFTER})*"
-_TIMEOUT = 60  # seconds for an answer of SLURM's
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,7 @@ def again(scontrol_output: str, exclude: str, batch_script: str, arguments: Sequ
             "constraint": fields(scontrol_output).get("Features"),
             "exclude": exclude or None,
             "array": env.SLURM_ARRAY_TASK_ID.get(),
+            "comment": f"liftdist: continues job {env.SLURM_JOB_ID.need()}",  # by which it is found
             "dependency": f"afterany:{env.SLURM_JOB_ID.need()}",
             "export": "ALL",
             "open-mode": "append",
@@ -153,39 +154,11 @@ def _pattern(path: Path) -> str:
     return f"{folder.replace('%', '%%')}/{path.name}"
 
 
-def run(command: Sequence[str], environment: Mapping[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command of SLURM's. Raises ``UserError``: there is none, or it does not answer."""
-    try:
-        return subprocess.run(
-            command, capture_output=True, text=True, check=False, timeout=_TIMEOUT, env=environment, errors="replace"
-        )
-    except FileNotFoundError:
-        raise UserError(f"{command[0]}: not found; this is no machine of a SLURM cluster") from None
-    except subprocess.TimeoutExpired:
-        raise UserError(f"{command[0]}: no answer within {_TIMEOUT} s") from None
-    except ValueError as error:  # a null byte
-        raise UserError(f"{command[0]}: {error}") from None
-
-
-def submit(command: Sequence[str], environment: Mapping[str, str]) -> str:
-    """The id of the job that ``command`` submits. Raises ``UserError`` with SLURM's reason."""
-    done = run(command, environment)
-    id = done.stdout.strip().partition(";")[0]  # a cluster's name may follow
-    if done.returncode or not id.isdigit():
-        raise UserError(f"sbatch: {_reason(done.stderr)}")
-    return id
-
-
 def test_only(command: Sequence[str], environment: Mapping[str, str]) -> None:
     """Raises ``UserError`` if SLURM would never start the job that ``command`` submits; it would stay in the queue forever."""
-    done = run([command[0], "--test-only", *command[1:]], environment)
+    done = commands.ask([command[0], "--test-only", *command[1:]], environment)
     if done.returncode:
-        raise UserError(f"sbatch: {_reason(done.stderr)}")
-
-
-def _reason(text: str) -> str:
-    lines = [line.removeprefix("sbatch: ").removeprefix("error: ") for line in text.splitlines() if line.strip()]
-    return "; ".join(lines) or "failed without a message"
+        raise UserError(f"sbatch: {commands.reason(done)}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -207,63 +180,82 @@ def fields(scontrol_output: str) -> dict[str, str]:
     return found
 
 
-def jobs(ids: Iterable[str]) -> list[Job]:
+def jobs(ids: Iterable[str], patience: float | None = None) -> list[Job]:
     """The state of these jobs, and of each task of those that are arrays: by the first of ``squeue``, ``sacct`` and ``scontrol``
-    that knows each.
+    that knows each. Jobs that none knows are left out: they ended long ago.
 
     Raises:
-        UserError: SLURM does not answer.
+        Unknown: SLURM does not answer about some of them.
     """
-    found: list[Job] = []
-    problem: str | None = None
-    for ask in (_squeue, _sacct, _scontrol):
+    wanted, found = list(dict.fromkeys(ids)), list[Job]()
+    problem: UserError | None = None
+    for ask_about in (_squeue, _sacct, _scontrol):
         known = {name for job in found for name in (job.id, job.id.partition("_")[0])}
-        for id in dict.fromkeys(ids):
-            if id in known or (problem and ask is not _sacct):  # which asks another daemon than the others
-                continue
-            done, jobs_of = ask(id)
-            found += jobs_of
-            unknown = re.search(r"Invalid job id|Job \S+ not found", done.stderr + done.stdout)
-            if done.returncode and not unknown and ask is not _sacct:  # which may be switched off
-                problem = _reason(done.stderr)
-    if problem and not found:
-        raise UserError(f"SLURM does not answer: {problem}")
+        missing = [id for id in wanted if id not in known]
+        if not missing or (problem and ask_about is _scontrol):  # which asks the same daemon as squeue
+            continue
+        try:
+            found += ask_about(missing, patience)
+        except commands.NoAnswer as error:
+            problem = error
+    known = {name for job in found for name in (job.id, job.id.partition("_")[0])}
+    if problem and not known.issuperset(wanted):
+        raise Unknown(str(problem), found)
     return found
 
 
-_Answer = tuple[subprocess.CompletedProcess[str], list[Job]]
+class Unknown(commands.NoAnswer):
+    """SLURM does not answer about some jobs; ``jobs`` are those whose state is known."""
+
+    def __init__(self, message: str, jobs: list[Job]) -> None:
+        super().__init__(message)
+        self.jobs = jobs
 
 
-def _squeue(id: str) -> _Answer:
-    done = run(["squeue", "--noheader", "--array", "--states=all", f"--jobs={id}", "--format=%F|%K|%T|%N|%r"])
-    return done, parse_table(done.stdout)
+def _squeue(ids: Sequence[str], patience: float | None) -> list[Job]:
+    form = "--format=%F|%K|%T|%N|%r"
+    done = commands.ask(
+        ["squeue", "--noheader", "--array", "--states=all", f"--jobs={','.join(ids)}", form], None, patience
+    )
+    _check_answered(done)
+    return parse_table(done.stdout)
 
 
-def _sacct(id: str) -> _Answer:
+def _sacct(ids: Sequence[str], _: float | None) -> list[Job]:
+    """Of another daemon than the others, and not everywhere: no answer is none."""
     form = "--format=JobID,State,NodeList"
-    done = run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={id}", form])
-    rows = [line.split("|") for line in done.stdout.splitlines() if not done.returncode]
-    return done, [Job(row[0], row[1].split()[0], row[2]) for row in rows if len(row) == 3 and row[1]]
+    try:
+        done = commands.run(["sacct", "--noheader", "--parsable2", "--allocations", f"--jobs={','.join(ids)}", form])
+    except UserError:
+        return []
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    rows = (re.fullmatch(r"(\d+(?:_\d+)?)\|([A-Z_]+)[^|]*\|([^|]*)", line.strip(), re.ASCII) for line in lines)
+    return [Job(row[1], row[2], row[3]) for row in rows if row]
 
 
-def _scontrol(id: str) -> _Answer:
+def _scontrol(ids: Sequence[str], patience: float | None) -> list[Job]:
     found = []
-    done = run(["scontrol", "show", "job", id])
-    for block in re.split(r"\n\s*\n", done.stdout):
-        job = fields(block)
-        if "JobState" in job:
-            task = f"{job['ArrayJobId']}_{job.get('ArrayTaskId')}" if "ArrayJobId" in job else job["JobId"]
-            found.append(Job(task, job["JobState"], job.get("NodeList", ""), job.get("Reason", "")))
-    return done, found
+    for id in ids:
+        done = commands.ask(["scontrol", "show", "job", id], None, patience)
+        _check_answered(done)
+        for block in re.split(r"\n\s*\n", done.stdout):
+            job = fields(block)
+            if "JobState" in job:
+                task = f"{job['ArrayJobId']}_{job.get('ArrayTaskId')}" if "ArrayJobId" in job else job["JobId"]
+                found.append(Job(task, job["JobState"], job.get("NodeList", ""), job.get("Reason", "")))
+    return found
+
+
+def _check_answered(done: subprocess.CompletedProcess[str]) -> None:
+    """Raises ``NoAnswer`` unless SLURM has told of jobs, or that it does not know them."""
+    if done.returncode and not re.search(r"Invalid job id|Job \S+ not found", done.stderr + done.stdout):
+        raise commands.NoAnswer(f"SLURM does not answer: {done.args[0]}: {commands.reason(done)}")
 
 
 def parse_table(text: str) -> list[Job]:
-    """``squeue --format=%F|%K|%T|%N|%r``, one job or array task a line."""
-    found = []
-    for line in text.splitlines():
-        id, task, state, nodes, reason = line.split("|", 4)
-        found.append(Job(f"{id}_{task}" if task.isdigit() else id, state, nodes, reason))
-    return found
+    """``squeue --format=%F|%K|%T|%N|%r``, one job or array task a line; lines of another form are a site's own."""
+    rows = re.findall(r"^(\d+)\|([^|\n]*)\|([A-Z_]+)\|([^|\n]*)\|(.*)$", text, re.M | re.ASCII)
+    return [Job(f"{id}_{task}" if task.isdigit() else id, *rest) for id, task, *rest in rows]
 
 
 def seconds(text: str) -> int | None:
@@ -281,7 +273,7 @@ def seconds(text: str) -> int | None:
 
 def node_names(nodelist: str) -> list[str]:
     """The names in SLURM's short form, ``node[1-3,7]``. Raises ``UserError``."""
-    done = run(["scontrol", "show", "hostnames", nodelist])
+    done = commands.ask(["scontrol", "show", "hostnames", nodelist])
     if done.returncode:
-        raise UserError(f"nodes {nodelist}: {done.stderr.strip()}")
+        raise UserError(f"nodes {nodelist}: {commands.reason(done)}")
     return done.stdout.split()

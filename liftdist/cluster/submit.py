@@ -1,4 +1,4 @@
-"""``liftdist submit``, ``status``, ``logs`` and ``cancel``: runs as jobs of a SLURM cluster.
+"""``liftdist submit``, ``status`` and ``logs``: runs as jobs of a SLURM cluster.
 
     config and data checked -> sbatch --test-only -> sbatch -> a line in RUN_DIR/jobs.jsonl, by which the others find the job
 
@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import sys
 import time
@@ -24,7 +25,7 @@ import yaml
 
 from liftdist import config as configs
 from liftdist import environment, files, preflight, schema
-from liftdist.cluster import history, job, scheduler
+from liftdist.cluster import commands, history, job, scheduler
 from liftdist.cluster.scheduler import Job
 from liftdist.errors import UserError
 from liftdist.options import allowed_by, split_arguments
@@ -37,6 +38,7 @@ SETTINGS = (
     "container",
 )  # fmt: skip
 _POLL = 2.0  # seconds between two looks at a job that is followed
+_BRIEFLY = 10.0  # seconds for an answer of SLURM's that can be done without
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -92,11 +94,12 @@ def submit(options: argparse.Namespace) -> None:
     base.mkdir(parents=True, exist_ok=True)
     files.real_folder(logs)  # SLURM does not create it, and a job without it fails silently
     # the job's own, whatever becomes of the file
-    kept = logs.absolute() / f"{job.SUBMITTED}-{time.strftime('%Y%m%d-%H%M%S')}.yaml"
+    mark = f"{job.SUBMITTED}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(4)}"  # by which SLURM is asked for the job
+    kept = logs.absolute() / f"{mark}.yaml"
     files.write(kept, Path(options.config).read_text())
     script_words[script_words.index(options.config)] = str(kept)
     command = scheduler.sbatch(config, script_words, name, logs, array, options.dependency)
-    id = scheduler.submit(command, variables)
+    id = commands.submit(command, variables, mark)
     history.note(base, "submit", job=id, array=array, log=str(logs.absolute()))
     for index, run_dir in runs.items():
         if index is not None:
@@ -149,7 +152,7 @@ def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool)
     if not dry_run:
         preflight.check(config, base.slurm.nodes * ranks, training=True)
         preflight.fetch(config, training=True)
-        waiting = [known for known in scheduler.jobs(_ids(run_dir)) if not known.has_ended]
+        waiting = [known for known in scheduler.jobs(history.job_ids(run_dir)) if not known.has_ended]
         if waiting:
             raise UserError(
                 f"run_dir {run_dir}: job {waiting[0].id} works on it ({waiting[0].state}); liftdist cancel ends it"
@@ -174,7 +177,9 @@ def _indices(array: str) -> list[int | None]:
 def _variables(config: Config) -> dict[str, str]:
     """The environment that a job starts with: this one, without what another job left in it."""
     kept = {key: value for key, value in os.environ.items() if not re.match(r"(SLURM|LIFTDIST)_", key)}
-    kept |= {key: os.environ[key] for key in ("SLURM_CONF",) if key in os.environ}
+    kept |= {key: os.environ[key] for key in ("SLURM_CONF", "SLURM_CLUSTERS") if key in os.environ}
+    if environment.PATIENCE.is_set():
+        kept[environment.PATIENCE.name] = os.environ[environment.PATIENCE.name]
     kept[environment.LEAD.name] = str(config.slurm.signal_lead)
     kept[environment.COMMAND.name] = json.dumps(["liftdist", *sys.argv[1:]])
     if config.slurm.container is None:
@@ -188,22 +193,9 @@ def _variables(config: Config) -> dict[str, str]:
 # Follow.
 
 
-def _ids(run_dir: Path) -> list[str]:
-    """The jobs of a run, from their own events and those of `submit`; the newest last."""
-    return list(dict.fromkeys(event["job"] for event in history.read(run_dir)))
-
-
-def _runs(folder: Path) -> list[Path]:
-    """The run directory, or those of an array below it. Raises ``UserError``: no job has worked there."""
-    if not (folder / history.JOBS).is_file():
-        raise UserError(f"{folder}: no job was submitted for it")
-    below = [path.parent for path in folder.glob(f"*/{history.JOBS}") if not path.parent.is_symlink()]
-    return sorted(below, key=lambda path: (len(path.name.partition("-")[0]), path.name)) or [folder]
-
-
 def status(folder: Path) -> None:
     """Print how the jobs of a run are. Raises ``UserError``."""
-    for run_dir in _runs(folder):
+    for run_dir in history.runs(folder):
         print("\n".join(_status(run_dir)))
 
 
@@ -212,8 +204,11 @@ def _status(run_dir: Path) -> Iterator[str]:
     events = history.read(run_dir)
     known: list[Job] = []
     try:
-        known = scheduler.jobs(_ids(run_dir)[-5:])
-    except UserError as error:  # the rest is known without it
+        known = scheduler.jobs(history.job_ids(run_dir)[-5:], _BRIEFLY)
+    except scheduler.Unknown as error:  # the rest is known without it
+        known = error.jobs
+        yield f"job      {error}"
+    except UserError as error:  # there is no SLURM here
         yield f"job      {error}"
     for found in known:
         reason = f"  ({found.reason})" if found.reason not in ("", "None") and not found.has_ended else ""
@@ -284,7 +279,7 @@ def _log(run_dir: Path) -> tuple[str, Path] | None:
 
 def logs(folder: Path, follow: bool, rank: int | None) -> None:
     """Print the newest job's output, or that of one of its ranks, and go on while it runs. Raises ``UserError``."""
-    runs = _runs(folder)
+    runs = history.runs(folder)
     if len(runs) > 1:
         raise UserError(f"{folder}: holds {len(runs)} runs; give one of them, as {runs[0]}")
     found = _log(runs[0])
@@ -303,11 +298,19 @@ def logs(folder: Path, follow: bool, rank: int | None) -> None:
 
 
 def _follow(path: Path, id: str | None) -> None:
-    """Print ``path``, and what is added to it while job ``id`` runs. Raises ``UserError``."""
+    """Print ``path``, and what is added to it while job ``id`` runs, as far as SLURM tells. Raises ``UserError``."""
     files.check_real_folder(path.parent)
-    at, found = 0, False
+    at, found, silent = 0, False, False
     while True:
-        ended = id is None or all(known.has_ended for known in scheduler.jobs([id]))
+        try:
+            ended = id is None or all(known.has_ended for known in scheduler.jobs([id], patience=0))
+            if silent:
+                print("liftdist: SLURM answers again", file=sys.stderr)
+            silent = False
+        except scheduler.Unknown as error:
+            if not silent:
+                print(f"liftdist: {error}; following the log all the same, Ctrl-C ends it", file=sys.stderr)
+            ended, silent = False, True
         added = b""
         try:
             with files.open_to_read(path) as file:
@@ -328,34 +331,3 @@ def _follow(path: Path, id: str | None) -> None:
                 raise UserError(f"{path}: the job has written nothing yet")
             return
         time.sleep(_POLL)
-
-
-def cancel(folder: Path, now: bool) -> None:
-    """Have running jobs save and end, and take waiting ones out of the queue. Raises ``UserError``."""
-    nothing = True
-    for run_dir in _runs(folder):
-        for found in reversed(scheduler.jobs(_ids(run_dir))):  # those that wait for others first
-            if found.has_ended:
-                continue
-            nothing = False
-            if found.state == "RUNNING" and not now:
-                _request_stop(run_dir)
-                print(f"job {found.id} saves and ends; --now ends it at once")
-            else:
-                _scancel(found)
-    if nothing:
-        print("nothing is queued or running")
-
-
-def _request_stop(run_dir: Path) -> None:
-    try:
-        files.write(run_dir / layout.STOP_REQUESTED, "")
-    except OSError as error:
-        raise UserError(files.reason(error)) from None
-
-
-def _scancel(found: Job) -> None:
-    done = scheduler.run(["scancel", found.id])
-    if done.returncode:
-        raise UserError(f"scancel {found.id}: {done.stderr.strip()}")
-    print(f"job {found.id} is cancelled")
