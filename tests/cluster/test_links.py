@@ -11,7 +11,7 @@ import pytest
 from commands import ROOT, call, run_command, write_job_config
 
 from liftdist import failures
-from liftdist.cluster import health, history, job, launcher, submit
+from liftdist.cluster import cancel, health, history, job, launcher
 from liftdist.errors import UserError
 
 LINK = "is a symbolic link; symbolic links inside a run directory are not followed"
@@ -269,18 +269,18 @@ def test_a_run_elsewhere_is_no_task_of_an_array(run_dir, tmp_path):
         submitted(tmp_path / name)
     (tmp_path / "0-x").rename(run_dir / "0-x")
     (run_dir / "1-y").symlink_to(tmp_path / "other")
-    assert submit._runs(run_dir) == [run_dir / "0-x"]
+    assert history.runs(run_dir) == [run_dir / "0-x"]
 
 
 def test_a_request_to_stop_is_a_file_of_the_run(run_dir, canary, nothing):
     for target in (canary, nothing):
         (run_dir / "stop-requested").unlink(missing_ok=True)
         (run_dir / "stop-requested").symlink_to(target)
-        submit._request_stop(run_dir)
+        cancel.request_stop(run_dir)
         assert (run_dir / "stop-requested").lstat().st_size == 0
         assert not (run_dir / "stop-requested").is_symlink()
     with pytest.raises(UserError, match="No such file or directory"):
-        submit._request_stop(run_dir / "gone")
+        cancel.request_stop(run_dir / "gone")
 
 
 def test_what_an_array_is_submitted_with_is_kept_in_a_folder_of_its_own(cluster, config, run_dir, tmp_path):

@@ -57,6 +57,6 @@ def test_who_is_asked_when_squeue_has_forgotten(cluster, tmp_path):
     queued = ["sbatch", "--parsable", "--hold", "--output=/dev/null", "--wrap=true", "--job-name=x JobState=COMPLETED"]
     id = subprocess.run(queued, capture_output=True, text=True, check=True).stdout.strip()
     assert [(known.id, known.state) for known in scheduler.jobs([id, "999999", f"{id}_7"])] == [(id, "PENDING")]
-    assert [(known.id, known.state) for known in scheduler._scontrol(id)[1]] == [(id, "PENDING")]
-    assert scheduler._sacct(id)[1] == []
+    assert [(known.id, known.state) for known in scheduler._scontrol([id], 0)] == [(id, "PENDING")]
+    assert scheduler._sacct([id], 0) == []
     subprocess.run(["scancel", id], check=True)
