@@ -196,7 +196,7 @@ def test_without_sacct_there_is_no_error(queued, tmp_path, monkeypatch):
 def test_status_shows_what_is_known_without_slurm(queued, tmp_path, faulty, impatient, monkeypatch):
     monkeypatch.setattr("liftdist.cluster.submit._BRIEFLY", 0.1)
     for command in ("squeue", "scontrol", "sacct"):
-        faulty(command, failing(TEMPORARY[0]), times=99)
+        faulty(command, failing(TEMPORARY[0]), times=99999)
     start = dict(job=queued, start="0.0", family=queued, step=3, nodes=["node1"], log=None)
     history.note(tmp_path / "run", "start", **start)
     code, said = call("status", tmp_path / "run")
@@ -282,7 +282,7 @@ def test_a_job_is_submitted_once(case, config, tmp_path, faulty, impatient):
 
 def test_where_slurm_stays_away_it_is_said_what_may_be_queued(config, tmp_path, faulty, impatient):
     faulty("sbatch", f'[[ " $* " == *" --test-only "* ]] || {{ {DONE_ALL_THE_SAME}\n}}', times=99)
-    faulty("squeue", failing(TEMPORARY[1]), times=99)
+    faulty("squeue", failing(TEMPORARY[1]), times=99999)
     code, said = call("submit", config, f"run_dir={tmp_path}/away")
     assert code == 2
     mark = re.search(r"its command has (submitted-\S+)\)", said)[1]
@@ -349,7 +349,7 @@ def test_cancel_goes_on_where_slurm_does_not_answer(now, command, code, cluster,
 
 def test_without_slurm_the_run_is_asked_to_stop_all_the_same(queued, tmp_path, faulty, impatient, monkeypatch):
     monkeypatch.setattr(cancel, "_SILENCE", 0.2)
-    faulty("squeue", failing(TEMPORARY[0]), times=999)
+    faulty("squeue", failing(TEMPORARY[0]), times=99999)
     code, said = call("cancel", tmp_path / "run")
     assert code == 2
     assert "liftdist: SLURM does not answer; the run is asked to save and end meanwhile\n" in said
