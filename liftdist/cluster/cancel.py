@@ -104,7 +104,7 @@ class _Cancelling:
             self.seen = True
             if found.state == "RUNNING" and not self._now and found.id not in self._cancelled:
                 if found.id not in self._saving:
-                    self._saving[found.id] = time.monotonic() + self._request(found)
+                    self._request(found)
                 if time.monotonic() < self._saving[found.id]:
                     continue
                 print(f"job {found.id} has not ended in that time")
@@ -136,8 +136,8 @@ class _Cancelling:
             del self._saving[id]
             print(f"job {id} has ended", flush=True)
 
-    def _request(self, found: Job) -> float:
-        """Have a running job save and end; the seconds that it has for that."""
+    def _request(self, found: Job) -> None:
+        """Have a running job save and end."""
         run_dir = self._run_dirs.get(found.id) or self._run_dirs[found.id.partition("_")[0]]
         lead = _time_to_save(run_dir)
         try:
@@ -148,8 +148,8 @@ class _Cancelling:
             if done.returncode:
                 print(f"liftdist: scancel --signal=USR2 {found.id}: {commands.reason(done)}", file=sys.stderr)
                 lead = 0
+        self._saving[found.id] = time.monotonic() + lead
         print(f"job {found.id} saves and ends, or is cancelled after {lead:.0f} s; --now ends it at once", flush=True)
-        return lead
 
     def _request_blindly(self) -> None:
         """Have whatever runs save and end. Where nothing runs, the request is void: the next start is younger."""
