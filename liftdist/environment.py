@@ -96,6 +96,7 @@ STATUS_FILE = Variable("LIFTDIST_STATUS_FILE", Path, LAUNCHER, "where a rank lea
 AGENT = Variable("LIFTDIST_AGENT", int, LAUNCHER, "process of torchrun, which no rank outlives")
 FAILURES = Variable("LIFTDIST_FAILURES", Path, LAUNCHER, "folder for records of ranks that failed")
 LOGS = Variable("LIFTDIST_LOGS", Path, SCRIPT, "folder for the output of ranks and the reports of nodes")
+START = Variable("LIFTDIST_START", str, SUBMIT, "the file by which a job runs the code that it was submitted with")
 LEAD = Variable("LIFTDIST_LEAD", float, SUBMIT, "seconds from SLURM's warning to the time limit")
 TRY = Variable("LIFTDIST_TRY", int, SCRIPT, "times that the batch script has restarted the ranks")
 NODES = Variable("LIFTDIST_NODES", _words, SCRIPT, "names of the job's nodes")

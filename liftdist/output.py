@@ -55,6 +55,12 @@ def lost() -> OSError | None:
     return None if error is None or error.errno == errno.EPIPE else error
 
 
+def reader_has_gone() -> bool:
+    """Whether nobody reads a patient ``sys.stdout`` any more."""
+    error = sys.stdout.error if isinstance(sys.stdout, Output) else None
+    return error is not None and error.errno == errno.EPIPE
+
+
 class Output(io.TextIOBase):
     """A text stream over a file descriptor."""
 

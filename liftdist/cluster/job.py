@@ -83,6 +83,15 @@ def sweep(given: Sequence[str]) -> list[list[str]]:
     return [list(point) for point in itertools.product(*axes)]
 
 
+def _options(arguments: Sequence[str]) -> list[str]:
+    """``slurm.options`` of the job that was submitted with ``arguments``, those of a container first."""
+    rest = list(arguments)
+    while rest and rest[0] in ("--pyxis", "--apptainer", "--mounts"):
+        del rest[:2]
+    config, _, _ = _load(of_task(rest, environment.SLURM_ARRAY_TASK_ID.get()))
+    return config.slurm.options
+
+
 def _load(arguments: Sequence[str]) -> tuple[Config, str, set[str]]:
     words, flags = split_arguments(arguments)
     if not words:
@@ -328,7 +337,8 @@ def main(given: Sequence[str] | None = None) -> None:
             answer = [verdict.action, str(verdict.code), _comment(verdict.message), ",".join(verdict.exclude)]
         else:
             exclude, script, *arguments = rest
-            answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, f"{environment.LEAD.need():.0f}")
+            lead = f"{environment.LEAD.need():.0f}"
+            answer = scheduler.again(sys.stdin.read(), exclude, script, arguments, lead, _options(arguments))
     except UserError as error:
         text = redact(str(error))
         print(f"liftdist: {text}", file=sys.stderr)

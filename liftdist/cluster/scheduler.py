@@ -100,11 +100,22 @@ def sbatch(
     return [*_SBATCH, "--requeue", *options, *slurm.options, str(script()), *container(slurm), *arguments]
 
 
-def again(scontrol_output: str, exclude: str, batch_script: str, arguments: Sequence[str], lead: str) -> list[str]:
+_ONCE = ("--begin", "--comment", "--dependency")  # options that are not for a job that continues another
+
+
+def again(
+    scontrol_output: str,
+    exclude: str,
+    batch_script: str,
+    arguments: Sequence[str],
+    lead: str,
+    further: Sequence[str] = (),
+) -> list[str]:
     """The command that submits a running job once more, where it may not be requeued.
 
     Args:
         scontrol_output: what ``scontrol show job`` prints about it.
+        further: ``slurm.options``.
     """
     options = _named(
         {
@@ -130,7 +141,8 @@ def again(scontrol_output: str, exclude: str, batch_script: str, arguments: Sequ
             "signal": f"B:USR1@{lead}",
         }
     )
-    return ["env", f"--unset={env.SLURM_RESTART_COUNT.name}", *_SBATCH, *options, batch_script, *arguments]
+    kept = [option for option in further if option.partition("=")[0] not in _ONCE]
+    return ["env", f"--unset={env.SLURM_RESTART_COUNT.name}", *_SBATCH, *options, *kept, batch_script, *arguments]
 
 
 _SBATCH = ("sbatch", "--parsable")

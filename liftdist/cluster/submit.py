@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from liftdist import config as configs
-from liftdist import environment, files, preflight, schema
+from liftdist import environment, files, output, preflight, schema, start
 from liftdist.cluster import commands, history, job, scheduler
 from liftdist.cluster.scheduler import Job
 from liftdist.errors import UserError
@@ -184,6 +184,7 @@ def _variables(config: Config) -> dict[str, str]:
     kept[environment.COMMAND.name] = json.dumps(["liftdist", *sys.argv[1:]])
     if config.slurm.container is None:
         kept[environment.PYTHON.name] = sys.executable
+        kept[environment.START.name] = start.__file__
     elif environment.CONTAINER_PYTHON.is_set():
         kept[environment.CONTAINER_PYTHON.name] = environment.CONTAINER_PYTHON.need()
     return kept
@@ -215,8 +216,8 @@ def _status(run_dir: Path) -> Iterator[str]:
         yield f"job      {found.id}  {found.state}{f'  {found.nodes}' if found.nodes else ''}{reason}"
     starts = [event for event in events if event["event"] == "start"]
     ends = {history.start_name(event): event for event in events if event["event"] == "end"}
-    for start in starts:
-        yield _start_line(start, ends.get(history.start_name(start)))
+    for event in starts:
+        yield _start_line(event, ends.get(history.start_name(event)))
     figures = _figures(run_dir)
     if "train/loss" in figures:
         of = f" of {steps}" if (steps := _steps(run_dir)) else ""
@@ -326,6 +327,8 @@ def _follow(path: Path, id: str | None) -> None:
         if added:
             sys.stdout.buffer.write(added)
             sys.stdout.flush()
+            if output.reader_has_gone():  # as `| head` does
+                return
         if ended:
             if not found:
                 raise UserError(f"{path}: the job has written nothing yet")

@@ -403,7 +403,7 @@ def test_a_run_whose_directory_is_gone_is_found_by_its_command(config, tmp_path,
 def test_an_interrupted_cancel_says_what_remains(cluster, tmp_path):
     id = queue(tmp_path, lead=600)
     running(id)
-    command = [sys.executable, "-m", "liftdist.cli", "cancel", str(tmp_path / "run")]
+    command = [sys.executable, "-m", "liftdist", "cancel", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert (
             process.stdout.readline()
@@ -453,7 +453,7 @@ def test_a_controller_that_is_stopped_and_one_that_is_killed(cluster, tmp_path):
     id = queue(tmp_path, script="for i in {1..600}; do echo $i; sleep 0.5; done")
     running(id)
     (tmp_path / "run" / f"slurm-{id}.out").write_text("training 1/2\n")
-    command = [sys.executable, "-u", "-m", "liftdist.cli", "logs", "-f", str(tmp_path / "run")]
+    command = [sys.executable, "-u", "-m", "liftdist", "logs", "-f", str(tmp_path / "run")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "training 1/2\n"
         pid = int(pid_file.read_text())

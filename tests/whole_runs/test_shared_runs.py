@@ -238,7 +238,7 @@ def test_a_live_run_of_another_user_is_not_taken_over(hidden, place):
         path.chmod(0o2775 if path.is_dir() else 0o664)
     hide = "mount -t proc -o hidepid=invisible proc /proc" if hidden else "true"
     words = ["train", folder / "config.yaml", f"cache_dir={place / str(BOB) / 'own'}"]
-    command = [sys.executable, "-m", "liftdist.cli", *words]
+    command = [sys.executable, "-m", "liftdist", *words]
     line = user_error(users.run_as(BOB, 0o002, place / str(BOB), *command, prepare=hide))
     assert f"in use by process {os.getpid()} on " in line
 
