@@ -122,7 +122,7 @@ def test_every_command_takes_the_revision(command, pinned, hub, offline, monkeyp
 @pytest.mark.parametrize("setting", ["model.revision", "data.revision"])
 @pytest.mark.parametrize("revision", ["v9", "0123abc", "c" * 40])
 def test_a_revision_that_the_cache_does_not_know_is_never_another_one(setting, revision, hub, offline):
-    said = liftdist("select", hub.config, "--prefetch", f"{setting}='{revision}'", code=2)
+    said = liftdist("select", hub.config, "--prefetch", f"{setting}={revision}", code=2)
     assert f"(revision {revision}): the hub cannot be reached (HF_HUB_OFFLINE" in said
 
 
