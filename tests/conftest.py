@@ -1,4 +1,5 @@
 import os
+import signal
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,10 @@ import torch
 from commands import ROOT
 
 torch.set_num_threads(1)
+
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # as ignored by `nohup` or `&`: commands would ignore them, too
+    if signal.getsignal(number) == signal.SIG_IGN:
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_addoption(parser):
