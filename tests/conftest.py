@@ -13,7 +13,11 @@ from commands import ROOT
 
 torch.set_num_threads(1)
 
-for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):  # as ignored by `nohup` or `&`: commands would ignore them, too
+for number in (
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGTERM,
+):  # as ignored by `nohup` or `&`: commands would ignore them, too
     if signal.getsignal(number) == signal.SIG_IGN:
         signal.signal(number, signal.SIG_DFL)
 

@@ -170,15 +170,16 @@ def launch(
     with contextlib.ExitStack() as stack:
         try:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="liftdist-")))
-            folder = logs or scratch  # for reports of nodes and records of ranks
-            report = folder / f"node-{where.node_rank:05d}.json"  # its time is this node's heartbeat
-            agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
+        except OSError as error:
+            raise UserError(f"no folder for temporary files: {files.reason(error)}; set TMPDIR") from None
+        folder = logs or scratch  # for reports of nodes and records of ranks
+        report = folder / f"node-{where.node_rank:05d}.json"  # its time is this node's heartbeat
+        agent_log = folder / f"node-{where.node_rank:05d}.torchrun.log"
+        try:
             files.write(report, json.dumps({"host": platform.node()}))
             log = stack.enter_context(files.open_to_append(agent_log))
         except OSError as error:
-            raise UserError(
-                f"{files.reason(error)}; TMPDIR and run_dir must name folders that can be written"
-            ) from None
+            raise UserError(files.reason(error)) from None
         log.reconfigure(line_buffering=True)
         status = scratch / "status"  # a folder that only this user can write to
         variables = _variables(nproc, where, folder, logs, typed) | {environment.STATUS_FILE.name: str(status)}
