@@ -1,0 +1,231 @@
+"""Where the replies stand in a rendered conversation, for any chat template.
+
+    <|im_start|>user\\nHi<|im_end|>\\n<|im_start|>assistant\\nHello<|im_end|>\\n<|im_start|>user\\n...
+                                                            |learned            |
+
+A reply begins after the prompt that the template writes for it (``add_generation_prompt``) and ends after the token by which the
+model stops. Both are found in the rendering of the *whole* conversation:
+
+- Messages between replies bound them: their positions come from a second rendering in which they carry marks, and which must equal
+  the first once the marks are removed.
+- The turn's end is found by the rendering of the conversation up to the reply, in which it is the last.
+- A template with ``{% generation %}`` blocks says where replies are by itself.
+
+Everything here is about text; :mod:`liftdist.data.chat` makes tokens of it. Must not know tokenizers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Message = Mapping[str, Any]
+Render = Callable[[Sequence[Message], bool], str]  # messages, whether the prompt for a reply follows
+
+_MARK = "qX7z{}Zq"  # letters and digits, which no template escapes, and in no conversation
+_PROBE = {"role": "user", "content": "x"}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One reply in the rendered text: it is learned from ``begin`` to ``end``."""
+
+    message: int  # its number in the conversation
+    begin: int
+    end: int
+    stop: str = ""  # text to add after ``end``, where the conversation ends without a token by which the model stops
+
+
+def find(messages: Sequence[Message], render: Render, special: re.Pattern[str], stops: Sequence[str]) -> list[Reply]:
+    """The replies, in order.
+
+    Args:
+        special: matches every special token of the tokenizer.
+        stops: tokens by which generation stops, the tokenizer's end of sequence first.
+
+    Raises:
+        ValueError: the template drops or changes a message, or a reply cannot be told from the rest.
+    """
+    whole = render(messages, False)
+    bounds = _positions(messages, render, whole)
+    found, reached = [], 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            reached = max(reached, bounds[number][1]) if number in bounds else reached
+            continue
+        later = [bounds[n][0] for n in range(number + 1, len(messages)) if n in bounds and bounds[n][0] >= reached]
+        limit = min(later, default=len(whole))
+        reply = _reply(number, messages, render, whole[reached:limit], special, stops, last=limit == len(whole))
+        found.append(Reply(number, reached + reply.begin, reached + reply.end, reply.stop))
+        _check_complete(number, message, whole[reached + reply.begin : reached + reply.end])
+        reached += reply.end
+    return found
+
+
+def _positions(messages: Sequence[Message], render: Render, whole: str) -> dict[int, tuple[int, int]]:
+    """Begin and end of the text of every message that is no reply, or follows a reply as another one."""
+    marked = list(messages)
+    for number, message in enumerate(messages):
+        text = message.get("content")
+        if isinstance(text, str) and text.strip() and (message["role"] != "assistant" or _follows_reply(messages, number)):
+            middle = _middle(text)
+            marked[number] = {**message, "content": text[:middle] + _MARK.format(number) + text[middle:]}
+    rendered = render(marked, False)
+    pattern = _MARK.format(r"(\d+)")
+    pieces = re.split(pattern, rendered)
+    if "".join(pieces[::2]) != whole:
+        raise ValueError("the chat template changes messages depending on their text; use another data.chat_template")
+    found: dict[int, tuple[int, int]] = {}
+    position = 0
+    for piece, number in zip(pieces[::2], [*map(int, pieces[1::2]), -1], strict=True):
+        position += len(piece)
+        if number < 0:
+            continue
+        text = str(messages[number]["content"])
+        middle = _middle(text)
+        before, after = text[:middle].lstrip(), text[middle:].rstrip()
+        begin = position - len(before) if whole.endswith(before, 0, position) else position
+        end = position + len(after) if whole.startswith(after, position) else position
+        found.setdefault(number, (begin, end))
+    for number, message in enumerate(messages):
+        if marked[number] is not message and number not in found:
+            raise ValueError(f"the chat template drops message {number + 1}, of role {message['role']!r}")
+    return found
+
+
+def _follows_reply(messages: Sequence[Message], number: int) -> bool:
+    return number > 0 and messages[number - 1]["role"] == "assistant"
+
+
+def _middle(text: str) -> int:
+    """A position within the text, not at its edges, where templates strip and compare."""
+    begin = len(text) - len(text.lstrip())
+    return begin + (len(text.strip()) + 1) // 2
+
+
+def _reply(
+    number: int,
+    messages: Sequence[Message],
+    render: Render,
+    between: str,
+    special: re.Pattern[str],
+    stops: Sequence[str],
+    last: bool,
+) -> Reply:
+    """The reply in the text between the messages before and after it."""
+    before, newest = render(messages[:number], True), render(messages[: number + 1], False)
+    prompt = before[_common(before, render(messages[:number], False)) :]
+    begin, header = _after_header(between, prompt, special)
+    turn = newest[newest.rfind(header) + len(header) if header else _common(newest, before) :]
+    end = begin + _end_of_turn(between[begin:], turn, special)
+    learned = between[begin:end]
+    tail = special.split(learned)[-1] if special.search(learned) else learned
+    if not tail.strip() and special.search(learned):
+        return Reply(number, begin, end)
+    # the template ends no turn: the model stops by the token that begins the next one
+    following = special.match(between[end:].lstrip())
+    if not last:
+        if following is not None and following[0] in stops:
+            return Reply(number, begin, end + between[end:].index(following[0]) + len(following[0]))
+    else:
+        beginning = special.search(render([*messages, _PROBE], False), len(render(messages, False).rstrip()))
+        if beginning is not None and beginning[0] in stops:
+            return Reply(number, begin, end, beginning[0])
+    raise ValueError(
+        "the chat template writes no token after a reply by which the model would stop; use another data.chat_template"
+    )
+
+
+def _common(first: str, second: str) -> int:
+    """Length of the common beginning."""
+    size = min(len(first), len(second))
+    if first[:size] == second[:size]:
+        return size
+    low, high = 0, size
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if first[:middle] == second[:middle] else (low, middle - 1)
+    return low
+
+
+def _after_header(between: str, prompt: str, special: re.Pattern[str]) -> tuple[int, str]:
+    """Where the prompt for a reply ends, and the part of it that is there: in history it may lack its end, such as `<think>`."""
+    cuts = {match.end() for match in re.finditer(r"\s+", prompt)} | {match.end() for match in special.finditer(prompt)}
+    for cut in sorted(cuts | {len(prompt)}, reverse=True):
+        header = prompt[:cut]
+        if header.strip() and (place := between.find(header)) >= 0:
+            return place + cut, header
+    if not prompt.strip():  # the template writes none: the reply follows the end of the message before
+        return 0, ""
+    raise ValueError(
+        "the chat template does not write its own prompt for a reply before a reply; use another data.chat_template"
+    )
+
+
+def _end_of_turn(rest: str, turn: str, special: re.Pattern[str]) -> int:
+    """Length of the reply at the beginning of ``rest``; ``turn`` is the same reply, and its end, as the newest message."""
+    if rest.startswith(turn):
+        return len(turn)
+    # the newest turn ends by more than an earlier one does
+    shared = _common(rest, turn)
+    while shared > 0 and not _at_token_border(rest, shared, special):
+        shared -= 1
+    if shared and not special.sub("", turn[shared:]).strip() and special.search(turn, shared):
+        return shared
+    # an earlier turn is another text than the newest: without its reasoning
+    low, high = 0, len(turn)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if turn[len(turn) - middle :] in rest else (low, middle - 1)
+    suffix = turn[len(turn) - low :]
+    if special.sub("", suffix).strip():
+        return rest.rindex(suffix) + low
+    raise ValueError("the end of a reply cannot be found in the rendering of the chat template; use another data.chat_template")
+
+
+def _at_token_border(text: str, place: int, special: re.Pattern[str]) -> bool:
+    return not any(match.start() < place < match.end() for match in special.finditer(text, max(0, place - 64), place + 64))
+
+
+def _check_complete(number: int, message: Message, learned: str) -> None:
+    """Raises :class:`Changed` unless all that the user gave of a reply is in the learned text."""
+    for key, text in given_texts(message):
+        if not _contains(learned, text):
+            raise Changed(f"the chat template drops {key} of message {number + 1}, or a part of it")
+
+
+class Changed(ValueError):
+    """A part of a reply is not in the rendering of the whole conversation."""
+
+
+def given_texts(message: Message) -> list[tuple[str, str]]:
+    """The texts of a reply that must be learned, each with the name of its key."""
+    found = [
+        (key, message[key])
+        for key in ("content", "reasoning_content", "thinking", "reasoning")
+        if isinstance(message.get(key), str)
+    ]
+    for call in message.get("tool_calls") or ():
+        found += [("tool_calls", text) for text in _texts(call.get("function", call), ("name", "arguments"))]
+    return found
+
+
+def _texts(value: Any, keys: Sequence[str] = ()) -> list[str]:
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, Mapping):
+        return [text for key, inner in value.items() if not keys or key in keys for text in _texts(inner)]
+    if isinstance(value, list | tuple):
+        return [text for inner in value for text in _texts(inner)]
+    return []
+
+
+def _contains(rendered: str, text: str) -> bool:
+    """Whether each line of a text stands in the rendering, as it is or as JSON writes it; blanks do not count."""
+    import json
+
+    squeezed = re.sub(r"\s+", "", rendered)
+    parts = (re.sub(r"\s+", "", part) for part in re.split(r"</?think(?:ing)?>", text))
+    return all(part in squeezed or json.dumps(part)[1:-1] in squeezed or json.dumps(part, ensure_ascii=False)[1:-1] in squeezed for part in parts)
