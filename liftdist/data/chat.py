@@ -1,58 +1,162 @@
-"""Tokens of one sample and its loss mask."""
+"""Tokens of one record and which of them are learned.
+
+    Text           the pieces joined, encoded as one text: a token is learned if it holds a character that is
+    Conversation   rendered by the chat template; its replies are found by :mod:`liftdist.data.replies`
+
+The text is encoded as a whole, so that what is learned, read back, is the reply to the character: no blank that a tokenizer puts at
+the beginning of a text, and where the reply's first character merges with the prompt's last, that token is learned.
+"""
 
 from __future__ import annotations
 
+import functools
+import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from jinja2 import TemplateError
+from liftdist.data import replies
+from liftdist.data.content import Content, Conversation, Text
+from liftdist.data.replies import Message
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+ALL, LAST = "all", "last"  # which replies of a conversation are learned
+AUTO, WHOLE, SPLIT = "auto", "whole", "split"  # samples of a conversation: one, or one for each reply
 
-def encode(content: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    """Token ids of one sample and its loss mask: True for responses and the end of sequence, False for prompts.
+Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learned
+
+_GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
+_DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
+
+
+class Encoder:
+    """Encodes records for one tokenizer.
 
     Args:
-        content: ``(prompt, response)``, or chat messages.
-
-    Raises:
-        ValueError: the tokenizer has no chat template or end-of-sequence token, or the template rewrites earlier turns.
+        template: of conversations; the tokenizer's own if None.
+        arguments: of the template, besides those of a record.
+        stops: tokens by which generation stops, besides the end of sequence.
+        date: that the template is to write, instead of today's.
+        learn: ``ALL`` or ``LAST``.
+        turns: ``WHOLE``: a conversation is one sample; ``SPLIT``: each reply is one, as it was when it was asked for; ``AUTO``:
+            ``WHOLE`` where the template shows all of every reply, else ``SPLIT``.
     """
-    if isinstance(content, list):
-        return _encode_chat(content, tokenizer)
-    prompt, response = content
-    if tokenizer.eos_token_id is None:
-        raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
-    prompt_ids = tokenizer(prompt)["input_ids"]
-    if prompt_ids and prompt_ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
-        prompt_ids = prompt_ids[:-1]  # some tokenizers end every text with it
-    response_ids = [*tokenizer(response, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return prompt_ids + response_ids, [False] * len(prompt_ids) + [True] * len(response_ids)
 
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        stops: Sequence[str] = (),
+        date: Any = None,
+        learn: str = ALL,
+        turns: str = AUTO,
+    ) -> None:
+        self.tokenizer, self._arguments = tokenizer, dict(arguments or {})
+        own = tokenizer.chat_template
+        self.template = template or (own.get("default") if isinstance(own, dict) else own)
+        if self.template and date is not None:
+            self.template = _DATE.sub(lambda match: repr(date.strftime(match[2])), self.template)
+        self._learn, self._turns = learn, turns
+        eos = [str(tokenizer.eos_token)] if tokenizer.eos_token_id is not None else []
+        self._stops = list(dict.fromkeys([*eos, *stops]))
+        special = {str(token) for token in tokenizer.get_added_vocab()} | set(self._stops)
+        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)")
 
-def _encode_chat(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[bool]]:
-    if not tokenizer.chat_template:
-        raise ValueError("the tokenizer has no chat template; use prompt/completion records with it")
+    def __call__(self, content: Content) -> list[Encoded]:
+        """The samples of a record: one, or one for each reply.
 
-    def render(turns: list[dict[str, str]], open_reply: bool = False) -> str:
+        Raises:
+            ValueError: the tokenizer lacks a template or an end of sequence; the template refuses, drops or changes a message.
+        """
+        return [self._text(content)] if isinstance(content, Text) else self._conversation(content)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _text(self, content: Text) -> Encoded:
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end-of-sequence token; set eos_token in its tokenizer_config.json")
+        text, spans = "", []
+        for piece, is_learned in content.pieces:
+            if is_learned:
+                spans.append((len(text), len(text) + len(piece)))
+            text += piece
+        ids, learned = self._encode(text, spans)
+        bos, eos = self._bos, self.tokenizer.eos_token_id
+        if bos is not None and ids[:1] != [bos]:
+            ids, learned = [bos, *ids], [False, *learned]
+        if ids[-1:] != [eos]:  # once, whatever the text brings
+            ids, learned = [*ids, eos], [*learned, True]
+        learned[-1] = bool(content.pieces[-1][1])
+        return ids, learned
+
+    @functools.cached_property
+    def _bos(self) -> int | None:
+        """The token that the tokenizer puts before every text."""
+        bos = self.tokenizer.bos_token_id
+        return bos if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else None
+
+    def _encode(self, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        learned = [any(begin < b and a < end for begin, end in spans) and a < b for a, b in offsets]
+        return encoded["input_ids"], learned
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _conversation(self, content: Conversation) -> list[Encoded]:
+        if not self.template:
+            raise ValueError("the tokenizer has no chat template; give data.chat_template, or prompt/completion records")
+        wanted = [n for n, message in enumerate(content.messages) if message["role"] == "assistant"]
+        wanted = [n for n in wanted[-1 if self._learn == LAST else 0 :] if n not in content.masked]
+        if self._turns != SPLIT:
+            try:
+                return [self._sample(content, content.messages, wanted)]
+            except replies.Changed as error:
+                if self._turns == WHOLE:
+                    raise ValueError(f"{error}; data.turns=split makes a sample of each reply, or use another data.chat_template") from None
+        return [self._sample(content, content.messages[: number + 1], [number]) for number in wanted]
+
+    def _sample(self, content: Conversation, messages: Sequence[Message], wanted: Sequence[int]) -> Encoded:
+        def render(turns: Sequence[Message], open_reply: bool) -> str:
+            return self._render(content, turns, open_reply)[0]
+
+        found = replies.find(messages, render, self._special, self._stops, wanted)
+        text = render(messages, False)
+        if _GENERATION.search(self.template or ""):
+            spans = self._marked_by_template(content, messages, found)
+        else:
+            spans = [(reply.begin, reply.end) for reply in found]
+        stop = found[-1].stop if found else ""
+        if stop:
+            spans.append((len(text), len(text) + len(stop)))
+        return self._encode(text + stop, spans)
+
+    def _marked_by_template(
+        self, content: Conversation, messages: Sequence[Message], found: Sequence[replies.Reply]
+    ) -> list[tuple[int, int]]:
+        """The ``{% generation %}`` blocks that belong to the replies in ``found``."""
+        _, blocks = self._render(content, messages, False)
+        return [block for block in blocks if any(block[0] < reply.end and reply.begin < block[1] for reply in found)]
+
+    def _render(
+        self, content: Conversation, messages: Sequence[Message], open_reply: bool
+    ) -> tuple[str, list[tuple[int, int]]]:
+        from jinja2 import TemplateError
+        from transformers.utils.chat_template_utils import render_jinja_template
+
         try:
-            return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_reply))
+            texts, blocks = render_jinja_template(
+                [list(messages)],
+                tools=content.tools,
+                chat_template=self.template,
+                return_assistant_tokens_mask=_GENERATION.search(self.template or "") is not None,
+                add_generation_prompt=open_reply,
+                **{**self.tokenizer.special_tokens_map, **self._arguments, **content.arguments},
+            )
         except TemplateError as error:  # templates reject unknown roles and orders
             raise ValueError(f"the chat template refuses this conversation: {error}") from None
-
-    whole = render(messages)
-    spans = []  # [begin, end) of every reply in the rendered text, with the token that ends the turn
-    for turn, message in enumerate(messages):
-        if message["role"] == "assistant" and turn > 0:  # a first turn of the assistant answers no prompt
-            prefix, upto = render(messages[:turn], True), render(messages[: turn + 1])
-            if whole.startswith(upto) and upto.startswith(prefix):
-                spans.append((len(prefix), len(upto)))
-            elif turn == len(messages) - 1:
-                raise ValueError(
-                    "the chat template does not render the reply after its own generation prompt; "
-                    "use another template or prompt/completion records"
-                )
-    encoded = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
-    learned = [any(begin <= a and b <= end and a < b for begin, end in spans) for a, b in encoded["offset_mapping"]]
-    return encoded["input_ids"], learned
+        except Exception as error:  # and run into errors of any kind
+            raise ValueError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
+        return str(texts[0]), [tuple(block) for block in blocks[0]] if blocks else []

@@ -38,15 +38,19 @@ class Reply:
     stop: str = ""  # text to add after ``end``, where the conversation ends without a token by which the model stops
 
 
-def find(messages: Sequence[Message], render: Render, special: re.Pattern[str], stops: Sequence[str]) -> list[Reply]:
+def find(
+    messages: Sequence[Message], render: Render, special: re.Pattern[str], stops: Sequence[str], wanted: Sequence[int]
+) -> list[Reply]:
     """The replies, in order.
 
     Args:
+        wanted: numbers of the messages that are replies to learn.
         special: matches every special token of the tokenizer.
         stops: tokens by which generation stops, the tokenizer's end of sequence first.
 
     Raises:
-        ValueError: the template drops or changes a message, or a reply cannot be told from the rest.
+        Changed: a reply that is to be learned is not all there; it may be when it is the newest message.
+        ValueError: the template drops or changes another message, or a reply cannot be told from the rest.
     """
     whole = render(messages, False)
     bounds = _positions(messages, render, whole)
@@ -58,8 +62,9 @@ def find(messages: Sequence[Message], render: Render, special: re.Pattern[str], 
         later = [bounds[n][0] for n in range(number + 1, len(messages)) if n in bounds and bounds[n][0] >= reached]
         limit = min(later, default=len(whole))
         reply = _reply(number, messages, render, whole[reached:limit], special, stops, last=limit == len(whole))
-        found.append(Reply(number, reached + reply.begin, reached + reply.end, reply.stop))
-        _check_complete(number, message, whole[reached + reply.begin : reached + reply.end])
+        if number in wanted:
+            found.append(Reply(number, reached + reply.begin, reached + reply.end, reply.stop))
+            _check_complete(number, message, whole[reached + reply.begin : reached + reply.end])
         reached += reply.end
     return found
 
