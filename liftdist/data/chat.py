@@ -10,6 +10,7 @@ the beginning of a text, and where the reply's first character merges with the p
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from liftdist.data import replies
 from liftdist.data.content import Content, Conversation, Text
 from liftdist.data.replies import Message
+from liftdist.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -53,6 +55,11 @@ class Encoder:
         learn: str = ALL,
         turns: str = AUTO,
     ) -> None:
+        if not tokenizer.is_fast:
+            raise UserError(
+                f"model.path: {type(tokenizer).__name__} is a slow tokenizer, which does not say where its tokens stand in the "
+                "text; save it as a fast one (tokenizer.json)"
+            )
         self.tokenizer, self._arguments = tokenizer, dict(arguments or {})
         own = tokenizer.chat_template
         self.template = template or (own.get("default") if isinstance(own, dict) else own)
@@ -63,6 +70,14 @@ class Encoder:
         self._stops = list(dict.fromkeys([*eos, *stops]))
         special = {str(token) for token in tokenizer.get_added_vocab()} | set(self._stops)
         self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)")
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of everything that decides tokens, besides the records."""
+        tokenizer = self.tokenizer
+        parts = [tokenizer.backend_tokenizer.to_str(), self.template, self._arguments, self._stops, self._learn, self._turns]
+        parts += [tokenizer.special_tokens_map, tokenizer.bos_token_id, tokenizer.eos_token_id]
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def __call__(self, content: Content) -> list[Encoded]:
         """The samples of a record: one, or one for each reply.

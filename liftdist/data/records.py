@@ -1,13 +1,14 @@
-"""Parsing of records: fields, chat turns, and detection of the format.
+"""Parsing of records: fields, and detection of the format.
 
-record -> format (liftdist/data/formats) -> chat messages, or (prompt, response)
+record -> format (liftdist/data/formats) -> content (liftdist/data/content.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
+from liftdist.data.content import Content
 from liftdist.data.sources import Record, Source, is_local, locations, open_source
 from liftdist.errors import UserError
 from liftdist.registry import FORMATS
@@ -26,34 +27,6 @@ def text(record: Record, key: str) -> str:
     return record[key]
 
 
-def chat(record: Record, key: str, role: str, content: str, roles: Mapping[str, str]) -> list[dict[str, str]]:
-    """Messages with ``role`` and ``content`` from the turns in field ``key``.
-
-    Args:
-        role, content: the fields of a turn.
-        roles: the accepted values of ``role``, each with its name in the chat template.
-
-    Raises:
-        ValueError: the turns are malformed, or none is the assistant's.
-    """
-    turns = record.get(key)
-    if not isinstance(turns, list) or not turns:
-        raise ValueError(
-            f"{key!r} must be a list of turns, got {type(turns).__name__ if turns is None or turns else 'an empty list'}"
-        )
-    messages = []
-    for turn in turns:
-        if not isinstance(turn, Mapping):
-            raise ValueError(f"a turn of {key!r} must be an object, got {type(turn).__name__}")
-        who = text(turn, role)
-        if who not in roles:
-            raise ValueError(f"{role!r} must be one of {', '.join(roles)}, got {who!r}")
-        messages.append({"role": roles[who], "content": text(turn, content)})
-    if not any(message["role"] == "assistant" for message in messages):
-        raise ValueError(f"{key!r} has no assistant turn, so there is nothing to train on")
-    return messages
-
-
 def detect_format(record: Record) -> str:
     """The format whose fields the record has. Raises ``ValueError`` if there is none."""
     known = {name: FORMATS.load(name).FIELDS for name in FORMATS}
@@ -66,12 +39,12 @@ def detect_format(record: Record) -> str:
     raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {expected})")
 
 
-def reader(source: Source, format: str) -> Callable[[Record], Any]:
+def reader(source: Source, format: str) -> Callable[[Record], Content]:
     """The function that reads a record of ``source``; ``auto`` detects the format from the first record."""
     if format == "auto":
         where, first = next(source.read(0, 1))
         format = str(at(where, detect_format, first))
-    read: Callable[[Record], Any] = FORMATS.load(format).read
+    read: Callable[[Record], Content] = FORMATS.load(format).read
     return read
 
 

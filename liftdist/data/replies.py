@@ -61,11 +61,11 @@ def find(
             continue
         later = [bounds[n][0] for n in range(number + 1, len(messages)) if n in bounds and bounds[n][0] >= reached]
         limit = min(later, default=len(whole))
-        reply = _reply(number, messages, render, whole[reached:limit], special, stops, last=limit == len(whole))
+        reply = _reply(number, messages, render, whole, reached, limit, special, stops)
         if number in wanted:
-            found.append(Reply(number, reached + reply.begin, reached + reply.end, reply.stop))
-            _check_complete(number, message, whole[reached + reply.begin : reached + reply.end])
-        reached += reply.end
+            found.append(reply)
+            _check_complete(number, message, whole[reply.begin : reply.end])
+        reached = reply.end
     return found
 
 
@@ -114,30 +114,31 @@ def _reply(
     number: int,
     messages: Sequence[Message],
     render: Render,
-    between: str,
+    whole: str,
+    reached: int,
+    limit: int,
     special: re.Pattern[str],
     stops: Sequence[str],
-    last: bool,
 ) -> Reply:
-    """The reply in the text between the messages before and after it."""
+    """The reply in the text between the messages before and after it, ``whole[reached:limit]``."""
     before, newest = render(messages[:number], True), render(messages[: number + 1], False)
-    prompt = before[_common(before, render(messages[:number], False)) :]
-    begin, header = _after_header(between, prompt, special)
-    turn = newest[newest.rfind(header) + len(header) if header else _common(newest, before) :]
-    end = begin + _end_of_turn(between[begin:], turn, special)
-    learned = between[begin:end]
-    tail = special.split(learned)[-1] if special.search(learned) else learned
-    if not tail.strip() and special.search(learned):
+    if whole.startswith(before) and newest.startswith(before):
+        begin, turn = len(before), newest[len(before) :]
+    else:  # an earlier turn is another text than the newest
+        prompt = before[_common(before, render(messages[:number], False)) :]
+        begin, header = _after_header(whole, reached, limit, prompt, special)
+        turn = newest[newest.rfind(header) + len(header) :]
+    end = begin + _end_of_turn(whole[begin:limit], turn, special)
+    if not special.sub("\0", whole[begin:end]).rpartition("\0")[2].strip() and special.search(whole, begin, end):
         return Reply(number, begin, end)
     # the template ends no turn: the model stops by the token that begins the next one
-    following = special.match(between[end:].lstrip())
-    if not last:
-        if following is not None and following[0] in stops:
-            return Reply(number, begin, end + between[end:].index(following[0]) + len(following[0]))
+    if limit < len(whole):
+        if (following := special.search(whole, end, limit)) is not None and following[0] in stops:
+            return Reply(number, begin, following.end())
     else:
-        beginning = special.search(render([*messages, _PROBE], False), len(render(messages, False).rstrip()))
-        if beginning is not None and beginning[0] in stops:
-            return Reply(number, begin, end, beginning[0])
+        following = special.search(render([*messages, _PROBE], False), len(whole.rstrip()))
+        if following is not None and following[0] in stops:
+            return Reply(number, begin, end, following[0])
     raise ValueError(
         "the chat template writes no token after a reply by which the model would stop; use another data.chat_template"
     )
@@ -155,15 +156,13 @@ def _common(first: str, second: str) -> int:
     return low
 
 
-def _after_header(between: str, prompt: str, special: re.Pattern[str]) -> tuple[int, str]:
+def _after_header(whole: str, reached: int, limit: int, prompt: str, special: re.Pattern[str]) -> tuple[int, str]:
     """Where the prompt for a reply ends, and the part of it that is there: in history it may lack its end, such as `<think>`."""
     cuts = {match.end() for match in re.finditer(r"\s+", prompt)} | {match.end() for match in special.finditer(prompt)}
     for cut in sorted(cuts | {len(prompt)}, reverse=True):
         header = prompt[:cut]
-        if header.strip() and (place := between.find(header)) >= 0:
+        if header.strip() and (place := whole.find(header, reached, limit)) >= 0:
             return place + cut, header
-    if not prompt.strip():  # the template writes none: the reply follows the end of the message before
-        return 0, ""
     raise ValueError(
         "the chat template does not write its own prompt for a reply before a reply; use another data.chat_template"
     )

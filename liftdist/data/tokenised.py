@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,19 +20,50 @@ import numpy as np
 
 from liftdist import files
 from liftdist.data import records, sources
+from liftdist.data.chat import Encoder
 from liftdist.errors import UserError
 from liftdist.schema import DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
-from liftdist.data.chat import encode
 
 IGNORED = -100  # label of a token that does not count towards the loss
 #: Settings that do not affect tokens; all others are part of the cache key.
 NOT_IN_TOKENS = ("path", "revision", "eval_path", "eval_revision", "subset", "split", "eval_split", "packing")
-FORMAT = 2  # version of the layout of parts
+FORMAT = 3  # version of the layout of parts
 PART_RECORDS = 2048  # records per part
+FIRST_PLACES = 3  # that are named of what was left out
+
+# what becomes of records besides being samples; all but the first two leave them out
+TRUNCATED = "truncated to data.max_length"
+SPLIT = "split into a sample for each reply"
+TOO_LONG = "left out: longer than data.max_length"
+CUT_OFF = "left out: nothing to learn within data.max_length"
+NOTHING = "left out: nothing to learn in them"
+
+
+@dataclass
+class Report:
+    """How many records met with what, and the places of the first of them."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, what: str, place: str) -> None:
+        self.counts[what] += 1
+        self.places.setdefault(what, [])
+        self.places[what] = [*self.places[what], place][:FIRST_PLACES]
+
+    def merge(self, counts: dict[str, int], places: dict[str, list[str]]) -> None:
+        self.counts.update(counts)
+        for what, found in places.items():
+            self.places[what] = [*self.places.get(what, []), *found][:FIRST_PLACES]
+
+    def lines(self) -> list[str]:
+        return [
+            f"{count} {what} ({', '.join(self.places[what])}{', ...' if count > FIRST_PLACES else ''})"
+            for what, count in self.counts.items()
+        ]
 
 
 @dataclass(frozen=True)
@@ -40,8 +72,7 @@ class Samples:
 
     table: Dataset  # columns: input_ids, labels
     lengths: np.ndarray  # [samples] int64, tokens of each
-    truncated: int  # samples cut to max_length
-    dropped: int  # samples left out: too long, or without a token to train on
+    report: Report
     digest: str  # of the records and all that determines samples: equal digests mean equal samples
     path: str
     places: Dataset  # column: place
@@ -57,7 +88,7 @@ class Samples:
 def tokenise(
     path: str,
     config: DataConfig,
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     vocabulary: int,
     cache_dir: Path,
     split: str = "train",
@@ -77,7 +108,7 @@ def tokenise(
     """
     source = sources.open_source(path, config.subset, split, revision)
     read = records.reader(source, config.format)
-    key = _key(source, config, tokenizer, vocabulary, cache_dir)
+    key = _key(source, config, encoder, vocabulary, cache_dir)
     folder = cache_dir.expanduser() / "tokens" / key
     starts = range(0, len(source), PART_RECORDS)
     parts = [folder / f"part-{number:06d}" for number in range(len(starts))]
@@ -87,85 +118,95 @@ def tokenise(
             progress(done, len(parts))
         if not parts[number].exists():
             part = source.read(starts[number], starts[number] + PART_RECORDS)
-            _write_part(parts[number], _encode_all(part, read, tokenizer, vocabulary, config))
-    samples = _load(parts, key, path)
+            _write_part(parts[number], *encode_all(part, read, encoder, vocabulary, config))
+    samples, report = _load(parts, key, path)
     if samples is None:
-        raise UserError(
-            f"data {path}: nothing to learn: in all {len(source)} samples no token of a response is left within "
-            f"data.max_length={config.max_length} (data.overlong={config.overlong}); raise data.max_length"
-        )
+        hint = "; raise data.max_length" if report.counts[TOO_LONG] + report.counts[CUT_OFF] else ""
+        raise UserError(f"data {path}: nothing to learn: of {len(source)} records {'; '.join(report.lines())}{hint}")
     return samples
 
 
 def _key(
-    source: sources.Source, config: DataConfig, tokenizer: PreTrainedTokenizerBase, vocabulary: int, cache_dir: Path
+    source: sources.Source, config: DataConfig, encoder: Encoder, vocabulary: int, cache_dir: Path
 ) -> str:
     """The cache key of the tokens: a digest of everything that determines them."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_TOKENS}
-    parts = [source.digest(cache_dir), settings, _tokenizer_digest(tokenizer), vocabulary, FORMAT]
+    parts = [source.digest(cache_dir), settings, encoder.digest, vocabulary, FORMAT]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _load(parts: Sequence[Path], key: str, path: str) -> Samples | None:
-    """The samples of all parts; None if there are none."""
+def _load(parts: Sequence[Path], key: str, path: str) -> tuple[Samples | None, Report]:
+    """The samples of all parts, None if there are none, and what became of the other records."""
     import datasets
 
-    counts = [json.loads((part / "counts.json").read_text()) for part in parts]
-    loaded = [datasets.load_from_disk(str(p)) for p, count in zip(parts, counts, strict=True) if count["kept"]]
+    report, loaded = Report(), []
+    for part in parts:
+        counts = json.loads((part / "counts.json").read_text())
+        report.merge(counts["counts"], counts["places"])
+        if counts["kept"]:
+            loaded.append(datasets.load_from_disk(str(part)))
     if not loaded:
-        return None
+        return None, report
     table = datasets.concatenate_datasets(loaded)
-    return Samples(
-        table.select_columns(["input_ids", "labels"]),
-        np.asarray(table.data.column("length").to_numpy(), dtype=np.int64),
-        sum(count["truncated"] for count in counts),
-        sum(count["dropped"] for count in counts),
-        key,
-        path,
-        table.select_columns(["place"]),
-    )
+    lengths = np.asarray(table.data.column("length").to_numpy(), dtype=np.int64)
+    tokens, places = table.select_columns(["input_ids", "labels"]), table.select_columns(["place"])
+    return Samples(tokens, lengths, report, key, path, places), report
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    text = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else repr(sorted(tokenizer.get_vocab().items()))
-    special = [tokenizer.chat_template, tokenizer.eos_token_id, tokenizer.bos_token_id]
-    return hashlib.sha256(f"{text}{special}".encode()).hexdigest()
+Row = dict[str, Any]  # input_ids, labels, length, place
 
 
-def _encode_all(
-    part: Iterator[tuple[str, sources.Record]],
+def encode_all(
+    part: Iterable[tuple[str, sources.Record]],
     read: Callable[[sources.Record], Any],
-    tokenizer: PreTrainedTokenizerBase,
+    encoder: Encoder,
     vocabulary: int,
     config: DataConfig,
-) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    rows, counts = [], {"kept": 0, "truncated": 0, "dropped": 0}
+) -> tuple[list[Row], Report]:
+    """The samples of some records. Raises ``UserError`` for a record that cannot be read."""
+    rows, report = [], Report()
     for where, record in part:
-        ids, learned = records.at(where, lambda r: encode(read(r), tokenizer), record)
-        if ids and max(ids) >= vocabulary:
-            raise UserError(
-                f"{where}: token id {max(ids)} is outside the model's {vocabulary} embeddings; "
-                "use the model's own tokenizer, or resize the embeddings"
-            )
-        overlong = len(ids) > config.max_length
-        ids, learned = ids[: config.max_length], learned[: config.max_length]
-        if overlong and config.overlong == "truncate":
-            counts["truncated"] += 1
-        if (overlong and config.overlong == "drop") or not any(learned[1:]):  # the first token is never predicted
-            counts["dropped"] += 1
-            continue
-        labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
-        counts["kept"] += 1
-        place = where.rpartition(":")[2]  # a line, or " record N"
-        rows.append({"input_ids": ids, "labels": labels, "length": len(ids), "place": place})
-    return rows, counts
+        samples = records.at(where, lambda r: encoder(read(r)), record)
+        place = where.rpartition(":")[2].strip()  # a line, or "record N"
+        if not samples:
+            report.add(NOTHING, place)
+        if len(samples) > 1:
+            report.add(SPLIT, place)
+        for ids, learned in samples:
+            if ids and max(ids) >= vocabulary:
+                raise UserError(
+                    f"{where}: token id {max(ids)} is outside the model's {vocabulary} embeddings; "
+                    "use the model's own tokenizer, or resize the embeddings"
+                )
+            kept = _kept(ids, learned, config, report, place)
+            if kept is not None:
+                rows.append({**kept, "place": place})
+    return rows, report
 
 
-def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]) -> None:
+def _kept(ids: list[int], learned: list[bool], config: DataConfig, report: Report, place: str) -> Row | None:
+    """A row for a sample, unless it is left out."""
+    overlong = len(ids) > config.max_length
+    if not any(learned[1:]):  # the first token is never predicted
+        report.add(NOTHING, place)
+        return None
+    if overlong and config.overlong == "drop":
+        report.add(TOO_LONG, place)
+        return None
+    ids, learned = ids[: config.max_length], learned[: config.max_length]
+    if not any(learned[1:]):
+        report.add(CUT_OFF, place)
+        return None
+    if overlong:
+        report.add(TRUNCATED, place)
+    labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
+    return {"input_ids": ids, "labels": labels, "length": len(ids)}
+
+
+def _write_part(part: Path, rows: Sequence[Row], report: Report) -> None:
     """Write one part. If several ranks write it, the first to finish publishes it: their contents are equal."""
     import datasets
 
-    rows, counts = encoded
     part.parent.mkdir(parents=True, exist_ok=True)
     features = datasets.Features(
         {
@@ -181,6 +222,7 @@ def _write_part(part: Path, encoded: tuple[list[dict[str, Any]], dict[str, int]]
         with files.new_folder(part) as folder:
             if rows:
                 datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
+            counts = {"kept": len(rows), "counts": report.counts, "places": report.places}
             (folder / "counts.json").write_text(json.dumps(counts))
     except OSError:
         if not part.exists():

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from liftdist import hub
 from liftdist.console import Console
 from liftdist.data import sources, tokenised
+from liftdist.data.chat import Encoder
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
@@ -15,7 +18,7 @@ from liftdist.models import build
 from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
 from liftdist.runs.stop import CancellationPoint
-from liftdist.schema import Config
+from liftdist.schema import Config, DataConfig
 
 
 @dataclass(frozen=True)
@@ -44,18 +47,14 @@ def prepare_inputs(
     tokenizer = build.load_tokenizer(folder, config.model)
     text_config = hf_config.get_text_config()
     vocabulary = text_config.vocab_size
-    if len(tokenizer) > vocabulary:
-        raise UserError(
-            f"model.path {folder}: the tokenizer has {len(tokenizer)} tokens, the model {vocabulary} embeddings; "
-            f"resize the model's embeddings or use its own tokenizer"
-        )
+    encoder = _encoder(config.data, tokenizer, folder)
 
     def samples_of(path: str, split: str, revision: str | None) -> tokenised.Samples:
         with console.progress("tokenising", "part") as progress:
             samples = tokenised.tokenise(
                 path,
                 config.data,
-                tokenizer,
+                encoder,
                 vocabulary,
                 Path(config.cache_dir),
                 split,
@@ -69,14 +68,28 @@ def prepare_inputs(
                 f"data.max_length={config.data.max_length}: {path} has a sample of {longest} tokens, "
                 f"the model's context is {context}; lower data.max_length"
             )
-        counts = {"truncated": samples.truncated, "dropped": samples.dropped}
-        note = "".join(f", {count} {what}" for what, count in counts.items() if count)
-        console.say(f"data {path}: {len(samples)} samples, {int(samples.lengths.sum())} tokens{note}")
+        learned = int(samples.learned.sum())
+        tokens = int(samples.lengths.sum())
+        console.say(f"data {path}: {len(samples)} samples, {tokens} tokens, {learned} of them learned")
+        for line in samples.report.lines():
+            console.say(f"data {path}: {line}")
         return samples
 
     data = config.data
     evaluation = samples_of(data.eval_path, data.eval_split, data.revision_of_eval_path) if data.eval_path else None
     return Inputs(folder, samples_of(data.path, data.split, data.revision), evaluation)
+
+
+def _encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Encoder:
+    """What makes tokens of records, for the model in ``folder``."""
+    stops = build.stop_ids(folder)
+    return Encoder(
+        tokenizer,
+        config.template_text(),
+        stops=[str(token) for token in tokenizer.convert_ids_to_tokens(stops)],
+        learn=config.learn,
+        turns=config.turns,
+    )
 
 
 def commits(config: Config, training: bool = True) -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from liftdist.data.content import Text
 from liftdist.data.records import text
 from liftdist.data.sources import Record
 
@@ -12,7 +13,7 @@ WORDING = (
 )
 
 
-def read(record: Record) -> tuple[str, str]:
+def read(record: Record) -> Text:
     instruction, input_text = text(record, "instruction"), record.get("input") or ""
     if not isinstance(input_text, str):
         raise ValueError(f"'input' must be text, got {type(input_text).__name__}")
@@ -21,4 +22,4 @@ def read(record: Record) -> tuple[str, str]:
         with_input=", paired with an input that provides further context" if input_text else "",
         input=f"### Input:\n{input_text}\n\n" if input_text else "",
     )
-    return prompt, text(record, "output")
+    return Text([(prompt, False), (text(record, "output"), True)])

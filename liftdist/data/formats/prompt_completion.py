@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from liftdist.data.content import Text
 from liftdist.data.records import text
 from liftdist.data.sources import Record
 
 FIELDS = ("prompt", "completion")
 
 
-def read(record: Record) -> tuple[str, str]:
-    return text(record, "prompt"), text(record, "completion")
+def read(record: Record) -> Text:
+    return Text([(text(record, "prompt"), False), (text(record, "completion"), True)])

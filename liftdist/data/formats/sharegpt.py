@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from liftdist.data.records import chat
+from liftdist.data.content import Conversation, conversation
 from liftdist.data.sources import Record
 
 FIELDS = ("conversations",)
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 
 
-def read(record: Record) -> list[dict[str, str]]:
-    return chat(record, "conversations", "from", "value", ROLES)
+def read(record: Record) -> Conversation:
+    return conversation(record, record.get("conversations"), "conversations")
