@@ -100,6 +100,16 @@ class DataConfig:
         "`auto` detects them in the first record",
         choices=("auto", *FORMATS),
     )
+    learn: str = setting("all", "which replies of a conversation are learned", choices=("all", "last"))
+    turns: str = setting(
+        "auto",
+        "samples of a conversation: `whole`, one, in which every reply is learned as it stands there; `split`, one for each "
+        "reply, as it was when it was asked for; `auto`, `split` only where the template drops a part of an earlier reply",
+        choices=("auto", "whole", "split"),
+    )
+    chat_template: str | None = setting(
+        None, "chat template in place of the tokenizer's: a file that ends in `.jinja`, or the text itself"
+    )
     max_length: int = setting(2048, "longest sequence, in tokens", at_least=2)
     overlong: str = setting(
         "truncate", "what to do with longer samples; their number is reported", choices=("truncate", "drop")

@@ -3,8 +3,8 @@
     Text           the pieces joined, encoded as one text: a token is learned if it holds a character that is
     Conversation   rendered by the chat template; its replies are found by :mod:`liftdist.data.replies`
 
-The text is encoded as a whole, so that what is learned, read back, is the reply to the character: no blank that a tokenizer puts at
-the beginning of a text, and where the reply's first character merges with the prompt's last, that token is learned.
+The text is encoded as a whole, so that what is learned, read back, is the reply to the character: no blank that a tokenizer puts
+at the beginning of a text, and where the reply's first character merges with the prompt's last, that token is learned.
 """
 
 from __future__ import annotations
@@ -69,13 +69,22 @@ class Encoder:
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token_id is not None else []
         self._stops = list(dict.fromkeys([*eos, *stops]))
         special = {str(token) for token in tokenizer.get_added_vocab()} | set(self._stops)
-        self._special = re.compile("|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)")
+        self._special = re.compile(
+            "|".join(re.escape(token) for token in sorted(special, key=len, reverse=True)) or r"(?!)"
+        )
 
     @functools.cached_property
     def digest(self) -> str:
         """Of everything that decides tokens, besides the records."""
         tokenizer = self.tokenizer
-        parts = [tokenizer.backend_tokenizer.to_str(), self.template, self._arguments, self._stops, self._learn, self._turns]
+        parts = [
+            tokenizer.backend_tokenizer.to_str(),
+            self.template,
+            self._arguments,
+            self._stops,
+            self._learn,
+            self._turns,
+        ]
         parts += [tokenizer.special_tokens_map, tokenizer.bos_token_id, tokenizer.eos_token_id]
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -122,15 +131,23 @@ class Encoder:
 
     def _conversation(self, content: Conversation) -> list[Encoded]:
         if not self.template:
-            raise ValueError("the tokenizer has no chat template; give data.chat_template, or prompt/completion records")
-        wanted = [n for n, message in enumerate(content.messages) if message["role"] == "assistant"]
+            raise ValueError(
+                "the tokenizer has no chat template; give data.chat_template, or prompt/completion records"
+            )
+        roles = [message["role"] for message in content.messages]
+        first = next(
+            (n for n, role in enumerate(roles) if role not in ("system", "developer", "assistant")), len(roles)
+        )
+        wanted = [n for n, role in enumerate(roles) if role == "assistant" and n > first]  # an opening answers nothing
         wanted = [n for n in wanted[-1 if self._learn == LAST else 0 :] if n not in content.masked]
         if self._turns != SPLIT:
             try:
                 return [self._sample(content, content.messages, wanted)]
             except replies.Changed as error:
                 if self._turns == WHOLE:
-                    raise ValueError(f"{error}; data.turns=split makes a sample of each reply, or use another data.chat_template") from None
+                    raise ValueError(
+                        f"{error}; data.turns=split makes a sample of each reply, or use another data.chat_template"
+                    ) from None
         return [self._sample(content, content.messages[: number + 1], [number]) for number in wanted]
 
     def _sample(self, content: Conversation, messages: Sequence[Message], wanted: Sequence[int]) -> Encoded:
@@ -155,12 +172,28 @@ class Encoder:
         _, blocks = self._render(content, messages, False)
         return [block for block in blocks if any(block[0] < reply.end and reply.begin < block[1] for reply in found)]
 
+    @functools.cached_property
+    def _takes_parts(self) -> bool:
+        """Whether the template reads a message's content as a list of parts only, as those of vision models may."""
+        probe = Conversation([{"role": "user", "content": "qX7zZq"}])
+        self.__dict__["_takes_parts"] = False
+        for takes_parts in (False, True):
+            self.__dict__["_takes_parts"] = takes_parts
+            try:
+                if "qX7zZq" in self._render(probe, probe.messages, False)[0]:
+                    return takes_parts
+            except ValueError:
+                pass
+        return False
+
     def _render(
         self, content: Conversation, messages: Sequence[Message], open_reply: bool
     ) -> tuple[str, list[tuple[int, int]]]:
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
+        if self._takes_parts:
+            messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         try:
             texts, blocks = render_jinja_template(
                 [list(messages)],

@@ -17,9 +17,10 @@ Record = Mapping[str, Any]
 
 #: Names of roles, by how files call them.
 ROLES = {
-    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "tool": "tool", "observation": "tool", "function": "function",
-    "ipython": "ipython", "function_call": "assistant", "tool_call": "assistant",
+    "system": "system", "developer": "developer", "user": "user", "human": "user", "assistant": "assistant",
+    "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant", "tool": "tool",
+    "observation": "tool", "function": "function", "ipython": "ipython", "function_call": "assistant",
+    "tool_call": "assistant",
 }  # fmt: skip
 _CALLS = ("function_call", "tool_call")  # speakers of ShareGPT whose text is a call
 _WEIGHTS = ("weight", "train")  # of a message: false or 0 is not learned
@@ -125,10 +126,16 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
         except ValueError:
-            raise ValueError(f"{where}: arguments of the call of {function['name']} are not JSON: {arguments[:40]!r}") from None
+            raise ValueError(
+                f"{where}: arguments of the call of {function['name']} are not JSON: {arguments[:40]!r}"
+            ) from None
     if isinstance(arguments, Mapping):  # tables have null for the arguments of other functions
         arguments = {name: value for name, value in arguments.items() if value is not None}
-    others = {name: value for name, value in call.items() if name not in ("function", "name", "arguments", "type") and value is not None}
+    others = {
+        name: value
+        for name, value in call.items()
+        if name not in ("function", "name", "arguments", "type") and value is not None
+    }
     return {"type": "function", **others, "function": {**function, "arguments": arguments}}
 
 
@@ -152,7 +159,7 @@ def _tools(record: Record) -> list[Any] | None:
         try:
             tools = json.loads(tools) if tools.strip() else None
         except ValueError:
-            raise ValueError(f"'tools' is not JSON: {tools[:40]!r}") from None
+            raise ValueError(f"'tools' is not JSON: {str(tools)[:40]!r}") from None
     if tools is None or tools == []:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

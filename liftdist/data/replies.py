@@ -6,8 +6,8 @@
 A reply begins after the prompt that the template writes for it (``add_generation_prompt``) and ends after the token by which the
 model stops. Both are found in the rendering of the *whole* conversation:
 
-- Messages between replies bound them: their positions come from a second rendering in which they carry marks, and which must equal
-  the first once the marks are removed.
+- Messages between replies bound them: their positions come from a second rendering in which they carry marks, and which must
+  equal the first once the marks are removed.
 - The turn's end is found by the rendering of the conversation up to the reply, in which it is the last.
 - A template with ``{% generation %}`` blocks says where replies are by itself.
 
@@ -74,7 +74,11 @@ def _positions(messages: Sequence[Message], render: Render, whole: str) -> dict[
     marked = list(messages)
     for number, message in enumerate(messages):
         text = message.get("content")
-        if isinstance(text, str) and text.strip() and (message["role"] != "assistant" or _follows_reply(messages, number)):
+        if (
+            isinstance(text, str)
+            and text.strip()
+            and (message["role"] != "assistant" or _follows_reply(messages, number))
+        ):
             middle = _middle(text)
             marked[number] = {**message, "content": text[:middle] + _MARK.format(number) + text[middle:]}
     rendered = render(marked, False)
@@ -186,11 +190,15 @@ def _end_of_turn(rest: str, turn: str, special: re.Pattern[str]) -> int:
     suffix = turn[len(turn) - low :]
     if special.sub("", suffix).strip():
         return rest.rindex(suffix) + low
-    raise ValueError("the end of a reply cannot be found in the rendering of the chat template; use another data.chat_template")
+    raise ValueError(
+        "the end of a reply cannot be found in the rendering of the chat template; use another data.chat_template"
+    )
 
 
 def _at_token_border(text: str, place: int, special: re.Pattern[str]) -> bool:
-    return not any(match.start() < place < match.end() for match in special.finditer(text, max(0, place - 64), place + 64))
+    return not any(
+        match.start() < place < match.end() for match in special.finditer(text, max(0, place - 64), place + 64)
+    )
 
 
 def _check_complete(number: int, message: Message, learned: str) -> None:
@@ -232,4 +240,7 @@ def _contains(rendered: str, text: str) -> bool:
 
     squeezed = re.sub(r"\s+", "", rendered)
     parts = (re.sub(r"\s+", "", part) for part in re.split(r"</?think(?:ing)?>", text))
-    return all(part in squeezed or json.dumps(part)[1:-1] in squeezed or json.dumps(part, ensure_ascii=False)[1:-1] in squeezed for part in parts)
+    return all(
+        part in squeezed or json.dumps(part)[1:-1] in squeezed or json.dumps(part, ensure_ascii=False)[1:-1] in squeezed
+        for part in parts
+    )

@@ -72,6 +72,7 @@ class Samples:
 
     table: Dataset  # columns: input_ids, labels
     lengths: np.ndarray  # [samples] int64, tokens of each
+    learned: np.ndarray  # [samples] int64, learned tokens of each
     report: Report
     digest: str  # of the records and all that determines samples: equal digests mean equal samples
     path: str
@@ -126,9 +127,7 @@ def tokenise(
     return samples
 
 
-def _key(
-    source: sources.Source, config: DataConfig, encoder: Encoder, vocabulary: int, cache_dir: Path
-) -> str:
+def _key(source: sources.Source, config: DataConfig, encoder: Encoder, vocabulary: int, cache_dir: Path) -> str:
     """The cache key of the tokens: a digest of everything that determines them."""
     settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_TOKENS}
     parts = [source.digest(cache_dir), settings, encoder.digest, vocabulary, FORMAT]
@@ -148,12 +147,14 @@ def _load(parts: Sequence[Path], key: str, path: str) -> tuple[Samples | None, R
     if not loaded:
         return None, report
     table = datasets.concatenate_datasets(loaded)
-    lengths = np.asarray(table.data.column("length").to_numpy(), dtype=np.int64)
+    lengths, learned = (
+        np.asarray(table.data.column(name).to_numpy(), dtype=np.int64) for name in ("length", "learned")
+    )
     tokens, places = table.select_columns(["input_ids", "labels"]), table.select_columns(["place"])
-    return Samples(tokens, lengths, report, key, path, places), report
+    return Samples(tokens, lengths, learned, report, key, path, places), report
 
 
-Row = dict[str, Any]  # input_ids, labels, length, place
+Row = dict[str, Any]  # input_ids, labels, length, learned, place
 
 
 def encode_all(
@@ -200,7 +201,7 @@ def _kept(ids: list[int], learned: list[bool], config: DataConfig, report: Repor
     if overlong:
         report.add(TRUNCATED, place)
     labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
-    return {"input_ids": ids, "labels": labels, "length": len(ids)}
+    return {"input_ids": ids, "labels": labels, "length": len(ids), "learned": sum(learned[1:])}
 
 
 def _write_part(part: Path, rows: Sequence[Row], report: Report) -> None:
@@ -213,6 +214,7 @@ def _write_part(part: Path, rows: Sequence[Row], report: Report) -> None:
             "input_ids": datasets.Sequence(datasets.Value("int32")),
             "labels": datasets.Sequence(datasets.Value("int32")),
             "length": datasets.Value("int64"),
+            "learned": datasets.Value("int64"),
             "place": datasets.Value("string"),
         }
     )

@@ -36,6 +36,15 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
         raise UserError(f"model.path {folder}: no usable tokenizer: {str(error).splitlines()[0]}") from None
 
 
+def stop_ids(folder: Path) -> list[int]:
+    """Ids of the tokens by which generation stops, by ``generation_config.json`` and ``config.json``."""
+    found: dict[int, None] = {}
+    for name in ("generation_config.json", "config.json"):
+        ids = check.read_json(folder / name).get("eos_token_id") if (folder / name).is_file() else None
+        found |= dict.fromkeys(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
+    return list(found)
+
+
 def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
     """The model on the meta device, without memory. Raises ``UserError`` for an architecture that is not supported."""
     dtype = getattr(torch, config.dtype)

@@ -85,11 +85,21 @@ def _encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Pat
     stops = build.stop_ids(folder)
     return Encoder(
         tokenizer,
-        config.template_text(),
+        _template(config.chat_template),
         stops=[str(token) for token in tokenizer.convert_ids_to_tokens(stops)],
         learn=config.learn,
         turns=config.turns,
     )
+
+
+def _template(given: str | None) -> str | None:
+    """The text of ``data.chat_template``. Raises ``UserError`` for a file that cannot be read."""
+    if given is None or not given.endswith((".jinja", ".jinja2")):
+        return given
+    try:
+        return Path(given).expanduser().read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise UserError(f"data.chat_template {given}: {getattr(error, 'strerror', None) or error}") from None
 
 
 def commits(config: Config, training: bool = True) -> dict[str, str]:

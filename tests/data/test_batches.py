@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from liftdist.data import tokenised
 from liftdist.data.batches import collate
+from liftdist.data.chat import Encoder
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "gemma3_text"])
@@ -18,7 +19,7 @@ def test_packed_samples_do_not_see_each_other(model_type, tmp_path, smollm2, tok
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     path = builders.write_records(tmp_path / "r.jsonl", 6)
     config = builders.config(folder, path, tmp_path).data
-    samples = tokenised.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache")
+    samples = tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
     with torch.no_grad():
         alone = sum(token_losses(model, collate(samples, [[i]])).item() for i in range(6))
         packed = token_losses(model, collate(samples, [[0, 1, 2], [3], [4, 5]])).item()

@@ -6,13 +6,12 @@ from liftdist.registry import FORMATS
 
 
 def test_alpaca_wording():
-    prompt, response = FORMATS.load("alpaca").read(builders.RECORDS["alpaca"])
+    (prompt, _), (response, is_learned) = FORMATS.load("alpaca").read(builders.RECORDS["alpaca"]).pieces
     assert prompt == (
         "Below is an instruction that describes a task, paired with an input that provides further context. Write a response "
         "that appropriately completes the request.\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n"
     )
-    prompt, _ = FORMATS.load("alpaca").read(
-        {"instruction": "Add.", "output": "3", "answer": "3"}
-    )  # LLM-Adapters' extra field
+    record = {"instruction": "Add.", "output": "3", "answer": "3"}  # LLM-Adapters' extra field
+    (prompt, _), _ = FORMATS.load("alpaca").read(record).pieces
     assert "Input" not in prompt
-    assert response == "3"
+    assert (response, is_learned) == ("3", True)

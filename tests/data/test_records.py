@@ -6,6 +6,7 @@ import builders
 import pytest
 
 from liftdist.data import records, tokenised
+from liftdist.data.chat import Encoder
 from liftdist.errors import UserError
 
 
@@ -27,7 +28,7 @@ def test_a_bad_line_is_named(line, problem, tokenizer, tmp_path):
     with pytest.raises(UserError, match=problem):
         records.check_first_records(config.data)
     with pytest.raises(UserError, match=problem):
-        tokenised.tokenise(str(path), config.data, tokenizer, 49152, tmp_path / "cache")
+        tokenised.tokenise(str(path), config.data, Encoder(tokenizer), 49152, tmp_path / "cache")
 
 
 @pytest.mark.parametrize(

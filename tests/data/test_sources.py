@@ -7,6 +7,7 @@ import builders
 
 from liftdist import digests
 from liftdist.data import records, sources, tokenised
+from liftdist.data.chat import Encoder
 
 
 def test_sources_agree(tokenizer, tmp_path):
@@ -19,7 +20,7 @@ def test_sources_agree(tokenizer, tmp_path):
     for suffix in ("jsonl", "json", "parquet"):
         path = tmp_path / f"a.{suffix}"
         config = builders.config(tmp_path, path, tmp_path).data
-        tables.append(tokenised.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache").table[:])
+        tables.append(tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache").table[:])
     assert tables[0] == tables[1] == tables[2]
 
 

@@ -6,6 +6,7 @@ import builders
 import pytest
 
 from liftdist.data import tokenised
+from liftdist.data.chat import Encoder
 from liftdist.errors import UserError
 
 
@@ -13,7 +14,7 @@ def samples_of(lines, tokenizer, tmp_path, **settings):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in lines))
     config = builders.config(tmp_path, path, tmp_path, data=settings).data
-    return tokenised.tokenise(str(path), config, tokenizer, 49152, tmp_path / "cache")
+    return tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
 
 
 def test_a_conversation_the_template_refuses_is_named(tokenizer, tmp_path):
@@ -30,7 +31,7 @@ def test_a_token_outside_the_embedding_is_an_error(tokenizer, tmp_path):
     path = builders.write_records(tmp_path / "r.jsonl")
     config = builders.config(tmp_path, path, tmp_path)
     with pytest.raises(UserError, match=r"r.jsonl:1: token id \d+ is outside the model's 20 embeddings"):
-        tokenised.tokenise(str(path), config.data, tokenizer, 20, tmp_path / "cache")
+        tokenised.tokenise(str(path), config.data, Encoder(tokenizer), 20, tmp_path / "cache")
 
 
 def test_overlong_samples_are_cut_or_dropped_and_counted(tokenizer, tmp_path):
@@ -38,16 +39,20 @@ def test_overlong_samples_are_cut_or_dropped_and_counted(tokenizer, tmp_path):
     masked = {"prompt": "a" * 300, "completion": "b"}
     lines = [builders.RECORDS["prompt_completion"], long, masked]
     cut = samples_of(lines, tokenizer, tmp_path, max_length=32)
-    assert (len(cut), cut.truncated, cut.dropped, cut.lengths.max()) == (2, 2, 1, 32)
+    assert (len(cut), cut.lengths.max()) == (2, 32)
+    assert cut.report.lines() == [f"1 {tokenised.TRUNCATED} (2)", f"1 {tokenised.CUT_OFF} (3)"]
     dropped = samples_of(lines, tokenizer, tmp_path, max_length=32, overlong="drop")
-    assert (len(dropped), dropped.truncated, dropped.dropped) == (1, 0, 2)
-    with pytest.raises(UserError, match="nothing to learn"):
+    assert len(dropped) == 1
+    assert dropped.report.lines() == [f"2 {tokenised.TOO_LONG} (2, 3)"]
+    with pytest.raises(
+        UserError, match=r"of 1 records 1 left out: nothing to learn within data.max_length \(1\); raise"
+    ):
         samples_of([masked], tokenizer, tmp_path, max_length=8)
 
 
 def test_tokens_are_cached_by_content(tokenizer, tmp_path, monkeypatch):
     first = samples_of([builders.RECORDS["prompt_completion"]], tokenizer, tmp_path)
-    monkeypatch.setattr(tokenised, "encode", lambda *_: pytest.fail("tokenised again"))
+    monkeypatch.setattr(Encoder, "__call__", lambda *_: pytest.fail("tokenised again"))
     assert samples_of([builders.RECORDS["prompt_completion"]], tokenizer, tmp_path).table[:] == first.table[:]
     with pytest.raises(pytest.fail.Exception):
         samples_of([builders.RECORDS["alpaca"]], tokenizer, tmp_path)

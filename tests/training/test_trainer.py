@@ -116,7 +116,7 @@ def test_samples_beyond_the_context_of_the_model_are_refused(tiny_model, tmp_pat
     with pytest.raises(UserError, match=r"data.max_length=1000: .* a sample of 602 tokens, the model's context is 512"):
         prepare_inputs(config, Console(False))
     config.data.max_length = 512
-    assert prepare_inputs(config, Console(False)).samples.truncated == 1
+    assert prepare_inputs(config, Console(False)).samples.report.counts == {"truncated to data.max_length": 1}
 
 
 def diverged(mesh, config):

@@ -1,0 +1,173 @@
+"""Every chat template that trl ships: each reply is learned from its first character to the token that ends it, or refused.
+
+trl's own training templates, which mark what is to be learned, are an independent reference where they render the same text.
+"""
+
+import copy
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from liftdist.data import chat
+from liftdist.data.chat import Encoder
+from liftdist.data.content import Conversation
+
+FOLDER = Path(importlib.util.find_spec("trl").origin).parent / "chat_templates"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.jinja") if not path.stem.endswith("_training"))
+SPECIAL = (
+    r"<\|[^|<>\s]*\|>|<｜[^｜\s]*｜>|</?s>|<(?:start|end)_of_turn>|<[a-z]+\||\|[a-z]+>|<eos>|<bos>|<\|?[a-z_]+\|?>"
+)
+#: Tokens by which the models of these templates stop, as their generation_config.json says.
+STOPS = [
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|user|>",
+    "<|observation|>",
+    "<|end|>",
+    "<|return|>",
+    "<|call|>",
+    "<end_of_turn>",
+]
+STOPS += ["<|END_OF_TURN_TOKEN|>", "<turn|>", "<end_of_utterance>", "<｜end▁of▁sentence｜>", "<|eom_id|>"]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, **more):
+    return {"role": "assistant", "content": text, **more}
+
+
+CALL = {"type": "function", "function": {"name": "lookup", "arguments": {"city": "Oslo"}}}
+CONVERSATIONS = {
+    "single": [user("What is it?"), assistant("Four it is.")],
+    "three": [user("q one"), assistant("a one"), user("q two"), assistant("a two"), user("q three"), assistant("a three")],
+    "system": [{"role": "system", "content": "Be terse."}, user("q one"), assistant("a one"), user("q two"), assistant("a two")],
+    "reasoning": [user("q one"), assistant("a one", reasoning_content="r one"),
+                  user("q two"), assistant("a two", reasoning_content="r two")],
+    "tags": [user("q one"), assistant("<think>\nr one\n</think>\n\na one"),
+             user("q two"), assistant("<think>\nr two\n</think>\n\na two")],
+    "tool": [user("q one"), assistant("", tool_calls=[CALL]),
+             {"role": "tool", "name": "lookup", "content": "sunny"}, assistant("It shines.")],
+    "user at the end": [user("q one"), assistant("a one"), user("q two")],
+}  # fmt: skip
+TEXTS = {  # what must be learned of each reply
+    "single": [["Four it is."]],
+    "three": [["a one"], ["a two"], ["a three"]],
+    "system": [["a one"], ["a two"]],
+    "reasoning": [["r one", "a one"], ["r two", "a two"]],
+    "tags": [["r one", "a one"], ["r two", "a two"]],
+    "tool": [["lookup", "city", "Oslo"], ["It shines."]],
+    "user at the end": [["a one"]],
+}
+NEVER = ["What is it?", "q one", "q two", "q three", "Be terse.", "sunny"]
+
+
+@pytest.fixture(scope="module")
+def encoder_of(tokenizer):
+    def make(name):
+        text = (FOLDER / f"{name}.jinja").read_text()
+        own = copy.deepcopy(tokenizer)
+        special = sorted({*re.findall(SPECIAL, text), *STOPS} - {"<think>", "</think>"})
+        own.add_tokens(special, special_tokens=True)
+        return Encoder(own, text, stops=STOPS)
+
+    return make
+
+
+def learned(encoder, sample):
+    """The learned pieces of a sample as texts, and its whole text."""
+    ids, flags = sample
+    pieces, before = [], False
+    for token, flag in zip(ids, flags, strict=True):
+        if flag and not before:
+            pieces.append([])
+        if flag:
+            pieces[-1].append(token)
+        before = flag
+    return [encoder.tokenizer.decode(piece) for piece in pieces], encoder.tokenizer.decode(ids)
+
+
+#: What a template is refused for: the conversation is not learned in silence without a part of it.
+REFUSED = r"drops (reasoning_content|tool_calls|content)|refuses this conversation|fails on this|drops message \d|depending on"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_reply_is_learned_or_refused(name, encoder_of):
+    encoder, seen = encoder_of(name), 0
+    for kind, messages in CONVERSATIONS.items():
+        try:
+            samples = encoder(Conversation(messages))
+        except ValueError as error:
+            reason = str(error)
+            assert kind not in ("single", "three"), reason
+            assert re.search(REFUSED, reason), kind
+            continue
+        pieces = [piece for sample in samples for piece in learned(encoder, sample)[0]]
+        assert len(pieces) == len(TEXTS[kind]), (kind, pieces)
+        for piece, texts in zip(pieces, TEXTS[kind], strict=True):
+            assert all(text in piece for text in texts), (kind, pieces)
+            assert not any(text in piece for text in NEVER), (kind, pieces)
+            assert encoder._special.search(piece.rstrip(), len(piece.rstrip()) - 30), (
+                kind,
+                piece,
+            )  # a token to stop by
+        seen += 1
+    assert seen >= 4
+
+
+#: What trl marks and liftdist does not learn, or the other way: a part of the prompt that the template writes for a reply, which
+#: the model is given and does not write.
+OF_THE_PROMPT = ["\n", "<|start|>assistant", "<｜Assistant｜>", "<think>\n", "<think>\n\n</think>\n\n"]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if (FOLDER / f"{name}_training.jinja").exists()])
+def test_it_is_what_trl_marks(name, encoder_of):
+    ours, theirs = encoder_of(name), encoder_of(f"{name}_training")
+    compared = 0
+    for messages in CONVERSATIONS.values():
+        try:
+            (sample,), reference = ours(Conversation(messages)), theirs._render(Conversation(messages), messages, False)
+        except ValueError:
+            continue
+        text, blocks = reference
+        if learned(ours, sample)[1] != text:  # their template renders another text, to keep prefixes
+            continue
+        expected = [text[begin:end] for begin, end in blocks]
+        pieces = learned(ours, sample)[0]
+        for piece, reply in zip(pieces, join_adjacent(blocks, text), strict=True):
+            extra = reply.removesuffix(piece)
+            assert reply.endswith(piece), (piece, reply, expected)
+            assert extra in ("", *OF_THE_PROMPT), (piece, reply)
+        compared += 1
+    assert compared or name in ("glm4moe",)
+
+
+def join_adjacent(blocks, text):
+    """The marked texts, adjacent blocks as one."""
+    joined = []
+    for begin, end in blocks:
+        if joined and joined[-1][1] == begin:
+            joined[-1][1] = end
+        else:
+            joined.append([begin, end])
+    return [text[begin:end] for begin, end in joined]
+
+
+def test_turns_decides_between_one_sample_and_one_a_reply(encoder_of):
+    thinking = encoder_of("qwen3")
+    counts = {}
+    for turns in (chat.AUTO, chat.WHOLE, chat.SPLIT):
+        thinking._turns = turns
+        for kind in ("three", "tags"):
+            try:
+                counts[turns, kind] = len(thinking(Conversation(CONVERSATIONS[kind])))
+            except ValueError as error:
+                counts[turns, kind] = str(error)
+    assert counts[chat.AUTO, "three"] == counts[chat.WHOLE, "three"] == 1
+    assert counts[chat.SPLIT, "three"] == 3
+    assert counts[chat.AUTO, "tags"] == counts[chat.SPLIT, "tags"] == 2
+    assert "data.turns=split makes a sample of each reply" in counts[chat.WHOLE, "tags"]
