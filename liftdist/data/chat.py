@@ -122,10 +122,14 @@ class Encoder:
         return bos if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else None
 
     def _encode(self, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
+        """Tokens of ``text``, learned where they hold a character of a span, blanks at its end aside."""
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        learned = [any(begin < b and a < end for begin, end in spans) and a < b for a, b in offsets]
-        return encoded["input_ids"], learned
+        ends = [(begin, end, begin + len(text[begin:end].rstrip())) for begin, end in spans]
+
+        def is_learned(a: int, b: int) -> bool:
+            return a < b and any(begin < b and (a < visible or b <= end) and a < end for begin, end, visible in ends)
+
+        return encoded["input_ids"], [is_learned(a, b) for a, b in encoded["offset_mapping"]]
 
     # -----------------------------------------------------------------------------------------------------------------
 

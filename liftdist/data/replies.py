@@ -25,7 +25,7 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]  # messages, whether the prompt for a reply follows
 
 _MARK = "qX7z{}Zq"  # letters and digits, which no template escapes, and in no conversation
-_PROBE = {"role": "user", "content": "x"}
+_PROBE = {"role": "user", "content": _MARK.format("")}
 
 
 @dataclass(frozen=True)
@@ -140,9 +140,10 @@ def _reply(
         if (following := special.search(whole, end, limit)) is not None and following[0] in stops:
             return Reply(number, begin, following.end())
     else:
-        following = special.search(render([*messages, _PROBE], False), len(whole.rstrip()))
-        if following is not None and following[0] in stops:
-            return Reply(number, begin, end, following[0])
+        before_next = render([*messages, _PROBE], False).rpartition(_PROBE["content"])[0]
+        following_tokens = special.findall(before_next)
+        if following_tokens and following_tokens[-1] in stops:
+            return Reply(number, begin, end, following_tokens[-1])
     raise ValueError(
         "the chat template writes no token after a reply by which the model would stop; use another data.chat_template"
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -17,6 +19,7 @@ from liftdist.errors import UserError
 from liftdist.models import build
 from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
+from liftdist.runs import claims
 from liftdist.runs.stop import CancellationPoint
 from liftdist.schema import Config, DataConfig
 
@@ -47,7 +50,7 @@ def prepare_inputs(
     tokenizer = build.load_tokenizer(folder, config.model)
     text_config = hf_config.get_text_config()
     vocabulary = text_config.vocab_size
-    encoder = _encoder(config.data, tokenizer, folder)
+    encoder = _encoder(config.data, tokenizer, folder, date_of(Path(config.run_dir).expanduser()))
 
     def samples_of(path: str, split: str, revision: str | None) -> tokenised.Samples:
         with console.progress("tokenising", "part") as progress:
@@ -80,13 +83,20 @@ def prepare_inputs(
     return Inputs(folder, samples_of(data.path, data.split, data.revision), evaluation)
 
 
-def _encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Encoder:
+def date_of(run_dir: Path) -> datetime:
+    """When a run was claimed first, or now: the date that chat templates write is that of the run, however often it continues."""
+    first = next(iter(sorted(claims.attempts(run_dir).items())), None)
+    return datetime.fromtimestamp(first[1][0]["time"] if first is not None else time.time()).astimezone()
+
+
+def _encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, date: datetime) -> Encoder:
     """What makes tokens of records, for the model in ``folder``."""
     stops = build.stop_ids(folder)
     return Encoder(
         tokenizer,
         _template(config.chat_template),
         stops=[str(token) for token in tokenizer.convert_ids_to_tokens(stops)],
+        date=date,
         learn=config.learn,
         turns=config.turns,
     )
