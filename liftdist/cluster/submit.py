@@ -2,7 +2,7 @@
 
     config and data checked -> sbatch --test-only -> sbatch -> a line in RUN_DIR/jobs.jsonl, by which the others find the job
 
-Imports torch only to plan, where ``slurm.gpu_memory`` is set.
+Imports torch late: to plan, where ``slurm.gpu_memory`` is set, and to encode the first records.
 """
 
 from __future__ import annotations
@@ -152,12 +152,25 @@ def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool)
     if not dry_run:
         preflight.check(config, base.slurm.nodes * ranks, training=True)
         preflight.fetch(config, training=True)
+        _check_first_records(config)
         waiting = [known for known in scheduler.jobs(history.job_ids(run_dir)) if not known.has_ended]
         if waiting:
             raise UserError(
                 f"run_dir {run_dir}: job {waiting[0].id} works on it ({waiting[0].state}); liftdist cancel ends it"
             )
     return run_dir
+
+
+_checked: list[tuple[Any, Any]] = []  # model and data of the points of a sweep
+
+
+def _check_first_records(config: Config) -> None:
+    """Encode the first records, so that no job that has waited for hours ends by them."""
+    from liftdist.training import inputs  # imports torch
+
+    if (config.model, config.data) not in _checked:
+        inputs.check_first_records(config)
+        _checked.append((config.model, config.data))
 
 
 def _indices(array: str) -> list[int | None]:

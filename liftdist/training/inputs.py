@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-
-from transformers import PreTrainedTokenizerBase
+from typing import Any
 
 from liftdist import hub
 from liftdist.console import Console
-from liftdist.data import sources, tokenised
+from liftdist.data import records, sources, tokenised
 from liftdist.data.chat import Encoder
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
@@ -21,7 +20,7 @@ from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
 from liftdist.runs import claims
 from liftdist.runs.stop import CancellationPoint
-from liftdist.schema import Config, DataConfig
+from liftdist.schema import Config
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,8 @@ def prepare_inputs(
         UserError: the folder, the tokenizer or the data cannot be used.
     """
     cancellation = cancellation or CancellationPoint()
-    folder = resolve_model(config.model.path, config.model.revision)
-    hf_config = build.check_type(folder, config.model)
-    tokenizer = build.load_tokenizer(folder, config.model)
-    text_config = hf_config.get_text_config()
+    folder, encoder, text_config = _encoder(config)
     vocabulary = text_config.vocab_size
-    encoder = _encoder(config.data, tokenizer, folder, date_of(Path(config.run_dir).expanduser()))
 
     def samples_of(path: str, split: str, revision: str | None) -> tokenised.Samples:
         with console.progress("tokenising", "part") as progress:
@@ -89,17 +84,36 @@ def date_of(run_dir: Path) -> datetime:
     return datetime.fromtimestamp(first[1][0]["time"] if first is not None else time.time()).astimezone()
 
 
-def _encoder(config: DataConfig, tokenizer: PreTrainedTokenizerBase, folder: Path, date: datetime) -> Encoder:
-    """What makes tokens of records, for the model in ``folder``."""
-    stops = build.stop_ids(folder)
-    return Encoder(
+def _encoder(config: Config) -> tuple[Path, Encoder, Any]:
+    """The model's folder, what makes tokens of records for it, and its configuration as transformers has it."""
+    folder, data = resolve_model(config.model.path, config.model.revision), config.data
+    text_config = build.check_type(folder, config.model).get_text_config()
+    tokenizer = build.load_tokenizer(folder, config.model)
+    encoder = Encoder(
         tokenizer,
-        _template(config.chat_template),
-        stops=[str(token) for token in tokenizer.convert_ids_to_tokens(stops)],
-        date=date,
-        learn=config.learn,
-        turns=config.turns,
+        _template(data.chat_template),
+        stops=[str(token) for token in tokenizer.convert_ids_to_tokens(build.stop_ids(folder))],
+        date=date_of(Path(config.run_dir).expanduser()),
+        learn=data.learn,
+        turns=data.turns,
     )
+    return folder, encoder, text_config
+
+
+def check_first_records(config: Config) -> None:
+    """Encode the first records as training does, chat templates included. Takes seconds.
+
+    Raises:
+        UserError: naming file and line.
+    """
+    _, encoder, text_config = _encoder(config)
+    data = config.data
+    paths = [(data.path, data.split, data.revision)]
+    paths += [(data.eval_path, data.eval_split, data.revision_of_eval_path)] if data.eval_path else []
+    for path, split, revision in paths:
+        source = sources.open_source(path, data.subset, split, revision)
+        first = source.read(0, records.CHECKED_RECORDS)
+        tokenised.encode_all(first, records.reader(source, data.format), encoder, text_config.vocab_size, data)
 
 
 def _template(given: str | None) -> str | None:

@@ -139,7 +139,9 @@ def test_what_only_ranks_find_out(tiny_model, tmp_path):
     assert run.returncode == 1
     said = [line for line in run.stdout.splitlines() if line.startswith("liftdist:")]
     assert len(said) == 1
-    assert re.search(r"records.jsonl:1: token id \d+ is outside the model's 1000 embeddings; use the model's own", said[0])
+    assert re.search(
+        r"records.jsonl:1: token id \d+ is outside the model's 1000 embeddings; use the model's own", said[0]
+    )
     assert run.stdout.count("Traceback (most recent call last)") <= 1  # torchrun's own, not one of every rank
     run = run_command(*bare, "train.stpes=1", module="torch.distributed.run")
     assert run.stdout.count("unknown key 'train.stpes'") == 1
