@@ -41,6 +41,16 @@ def test_the_command_can_be_pasted(config, tmp_path):
     assert (again, shlex.split(echoed)) == (0, command)  # the settings say all
 
 
+def test_a_record_that_the_template_refuses_is_found_before_a_job_waits_for_hours(config, tmp_path):
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "because"}]
+    plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    lines = [json.dumps({"messages": messages}) for messages in [*[plain] * 700, turns]]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    code, said = call("submit", config, f"data.path={tmp_path}/chats.jsonl")
+    assert code == 2
+    assert f"{tmp_path}/chats.jsonl:701: the chat template drops reasoning_content of message 2" in said
+
+
 def test_arrays_and_sweeps(config, tmp_path):
     code, said = call("submit", config, "--sweep=optimizer.lr=1e-3,1e-4", "--sweep=train.seed=1,2", "--dry-run")
     assert code == 0
