@@ -119,7 +119,7 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
             held = f"0 to {len(entries) - 1}" if entries else "none"
             raise UserError(f"{locations[key]}: there is no entry {match[1]} (entries: {held}); add it in the file")
     try:
-        if schema.texts(root).get(schema.template(key)) in (schema.TEXT, schema.OPTIONAL_TEXT):
+        if schema.kind_of_text(key, root) in (schema.TEXT, schema.OPTIONAL_TEXT):
             OmegaConf.update(config, key, text or None)
             return
         source = Source(text, lambda _: where, root)
@@ -131,7 +131,8 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
                 not tree.flow_style or tree.end_mark.index != len(text.rstrip())  # a comment follows
             ):
                 raise yaml.MarkedYAMLError(problem="must be a list in brackets and nothing else")
-        OmegaConf.update(config, key, tree and yaml_tree.construct(tree))
+        replaces = schema.kind_of_text(key, root) == schema.NAMED_TEXTS  # those in the file, as a list does
+        OmegaConf.update(config, key, tree and yaml_tree.construct(tree), merge=not replaces)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{locations[key]}: {_explain(error, key, root)}") from None
 
@@ -151,9 +152,11 @@ def _dotted(key: str | None) -> str:
 
 
 def _explain(error: Exception, key: str, root: type) -> str:
-    leaf = dict(schema.settings(root)).get(schema.template(key))
-    kind = dict(schema.sections(root)).get(schema.template(key))
-    if leaf is not None and leaf.metadata["example"]:
+    leaf = dict(schema.settings(root)).get(schema.template(key, root))
+    kind = dict(schema.sections(root)).get(schema.template(key, root))
+    if schema.kind_of_text(key, root) == schema.NAMED_TEXTS and leaf is not None:
+        return f"must be names and texts, in quotes for the shell: {key}='{leaf.metadata['example']}'"
+    if leaf is not None and leaf.metadata["example"] and schema.kind_of_text(key, root) != schema.TEXT:
         return f"must be a list, in quotes for the shell: {key}='{leaf.metadata['example']}'"
     if kind == schema.LIST:
         return f"is a list of sections; give a setting of one of them, {key}.0.NAME=VALUE"
@@ -172,11 +175,18 @@ def _explain(error: Exception, key: str, root: type) -> str:
 
 def _validate(config: Any, where: Where) -> None:
     for key, leaf, value in schema.walk(config):
-        for item in value if isinstance(value, list) else [value]:
+        for place, item in _items(key, value):
             if problem := _problem(item, leaf.metadata):
-                raise UserError(redact(f"{where(key)}: {problem}, got {item!r}"))
+                raise UserError(redact(f"{where(place)}: {problem}, got {item!r}"))
     for key, problem in schema.problems(config):
         raise UserError(redact(f"{where(key)}: {problem}"))
+
+
+def _items(key: str, value: Any) -> list[tuple[str, Any]]:
+    """The values that a setting holds, each with its key."""
+    if isinstance(value, dict):
+        return [(f"{key}.{name}", item) for name, item in value.items()]
+    return [(key, item) for item in (value if isinstance(value, list) else [value])]
 
 
 def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:

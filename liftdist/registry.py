@@ -37,15 +37,20 @@ class Registry:
         return importlib.import_module(f"{self.package}.{name}")
 
 
-#: ``FIELDS``, by which ``data.format: auto`` recognises a record, and ``read(record)``: chat messages, or prompt and response.
+#: ``FIELDS``, by which ``data.format: auto`` recognises a record, ``OPTIONAL``, ``RESPONSE``, and ``read(record)``: its content.
 FORMATS = Registry(
     "data format",
     "liftdist.data.formats",
     {
+        "messages": "`messages`, each with `role` and `content`, by the chat template",
+        "sharegpt": "`conversations`, each with `from` and `value`, by the chat template",
         "alpaca": "`instruction`, `input` (optional), `output`, in the Alpaca wording",
-        "prompt_completion": "`prompt`, `completion`, joined as they are",
-        "messages": "`messages`, each with `role` and `content`",
-        "sharegpt": "`conversations`, each with `from` and `value`",
+        "lift_paper": "the same, in the wording of the LIFT authors; only by name, `auto` takes `alpaca`",
+        "prompt_completion": "`prompt`, `completion`, joined as they are; or lists of messages, by the chat template",
+        "question_answer": "`question`, `context` (optional), `answer`, as two turns by the chat template",
+        "instruction_response": "`instruction`, `input` or `context` (optional), `response`, as two turns by the chat template",
+        "prompt_response": "`prompt`, `response`, as two turns by the chat template",
+        "text": "`text`, all of which is learned",
     },
 )
 

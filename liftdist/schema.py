@@ -46,13 +46,13 @@ def setting(
 
     Args:
         pattern: regular expression that the whole text must match.
-        example: example of a list, for error messages.
+        example: example of a list or of names and texts, for error messages.
         changes: what a change affects in a run that continues: ``NOTHING``, ``COURSE`` or ``STATE``.
     """
     metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below)
     metadata |= dict(pattern=pattern, example=example, changes=changes)
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
@@ -96,9 +96,20 @@ class DataConfig:
     eval_split: str = setting("test", "split of a hub data set to evaluate on", changes=NOTHING)
     format: str = setting(
         "auto",
-        "fields of a record: instruction/input/output, prompt/completion, messages, or conversations; "
-        "`auto` detects them in the first record",
+        "which fields a record has, and how they are put together; `auto` detects it from the fields of the first record",
         choices=("auto", *FORMATS),
+    )
+    fields: dict[str, str] = setting(
+        {},
+        "names of the format's fields in your records, where they are others: `data.fields.instruction=query`",
+        example="{instruction: query, output: answer}",
+    )
+    prompt_template: str | None = setting(
+        None,
+        "your own wording of the prompt, with `{query}` for the text of the record's field `query`, and `{{` and `}}` for braces",
+    )
+    response_template: str | None = setting(
+        None, "the same for the response, which is learned; the format's response field, as it is, if unset"
     )
     learn: str = setting("all", "which replies of a conversation are learned", choices=("all", "last"))
     turns: str = setting(
@@ -125,6 +136,12 @@ class DataConfig:
     def problems(self) -> Iterator[Problem]:
         if self.eval_revision is not None and self.eval_path is None:
             yield "eval_revision", "is the revision of data.eval_path, which is not set"
+        if self.response_template is not None and self.prompt_template is None:
+            yield "response_template", "needs data.prompt_template, too; it may be {field} alone"
+        elif self.response_template is not None:  # templates name the fields of records themselves
+            for name, is_given in (("format", self.format != "auto"), ("fields", bool(self.fields))):
+                if is_given:
+                    yield name, "is not used with data.prompt_template and data.response_template; leave it out"
 
 
 @dataclass
@@ -372,12 +389,12 @@ def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, st
             yield from sections(inner, f"{key}{dots}")
 
 
-TEXT, OPTIONAL_TEXT, TEXTS = "text", "text or unset", "list of texts"
+TEXT, OPTIONAL_TEXT, TEXTS, NAMED_TEXTS = "text", "text or unset", "list of texts", "texts by name"
 
 
 @functools.cache
 def texts(root: type = Config) -> dict[str, str]:
-    """The settings that hold texts, by their key as in :func:`settings`: ``TEXT``, ``OPTIONAL_TEXT`` or ``TEXTS``."""
+    """The settings that hold texts, by their key as in :func:`settings`: one of the four kinds above."""
     return dict(_texts(root, ""))
 
 
@@ -391,6 +408,8 @@ def _texts(section: type, prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{leaf.name}", TEXT if hint is str else OPTIONAL_TEXT
         elif typing.get_origin(hint) is list and typing.get_args(hint) == (str,):
             yield f"{prefix}{leaf.name}", TEXTS
+        elif typing.get_origin(hint) is dict and typing.get_args(hint) == (str, str):
+            yield f"{prefix}{leaf.name}", NAMED_TEXTS
 
 
 @functools.cache
@@ -409,9 +428,18 @@ def _section(section: type, leaf: dataclasses.Field) -> tuple[type | None, str]:
     return None, ""
 
 
-def template(key: str) -> str:
-    """The key as in :func:`settings`: ``a.N.b`` for ``a.0.b``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
+def template(key: str, root: type = Config) -> str:
+    """The key as in :func:`settings`: ``a.N.b`` for ``a.0.b``, and ``a`` for ``a.name``, an entry of texts by name."""
+    key = re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
+    named = (name for name, kind in texts(root).items() if kind == NAMED_TEXTS)
+    return next((name for name in named if key.startswith(f"{name}.")), key)
+
+
+def kind_of_text(key: str, root: type) -> str | None:
+    """What :func:`texts` says of a setting; ``TEXT`` for an entry of texts by name."""
+    kind = texts(root).get(template(key, root))
+    is_entry = template(key, root).count(".") < key.count(".")
+    return TEXT if kind == NAMED_TEXTS and is_entry else kind
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

@@ -55,12 +55,14 @@ class Source:
             if key in seen:
                 raise UserError(f"{self.place(name)}: found duplicate key {key.rpartition('.')[2]}")
             seen.add(key)
-            expected = kinds.get(schema.template(key))
+            expected = kinds.get(schema.template(key, self.root))
             if expected == schema.LIST and not isinstance(node, yaml.SequenceNode):
                 raise UserError(f"{self.place(name)}: {key} must hold a list of sections, each after a dash")
             if expected == schema.SECTION and not isinstance(node, yaml.MappingNode):
                 raise UserError(f"{self.place(name)}: {key} must hold settings, one name: value a line")
             self.keep(key, name, node)
+            if schema.template(key, self.root).count(".") < key.count("."):  # the name of a text is a text, too
+                name.tag = _TEXT
             yield key, name, node
 
     def keep(self, key: str, name: yaml.Node, node: yaml.Node) -> None:
@@ -69,7 +71,7 @@ class Source:
         Raises:
             UserError: YAML has lost a part of a text, or reads a number in another base than ten.
         """
-        kind = schema.texts(self.root).get(schema.template(key))
+        kind = schema.kind_of_text(key, self.root)
         if kind is None:
             if isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(_OTHER_BASE, node.value):
                 base = 60 if ":" in node.value else 8
@@ -79,6 +81,10 @@ class Source:
             return
         if kind == schema.TEXTS and isinstance(node, yaml.MappingNode):
             raise UserError(f"{self.place(name)}: {key}: must be a list, not settings")
+        if kind == schema.NAMED_TEXTS:
+            if not isinstance(node, yaml.MappingNode):
+                raise UserError(f"{self.place(name)}: {key}: must hold texts, one name: text a line")
+            return  # its entries follow, with keys of their own
         texts = [node]
         if kind == schema.TEXTS:
             texts = node.value if isinstance(node, yaml.SequenceNode) else []
@@ -169,8 +175,11 @@ def _known_keys(root: type) -> dict[str, None]:
 
 def check_key(key: str, where: str, root: type) -> None:
     """Raises ``UserError``: no setting or section has this key."""
-    form = schema.template(key)
+    form = schema.template(key, root)
     if form in _known_keys(root):
+        entry = key[len(form) + 1 :] if schema.texts(root).get(form) == schema.NAMED_TEXTS else ""
+        if (entry or key.endswith(".")) and not re.fullmatch(r"\w+", entry):
+            raise UserError(f"{where}: {key}: the name after {form} must consist of letters, digits and underscores")
         return
     known = list(_known_keys(root))
     near = difflib.get_close_matches(form, known, n=1, cutoff=0.5)

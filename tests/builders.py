@@ -24,11 +24,14 @@ from liftdist.training.inputs import Inputs, prepare_inputs
 from liftdist.training.run import train
 from liftdist.training.trainer import Trainer
 
-RECORDS = {  # one of every format
+RECORDS = {  # one of every format that learns a response and that `auto` detects
     "alpaca": {"instruction": "Add.", "input": "1 2", "output": "3"},
     "prompt_completion": {"prompt": "1+2=", "completion": "3"},
     "messages": {"messages": [{"role": "user", "content": "1+2"}, {"role": "assistant", "content": "3"}]},
     "sharegpt": {"conversations": [{"from": "human", "value": "1+2"}, {"from": "gpt", "value": "3"}]},
+    "question_answer": {"question": "1+2", "answer": "3"},
+    "instruction_response": {"instruction": "Add.", "context": "1 2", "response": "3"},
+    "prompt_response": {"prompt": "1+2", "response": "3"},
 }
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
 

@@ -108,7 +108,7 @@ class Encoder:
             text += piece
         ids, learned = self._encode(text, spans)
         bos, eos = self._bos, self.tokenizer.eos_token_id
-        if bos is not None and ids[:1] != [bos]:
+        if bos is not None and (content.second_bos or ids[:1] != [bos]):
             ids, learned = [bos, *ids], [False, *learned]
         if ids[-1:] != [eos]:  # once, whatever the text brings
             ids, learned = [*ids, eos], [*learned, True]

@@ -3,13 +3,16 @@
     Conversation   messages for the chat template: the replies are learned
     Text           pieces that are joined as they are, each learned or not
 
+Every key of a message goes to the chat template, known or not; :func:`unread` names those that a template does not read.
+
 Must not know tokenizers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +25,20 @@ ROLES = {
     "observation": "tool", "function": "function", "ipython": "ipython", "function_call": "assistant",
     "tool_call": "assistant",
 }  # fmt: skip
+#: Fields beside the turns that a conversation takes.
+OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
 _CALLS = ("function_call", "tool_call")  # speakers of ShareGPT whose text is a call
-_WEIGHTS = ("weight", "train")  # of a message: false or 0 is not learned
+_WEIGHTS = ("weight", "train", "training", "loss")  # of a message: false or 0 is not learned
+_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_TEXT_PARTS = ("text", "input_text", "output_text")
+_OF_THE_RENDERER = (
+    "messages",
+    "conversations",
+    "tools",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+)
 
 
 @dataclass(frozen=True)
@@ -41,59 +56,113 @@ class Text:
     """``(text, whether it is learned)`` for each piece. An end of sequence follows the last."""
 
     pieces: Sequence[tuple[str, bool]]
+    second_bos: bool = (
+        False  # the tokenizer's beginning of sequence stands before the text even if that begins with one
+    )
 
 
 Content = Conversation | Text
 
 
-def conversation(record: Record, turns: Any, key: str) -> Conversation:
+def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conversation:
     """The conversation in field ``key`` of a record, with its tools, system prompt and template arguments.
+
+    Args:
+        turns: what the field holds.
+        prompt: the number of turns at the beginning whose replies are not learned.
 
     Raises:
         ValueError: malformed turns, images or audio, or no reply.
     """
     if not isinstance(turns, list) or not turns:
-        found = "an empty list" if isinstance(turns, list) else "null" if turns is None else type(turns).__name__
-        raise ValueError(f"{key!r} must be a list of turns, got {found}")
+        raise ValueError(f"{key!r} must be a list of turns, got {'an empty list' if turns == [] else _kind(turns)}")
+    _refuse_media(record, "the record")
     messages, masked = [], set()
-    if record.get("system"):
-        messages.append({"role": "system", "content": text_of(record["system"], "system")})
+    if system := record.get("system"):
+        messages.append({"role": "system", "content": text_of(system, "'system'")})
     for number, turn in enumerate(turns, 1):
         made, is_learned = _message(turn, f"turn {number} of {key!r}")
-        if made["role"] == "system" and messages and messages[0]["role"] == "system" and number == 1:
-            raise ValueError(f"a system prompt stands beside {key!r} and in it")
-        if not is_learned:
+        if messages and number == 1 and made["role"] == "system":
+            raise ValueError(f"a system prompt stands beside {key!r} and in it; leave one of them out")
+        if not is_learned or number <= prompt:
             masked.add(len(messages))
         messages.append(made)
-    if not any(message["role"] == "assistant" for message in messages):
+    if not any(message["role"] == "assistant" for message in messages[len(messages) - len(turns) + prompt :]):
         raise ValueError(f"{key!r} has no assistant turn, so there is nothing to train on")
     return Conversation(messages, _tools(record), _arguments(record), frozenset(masked))
+
+
+def unread(content: Content, template: str) -> list[str]:
+    """What a conversation gives to its template, by name, and the template's text does not mention."""
+    if isinstance(content, Text):
+        return []
+    return sorted({name for name in _names(content) if not re.search(rf"\b{re.escape(name)}\b", template)})
+
+
+def _names(content: Conversation) -> Iterator[str]:
+    yield from content.arguments
+    if content.tools:
+        yield "tools"
+    for message in content.messages:
+        yield from (name for name in message if name not in ("role", "content"))
+        for call in message.get("tool_calls", ()):
+            for name in (*call, *call["function"]):
+                if name not in ("type", "function", "name", "arguments"):
+                    yield name
 
 
 def _message(turn: Any, where: str) -> tuple[dict[str, Any], bool]:
     """A message as templates take it, and whether it may be learned."""
     if not isinstance(turn, Mapping):
-        raise ValueError(f"{where} must be an object, got {type(turn).__name__}")
-    given = {name: value for name, value in turn.items() if value is not None}  # tables have null for what is absent
-    speaker = given.pop("role", None) or given.pop("from", None)
+        raise ValueError(f"{where} must be an object with 'role' and 'content', got {_kind(turn)}")
+    given = {name: value for name, value in turn.items() if value is not None}
+    speaker, content = _either(given, "role", "from", where), _either(given, "content", "value", where)
     if not isinstance(speaker, str):
         raise ValueError(f"{where} needs 'role' or 'from' (keys: {', '.join(map(str, turn)) or 'none'})")
     if speaker not in ROLES:
         raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {speaker!r}")
-    content = given.pop("content", None)
-    content = given.pop("value", None) if content is None else content
-    is_learned = all(bool(given.pop(name)) for name in _WEIGHTS if name in given)
-    message = {"role": ROLES[speaker], **given}
+    _refuse_media(given, where)
+    role = ROLES[speaker]
+    is_learned = _is_learned(given, role, where)
+    calls = _calls(given, where)
     if speaker in _CALLS:
-        message["tool_calls"], content = _calls_in(text_of(content, where), where), ""
-    if "function_call" in message:  # the older form
-        message["tool_calls"] = [message.pop("function_call")]
-    if "tool_calls" in message:
-        message["tool_calls"] = [_call(call, where) for call in _json(message["tool_calls"], where)]
-    if content is None and not message.get("tool_calls"):
+        if calls:
+            raise ValueError(f"{where}: a {speaker} holds a call in its text and 'tool_calls'; leave one of them out")
+        calls, content = _calls({"tool_calls": content}, where), None
+        if not calls:
+            raise ValueError(f"{where}: a {speaker} needs a call, as JSON, in 'value'")
+    if calls and role != "assistant":
+        raise ValueError(f"{where}: only the assistant calls tools, got role {role!r}")
+    if content is None and not calls:
         raise ValueError(f"{where} needs 'content' or 'value', or tool calls")
-    message["content"] = "" if content is None else text_of(content, where)
-    return message, is_learned
+    message = {"role": role, "content": "" if content is None else text_of(content, where), **given}
+    return message | ({"tool_calls": calls} if calls else {}), is_learned
+
+
+def _either(given: dict[str, Any], name: str, other: str, where: str) -> Any:
+    """Take what goes by one of two names."""
+    if name in given and other in given:
+        raise ValueError(f"{where} has both {name!r} and {other!r}; leave one of them out")
+    return given.pop(name, given.pop(other, None))
+
+
+def _is_learned(given: dict[str, Any], role: str, where: str) -> bool:
+    """Take what says whether a message is learned."""
+    is_learned = True
+    for name in [name for name in _WEIGHTS if name in given]:
+        value = given.pop(name)
+        if value not in (0, 1) or isinstance(value, str):
+            raise ValueError(f"{where}: {name!r} must be 0 or 1, or true or false, got {value!r}")
+        if value and role != "assistant":
+            raise ValueError(f"{where}: {name!r} asks to learn a turn of role {role!r}, but only replies are learned")
+        is_learned &= bool(value)
+    return is_learned
+
+
+def _refuse_media(holder: Mapping[str, Any], where: str) -> None:
+    for name in _MEDIA:
+        if holder.get(name):
+            raise ValueError(f"{where} has {name!r}, and only text can be learned; remove the record or the field")
 
 
 def text_of(content: Any, where: str) -> str:
@@ -102,73 +171,103 @@ def text_of(content: Any, where: str) -> str:
         return content
     if isinstance(content, list):
         return "".join(_part(part, where) for part in content)
-    raise ValueError(f"{where} must be text, got {'null' if content is None else type(content).__name__}")
+    raise ValueError(f"{where} must hold text, got {_kind(content)}")
 
 
 def _part(part: Any, where: str) -> str:
     if isinstance(part, str):
         return part
-    if isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type", "text") == "text":
-        return str(part["text"])
-    kind = part.get("type", "?") if isinstance(part, Mapping) else type(part).__name__
-    raise ValueError(f"{where} has a part of type {kind!r}: only text can be learned; remove the record or the part")
+    if not isinstance(part, Mapping):
+        raise ValueError(f"{where}: a part of its content must be text or an object, got {_kind(part)}")
+    given = {name: value for name, value in part.items() if value is not None}
+    kind = given.pop("type", "text")
+    if kind in ("thinking", "reasoning"):
+        raise ValueError(f"{where} has a part of type {kind!r}; give it as 'reasoning_content' of the message")
+    if kind not in _TEXT_PARTS or not isinstance(given.get("text"), str):
+        raise ValueError(
+            f"{where} has a part of type {kind!r}, and only text can be learned; remove the record or the part"
+        )
+    if others := [name for name in given if name != "text"]:
+        raise ValueError(f"{where} has a part of text with {', '.join(others)}, which nothing reads; remove it")
+    return str(given["text"])
+
+
+def _calls(given: dict[str, Any], where: str) -> list[dict[str, Any]]:
+    """Take a message's tool calls."""
+    if "tool_calls" in given and "function_call" in given:
+        raise ValueError(f"{where} has both 'tool_calls' and 'function_call'; leave one of them out")
+    calls = given.pop("tool_calls", None)
+    if "function_call" in given:  # the older form
+        calls = [given.pop("function_call")]
+    calls = _parsed(calls, f"{where}: a tool call")
+    calls = [calls] if isinstance(calls, Mapping) else calls or []
+    if not isinstance(calls, list):
+        raise ValueError(f"{where}: tool calls must be a list of objects, got {_kind(calls)}")
+    return [_call(_parsed(call, f"{where}: a tool call"), where) for call in calls]
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     """A tool call in the form ``{"type": "function", "function": {"name", "arguments"}}`` with arguments as an object."""
     if not isinstance(call, Mapping):
-        raise ValueError(f"{where}: a tool call must be an object, got {type(call).__name__}")
-    function = dict(call.get("function") or {name: call[name] for name in ("name", "arguments") if name in call})
-    if not isinstance(function.get("name"), str):
-        raise ValueError(f"{where}: a tool call needs a name")
-    arguments = function.get("arguments", {})
+        raise ValueError(f"{where}: a tool call must be an object, got {_kind(call)}")
+    others = {name: value for name, value in call.items() if value is not None}
+    if (kind := others.pop("type", "function")) != "function":
+        raise ValueError(f"{where}: a tool call must be of type 'function', got {kind!r}")
+    function = others.pop("function", None)
+    if function is None:  # without the envelope
+        function = {name: others.pop(name) for name in ("name", "arguments", "parameters") if name in others}
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ValueError(f"{where}: a tool call needs a name and arguments, got {json.dumps(call, default=str)[:80]}")
+    function = dict(function)
+    arguments = _either(function, "arguments", "parameters", f"{where}: the call of {function['name']}")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except ValueError:
-            raise ValueError(
-                f"{where}: arguments of the call of {function['name']} are not JSON: {arguments[:40]!r}"
-            ) from None
-    if isinstance(arguments, Mapping):  # tables have null for the arguments of other functions
-        arguments = {name: value for name, value in arguments.items() if value is not None}
-    others = {
-        name: value
-        for name, value in call.items()
-        if name not in ("function", "name", "arguments", "type") and value is not None
-    }
+        arguments = _parsed(arguments, f"{where}: arguments of the call of {function['name']}")
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, Mapping):
+        raise ValueError(
+            f"{where}: arguments of the call of {function['name']} must be an object, got {_kind(arguments)}"
+        )
     return {"type": "function", **others, "function": {**function, "arguments": arguments}}
 
 
-def _calls_in(text: str, where: str) -> list[Any]:
-    calls = _json(text, where)
-    return calls if isinstance(calls, list) else [calls]
-
-
-def _json(value: Any, where: str) -> Any:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise ValueError(f"{where}: a tool call is not JSON: {value[:40]!r}") from None
-
-
 def _tools(record: Record) -> list[Any] | None:
-    tools = record.get("tools") or record.get("functions")
-    if isinstance(tools, str):
-        try:
-            tools = json.loads(tools) if tools.strip() else None
-        except ValueError:
-            raise ValueError(f"'tools' is not JSON: {str(tools)[:40]!r}") from None
-    if tools is None or tools == []:
+    """The tools that the model may call, each as ``{"type": "function", "function": {"name", ...}}``."""
+    if record.get("tools") and record.get("functions"):
+        raise ValueError("the record has both 'tools' and 'functions'; leave one of them out")
+    key = "tools" if record.get("tools") else "functions"
+    tools = _parsed(record.get(key), repr(key))
+    if not tools:
         return None
+    tools = [_parsed(tool, repr(key)) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise ValueError("'tools' must be a list of objects")
-    return tools
+        raise ValueError(f"{key!r} must be a list of objects, or JSON of one")
+    return [tool if "function" in tool or "name" not in tool else _enveloped(tool) for tool in tools]
+
+
+def _enveloped(tool: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
 
 
 def _arguments(record: Record) -> Mapping[str, Any]:
-    arguments = record.get("chat_template_kwargs") or {}
+    arguments = _parsed(record.get("chat_template_kwargs"), "'chat_template_kwargs'")
+    if arguments is None:
+        return {}
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"'chat_template_kwargs' must be an object, got {type(arguments).__name__}")
-    return {name: value for name, value in arguments.items() if value is not None}
+        raise ValueError(f"'chat_template_kwargs' must be an object, got {_kind(arguments)}")
+    if taken := [name for name in _OF_THE_RENDERER if name in arguments]:
+        raise ValueError(f"'chat_template_kwargs' must not hold {taken[0]!r}, which the record gives otherwise")
+    return arguments
+
+
+def _parsed(value: Any, what: str) -> Any:
+    """What JSON in a text stands for; any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.strip() else None
+    except ValueError:
+        raise ValueError(f"{what} is not JSON: {value[:40]!r}") from None
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else type(value).__name__

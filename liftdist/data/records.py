@@ -1,51 +1,182 @@
-"""Parsing of records: fields, and detection of the format.
+"""Parsing of records: fields and their names, the user's own wording, and detection of the format.
 
-record -> format (liftdist/data/formats) -> content (liftdist/data/content.py)
+record -> format (liftdist/data/formats) or templates (liftdist/data/wording.py) -> content (liftdist/data/content.py)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
-from liftdist.data.content import Content
-from liftdist.data.sources import Record, Source, is_local, locations, open_source
+from liftdist.data import content, wording
+from liftdist.data.content import Content, Conversation, Text
+from liftdist.data.sources import JsonlSource, Record, Source, is_local, locations, open_source
 from liftdist.errors import UserError
 from liftdist.registry import FORMATS
 from liftdist.schema import DataConfig
 
 CHECKED_RECORDS = 1000  # records checked before ranks start
+_RENDERED = "text"  # the format of what many data sets hold besides: a record's parts in one text
 
 
 def text(record: Record, key: str) -> str:
     """The text in field ``key``. Raises ``ValueError`` if it is absent or not text."""
     if key not in record:
-        raise ValueError(f"field {key!r} is missing (fields: {', '.join(map(str, record)) or 'none'})")
+        raise ValueError(f"field {key!r} is missing (fields: {_listed(record)})")
     if not isinstance(record[key], str):
         kind = "null" if record[key] is None else type(record[key]).__name__
         raise ValueError(f"{key!r} must be text, got {kind}")
     return record[key]
 
 
+def optional_text(record: Record, key: str) -> str:
+    """The text in field ``key``, empty if there is none. Raises ``ValueError`` if it is not text."""
+    return "" if record.get(key) is None else text(record, key)
+
+
+def pairs(record: Record, key: str) -> list[tuple[str, str]]:
+    """The pairs of texts in field ``key``: what was asked, and the reply. Raises ``ValueError`` for anything else."""
+    given = record.get(key) or []
+    if not isinstance(given, list) or not all(
+        isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
+        for pair in given
+    ):
+        raise ValueError(f"{key!r} must be a list of pairs of texts, what was asked and the reply")
+    return [(asked, reply) for asked, reply in given]
+
+
+def exchange(record: Record, asked: str, reply: str, *further: str) -> Conversation:
+    """A conversation of fields: ``history``, then field ``asked``, then ``reply``, which alone is learned.
+
+    Args:
+        further: optional fields that follow in the turn of ``asked``, each after an empty line.
+
+    Raises:
+        ValueError: a field is missing or not text.
+    """
+    turns = [
+        {"role": role, "content": said}
+        for pair in pairs(record, "history")
+        for role, said in zip(("user", "assistant"), pair, strict=True)
+    ]
+    parts = [text(record, asked), *(optional_text(record, name) for name in further)]
+    last = [
+        {"role": "user", "content": "\n\n".join(filter(None, parts))},
+        {"role": "assistant", "content": text(record, reply)},
+    ]
+    return content.conversation(record, turns + last, f"{asked} + {reply}", len(turns))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads the records of one source. Raises ``ValueError`` for a record that does not fit."""
+
+    read: Callable[[Record], Content]
+    used: frozenset[str]  # fields
+    is_table: bool  # whether it has null for what a record does not have
+
+    def __call__(self, record: Record) -> Content:
+        if self.is_table:
+            record = {name: _without_nulls(value) for name, value in record.items()}
+        return self.read(record)
+
+    def unused(self, record: Record) -> list[str]:
+        """The fields that do not reach the tokens."""
+        return [name for name, value in record.items() if name not in self.used and value is not None]
+
+
+def reader(source: Source, config: DataConfig) -> Reader:
+    """What reads the records of ``source``; ``data.format: auto`` detects the format from the first.
+
+    Raises:
+        UserError: no format fits, or several, or ``data.fields`` or a template does not fit.
+    """
+    where, first = next(iter(source.read(0, 1)))
+    is_table = not isinstance(source, JsonlSource) and not isinstance(source.records, list)
+    own = config.fields
+    if config.prompt_template is None:
+        format = _format(where, first, config)
+        read, used = format.read, {own.get(name, name) for name in (*format.FIELDS, *format.OPTIONAL)}
+        return Reader(lambda record: read(_renamed(record, own)), frozenset(used), is_table)
+    prompt = wording.Template.parse("data.prompt_template", config.prompt_template)
+    if config.response_template is not None:
+        response = wording.Template.parse("data.response_template", config.response_template)
+        if not response.fields:
+            raise UserError(
+                "data.response_template: has no {field} of a record, so every record would teach the same text"
+            )
+    else:
+        format = _format(where, first, config)
+        if format.RESPONSE is None:
+            raise UserError(
+                f"data.prompt_template: {where} has no field that is the response; give data.response_template"
+            )
+        response = wording.Template.of_field(own.get(format.RESPONSE, format.RESPONSE))
+
+    def worded(record: Record) -> Text:
+        return Text([(prompt.fill(record), False), (response.fill(record), True)])
+
+    return Reader(worded, prompt.fields | response.fields, is_table)
+
+
+def _format(where: str, first: Record, config: DataConfig) -> ModuleType:
+    """The module of the format. Raises ``UserError`` if none fits, or has not the fields that are renamed."""
+    name = config.format
+    if name == "auto":
+        name = at(where, lambda record: detect_format(_renamed(record, config.fields)), first)
+    module = FORMATS.load(name)
+    known = (*module.FIELDS, *module.OPTIONAL)
+    for field in config.fields:
+        if field not in known:
+            raise UserError(f"data.fields.{field}: format {name} has no such field; it has {_listed(known)}")
+    return module
+
+
+def _renamed(record: Record, own: Mapping[str, str]) -> Record:
+    """The record with the format's names for fields that have other names. Raises ``ValueError`` if one is missing."""
+    for name, given in own.items():
+        if given not in record:
+            raise ValueError(f"field {given!r} (data.fields.{name}) is missing (fields: {_listed(record)})")
+    taken = {*own, *own.values()}
+    return {name: value for name, value in record.items() if name not in taken} | {
+        name: record[given] for name, given in own.items()
+    }
+
+
+def _without_nulls(value: Any) -> Any:
+    """The value without keys that hold null: a table has the same keys in all records."""
+    if isinstance(value, Mapping):
+        return {name: _without_nulls(inner) for name, inner in value.items() if inner is not None}
+    return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
+
+
 def detect_format(record: Record) -> str:
-    """The format whose fields the record has. Raises ``ValueError`` if there is none."""
-    known = {name: FORMATS.load(name).FIELDS for name in FORMATS}
+    """The format whose fields the record has. Raises ``ValueError`` if there is none, or more than one."""
+    known: dict[frozenset[str], str] = {}
+    for name in FORMATS:
+        known.setdefault(frozenset(FORMATS.load(name).FIELDS), name)
     present = {field for field, value in record.items() if value is not None}  # tables have a null for an absent field
     for names in (present, set(record)):
-        for name, fields in known.items():
-            if names.issuperset(fields):
-                return name
-    expected = "; ".join("/".join(fields) for fields in known.values())
-    raise ValueError(f"fields {', '.join(map(str, record)) or '(none)'} fit no format (known: {expected})")
+        fits = [name for fields, name in known.items() if fields <= names]
+        if len(fits) > 1:
+            fits = [name for name in fits if name != _RENDERED]
+        if len(fits) > 1:
+            raise ValueError(
+                f"fields {_listed(record)} fit several formats; set data.format to one of {', '.join(fits)}"
+            )
+        if fits:
+            return fits[0]
+    expected = "; ".join("/".join(FORMATS.load(name).FIELDS) for name in known.values())
+    raise ValueError(
+        f"fields {_listed(record)} fit no format (known: {expected}); say with data.fields which are which, "
+        "or give data.prompt_template and data.response_template"
+    )
 
 
-def reader(source: Source, format: str) -> Callable[[Record], Content]:
-    """The function that reads a record of ``source``; ``auto`` detects the format from the first record."""
-    if format == "auto":
-        where, first = next(source.read(0, 1))
-        format = str(at(where, detect_format, first))
-    read: Callable[[Record], Content] = FORMATS.load(format).read
-    return read
+def _listed(names: Iterable[Any]) -> str:
+    return ", ".join(map(str, names)) or "none"
 
 
 def at(where: str, function: Callable[[Record], Any], record: Record) -> Any:
@@ -65,6 +196,6 @@ def check_first_records(config: DataConfig) -> None:
     for path, revision in locations(config):
         if is_local(path):
             source = open_source(path, None, "train", revision)
-            read = reader(source, config.format)
+            read = reader(source, config)
             for where, record in source.read(0, CHECKED_RECORDS):
                 at(where, read, record)

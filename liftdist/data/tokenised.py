@@ -108,7 +108,7 @@ def tokenise(
         UserError: a record that cannot be read (file and line), or no token to train on.
     """
     source = sources.open_source(path, config.subset, split, revision)
-    read = records.reader(source, config.format)
+    read = records.reader(source, config)
     key = _key(source, config, encoder, vocabulary, cache_dir)
     folder = cache_dir.expanduser() / "tokens" / key
     starts = range(0, len(source), PART_RECORDS)

@@ -97,13 +97,14 @@ def of_settings(before: str, after: str) -> list[SettingChange]:
     """Every setting that differs between two configs, given as YAML text from :func:`liftdist.config.load`."""
     old, new = (dict(schema.leaves(yaml.safe_load(text))) for text in (before, after))
     kinds = _kinds()
-    # lists of sections, whose entries may be added or removed
+    # lists of sections, whose entries may be added or removed, as those of texts by name
     lists = {key.rpartition(".N.")[0] + "." for key in kinds if ".N." in key}
     found = []
     for key in dict.fromkeys([*old, *new]):
         kind = kinds.get(schema.template(key))
         in_both = key in old and key in new  # a setting that only one version of liftdist knows is not a change
-        in_list = schema.template(key).startswith(tuple(lists))
+        form = schema.template(key)
+        in_list = form.startswith(tuple(lists)) or schema.texts().get(form) == schema.NAMED_TEXTS
         if kind is not None and (in_both or in_list) and old.get(key) != new.get(key):
             found.append((kind, f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"))
     return found

@@ -113,7 +113,7 @@ def check_first_records(config: Config) -> None:
     for path, split, revision in paths:
         source = sources.open_source(path, data.subset, split, revision)
         first = source.read(0, records.CHECKED_RECORDS)
-        tokenised.encode_all(first, records.reader(source, data.format), encoder, text_config.vocab_size, data)
+        tokenised.encode_all(first, records.reader(source, data), encoder, text_config.vocab_size, data)
 
 
 def _template(given: str | None) -> str | None:

@@ -1,25 +1,31 @@
-"""Instruction, optional input, output, in the wording of Stanford Alpaca; the files of LLM-Adapters have this format."""
+"""Instruction, optional input, output, in the wording of Stanford Alpaca; the files of LLM-Adapters have this format.
+
+A system prompt takes the place of the first paragraph. Earlier exchanges stand before the instruction and are not learned.
+"""
 
 from __future__ import annotations
 
 from liftdist.data.content import Text
-from liftdist.data.records import text
+from liftdist.data.records import optional_text, pairs, text
 from liftdist.data.sources import Record
 
 FIELDS = ("instruction", "output")
-WORDING = (
+OPTIONAL = ("input", "system", "history")
+RESPONSE = "output"
+TASK = (
     "Below is an instruction that describes a task{with_input}. "
-    "Write a response that appropriately completes the request.\n\n### Instruction:\n{instruction}\n\n{input}### Response:\n"
+    "Write a response that appropriately completes the request."
 )
+WITH_INPUT = ", paired with an input that provides further context"
+TURN = "### Instruction:\n{instruction}\n\n{input}### Response:\n{output}"
+INPUT = "### Input:\n{input}\n\n"
 
 
 def read(record: Record) -> Text:
-    instruction, input_text = text(record, "instruction"), record.get("input") or ""
-    if not isinstance(input_text, str):
-        raise ValueError(f"'input' must be text, got {type(input_text).__name__}")
-    prompt = WORDING.format(
-        instruction=instruction,
-        with_input=", paired with an input that provides further context" if input_text else "",
-        input=f"### Input:\n{input_text}\n\n" if input_text else "",
+    given = optional_text(record, "input")
+    system = optional_text(record, "system") or TASK.format(with_input=WITH_INPUT if given else "")
+    earlier = [TURN.format(instruction=asked, input="", output=answer) for asked, answer in pairs(record, "history")]
+    last = TURN.format(
+        instruction=text(record, "instruction"), input=INPUT.format(input=given) if given else "", output=""
     )
-    return Text([(prompt, False), (text(record, "output"), True)])
+    return Text([("\n\n".join([system, *earlier, last]), False), (text(record, "output"), True)])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from liftdist.data import content
 from liftdist.data.content import Conversation, conversation
 from liftdist.data.sources import Record
 
 FIELDS = ("messages",)
+OPTIONAL = content.OPTIONAL
+RESPONSE = None
 
 
 def read(record: Record) -> Conversation:
