@@ -28,7 +28,8 @@ ROLES = {
 #: Fields beside the turns that a conversation takes.
 OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
 _CALLS = ("function_call", "tool_call")  # speakers of ShareGPT whose text is a call
-_WEIGHTS = ("weight", "train", "training", "loss")  # of a message: false or 0 is not learned
+_WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # of a message: false or 0 is not learned
+_OTHER_WEIGHTS = ("mask", "masked", "loss_weight", "loss_scale", "train_detail")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _OF_THE_RENDERER = (
@@ -84,7 +85,7 @@ def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conve
         made, is_learned = _message(turn, f"turn {number} of {key!r}")
         if messages and number == 1 and made["role"] == "system":
             raise ValueError(f"a system prompt stands beside {key!r} and in it; leave one of them out")
-        if not is_learned or number <= prompt:
+        if made["role"] == "assistant" and (not is_learned or number <= prompt):
             masked.add(len(messages))
         messages.append(made)
     if not any(message["role"] == "assistant" for message in messages[len(messages) - len(turns) + prompt :]):
@@ -148,6 +149,9 @@ def _either(given: dict[str, Any], name: str, other: str, where: str) -> Any:
 
 def _is_learned(given: dict[str, Any], role: str, where: str) -> bool:
     """Take what says whether a message is learned."""
+    for name in _OTHER_WEIGHTS:
+        if name in given:
+            raise ValueError(f"{where}: {name!r} is not used; say by 'weight', 0 or 1, whether a reply is learned")
     is_learned = True
     for name in [name for name in _WEIGHTS if name in given]:
         value = given.pop(name)
@@ -266,7 +270,7 @@ def _parsed(value: Any, what: str) -> Any:
     try:
         return json.loads(value) if value.strip() else None
     except ValueError:
-        raise ValueError(f"{what} is not JSON: {value[:40]!r}") from None
+        raise ValueError(f"{what}: not JSON: {value[:40]!r}") from None
 
 
 def _kind(value: Any) -> str:
