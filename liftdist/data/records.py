@@ -98,7 +98,7 @@ def reader(source: Source, config: DataConfig) -> Reader:
     own = config.fields
     if config.prompt_template is None:
         format = _format(where, first, config)
-        read, used = format.read, {own.get(name, name) for name in (*format.FIELDS, *format.OPTIONAL)}
+        read, used = format.read, {own.get(name, name) for name in _fields(format)}
         return Reader(lambda record: read(_renamed(record, own)), frozenset(used), is_table)
     prompt = wording.Template.parse("data.prompt_template", config.prompt_template)
     if config.response_template is not None:
@@ -125,13 +125,22 @@ def _format(where: str, first: Record, config: DataConfig) -> ModuleType:
     """The module of the format. Raises ``UserError`` if none fits, or has not the fields that are renamed."""
     name = config.format
     if name == "auto":
+        _check_names(config.fields, [field for known in FORMATS for field in _fields(FORMATS.load(known))], "formats")
         name = at(where, lambda record: detect_format(_renamed(record, config.fields)), first)
     module = FORMATS.load(name)
-    known = (*module.FIELDS, *module.OPTIONAL)
-    for field in config.fields:
-        if field not in known:
-            raise UserError(f"data.fields.{field}: format {name} has no such field; it has {_listed(known)}")
+    _check_names(config.fields, _fields(module), f"format {name}")
     return module
+
+
+def _fields(format: ModuleType) -> list[str]:
+    return [*format.FIELDS, *format.OPTIONAL]
+
+
+def _check_names(given: Iterable[str], known: Iterable[str], whose: str) -> None:
+    names = list(dict.fromkeys(known))
+    for name in given:
+        if name not in names:
+            raise UserError(f"data.fields.{name}: is no field of {whose}; the fields: {_listed(names)}")
 
 
 def _renamed(record: Record, own: Mapping[str, str]) -> Record:

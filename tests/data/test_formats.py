@@ -36,38 +36,87 @@ def turns(*said):
 @pytest.mark.parametrize(
     ("format", "record", "expected"),
     [
-        ("alpaca", {"instruction": "Add.", "output": "3", "answer": "3"}, learned(f"{ALPACA}\n\n### Instruction:\nAdd.\n\n### Response:\n", "3")),
-        ("alpaca", {"instruction": "Add.", "input": "1 2", "output": "3"},
-         learned(f"{ALPACA_INPUT}\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", "3")),
-        ("alpaca", {"instruction": "{Add} %s {{input}}", "input": "", "output": " {x}\n"},
-         learned(f"{ALPACA}\n\n### Instruction:\n{{Add}} %s {{{{input}}}}\n\n### Response:\n", " {x}\n")),
-        ("alpaca", {"instruction": "Add.", "input": "1 {2}", "system": "You {can} add.", "output": "3", "history": None},
-         learned("You {can} add.\n\n### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n", "3")),
-        ("alpaca", {"instruction": "Add.", "output": "3", "system": None, "history": [["Hi", "Yes?"], ["1+1", "2"]]},
-         learned(f"{ALPACA}\n\n### Instruction:\nHi\n\n### Response:\nYes?\n\n### Instruction:\n1+1\n\n### Response:\n2\n\n"
-                 "### Instruction:\nAdd.\n\n### Response:\n", "3")),
+        (
+            "alpaca",
+            {"instruction": "Add.", "output": "3", "answer": "3"},
+            learned(f"{ALPACA}\n\n### Instruction:\nAdd.\n\n### Response:\n", "3"),
+        ),
+        (
+            "alpaca",
+            {"instruction": "Add.", "input": "1 2", "output": "3"},
+            learned(f"{ALPACA_INPUT}\n\n### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:\n", "3"),
+        ),
+        (
+            "alpaca",
+            {"instruction": "{Add} %s {{input}}", "input": "", "output": " {x}\n"},
+            learned(f"{ALPACA}\n\n### Instruction:\n{{Add}} %s {{{{input}}}}\n\n### Response:\n", " {x}\n"),
+        ),
+        (
+            "alpaca",
+            {"instruction": "Add.", "input": "1 {2}", "system": "You {can} add.", "output": "3", "history": None},
+            learned("You {can} add.\n\n### Instruction:\nAdd.\n\n### Input:\n1 {2}\n\n### Response:\n", "3"),
+        ),
+        (
+            "alpaca",
+            {"instruction": "Add.", "output": "3", "system": None, "history": [["Hi", "Yes?"], ["1+1", "2"]]},
+            learned(
+                f"{ALPACA}\n\n### Instruction:\nHi\n\n### Response:\nYes?\n\n### Instruction:\n1+1\n\n### Response:\n2\n\n"
+                "### Instruction:\nAdd.\n\n### Response:\n",
+                "3",
+            ),
+        ),
         ("lift_paper", {"instruction": "Add.", "output": "3", "answer": "3"}, learned(LIFT, "3 ")),
         ("lift_paper", {"instruction": "Add.", "input": "", "output": "3\n"}, learned(LIFT, "3\n ")),
         ("lift_paper", {"instruction": "Solve.", "input": "Add.", "output": "3</s>"}, learned(LIFT, "3 ")),
         ("prompt_completion", {"prompt": " 1+2=", "completion": "\n3 "}, learned(" 1+2=", "\n3 ")),
         ("prompt_completion", {"prompt": "", "completion": "3", "tools": None, "label": True}, learned("", "3")),
-        ("prompt_completion", {"prompt": turns("1+2"), "completion": [{"role": "assistant", "content": "3"}]}, chat("1+2", "3")),
-        ("prompt_completion", {"prompt": turns("1+1", "2", "1+2"), "completion": turns("", "3")[1:]}, chat("1+1", "2", "1+2", "3", masked=[1])),
-        ("prompt_completion", {"prompt": turns("1+1", "2", "1+2"), "completion": turns("", "3", "Sure?", "Yes")[1:], "system": "Add.", "tools": [TOOL]},
-         chat("1+1", "2", "1+2", "3", "Sure?", "Yes", masked=[2], system="Add.", tools=[TOOL])),
+        (
+            "prompt_completion",
+            {"prompt": turns("1+2"), "completion": [{"role": "assistant", "content": "3"}]},
+            chat("1+2", "3"),
+        ),
+        (
+            "prompt_completion",
+            {"prompt": turns("1+1", "2", "1+2"), "completion": turns("", "3")[1:]},
+            chat("1+1", "2", "1+2", "3", masked=[1]),
+        ),
+        (
+            "prompt_completion",
+            {
+                "prompt": turns("1+1", "2", "1+2"),
+                "completion": turns("", "3", "Sure?", "Yes")[1:],
+                "system": "Add.",
+                "tools": [TOOL],
+            },
+            chat("1+1", "2", "1+2", "3", "Sure?", "Yes", masked=[2], system="Add.", tools=[TOOL]),
+        ),
         ("prompt_completion", {"prompt": [], "completion": turns("1+2", "3")}, chat("1+2", "3")),
         ("question_answer", {"question": "1+2", "answer": "3"}, chat("1+2", "3")),
         ("question_answer", {"question": "Sum?", "context": "1 2", "answer": "3", "id": 7}, chat("Sum?\n\n1 2", "3")),
-        ("question_answer", {"question": "1+2", "answer": "3", "system": "Add.", "history": [["1+1", "2"]], "context": None},
-         chat("1+1", "2", "1+2", "3", masked=[2], system="Add.")),
-        ("instruction_response", {"instruction": "Add.", "context": "1 2", "response": "3", "category": "x"}, chat("Add.\n\n1 2", "3")),
-        ("instruction_response", {"instruction": "Add.", "input": "1 2", "context": "", "response": "3"}, chat("Add.\n\n1 2", "3")),
+        (
+            "question_answer",
+            {"question": "1+2", "answer": "3", "system": "Add.", "history": [["1+1", "2"]], "context": None},
+            chat("1+1", "2", "1+2", "3", masked=[2], system="Add."),
+        ),
+        (
+            "instruction_response",
+            {"instruction": "Add.", "context": "1 2", "response": "3", "category": "x"},
+            chat("Add.\n\n1 2", "3"),
+        ),
+        (
+            "instruction_response",
+            {"instruction": "Add.", "input": "1 2", "context": "", "response": "3"},
+            chat("Add.\n\n1 2", "3"),
+        ),
         ("prompt_response", {"prompt": "1+2\n", "response": " 3"}, chat("1+2\n", " 3")),
-        ("prompt_response", {"prompt": "1+2", "response": "3", "tools": [TOOL], "chat_template_kwargs": {"a": 1}},
-         chat("1+2", "3", tools=[TOOL], arguments={"a": 1})),
+        (
+            "prompt_response",
+            {"prompt": "1+2", "response": "3", "tools": [TOOL], "chat_template_kwargs": {"a": 1}},
+            chat("1+2", "3", tools=[TOOL], arguments={"a": 1}),
+        ),
         ("text", {"text": " 1+2=3\n"}, Text([(" 1+2=3\n", True)])),
     ],
-)  # fmt: skip
+)
 def test_contents(format, record, expected):
     made = FORMATS.load(format).read(record)
     assert made.pieces == expected.pieces if isinstance(expected, Text) else made == expected
@@ -79,23 +128,59 @@ def test_contents(format, record, expected):
         ("alpaca", {"instruction": "Add."}, "field 'output' is missing (fields: instruction)"),
         ("alpaca", {"instruction": "Add.", "output": "3", "input": 12}, "'input' must be text, got int"),
         ("alpaca", {"instruction": "Add.", "output": "3", "system": ["a"]}, "'system' must be text, got list"),
-        ("alpaca", {"instruction": "Add.", "output": "3", "history": "Hi"}, "'history' must be a list of pairs of texts, what was asked"),
-        ("alpaca", {"instruction": "Add.", "output": "3", "history": [["Hi"]]}, "'history' must be a list of pairs of texts"),
-        ("alpaca", {"instruction": "Add.", "output": "3", "history": [["Hi", None]]}, "'history' must be a list of pairs of texts"),
+        (
+            "alpaca",
+            {"instruction": "Add.", "output": "3", "history": "Hi"},
+            "'history' must be a list of pairs of texts, what was asked",
+        ),
+        (
+            "alpaca",
+            {"instruction": "Add.", "output": "3", "history": [["Hi"]]},
+            "'history' must be a list of pairs of texts",
+        ),
+        (
+            "alpaca",
+            {"instruction": "Add.", "output": "3", "history": [["Hi", None]]},
+            "'history' must be a list of pairs of texts",
+        ),
         ("lift_paper", {"instruction": "Add.", "output": None}, "'output' must be text, got null"),
-        ("prompt_completion", {"prompt": turns("1+2"), "completion": "3"}, "must both be texts, or both lists of messages"),
-        ("prompt_completion", {"prompt": "1+2", "completion": turns("", "3")[1:]}, "must both be texts, or both lists of messages"),
+        (
+            "prompt_completion",
+            {"prompt": turns("1+2"), "completion": "3"},
+            "must both be texts, or both lists of messages",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "1+2", "completion": turns("", "3")[1:]},
+            "must both be texts, or both lists of messages",
+        ),
         ("prompt_completion", {"prompt": turns("1+2")}, "'prompt' must be text, got list"),
-        ("prompt_completion", {"prompt": turns("1+2", "3"), "completion": turns("1+3")}, "'prompt + completion' has no assistant turn"),
-        ("prompt_completion", {"prompt": turns("1+2", "3"), "completion": []}, "'prompt + completion' has no assistant turn"),
-        ("prompt_completion", {"prompt": "1+2", "completion": "3", "system": "Add."}, "'system' goes with 'prompt' and 'completion' that are lists"),
+        (
+            "prompt_completion",
+            {"prompt": turns("1+2", "3"), "completion": turns("1+3")},
+            "'prompt + completion' has no assistant turn",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": turns("1+2", "3"), "completion": []},
+            "'prompt + completion' has no assistant turn",
+        ),
+        (
+            "prompt_completion",
+            {"prompt": "1+2", "completion": "3", "system": "Add."},
+            "'system' goes with 'prompt' and 'completion' that are lists",
+        ),
         ("question_answer", {"question": "1+2", "answer": 3}, "'answer' must be text, got int"),
         ("question_answer", {"question": "1+2", "answer": "3", "context": ["a"]}, "'context' must be text, got list"),
-        ("question_answer", {"question": "1+2", "answer": "3", "image": "x.png"}, "the record has 'image', and only text can be learned"),
+        (
+            "question_answer",
+            {"question": "1+2", "answer": "3", "image": "x.png"},
+            "the record has 'image', and only text can be learned",
+        ),
         ("prompt_response", {"prompt": turns("1+2"), "response": "3"}, "'prompt' must be text, got list"),
         ("text", {"text": None}, "'text' must be text, got null"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_fit_is_refused(format, record, problem):
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         FORMATS.load(format).read(record)

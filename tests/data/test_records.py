@@ -1,13 +1,32 @@
-"""Records that cannot be read are named by file and line."""
+"""Records are recognised, their fields renamed or worded by the user; a bad one is named by file and line."""
 
 import json
 
 import builders
 import pytest
+from commands import call, write_config
 
-from liftdist.data import records, tokenised
+from liftdist.data import records, sources, tokenised
 from liftdist.data.chat import Encoder
+from liftdist.data.content import Conversation, Text
 from liftdist.errors import UserError
+from liftdist.schema import DataConfig
+
+
+def write(folder, *lines, name="data.jsonl"):
+    path = folder / name
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
+    return path
+
+
+def reader(path, **settings):
+    source = sources.open_source(str(path), None, "train")
+    return records.reader(source, DataConfig(path=str(path), **settings)), source
+
+
+def contents(path, **settings):
+    read, source = reader(path, **settings)
+    return [records.at(where, read, record) for where, record in source.read(0, 100)]
 
 
 @pytest.mark.parametrize(
@@ -21,9 +40,8 @@ from liftdist.errors import UserError
     ],
 )
 def test_a_bad_line_is_named(line, problem, tokenizer, tmp_path):
-    path = tmp_path / "data.jsonl"
-    good = json.dumps(builders.RECORDS["prompt_completion"])
-    path.write_text(f"{good}\n\n{line}\n{good}\n")
+    good = builders.RECORDS["prompt_completion"]
+    path = write(tmp_path, good, "", line, good)
     config = builders.config(tmp_path, path, tmp_path)
     with pytest.raises(UserError, match=problem):
         records.check_first_records(config.data)
@@ -31,12 +49,312 @@ def test_a_bad_line_is_named(line, problem, tokenizer, tmp_path):
         tokenised.tokenise(str(path), config.data, Encoder(tokenizer), 49152, tmp_path / "cache")
 
 
+MESSAGES = builders.RECORDS["messages"]["messages"]
+
+
 @pytest.mark.parametrize(
-    ("content", "problem"),
-    [("", "holds no record"), ("\n \n", "holds no record"), ('{"question": "a"}\n', "fields question fit no format")],
+    ("fields", "format"),
+    [
+        *((record, name) for name, record in builders.RECORDS.items()),
+        ({"instruction": "a", "input": "", "output": "b", "text": "a b"}, "alpaca"),  # as Stanford's data set has it
+        ({"instruction": "a", "output": "b", "answer": "c"}, "alpaca"),  # MATH-10K
+        ({"question": "a", "answer": "b", "text": "c"}, "question_answer"),
+        ({"text": "a", "meta": {}}, "text"),
+        ({"messages": MESSAGES, "prompt": "1+2", "prompt_id": "x"}, "messages"),
+        ({"messages": MESSAGES, "conversations": None}, "messages"),  # tables have null for what is absent
+        ({"messages": None, "conversations": [{"from": "gpt", "value": "a"}]}, "sharegpt"),
+        ({"instruction": "a", "output": "b", "question": None, "answer": None}, "alpaca"),
+        ({"prompt": "a", "completion": None}, "prompt_completion"),
+        ({"conversations": [], "system": "a", "tools": "[]"}, "sharegpt"),
+    ],
 )
-def test_bad_files(content, problem, tmp_path):
+def test_formats_are_recognised(fields, format):
+    assert records.detect_format(fields) == format
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        (
+            {"question": "a"},
+            "fields question fit no format (known: messages; conversations; instruction/output; prompt/completion;",
+        ),
+        ({}, "fields none fit no format"),
+        (
+            {"instruction": "a", "output": "b", "messages": MESSAGES},
+            "fit several formats; set data.format to one of messages, alpaca",
+        ),
+        (
+            {"prompt": "a", "completion": "b", "response": "c"},
+            "fit several formats; set data.format to one of prompt_completion, prompt_response",
+        ),
+        (
+            {"instruction": "a", "output": "b", "response": "c", "text": "d"},
+            "set data.format to one of alpaca, instruction_response",
+        ),
+        ({"messages": MESSAGES, "conversations": []}, "set data.format to one of messages, sharegpt"),
+        (
+            {"instruction": None, "output": None, "question": None, "answer": None},
+            "set data.format to one of alpaca, question_answer",
+        ),
+        (
+            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            "say with data.fields which are which, or give data.prompt_template",
+        ),
+    ],
+)
+def test_what_is_not_clear_is_refused(fields, problem, tmp_path):
+    with pytest.raises(UserError) as caught:
+        contents(write(tmp_path, fields))
+    assert f"{tmp_path}/data.jsonl:1: " in str(caught.value)
+    assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n"])
+def test_bad_files(content, tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text(content)
-    with pytest.raises(UserError, match=problem):
+    with pytest.raises(UserError, match="holds no record"):
         records.check_first_records(builders.config(tmp_path, path, tmp_path).data)
+
+
+def chat(*said):
+    return Conversation(
+        [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=False)]
+    )
+
+
+def text(prompt, response):
+    return Text([(prompt, False), (response, True)])
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "expected"),
+    [
+        # own names
+        ({"query": "1+2", "reply": "3"}, dict(fields={"question": "query", "answer": "reply"}), chat("1+2", "3")),
+        ({"query": "1+2", "answer": "3"}, dict(fields={"question": "query"}), chat("1+2", "3")),
+        (
+            {"prompt": "1+2=", "answer": "3"},
+            dict(fields={"completion": "answer"}, format="prompt_completion"),
+            text("1+2=", "3"),
+        ),
+        ({"dialogue": MESSAGES}, dict(fields={"messages": "dialogue"}), Conversation(MESSAGES)),
+        ({"body": "a"}, dict(fields={"text": "body"}), Text([("a", True)])),
+        (
+            {"question": "Sum?", "passage": "1 2", "answer": "3"},
+            dict(fields={"context": "passage"}),
+            chat("Sum?\n\n1 2", "3"),
+        ),
+        ({"question": "Sum?", "passage": None, "answer": "3"}, dict(fields={"context": "passage"}), chat("Sum?", "3")),
+        (
+            {"question": "no", "short question": "1+2", "answer": "3"},
+            dict(fields={"question": "short question"}),
+            chat("1+2", "3"),
+        ),
+        (
+            {"question": "3", "answer": "1+2"},
+            dict(fields={"question": "answer", "answer": "question"}),
+            chat("1+2", "3"),
+        ),
+        (
+            {"instruction": "no", "output": "no", "question": "1+2", "answer": "3"},
+            dict(format="question_answer"),
+            chat("1+2", "3"),
+        ),
+        # own wording
+        (
+            {"q": "1+2", "a": "3"},
+            dict(prompt_template="Q: {q}\nA:", response_template=" {a}"),
+            text("Q: 1+2\nA:", " 3"),
+        ),
+        ({"question": "1+2", "answer": "3"}, dict(prompt_template="{question}="), text("1+2=", "3")),
+        (
+            {"query": "1+2", "answer": "3"},
+            dict(prompt_template="{query}=", fields={"question": "query"}),
+            text("1+2=", "3"),
+        ),
+        (
+            {"instruction": "Add.", "output": "3"},
+            dict(prompt_template="{instruction}", format="lift_paper"),
+            text("Add.", "3"),
+        ),
+        (
+            {"q": "{a}", "a": "{q}", "my name": "x:y"},
+            dict(prompt_template="{q}{my name}{q}", response_template="{a}!"),
+            text("{a}x:y{a}", "{q}!"),
+        ),
+        (
+            {"q": "1", "a": "3"},
+            dict(prompt_template='{{"q": "{q}"}}{{}}', response_template="{{{a}}}"),
+            text('{"q": "1"}{}', "{3}"),
+        ),
+        ({"q": "1", "a": "3"}, dict(prompt_template="Say it:", response_template="{a}"), text("Say it:", "3")),
+        ({"q": "", "a": ""}, dict(prompt_template="{q}", response_template="{a}"), text("", "")),
+        (
+            {"f(x)": "1", "a": "3"},
+            dict(prompt_template="%s $q \\n {f(x)}", response_template="{a}"),
+            text("%s $q \\n 1", "3"),
+        ),
+    ],
+)
+def test_own_names_and_own_wording(record, settings, expected, tmp_path):
+    (made,) = contents(write(tmp_path, record), **settings)
+    assert made == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "problem"),
+    [
+        (
+            {"question": "a", "answer": "b"},
+            dict(fields={"question": "query"}),
+            "data.jsonl:1: field 'query' (data.fields.question) is missing (fields: question, answer)",
+        ),
+        (
+            {"question": "a", "answer": "b"},
+            dict(fields={"qestion": "question"}),
+            "data.fields.qestion: is no field of formats; the fields: messages, system, ",
+        ),
+        ({"q": "a", "answer": "b"}, dict(fields={"question": "q", "output": "answer"}), "fit no format"),
+        (
+            {"question": "a", "answer": "b"},
+            dict(fields={"history": "q"}, format="text"),
+            "data.fields.history: is no field of format text; the fields: text",
+        ),
+        (
+            {"q": "a", "a": "b"},
+            dict(prompt_template="{q"),
+            "data.prompt_template: { in '{q' is no {field}; write {{ and }} for braces",
+        ),
+        ({"q": "a", "a": "b"}, dict(prompt_template="q}"), "data.prompt_template: } in 'q}' is no {field}"),
+        ({"q": "a", "a": "b"}, dict(prompt_template="{}"), "data.prompt_template: {} in '{}' is no {field}"),
+        (
+            {"q": "a", "a": "b"},
+            dict(prompt_template="{q}", response_template="{a}}"),
+            "data.response_template: } in '{a}}' is no {field}",
+        ),
+        (
+            {"q": "a", "a": "b"},
+            dict(prompt_template="{q}", response_template="a"),
+            "data.response_template: has no {field} of a record, so every",
+        ),
+        ({"q": "a", "a": "b"}, dict(prompt_template="{q}"), "data.jsonl:1: fields q, a fit no format"),
+        (
+            {"messages": MESSAGES},
+            dict(prompt_template="{messages}"),
+            "data.jsonl:1 has no field that is the response; give data.response_template",
+        ),
+        (
+            {"q": "a", "a": "b"},
+            dict(prompt_template="{query}", response_template="{a}"),
+            "data.jsonl:1: field 'query' of data.prompt_template is missing (fields: q, a); {{ and }} are braces",
+        ),
+        (
+            {"q": None, "a": "b"},
+            dict(prompt_template="{q}", response_template="{a}"),
+            "field 'q' of data.prompt_template is null",
+        ),
+        (
+            {"q": "a", "a": 7},
+            dict(prompt_template="{q}", response_template="{a}"),
+            "field 'a' of data.response_template is int, not text",
+        ),
+    ],
+)
+def test_names_and_wordings_that_do_not_fit(record, settings, problem, tmp_path):
+    with pytest.raises(UserError) as caught:
+        contents(write(tmp_path, record), **settings)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "expected"),
+    [
+        ({"instruction": "a", "input": "b", "output": "c", "answer": "d", "text": "e"}, {}, ["answer", "text"]),
+        ({"instruction": "a", "output": "c", "answer": None}, {}, []),
+        ({"messages": MESSAGES, "system": "a", "id": 0}, {}, ["id"]),
+        (
+            {"question": "a", "answer": "b", "query": "c", "context": "d"},
+            dict(fields={"question": "query"}),
+            ["question"],
+        ),
+        ({"instruction": "a", "input": "b", "output": "c", "system": "d"}, dict(format="lift_paper"), ["system"]),
+        ({"question": "a", "answer": "b", "context": "c"}, dict(prompt_template="{question}"), ["context"]),
+        (
+            {"q": "a", "a": "b", "question": "c", "answer": "d"},
+            dict(prompt_template="{q}", response_template="{a}"),
+            ["question", "answer"],
+        ),
+    ],
+)
+def test_fields_that_do_not_reach_the_tokens_are_known(record, settings, expected, tmp_path):
+    read, _ = reader(write(tmp_path, record), **settings)
+    assert read.unused(record) == expected
+
+
+def test_nulls_of_a_table_are_not_the_users(tmp_path):
+    """A column of a table has the same keys in every row; what a JSON file has as null was meant."""
+    import datasets
+
+    def turns(arguments):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        return [{"role": "user", "content": "a"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+
+    rows = [
+        {"messages": turns({"x": 1}), "tools": [{"function": {"name": "f", "parameters": {"x": {"type": "int"}}}}]},
+        {"messages": turns({"y": [2]}), "tools": [{"function": {"name": "f", "parameters": {"y": {"type": "int"}}}}]},
+    ]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "data.parquet")
+    assert datasets.load_dataset(
+        "parquet", data_files=str(tmp_path / "data.parquet"), split="train", cache_dir=tmp_path
+    )[0]["tools"][0]["function"]["parameters"] == {"x": {"type": "int"}, "y": None}
+    assert contents(tmp_path / "data.parquet") == contents(write(tmp_path, *rows))
+    (made,) = contents(write(tmp_path, {"messages": turns({"x": None})}))
+    assert made.messages[1]["tool_calls"][0]["function"]["arguments"] == {"x": None}
+
+
+@pytest.mark.parametrize(
+    ("line", "override", "problem"),
+    [
+        ({"q": "a", "a": "b"}, (), "fields q, a fit no format"),
+        ({"q": "a", "a": "b"}, ("data.fields.question=q",), "fields a, question fit no format"),
+        (
+            {"q": "a", "a": "b"},
+            ("data.fields={question: qq, answer: a}",),
+            "data.jsonl:1: field 'qq' (data.fields.question) is missing",
+        ),
+        (
+            {"q": "a", "a": "b"},
+            ("data.prompt_template={q} ", "data.response_template={b}"),
+            "field 'b' of data.response_template is missing",
+        ),
+        ({"q": "a", "a": "b"}, ("data.prompt_template={q",), "data.prompt_template: { in '{q' is no {field}"),
+        (
+            {"q": "a", "a": "b"},
+            ("data.response_template={a}",),
+            "data.response_template: needs data.prompt_template, too",
+        ),
+        (
+            {"q": "a", "a": "b"},
+            ("data.prompt_template={q}", "data.response_template={a}", "data.format=text"),
+            "data.format: is not used with data.prompt_template and data.response_template; leave it out",
+        ),
+        (
+            {"q": "a", "a": "b"},
+            ("data.prompt_template={q}", "data.response_template={a}", "data.fields.text=q"),
+            "data.fields: is not used with",
+        ),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image"}]}]},
+            (),
+            "data.jsonl:1: turn 1 of 'messages' has a part of type 'image'",
+        ),
+    ],
+)
+def test_the_command_says_so_before_anything_starts(line, override, problem, tiny_model, tmp_path):
+    config = write_config(tmp_path, tiny_model, write(tmp_path, line))
+    code, said = call("train", config, *override)
+    assert (code, problem in said) == (2, True), said
+    assert len(said.splitlines()) == 1
