@@ -137,3 +137,84 @@ def test_a_changed_entry_is_a_change(tmp_path, monkeypatch):
 
 
 SETTINGS = list(schema.settings(Root))
+
+
+@dataclass
+class Names:
+    fields: dict[str, str] = setting({}, "names", example="{a: b}", changes=COURSE)
+    lr: float = setting(1.0, "rate")
+
+
+@dataclass
+class Named:
+    data: Names = field(default_factory=Names)
+
+
+NAMED = "data:\n  fields:\n    question: q\n    on: 0012\n    1: yes # a comment\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "expected"),
+    [
+        (NAMED, (), {"question": "q", "on": "0012", "1": "yes"}),
+        (NAMED, ("data.fields.question=null",), {"question": "null", "on": "0012", "1": "yes"}),
+        (NAMED, ("data.fields.answer= [x], # {y}",), {"question": "q", "on": "0012", "1": "yes", "answer": " [x], # {y}"}),
+        (NAMED, ("data.fields={answer: 1e3}",), {"answer": "1e3"}),
+        (NAMED, ("data.fields={}", "data.fields.a=1", "data.fields.b=on"), {"a": "1", "b": "on"}),
+        ("data:\n  fields: {a: 'b: c', d: \"\\t\"}\n", (), {"a": "b: c", "d": "\t"}),
+        ("data:\n  fields: {}\n", ("data={fields: {a: 0012}}",), {"a": "0012"}),
+        ("data:\n  lr: 2\n", ("data.fields.lr=x",), {"lr": "x"}),
+    ],
+)
+def test_texts_by_name_keep_their_characters(tmp_path, text, overrides, expected):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    config, kept = configs.load(path, overrides, Named)
+    assert config.data.fields == expected
+    path.write_text(kept)
+    assert configs.load(path, (), Named)[0] == config  # what is kept reads back
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "problem"),
+    [
+        (NAMED, ("data.fields.a=",), "data.fields.a: must not be empty"),
+        (NAMED, ("data.fields=a",), "data.fields: must hold texts, one name: text a line"),
+        (NAMED, ("data.fields=[a]",), "data.fields: must hold texts, one name: text a line"),
+        (NAMED, ("data.fields={a: {b: c}}",), "data.fields.a: YAML reads settings; as a text it needs quotes"),
+        (NAMED, ("data.fields={a: b",), "must be names and texts, in quotes for the shell: data.fields='{a: b}'"),
+        (NAMED, ("data.fields={a: b, a: c}",), "found duplicate key a"),
+        (NAMED, ("data.fields.=x",), "the name after data.fields must consist of letters, digits and underscores"),
+        (NAMED, ("data.fields.a.b=x",), "the name after data.fields must consist of letters, digits and underscores"),
+        (NAMED, ("data.fields.a[0]=x",), "the name after data.fields must consist of letters, digits and underscores"),
+        (NAMED, ("data.feilds.a=x",), "unknown key 'data.feilds.a'; did you mean 'data.fields'?"),
+        ("data:\n  fields: a\n", (), "c.yaml:2: data.fields: must hold texts, one name: text a line"),
+        ("data:\n  fields:\n", (), "c.yaml:2: data.fields: must hold texts, one name: text a line"),
+        ("data:\n  fields:\n    a: [b]\n", (), "c.yaml:3: data.fields.a: YAML reads a list; as a text it needs quotes: '[b]'"),
+        ("data:\n  fields:\n    a:\n", (), "c.yaml:3: data.fields.a: must not be empty"),
+        ("data:\n  fields:\n    a: ''\n", (), "c.yaml:3: data.fields.a: must not be empty"),
+        ("data:\n  fields:\n    a: x\n    a: y\n", (), "c.yaml:4: found duplicate key a"),
+    ],
+)
+def test_mistakes_in_texts_by_name_are_one_line(tmp_path, text, overrides, problem):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        configs.load(path, overrides, Named)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_changed_text_by_name_is_a_change():
+    data = "run_dir: r\ndata:\n  fields: {fields}\n"
+    before, after = (data.format(fields=fields) for fields in ("{question: q, answer: a}", "{question: p, context: c}"))
+    assert changes.of_settings(before, before) == []
+    assert changes.of_settings(before, after) == [
+        (COURSE, "data.fields.question: q -> p"),
+        (COURSE, "data.fields.answer: a -> absent"),
+        (COURSE, "data.fields.context: absent -> c"),
+    ]
+    assert changes.of_settings(data.format(fields="{}"), after) == [
+        (COURSE, "data.fields.question: absent -> p"),
+        (COURSE, "data.fields.context: absent -> c"),
+    ]

@@ -33,7 +33,7 @@ TEXTS = [
 #: settings that take any text, of each kind
 ANY = (
     "run_dir", "cache_dir", "model.path", "model.attn_implementation", "data.path", "data.eval_path", "data.subset", "data.split",
-    "data.eval_split", "slurm.container",
+    "data.eval_split", "data.prompt_template", "slurm.container",
 )  # fmt: skip
 
 
