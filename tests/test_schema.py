@@ -158,7 +158,11 @@ NAMED = "data:\n  fields:\n    question: q\n    on: 0012\n    1: yes # a comment
     [
         (NAMED, (), {"question": "q", "on": "0012", "1": "yes"}),
         (NAMED, ("data.fields.question=null",), {"question": "null", "on": "0012", "1": "yes"}),
-        (NAMED, ("data.fields.answer= [x], # {y}",), {"question": "q", "on": "0012", "1": "yes", "answer": " [x], # {y}"}),
+        (
+            NAMED,
+            ("data.fields.answer= [x], # {y}",),
+            {"question": "q", "on": "0012", "1": "yes", "answer": " [x], # {y}"},
+        ),
         (NAMED, ("data.fields={answer: 1e3}",), {"answer": "1e3"}),
         (NAMED, ("data.fields={}", "data.fields.a=1", "data.fields.b=on"), {"a": "1", "b": "on"}),
         ("data:\n  fields: {a: 'b: c', d: \"\\t\"}\n", (), {"a": "b: c", "d": "\t"}),
@@ -190,7 +194,11 @@ def test_texts_by_name_keep_their_characters(tmp_path, text, overrides, expected
         (NAMED, ("data.feilds.a=x",), "unknown key 'data.feilds.a'; did you mean 'data.fields'?"),
         ("data:\n  fields: a\n", (), "c.yaml:2: data.fields: must hold texts, one name: text a line"),
         ("data:\n  fields:\n", (), "c.yaml:2: data.fields: must hold texts, one name: text a line"),
-        ("data:\n  fields:\n    a: [b]\n", (), "c.yaml:3: data.fields.a: YAML reads a list; as a text it needs quotes: '[b]'"),
+        (
+            "data:\n  fields:\n    a: [b]\n",
+            (),
+            "c.yaml:3: data.fields.a: YAML reads a list; as a text it needs quotes: '[b]'",
+        ),
         ("data:\n  fields:\n    a:\n", (), "c.yaml:3: data.fields.a: must not be empty"),
         ("data:\n  fields:\n    a: ''\n", (), "c.yaml:3: data.fields.a: must not be empty"),
         ("data:\n  fields:\n    a: x\n    a: y\n", (), "c.yaml:4: found duplicate key a"),

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from liftdist.data import replies
-from liftdist.data.content import Content, Conversation, Text
+from liftdist.data.content import Content, Conversation, Text, mentions
 from liftdist.data.replies import Message
 from liftdist.errors import UserError
 
@@ -137,6 +137,10 @@ class Encoder:
         if not self.template:
             raise ValueError(
                 "the tokenizer has no chat template; give data.chat_template, or prompt/completion records"
+            )
+        if content.tools and not mentions(self.template, "tools"):
+            raise ValueError(
+                "the chat template does not write the record's tools; leave them out, or use another data.chat_template"
             )
         roles = [message["role"] for message in content.messages]
         first = next(

@@ -10,6 +10,7 @@ Must not know tokenizers.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -97,7 +98,13 @@ def unread(content: Content, template: str) -> list[str]:
     """What a conversation gives to its template, by name, and the template's text does not mention."""
     if isinstance(content, Text):
         return []
-    return sorted({name for name in _names(content) if not re.search(rf"\b{re.escape(name)}\b", template)})
+    return sorted(name for name in set(_names(content)) if not mentions(template, name))
+
+
+@functools.lru_cache(maxsize=1024)
+def mentions(template: str, name: str) -> bool:
+    """Whether the name stands in the template's text, as a word."""
+    return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
 def _names(content: Conversation) -> Iterator[str]:

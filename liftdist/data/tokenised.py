@@ -20,7 +20,8 @@ import numpy as np
 
 from liftdist import files
 from liftdist.data import records, sources
-from liftdist.data.chat import Encoder
+from liftdist.data.chat import Encoded, Encoder
+from liftdist.data.content import Content, unread
 from liftdist.errors import UserError
 from liftdist.schema import DataConfig
 
@@ -40,22 +41,32 @@ SPLIT = "split into a sample for each reply"
 TOO_LONG = "left out: longer than data.max_length"
 CUT_OFF = "left out: nothing to learn within data.max_length"
 NOTHING = "left out: nothing to learn in them"
+# what records hold that does not reach the tokens
+UNUSED = "fields that are not used"
+UNREAD = "keys that the chat template does not read"
 
 
 @dataclass
 class Report:
-    """How many records met with what, and the places of the first of them."""
+    """How many records met with what, the places of the first of them, and the names of what does not reach the tokens."""
 
     counts: Counter[str] = field(default_factory=Counter)
     places: dict[str, list[str]] = field(default_factory=dict)
+    names: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, what: str, place: str) -> None:
         self.counts[what] += 1
         self.places.setdefault(what, [])
         self.places[what] = [*self.places[what], place][:FIRST_PLACES]
 
-    def merge(self, counts: dict[str, int], places: dict[str, list[str]]) -> None:
+    def name(self, what: str, names: Iterable[str]) -> None:
+        known = self.names.setdefault(what, [])
+        known += [name for name in names if name not in known]
+
+    def merge(self, counts: dict[str, int], places: dict[str, list[str]], names: dict[str, list[str]]) -> None:
         self.counts.update(counts)
+        for what, found in names.items():
+            self.name(what, found)
         for what, found in places.items():
             self.places[what] = [*self.places.get(what, []), *found][:FIRST_PLACES]
 
@@ -63,7 +74,7 @@ class Report:
         return [
             f"{count} {what} ({', '.join(self.places[what])}{', ...' if count > FIRST_PLACES else ''})"
             for what, count in self.counts.items()
-        ]
+        ] + [f"{what}: {', '.join(names)}" for what, names in self.names.items() if names]
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,7 @@ def _load(parts: Sequence[Path], key: str, path: str) -> tuple[Samples | None, R
     report, loaded = Report(), []
     for part in parts:
         counts = json.loads((part / "counts.json").read_text())
-        report.merge(counts["counts"], counts["places"])
+        report.merge(counts["counts"], counts["places"], counts["names"])
         if counts["kept"]:
             loaded.append(datasets.load_from_disk(str(part)))
     if not loaded:
@@ -159,15 +170,22 @@ Row = dict[str, Any]  # input_ids, labels, length, learned, place
 
 def encode_all(
     part: Iterable[tuple[str, sources.Record]],
-    read: Callable[[sources.Record], Any],
+    read: records.Reader,
     encoder: Encoder,
     vocabulary: int,
     config: DataConfig,
 ) -> tuple[list[Row], Report]:
     """The samples of some records. Raises ``UserError`` for a record that cannot be read."""
+
+    def encoded(record: sources.Record) -> tuple[Content, list[Encoded]]:
+        content = read(record)
+        return content, encoder(content)
+
     rows, report = [], Report()
     for where, record in part:
-        samples = records.at(where, lambda r: encoder(read(r)), record)
+        content, samples = records.at(where, encoded, record)
+        report.name(UNUSED, read.unused(record))
+        report.name(UNREAD, unread(content, encoder.template or ""))
         place = where.rpartition(":")[2].strip()  # a line, or "record N"
         if not samples:
             report.add(NOTHING, place)
@@ -224,7 +242,7 @@ def _write_part(part: Path, rows: Sequence[Row], report: Report) -> None:
         with files.new_folder(part) as folder:
             if rows:
                 datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
-            counts = {"kept": len(rows), "counts": report.counts, "places": report.places}
+            counts = {"kept": len(rows), "counts": report.counts, "places": report.places, "names": report.names}
             (folder / "counts.json").write_text(json.dumps(counts))
     except OSError:
         if not part.exists():

@@ -294,6 +294,31 @@ def test_fields_that_do_not_reach_the_tokens_are_known(record, settings, expecte
     assert read.unused(record) == expected
 
 
+def test_what_does_not_reach_the_tokens_is_said_once(tokenizer, tmp_path):
+    """Whichever record it is in, and also when the tokens come from the cache."""
+    asked, reply = MESSAGES
+    turns = [{"messages": [asked, {**reply, **more}], **beside} for more, beside in (
+        ({}, {"id": 1}), ({"mood": 3}, {"id": 2}), ({"name": "Al", "weight": 1}, {"id": 3, "source": "x"}),
+        ({"mood": None}, {"chat_template_kwargs": {"effort": "low"}}),
+    )]  # fmt: skip
+    path = write(tmp_path, *turns)
+    config = builders.config(tmp_path, path, tmp_path).data
+    for _ in range(2):
+        samples = tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+        assert len(samples) == 4
+        assert samples.report.lines() == [
+            "fields that are not used: id, source",
+            "keys that the chat template does not read: mood, name, effort",
+        ]
+    path = write(tmp_path, {"messages": MESSAGES, "tools": [{"name": "f"}]})
+    with pytest.raises(
+        UserError, match=r"data.jsonl:1: the chat template does not write the record's tools; leave them"
+    ):
+        tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+    path = write(tmp_path, builders.RECORDS["alpaca"])
+    assert tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache").report.lines() == []
+
+
 def test_nulls_of_a_table_are_not_the_users(tmp_path):
     """A column of a table has the same keys in every row; what a JSON file has as null was meant."""
     import datasets
