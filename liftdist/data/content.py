@@ -78,7 +78,6 @@ def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conve
     """
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{key!r} must be a list of turns, got {'an empty list' if turns == [] else _kind(turns)}")
-    _refuse_media(record, "the record")
     messages, masked = [], set()
     if system := record.get("system"):
         messages.append({"role": "system", "content": text_of(system, "'system'")})
@@ -129,7 +128,7 @@ def _message(turn: Any, where: str) -> tuple[dict[str, Any], bool]:
         raise ValueError(f"{where} needs 'role' or 'from' (keys: {', '.join(map(str, turn)) or 'none'})")
     if speaker not in ROLES:
         raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {speaker!r}")
-    _refuse_media(given, where)
+    refuse_media(given, where)
     role = ROLES[speaker]
     is_learned = _is_learned(given, role, where)
     calls = _calls(given, where)
@@ -170,7 +169,8 @@ def _is_learned(given: dict[str, Any], role: str, where: str) -> bool:
     return is_learned
 
 
-def _refuse_media(holder: Mapping[str, Any], where: str) -> None:
+def refuse_media(holder: Mapping[str, Any], where: str) -> None:
+    """Raises ``ValueError`` if a record or a message has images, audio or video beside its text."""
     for name in _MEDIA:
         if holder.get(name):
             raise ValueError(f"{where} has {name!r}, and only text can be learned; remove the record or the field")

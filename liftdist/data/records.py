@@ -99,7 +99,12 @@ def reader(source: Source, config: DataConfig) -> Reader:
     if config.prompt_template is None:
         format = _format(where, first, config)
         read, used = format.read, {own.get(name, name) for name in _fields(format)}
-        return Reader(lambda record: read(_renamed(record, own)), frozenset(used), is_table)
+
+        def by_format(record: Record) -> Content:
+            content.refuse_media(record, "the record")
+            return read(_renamed(record, own))
+
+        return Reader(by_format, frozenset(used), is_table)
     prompt = wording.Template.parse("data.prompt_template", config.prompt_template)
     if config.response_template is not None:
         response = wording.Template.parse("data.response_template", config.response_template)

@@ -23,11 +23,12 @@ class Template:
     def parse(cls, key: str, text: str) -> Template:
         """Raises ``UserError`` for a brace that is not one of a pair around a name."""
         texts, names = [""], []
-        for number, piece in enumerate(_TOKEN.split(text)):
+        for number, piece in enumerate(pieces := _TOKEN.split(text)):
             if number % 2 == 0 or piece in ("{{", "}}"):
                 texts[-1] += piece if number % 2 == 0 else piece[0]
             elif piece in ("{", "}", "{}"):
-                raise UserError(f"{key}: {piece} in {text!r} is no {{field}}; write {{{{ and }}}} for braces")
+                around = "".join(pieces[:number])[-20:] + piece + "".join(pieces[number + 1 :])[:20]
+                raise UserError(f"{key}: {piece} in {around!r} is no {{field}}; write {{{{ and }}}} for braces")
             else:
                 names.append(piece[1:-1])
                 texts.append("")

@@ -231,8 +231,6 @@ def test_replies_that_are_not_to_be_learned(weights, masked):
             {"messages": [{**USER, "images": ["x.png"]}, REPLY]},
             "turn 1 of 'messages' has 'images', and only text can be learned",
         ),
-        ({"conversations": [HUMAN, GPT], "image": "x.png"}, "the record has 'image', and only text can be learned"),
-        ({"messages": [USER, REPLY], "audios": ["x.wav"]}, "the record has 'audios', and only text can be learned"),
         # weights
         (
             {"messages": [USER, {**REPLY, "weight": 0.5}]},

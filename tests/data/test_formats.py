@@ -172,11 +172,6 @@ def test_contents(format, record, expected):
         ),
         ("question_answer", {"question": "1+2", "answer": 3}, "'answer' must be text, got int"),
         ("question_answer", {"question": "1+2", "answer": "3", "context": ["a"]}, "'context' must be text, got list"),
-        (
-            "question_answer",
-            {"question": "1+2", "answer": "3", "image": "x.png"},
-            "the record has 'image', and only text can be learned",
-        ),
         ("prompt_response", {"prompt": turns("1+2"), "response": "3"}, "'prompt' must be text, got list"),
         ("text", {"text": None}, "'text' must be text, got null"),
     ],

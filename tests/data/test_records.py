@@ -110,6 +110,20 @@ def test_what_is_not_clear_is_refused(fields, problem, tmp_path):
     assert problem in str(caught.value)
 
 
+@pytest.mark.parametrize("name", ["image", "images", "audio", "audios", "video", "videos"])
+@pytest.mark.parametrize("format", builders.RECORDS)
+def test_images_audio_and_video_are_refused(name, format, tmp_path):
+    record = {**builders.RECORDS[format], name: ["x"]}
+    with pytest.raises(
+        UserError, match=f"data.jsonl:1: the record has '{name}', and only text can be learned; remove the"
+    ):
+        contents(write(tmp_path, record))
+    assert contents(write(tmp_path, {**record, name: []})) == contents(write(tmp_path, {**record, name: None}))
+    if format == "question_answer":  # the user's own wording says what is used
+        settings = dict(prompt_template="{question}", response_template="{answer}")
+        assert contents(write(tmp_path, record), **settings) == [text("1+2", "3")]
+
+
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_bad_files(content, tmp_path):
     path = tmp_path / "data.jsonl"
