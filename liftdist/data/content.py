@@ -58,9 +58,7 @@ class Text:
     """``(text, whether it is learned)`` for each piece. An end of sequence follows the last."""
 
     pieces: Sequence[tuple[str, bool]]
-    second_bos: bool = (
-        False  # the tokenizer's beginning of sequence stands before the text even if that begins with one
-    )
+    second_bos: bool = False  # the tokenizer puts its beginning of sequence even before one that the text writes
 
 
 Content = Conversation | Text
@@ -74,7 +72,7 @@ def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conve
         prompt: the number of turns at the beginning whose replies are not learned.
 
     Raises:
-        ValueError: malformed turns, images or audio, or no reply.
+        ValueError: malformed turns, parts that are no text, or no reply.
     """
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{key!r} must be a list of turns, got {'an empty list' if turns == [] else _kind(turns)}")
