@@ -102,6 +102,8 @@ class Output(io.TextIOBase):
 
     def write_bytes(self, data: bytes) -> None:
         if self._patient:
+            if isinstance(sys.stderr, Output):
+                sys.stderr.drain(0.2)  # what was printed there before comes before
             if self.error is None:
                 self.error = self._put(data)
             return

@@ -73,15 +73,17 @@ def submit(options: argparse.Namespace) -> None:
     points = job.sweep(options.sweep)
     array = options.array or (f"0-{len(points) - 1}" if options.sweep else None)
     indices = _indices(array) if array else [None]
-    if array:
-        os.environ[environment.SLURM_ARRAY_TASK_ID.name] = str(indices[0])  # which a config may refer to
-    config, _ = configs.load(options.config, overrides)
+    with _as_task(indices[0]):
+        config, _ = configs.load(options.config, overrides)
     base = Path(config.run_dir).expanduser()
     _check_folder(base, array is not None)
     _check_time(config)
     sweeps = (word for sweep in options.sweep for word in ("--sweep", sweep))
     script_words = [*sweeps, *options.flags, options.config, *overrides]
-    runs = {index: _check(config, script_words, index, options.dry_run) for index in indices}
+    runs = {}
+    for index in indices:
+        with _as_task(index):
+            runs[index] = _check(config, script_words, index, options.dry_run)
     name = options.job_name or re.sub(r"[^A-Za-z0-9_.-]", "_", base.name).lstrip("-.")[:64] or "liftdist"
     logs = base / layout.LOGS
     variables = _variables(config)
@@ -111,6 +113,21 @@ def submit(options: argparse.Namespace) -> None:
     )
 
 
+@contextlib.contextmanager
+def _as_task(index: int | None) -> Iterator[None]:
+    """With the variable set by which a config may refer to the index of a task."""
+    name = environment.SLURM_ARRAY_TASK_ID.name
+    before = os.environ.pop(name, None)
+    if index is not None:
+        os.environ[name] = str(index)
+    try:
+        yield
+    finally:
+        os.environ.pop(name, None)
+        if before is not None:
+            os.environ[name] = before
+
+
 def _check_word(option: str, value: Any) -> None:
     if value is not None and (not value or not isinstance(value, str)):  # argparse makes a list of `--option=--`
         raise UserError(f"{option}: must have a value")
@@ -136,8 +153,6 @@ def _check_time(config: Config) -> None:
 
 def _check(base: Config, words: Sequence[str], index: int | None, dry_run: bool) -> Path:
     """What ``liftdist train`` would check for one run; its run directory."""
-    if index is not None:
-        os.environ[environment.SLURM_ARRAY_TASK_ID.name] = str(index)  # which a config may refer to
     resolved = job.of_task(words, index)
     given, flags = split_arguments(resolved)
     config, text = configs.load(given[0], given[1:])
