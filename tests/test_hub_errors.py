@@ -285,6 +285,7 @@ def broken(tiny_model, tmp_path_factory):
         yield port, {tuple(words[2:]): parts[number % 3][number // 3] for number, (words, _) in enumerate(cases)}
 
 
+@pytest.mark.slow  # the library tries each file again
 @pytest.mark.parametrize("key", ["model.path", "data.path"])
 @pytest.mark.parametrize("name", BROKEN_ON_THE_WAY)
 def test_a_download_that_breaks_is_said_in_bounded_time(name, key, broken):
@@ -298,7 +299,7 @@ def test_a_download_that_breaks_is_said_in_bounded_time(name, key, broken):
     assert seconds < 60
 
 
-@pytest.mark.parametrize("key", ["model.path", "data.path"])
+@pytest.mark.parametrize("key", ["model.path", pytest.param("data.path", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", ["full", "read-only", "a file"])
 def test_a_cache_that_takes_no_file_is_named(kind, key, tiny_model, small_disk, tmp_path):
     records = builders.write_records(tmp_path / "records.jsonl")
@@ -384,6 +385,7 @@ def test_no_way_to_the_hub_is_said_with_the_reason(reason, expected, key, cut_of
     assert seconds < 30
 
 
+@pytest.mark.slow
 def test_a_hub_that_fails_leaves_the_copy_in_the_cache_and_its_commit_is_said(tiny_model, tmp_path):
     records = builders.write_records(tmp_path / "records.jsonl")
     config = write_config(tmp_path, "o/name", "o/name", data=dict(eval_path=None))

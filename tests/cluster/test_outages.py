@@ -335,7 +335,15 @@ def test_every_job_is_cancelled_in_the_end(case, cluster, tmp_path, impatient):
     assert liftdist("cancel", tmp_path / "run") == "nothing is queued or running\n"
 
 
-@pytest.mark.parametrize("code", [failing(TEMPORARY[0]), failing(TEMPORARY[1]), HANGS, DONE_ALL_THE_SAME])
+@pytest.mark.parametrize(
+    "code",
+    [
+        failing(TEMPORARY[0]),
+        pytest.param(failing(TEMPORARY[1]), marks=pytest.mark.slow),
+        pytest.param(HANGS, marks=pytest.mark.slow),
+        DONE_ALL_THE_SAME,
+    ],
+)
 @pytest.mark.parametrize("command", ["squeue", "scancel"])
 @pytest.mark.parametrize("now", [False, True])
 def test_cancel_goes_on_where_slurm_does_not_answer(now, command, code, cluster, tmp_path, faulty, impatient):

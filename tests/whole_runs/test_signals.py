@@ -117,7 +117,8 @@ def test_ignored_signals_stay_ignored_and_others_are_heard_by_every_process(conf
     ("phase", "name"),
     [
         *[("before ranks", name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")],
-        *[("waiting for another node", name) for name in ("SIGTERM", "SIGINT")],
+        ("waiting for another node", "SIGINT"),
+        pytest.param("waiting for another node", "SIGTERM", marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_before_there_are_ranks_ends_at_once(phase, name, config, tmp_path):
