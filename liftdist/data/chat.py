@@ -9,6 +9,7 @@ at the beginning of a text, and where the reply's first character merges with th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import re
@@ -156,6 +157,9 @@ class Encoder:
                     raise ValueError(
                         f"{error}; data.turns=split makes a sample of each reply, or use another data.chat_template"
                     ) from None
+            except ValueError:
+                if self._turns == WHOLE or not wanted:
+                    raise  # else it may be an earlier turn that is without its end
         return [self._sample(content, content.messages[: number + 1], [number]) for number in wanted]
 
     def _sample(self, content: Conversation, messages: Sequence[Message], wanted: Sequence[int]) -> Encoded:
@@ -184,23 +188,20 @@ class Encoder:
     def _takes_parts(self) -> bool:
         """Whether the template reads a message's content as a list of parts only, as those of vision models may."""
         probe = Conversation([{"role": "user", "content": "qX7zZq"}])
-        self.__dict__["_takes_parts"] = False
         for takes_parts in (False, True):
-            self.__dict__["_takes_parts"] = takes_parts
-            try:
-                if "qX7zZq" in self._render(probe, probe.messages, False)[0]:
+            with contextlib.suppress(ValueError):
+                if "qX7zZq" in self._render(probe, probe.messages, False, takes_parts)[0]:
                     return takes_parts
-            except ValueError:
-                pass
         return False
 
     def _render(
-        self, content: Conversation, messages: Sequence[Message], open_reply: bool
+        self, content: Conversation, messages: Sequence[Message], open_reply: bool, as_parts: bool | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
+        """The text of a conversation, and begin and end of its ``{% generation %}`` blocks."""
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        if self._takes_parts:
+        if self._takes_parts if as_parts is None else as_parts:
             messages = [{**message, "content": [{"type": "text", "text": message["content"]}]} for message in messages]
         try:
             texts, blocks = render_jinja_template(
