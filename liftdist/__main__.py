@@ -16,12 +16,12 @@ def main() -> None:
     """Entry point."""
     arguments = sys.argv[1:]
     runs = arguments[:1] and arguments[0] in RUNS
-    signals.interrupt()
-    processes.use_utf8()
-    for name in environment.internal():  # of the run whose shell this may be
-        os.environ.pop(name, None)
-    output.take_over(patient=not runs)
     try:
+        signals.interrupt()
+        processes.use_utf8()
+        for name in environment.internal():  # of the run whose shell this may be
+            os.environ.pop(name, None)
+        output.take_over(patient=not runs)
         from liftdist import cli
 
         cli.main(arguments)

@@ -22,6 +22,11 @@ STOP_SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 Handler = Callable[[int, FrameType | None], Any] | signal.Handlers
 
 
+class Interrupted(KeyboardInterrupt):
+    """A class of its own: where a plain ``KeyboardInterrupt`` passes through ``exec`` of a text, as in the making of a dataclass,
+    Python ends by SIGINT in the end even if it is caught."""
+
+
 def forwarded() -> tuple[str, ...]:
     """Signals that reach ranks though all processes above them ignore them: the batch script's warning of the end."""
     return ("SIGUSR2",) if environment.LOGS.is_set() else ()
@@ -60,9 +65,10 @@ def blocked() -> Iterator[None]:
 
 
 def interrupt() -> None:
-    """Raise ``KeyboardInterrupt``, with the name of the signal, wherever this process is when one of them comes."""
+    """Raise ``KeyboardInterrupt``, with the name of the signal, wherever this process is when the first of them comes."""
 
     def received(number: int, _: FrameType | None) -> None:
-        raise KeyboardInterrupt(signal.Signals(number).name)
+        handle(signal.SIG_IGN, set(STOP_SIGNALS) - {"SIGINT"})  # service managers send two
+        raise Interrupted(signal.Signals(number).name)
 
     handle(received)

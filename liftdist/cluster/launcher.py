@@ -410,13 +410,13 @@ def main(given: Sequence[str] | None = None) -> None:
     """``launch/torchrun [options] CONFIG [key=value ...]``: like ``liftdist train``, without its checks beforehand."""
     parser = argparse.ArgumentParser(prog="launch/torchrun", description=main.__doc__, allow_abbrev=False)
     arguments(parser)
-    if given is None:
-        processes.use_utf8()
-        output.take_over()
-        signals.interrupt()
-    options, command = parser.parse_known_args(given)
-    words, _ = split_arguments(command)
     try:
+        if given is None:
+            signals.interrupt()
+            processes.use_utf8()
+            output.take_over()
+        options, command = parser.parse_known_args(given)
+        words, _ = split_arguments(command)
         if not words:
             raise UserError("launch/torchrun: needs a config")
         config, _ = configs.load(words[0], words[1:])
