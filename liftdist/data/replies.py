@@ -16,6 +16,7 @@ Everything here is about text; :mod:`liftdist.data.chat` makes tokens of it. Mus
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -237,8 +238,6 @@ def _texts(value: Any, keys: Sequence[str] = ()) -> list[str]:
 
 def _contains(rendered: str, text: str) -> bool:
     """Whether each line of a text stands in the rendering, as it is or as JSON writes it; blanks do not count."""
-    import json
-
     squeezed = re.sub(r"\s+", "", rendered)
     parts = (re.sub(r"\s+", "", part) for part in re.split(r"</?think(?:ing)?>", text))
     return all(
