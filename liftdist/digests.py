@@ -46,3 +46,8 @@ def of_file(path: Path, cache_dir: Path) -> str:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     cached.write(digest)
     return digest
+
+
+def of_parts(parts: Sequence[object]) -> str:
+    """sha256 of several digests and names, 64 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -79,7 +79,11 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    path: str = setting(MISSING, "training data: a .jsonl, .json or .parquet file, or a data set name on the hub")
+    path: str = setting(
+        MISSING,
+        "training data: a file (JSON Lines, JSON, CSV, Parquet, Arrow), a pattern (`data/*.jsonl`), a folder, or the name of "
+        "a data set on the hub",
+    )
     revision: str | None = setting(
         None, "commit, tag or branch of `data.path` on the hub; its main branch if unset", changes=NOTHING
     )
@@ -91,9 +95,12 @@ class DataConfig:
         "the same for `data.eval_path`; that of `data.path` if both are one repository",
         changes=NOTHING,
     )
-    subset: str | None = setting(None, "configuration name of a hub data set")
-    split: str = setting("train", "split of a hub data set to train on")
-    eval_split: str = setting("test", "split of a hub data set to evaluate on", changes=NOTHING)
+    subset: str | None = setting(None, "configuration name of a data set")
+    eval_subset: str | None = setting(
+        None, "the same for `data.eval_path`; that of `data.path` if both are one data set", changes=NOTHING
+    )
+    split: str = setting("train", "split of a data set to train on, on the hub also a part of it: `train[:1000]`")
+    eval_split: str = setting("test", "split of a data set to evaluate on", changes=NOTHING)
     format: str = setting(
         "auto",
         "which fields a record has, and how they are put together; `auto` detects it from the fields of the first record",
@@ -133,7 +140,13 @@ class DataConfig:
     def revision_of_eval_path(self) -> str | None:
         return self.eval_revision or (self.revision if self.eval_path == self.path else None)
 
+    @property
+    def subset_of_eval_path(self) -> str | None:
+        return self.eval_subset or (self.subset if self.eval_path == self.path else None)
+
     def problems(self) -> Iterator[Problem]:
+        if self.eval_subset is not None and self.eval_path is None:
+            yield "eval_subset", "is the subset of data.eval_path, which is not set"
         if self.eval_revision is not None and self.eval_path is None:
             yield "eval_revision", "is the revision of data.eval_path, which is not set"
         if self.response_template is not None and self.prompt_template is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from liftdist.data import content, wording
 from liftdist.data.content import Content, Conversation, Text
-from liftdist.data.sources import JsonlSource, Record, Source, is_local, locations, open_source
+from liftdist.data.sources import Record, Source, is_local, locations, open_source
 from liftdist.errors import UserError
 from liftdist.registry import FORMATS
 from liftdist.schema import DataConfig
@@ -94,7 +94,6 @@ def reader(source: Source, config: DataConfig) -> Reader:
         UserError: no format fits, or several, or ``data.fields`` or a template does not fit.
     """
     where, first = next(iter(source.read(0, 1)))
-    is_table = not isinstance(source, JsonlSource) and not isinstance(source.records, list)
     own = config.fields
     if config.prompt_template is None:
         format = _format(where, first, config)
@@ -104,7 +103,7 @@ def reader(source: Source, config: DataConfig) -> Reader:
             content.refuse_media(record, "the record")
             return read(_renamed(record, own))
 
-        return Reader(by_format, frozenset(used), is_table)
+        return Reader(by_format, frozenset(used), source.is_table)
     prompt = wording.Template.parse("data.prompt_template", config.prompt_template)
     if config.response_template is not None:
         response = wording.Template.parse("data.response_template", config.response_template)
@@ -123,7 +122,7 @@ def reader(source: Source, config: DataConfig) -> Reader:
     def worded(record: Record) -> Text:
         return Text([(prompt.fill(record), False), (response.fill(record), True)])
 
-    return Reader(worded, prompt.fields | response.fields, is_table)
+    return Reader(worded, prompt.fields | response.fields, source.is_table)
 
 
 def _format(where: str, first: Record, config: DataConfig) -> ModuleType:
@@ -207,9 +206,9 @@ def check_first_records(config: DataConfig) -> None:
     Raises:
         UserError: naming file and line.
     """
-    for path, revision in locations(config):
-        if is_local(path):
-            source = open_source(path, None, "train", revision)
+    for location in locations(config):
+        if is_local(location.path):
+            source = open_source(*location)
             read = reader(source, config)
             for where, record in source.read(0, CHECKED_RECORDS):
                 at(where, read, record)

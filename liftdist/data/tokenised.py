@@ -30,7 +30,17 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # label of a token that does not count towards the loss
 #: Settings that do not affect tokens; all others are part of the cache key.
-NOT_IN_TOKENS = ("path", "revision", "eval_path", "eval_revision", "subset", "split", "eval_split", "packing")
+NOT_IN_TOKENS = (
+    "path",
+    "revision",
+    "eval_path",
+    "eval_revision",
+    "subset",
+    "eval_subset",
+    "split",
+    "eval_split",
+    "packing",
+)
 FORMAT = 3  # version of the layout of parts
 PART_RECORDS = 2048  # records per part
 FIRST_PLACES = 3  # that are named of what was left out
@@ -107,18 +117,19 @@ def tokenise(
     first_part: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
     revision: str | None = None,
+    subset: str | None = None,
 ) -> Samples:
     """All samples of ``path``, from the cache or tokenised now.
 
     Args:
         vocabulary: rows of the model's embedding; a token id outside of it is an error.
-        revision: commit, tag or branch of a data set on the hub.
+        revision, subset: of a data set on the hub.
         first_part: where among the parts to begin, 0 to 1: ranks that begin apart tokenise different parts.
 
     Raises:
         UserError: a record that cannot be read (file and line), or no token to train on.
     """
-    source = sources.open_source(path, config.subset, split, revision)
+    source = sources.open_source(path, subset, split, revision)
     read = records.reader(source, config)
     key = _key(source, config, encoder, vocabulary, cache_dir)
     folder = cache_dir.expanduser() / "tokens" / key
@@ -130,7 +141,7 @@ def tokenise(
             progress(done, len(parts))
         if not parts[number].exists():
             part = source.read(starts[number], starts[number] + PART_RECORDS)
-            _write_part(parts[number], *encode_all(part, read, encoder, vocabulary, config))
+            _write_part(parts[number], *encode_all(part, read, encoder, vocabulary, config, source.place))
     samples, report = _load(parts, key, path)
     if samples is None:
         hint = "; raise data.max_length" if report.counts[TOO_LONG] + report.counts[CUT_OFF] else ""
@@ -174,8 +185,13 @@ def encode_all(
     encoder: Encoder,
     vocabulary: int,
     config: DataConfig,
+    place_of: Callable[[str], str] = str,
 ) -> tuple[list[Row], Report]:
-    """The samples of some records. Raises ``UserError`` for a record that cannot be read."""
+    """The samples of some records. Raises ``UserError`` for a record that cannot be read.
+
+    Args:
+        place_of: the short form of a location.
+    """
 
     def encoded(record: sources.Record) -> tuple[Content, list[Encoded]]:
         content = read(record)
@@ -186,7 +202,7 @@ def encode_all(
         content, samples = records.at(where, encoded, record)
         report.name(UNUSED, read.unused(record))
         report.name(UNREAD, unread(content, encoder.template or ""))
-        place = where.rpartition(":")[2].strip()  # a line, or "record N"
+        place = place_of(where)
         if not samples:
             report.add(NOTHING, place)
         if len(samples) > 1:

@@ -47,7 +47,7 @@ def prepare_inputs(
     folder, encoder, text_config = _encoder(config)
     vocabulary = text_config.vocab_size
 
-    def samples_of(path: str, split: str, revision: str | None) -> tokenised.Samples:
+    def samples_of(path: str, subset: str | None, split: str, revision: str | None) -> tokenised.Samples:
         with console.progress("tokenising", "part") as progress:
             samples = tokenised.tokenise(
                 path,
@@ -59,6 +59,7 @@ def prepare_inputs(
                 part,
                 cancellation.checking(progress),
                 revision,
+                subset,
             )
         longest, context = int(samples.lengths.max()), getattr(text_config, "max_position_embeddings", None)
         if context and longest > context:
@@ -73,9 +74,9 @@ def prepare_inputs(
             console.say(f"data {path}: {line}")
         return samples
 
-    data = config.data
-    evaluation = samples_of(data.eval_path, data.eval_split, data.revision_of_eval_path) if data.eval_path else None
-    return Inputs(folder, samples_of(data.path, data.split, data.revision), evaluation)
+    training, *held_out = sources.locations(config.data)
+    evaluation = samples_of(*held_out[0]) if held_out else None
+    return Inputs(folder, samples_of(*training), evaluation)
 
 
 def date_of(run_dir: Path) -> datetime:
@@ -108,10 +109,8 @@ def check_first_records(config: Config) -> None:
     """
     _, encoder, text_config = _encoder(config)
     data = config.data
-    paths = [(data.path, data.split, data.revision)]
-    paths += [(data.eval_path, data.eval_split, data.revision_of_eval_path)] if data.eval_path else []
-    for path, split, revision in paths:
-        source = sources.open_source(path, data.subset, split, revision)
+    for location in sources.locations(data):
+        source = sources.open_source(*location)
         first = source.read(0, records.CHECKED_RECORDS)
         tokenised.encode_all(first, records.reader(source, data), encoder, text_config.vocab_size, data)
 

@@ -136,7 +136,7 @@ def _inputs(context: RunContext) -> Inputs:
     agree_on_commits(config, mesh)
     with together():
         if environment.LOCAL_RANK.get(0) == 0:
-            sources.remember_digests([config.data.path, config.data.eval_path], Path(config.cache_dir))
+            sources.remember_digests(config.data, Path(config.cache_dir))
     with together():
         return prepare_inputs(config, context.console, mesh.rank / mesh.world_size, context.cancellation)
 

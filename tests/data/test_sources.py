@@ -32,9 +32,10 @@ def test_the_first_records_are_there_without_reading_the_rest(tmp_path, monkeypa
     monkeypatch.setattr(hashlib, "file_digest", lambda *_: 1 / 0)
     source = sources.JsonlSource(path)
     assert len(list(source.read(0, 10))) == 10
-    assert source._scanned < 64 * len(line)
+    assert len(source._marks) == 1
     records.check_first_records(builders.config(tmp_path, path, tmp_path).data)
     assert len(source) == 20_000
+    assert len(source._marks) == 20  # memory does not grow with the number of records
     assert [where for where, _ in source.read(19_998, 20_005)] == [f"{path}:19999", f"{path}:20000"]
 
 
@@ -45,7 +46,7 @@ def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
     monkeypatch.setattr(hashlib, "file_digest", lambda *given: hashed.append(1) or original(*given))
     first = digests.of_file(path, tmp_path / "cache")
     assert first == hashlib.sha256(path.read_bytes()).hexdigest()
-    sources.remember_digests([str(path), None, "some/hub-name"], tmp_path / "cache")
+    sources.remember_digests(builders.config(tmp_path, path, tmp_path).data, tmp_path / "cache")
     assert sources.open_source(str(path), None, "train").digest(tmp_path / "cache") == first
     assert hashed == [1]
     path.write_text(path.read_text() * 2)
