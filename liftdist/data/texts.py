@@ -149,8 +149,6 @@ class ArraySource(TextSource):
 
     def _rows(self, begin: int) -> Iterator[Any]:  # noqa: ARG002
         with self._open() as stream:
-            if stream.read(3) != codecs.BOM_UTF8:
-                stream.seek(0)
             items = json_text.Array(stream)
             try:
                 yield from ((item,) for item in items)
