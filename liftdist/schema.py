@@ -138,7 +138,8 @@ class DataConfig:
 
     @property
     def revision_of_eval_path(self) -> str | None:
-        return self.eval_revision or (self.revision if self.eval_path == self.path else None)
+        same = self.eval_path is not None and _repository(self.eval_path) == _repository(self.path)
+        return self.eval_revision or (self.revision if same else None)
 
     @property
     def subset_of_eval_path(self) -> str | None:
@@ -155,6 +156,11 @@ class DataConfig:
             for name, is_given in (("format", self.format != "auto"), ("fields", bool(self.fields))):
                 if is_given:
                     yield name, "is not used with data.prompt_template and data.response_template; leave it out"
+
+
+def _repository(path: str) -> str:
+    """The name on the hub without that of a file (``hf://datasets/OWNER/NAME/FILE``); another path as it is."""
+    return "/".join(path.split("/")[3:5]) if path.startswith("hf://") else path
 
 
 @dataclass

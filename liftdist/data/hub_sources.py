@@ -53,11 +53,12 @@ def open_hub(repo: Repository, subset: str | None, split: str) -> Source:
             builder = datasets.load_dataset_builder(repo.name, subset, revision=commit)
             if commit is not None and builder.hash != commit:  # what the library falls back on, whatever its revision
                 raise UserError(f"{repo}: the hub does not provide commit {commit}, and the cache holds {builder.hash}")
+        _check_columns(repo, builder)  # before the data is downloaded, if they are known
         builder.download_and_prepare()
         splits = list(builder.info.splits or {})
         if not set(re.findall(r"(?:^|\+)\s*([\w.-]+)", split)) <= set(splits):
             raise UserError(f"{repo}: has no split {split}; those it has: {', '.join(splits)}")
-        check_columns(repo.name, [*builder.info.features], builder.info.features.to_dict())
+        _check_columns(repo, builder)
         records = builder.as_dataset(split=split)
     except UserError:
         raise
@@ -68,6 +69,11 @@ def open_hub(repo: Repository, subset: str | None, split: str) -> Source:
     if not len(records):
         raise UserError(f"{repo}: split {split} holds no record")
     return DatasetSource(f"{repo.name}[{split}]", records)
+
+
+def _check_columns(repo: Repository, builder: Any) -> None:
+    if features := builder.info.features:
+        check_columns(repo.name, features, features.to_dict())
 
 
 def _check_access(repo: Repository, commit: str | None) -> None:

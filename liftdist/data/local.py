@@ -66,7 +66,7 @@ def open_local(path: str, subset: str | None, split: str) -> Source:
         root = os.path.commonpath([file.parent for file in files])
         sources = [_open_file(file, str(file)) for file in files]
     except OSError as error:
-        raise UserError(f"data {path}: {error.strerror or error}") from None
+        raise UserError(f"data {error.filename or path}: {error.strerror or error}") from None
     return _filled(path, sources[0] if len(sources) == 1 else Joined(sources, root))
 
 

@@ -78,7 +78,7 @@ class ParquetSource(TableSource):
     def _open(self) -> Any:
         from pyarrow import parquet
 
-        return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False)
+        return parquet.ParquetFile(self.path, memory_map=True, pre_buffer=False, page_checksum_verification=True)
 
     def _described(self) -> tuple[Any, int]:
         with self._open() as file:

@@ -1,13 +1,15 @@
-"""The kinds of files that hold records, and how much of them is read."""
+"""Where records come from, how much of a file is read, and when it is hashed."""
 
 import hashlib
 import json
 
 import builders
+import pytest
 
 from liftdist import digests
 from liftdist.data import records, sources, tokenised
 from liftdist.data.chat import Encoder
+from liftdist.schema import DataConfig
 
 
 def test_sources_agree(tokenizer, tmp_path):
@@ -37,6 +39,44 @@ def test_the_first_records_are_there_without_reading_the_rest(tmp_path, monkeypa
     assert len(source) == 20_000
     assert len(source._marks) == 20  # memory does not grow with the number of records
     assert [where for where, _ in source.read(19_998, 20_005)] == [f"{path}:19999", f"{path}:20000"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "training", "held_out"),
+    [
+        (
+            dict(path="o/a", subset="x", revision="v1", eval_path="o/a"),
+            ("o/a", "x", "train", "v1"),
+            ("o/a", "x", "test", "v1"),
+        ),
+        (dict(path="o/a", subset="x", eval_path="o/b"), ("o/a", "x", "train", None), ("o/b", None, "test", None)),
+        (dict(path="o/a", eval_path="o/a", eval_subset="y"), ("o/a", None, "train", None), ("o/a", "y", "test", None)),
+        (
+            dict(path="o/a", subset="x", eval_path="o/a", eval_subset="y", eval_split="dev", eval_revision="v2"),
+            ("o/a", "x", "train", None),
+            ("o/a", "y", "dev", "v2"),
+        ),
+        (
+            dict(path="o/a", subset="x", revision="v1", eval_path="a.csv"),
+            ("o/a", "x", "train", "v1"),
+            ("a.csv", None, "test", None),
+        ),
+        (
+            dict(path="hf://datasets/o/a/train.csv", revision="v1", eval_path="hf://datasets/o/a/b/test.csv"),
+            ("hf://datasets/o/a/train.csv", None, "train", "v1"),
+            ("hf://datasets/o/a/b/test.csv", None, "test", "v1"),
+        ),
+        (
+            dict(path="hf://datasets/o/a/train.csv", revision="v1", eval_path="hf://datasets/o/b/train.csv"),
+            ("hf://datasets/o/a/train.csv", None, "train", "v1"),
+            ("hf://datasets/o/b/train.csv", None, "test", None),
+        ),
+    ],
+)
+def test_where_data_is(settings, training, held_out):
+    """Revision and subset of the training data are the held-out data's, too, where both are one repository."""
+    assert sources.locations(DataConfig(**settings)) == [training, held_out]
+    assert sources.locations(DataConfig(**settings | dict(eval_path=None))) == [training]
 
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):

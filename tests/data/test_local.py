@@ -1,0 +1,206 @@
+"""The files that a path means: patterns, folders, splits, saved and cloned data sets. Never more or less than was meant."""
+
+import gzip
+import json
+import shutil
+
+import builders
+import datasets
+import pytest
+from commands import call, write_config
+
+from liftdist.data import sources, tokenised
+from liftdist.data.chat import Encoder
+from liftdist.errors import UserError
+
+
+def lines(*values):
+    return "".join(json.dumps({"prompt": value, "completion": "x"}) + "\n" for value in values)
+
+
+def fill(folder, **files):
+    """Files whose names have ``__`` for a slash: their text or, in letters alone, the prompts of their records."""
+    for name, contents in files.items():
+        path = folder / name.replace("__", "/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        text = lines(*contents) if isinstance(contents, list) or contents.isalpha() else contents
+        path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return folder
+
+
+def prompts(path, subset=None, split="train"):
+    source = sources.open_source(str(path), subset, split)
+    found = [record["prompt"] for _, record in source.read(0, 99)]
+    assert len(source) == len(found)
+    return "".join(found)
+
+
+README = """---
+license: mit
+configs:
+- config_name: main
+  default: true
+  data_files:
+  - split: train
+    path: data/train-*
+  - split: test
+    path: [data/test-0.jsonl, data/test-1.jsonl]
+- config_name: other
+  data_dir: more
+  data_files: "*.csv"
+---
+# A data set
+"""
+CLONE = {
+    "README.md": README, ".gitattributes": "", "data__train-0.jsonl": "a", "data__train-1.jsonl": "b", "data__test-0.jsonl": "c",
+    "data__test-1.jsonl": "d", "more__x.csv": "prompt,completion\ne,x\n", ".git__config.jsonl": "z",
+}  # fmt: skip
+SPLITS = {
+    "train-2.jsonl": "b",
+    "train-10.jsonl": "a",
+    "dev.jsonl": "c",
+    "my_test_set.jsonl": "d",
+    "README.md": "# Mine",
+}
+PARTS = {"b.jsonl": "bc", "a.jsonl": "a", "c.ndjson": "d"}
+
+MEANT = {
+    # case: (files, path, subset, split, prompts)
+    "one": (PARTS, "b.jsonl", None, "train", "bc"),
+    "pattern": (PARTS, "*.jsonl", None, "train", "abc"),
+    "suffixes": (PARTS, "*", None, "train", "abcd"),
+    "alternatives": (PARTS, "[ab].*", None, "test", "abc"),
+    "recursive": ({"x__a.jsonl": "a", "y__z__b.jsonl": "b", "y__c.json": "c"}, "**/*.json*", None, "train", "acb"),
+    "brackets": ({"a[1].jsonl": "a", "a1.jsonl": "b"}, "a[1].jsonl", None, "train", "a"),
+    "folder": (PARTS, ".", None, "train", "abcd"),
+    "folder below": ({"README.md": "", "data__b.jsonl.gz": "b", "data__a.json": "a"}, ".", None, "train", "ab"),
+    "others": ({**PARTS, "LICENSE.txt": "x", ".hidden.jsonl": "z", "_cache.jsonl": "z"}, ".", None, "train", "abcd"),
+    "train": (SPLITS, ".", None, "train", "ab"),
+    "validation": (SPLITS, ".", None, "validation", "c"),
+    "test": (SPLITS, ".", None, "test", "d"),
+    "empty files": ({"a.jsonl": "", "b.jsonl": "b", "c.jsonl": "\n"}, ".", None, "train", "b"),
+    "clone": (CLONE, ".", None, "train", "ab"),
+    "clone test": (CLONE, ".", None, "test", "cd"),
+    "clone subset": (CLONE, ".", "other", "train", "e"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MEANT)
+def test_a_path_means(case, tmp_path):
+    files, path, subset, split, expected = MEANT[case]
+    fill(tmp_path, **files)
+    assert prompts(f"{tmp_path}/{path}", subset, split) == expected
+
+
+TWO = README.replace("  default: true\n", "")
+REFUSED = {
+    "no match": (PARTS, "*.csv", None, "train", "/*.csv: no file matches"),
+    "matches no data": ({"a.jsonl": "a", "notes.txt": ""}, "*", None, "train", "/notes.txt: must end in .jsonl"),
+    "kinds": ({"a.jsonl": "a", "b.csv": "prompt\na\n"}, ".", None, "train", "several kinds (.csv, .json); name those of one"),
+    "twice": ({"a.jsonl": "a", "a.jsonl.gz": "a"}, ".", None, "train", "a.jsonl and a.jsonl.gz look like the same data"),
+    "unknown compression": ({"a.jsonl": "a", "b.jsonl.lz4": "b"}, ".", None, "train", "b.jsonl.lz4: must end in .jsonl"),
+    "left over": ({"a.jsonl": "a", "a.jsonl.tmp": "b"}, ".", None, "train", "a.jsonl.tmp: must end in .jsonl"),
+    "no data": ({"notes.txt": "a"}, ".", None, "train", "holds no data file; these must end in .jsonl"),
+    "blank files": ({"a.jsonl": "", "b.jsonl": "\n"}, ".", None, "train", "holds no record"),
+    "folders": ({"en__a.jsonl": "a", "fr__a.jsonl": "b"}, ".", None, "train", "in several folders (en, fr); name one"),
+    "above and below": ({"a.jsonl": "a", "old__a.jsonl": "b"}, ".", None, "train", "in several folders (., old)"),
+    "no split": (SPLITS, ".", None, "dev", "has no split dev; those it has: "),
+    "only test": ({"test.jsonl": "a"}, ".", None, "train", "has no split train; those it has: test"),
+    "half named": ({**SPLITS, "extra.jsonl": "e"}, ".", None, "train", "named after a split, and extra.jsonl is not"),
+    "two splits": ({"train_test.jsonl": "a", "train.jsonl": "b"}, ".", None, "train", "after a split, and train_test.jsonl is not"),
+    "unnamed split": (PARTS, ".", None, "validation", "no file in it is named after split validation"),
+    "split of a file": (PARTS, "a.jsonl", None, "train[:10]", "has no split train[:10]: that is for data sets"),
+    "split of a pattern": (PARTS, "*.jsonl", None, "validation", "has no split validation"),
+    "part of a split": (SPLITS, ".", None, "train[:1]", "has no split train[:1]; those it has"),
+    "subset of a file": (PARTS, "a.jsonl", "main", "train", "has no subset main: that is for data sets"),
+    "subset of a folder": (PARTS, ".", "main", "train", "names no subsets, so it has no main; leave data.subset out"),
+    "no subset": (CLONE, ".", "none", "train", "has no subset none; those it has: main, other"),
+    "which subset": ({**CLONE, "README.md": TWO}, ".", None, "train", "must name one of its subsets: main, other"),
+    "clone split": (CLONE, ".", "main", "validation", "has no split validation; those it has: train, test"),
+    "incomplete clone": ({"README.md": README}, ".", None, "train", "names data/train-* for split train, and no file"),
+    "head": ({"README.md": "---\na: [\n---\n", "a.jsonl": "a"}, ".", None, "train", "head of its README.md is not YAML"),
+    "pointers": ({"a.jsonl": "version https://git-lfs.github.com/spec/v1\n"}, ".", None, "train", "a pointer of Git LFS"),
+    "in one of them": ({"a.jsonl": "a", "b.jsonl": "ab" * 9 + "\n"}, ".", None, "train", ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_clear_is_refused(case, tmp_path):
+    files, path, subset, split, problem = REFUSED[case]
+    fill(tmp_path, **files)
+    if case == "in one of them":
+        (tmp_path / "b.jsonl").write_text(lines("b") + "{\n")
+        problem = f"{tmp_path}/b.jsonl:2: not JSON"
+    with pytest.raises(UserError) as caught:
+        prompts(f"{tmp_path}/{path}", subset, split)
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def saved(folder, **splits):
+    made = {
+        name: datasets.Dataset.from_list([json.loads(line) for line in lines(*values).splitlines()])
+        for name, values in splits.items()
+    }
+    (made["train"] if len(made) == 1 else datasets.DatasetDict(made)).save_to_disk(folder)
+    return folder
+
+
+def test_saved_data_sets(tmp_path):
+    one, two = saved(tmp_path / "one", train="abc"), saved(tmp_path / "two", train="ab", test="cd")
+    assert prompts(one) == "abc"
+    assert (prompts(two), prompts(two, split="test")) == ("ab", "cd")
+    assert prompts(two / "test") == "cd"
+    shards = tmp_path / "shards"
+    data = datasets.Dataset.from_list([{"prompt": name} for name in "abcdefgh"])
+    data.shuffle(seed=1).save_to_disk(shards, num_shards=3)
+    assert prompts(shards) == "".join(data.shuffle(seed=1)["prompt"])
+    for path, split, problem in (
+        (two, "validation", "has no split validation; those it has: train, test"),
+        (one, "validation", "is one data set without splits, so it has no validation"),
+        (two, "train[:1]", r"has no split train\[:1\]; those it has: train, test"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            prompts(path, split=split)
+    (two / "train" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(UserError, match=r"data-00000-of-00001.arrow: No such file"):
+        prompts(two)
+    (one / "state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state.json: "):
+        prompts(one)
+
+
+def test_places_name_the_file_and_contents_decide_the_digest(tokenizer, tmp_path):
+    """The same files elsewhere have the same tokens; other names of files are another order, and other places."""
+    first = fill(tmp_path / "first", **{"a.jsonl": "ab", "b.jsonl": ["c", "long " * 99]})
+
+    def samples(path):
+        config = builders.config(tmp_path, path, tmp_path).data
+        return tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+
+    made = samples(first)
+    assert made.report.lines() == ["1 left out: nothing to learn within data.max_length (b.jsonl:2)"]
+    assert [made.where(number) for number in range(3)] == [
+        f"{first}:a.jsonl:1",
+        f"{first}:a.jsonl:2",
+        f"{first}:b.jsonl:1",
+    ]
+    second = shutil.copytree(first, tmp_path / "second")
+    assert samples(second).digest == made.digest == samples(f"{second}/*.jsonl").digest
+    (second / "b.jsonl").rename(second / "0.jsonl")
+    renamed = samples(second)
+    assert renamed.digest != made.digest
+    assert renamed.where(0) == f"{second}:0.jsonl:1"
+
+
+def test_a_folder_is_trained_on_and_evaluated_by_its_splits(tiny_model, tmp_path):
+    """Through the command: files of the test split are not trained on."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    builders.write_records(folder / "train.jsonl", 30)
+    (folder / "test.jsonl").write_text(lines("a") + "{}\n")
+    code, said = call("train", write_config(tmp_path, tiny_model, folder))
+    assert (code, said.count("\n")) == (2, 1), said
+    assert said.startswith(f"liftdist: {folder}/test.jsonl:2: ")
+    code, said = call("train", write_config(tmp_path, tiny_model, folder), "data.eval_split=validation")
+    assert said == f"liftdist: data {folder}: has no split validation; those it has: test, train\n"
