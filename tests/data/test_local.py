@@ -107,7 +107,7 @@ REFUSED = {
     "no split": (SPLITS, ".", None, "dev", "has no split dev; those it has: "),
     "only test": ({"test.jsonl": "a"}, ".", None, "train", "has no split train; those it has: test"),
     "half named": ({**SPLITS, "extra.jsonl": "e"}, ".", None, "train", "named after a split, and extra.jsonl is not"),
-    "two splits": ({"train_test.jsonl": "a", "train.jsonl": "b"}, ".", None, "train", "after a split, and train_test.jsonl is not"),
+    "two splits": ({"train_test.jsonl": "a", "train.jsonl": "b"}, ".", None, "train", "a split, and train_test.jsonl is not"),
     "unnamed split": (PARTS, ".", None, "validation", "no file in it is named after split validation"),
     "split of a file": (PARTS, "a.jsonl", None, "train[:10]", "has no split train[:10]: that is for data sets"),
     "split of a pattern": (PARTS, "*.jsonl", None, "validation", "has no split validation"),
