@@ -9,11 +9,13 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 MAX_RECORD = 64 << 20  # bytes of one record; more is a file of another form, or without line ends
+MAX_DEPTH = 100  # objects and lists in one another; far below what recursive functions can walk
 _CHUNK = 1 << 20
+_TOO_DEEP = f"is nested too deep (more than {MAX_DEPTH} lists and objects in one another)"
 _SPACE = re.compile(r"[ \t\r\n\ufeff]*")
 
 
@@ -35,7 +37,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
 
 def loads(line: bytes) -> Any:
     """The value of one line. Raises ``ValueError`` with a reason for the user."""
-    text = decoded(line).lstrip("\ufeff")
+    text = decoded(line).lstrip("\ufeff").rstrip()
     try:
         return _checked(_DECODER.decode(text), text)
     except json.JSONDecodeError as error:
@@ -61,6 +63,12 @@ def decoded(line: bytes) -> str:
 
 
 def _checked(value: Any, text: str) -> Any:
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        level = [value]
+        for _ in range(MAX_DEPTH):
+            level = [inner for outer in level for inner in _inside(outer)]
+        if level:
+            raise ValueError(_TOO_DEEP)
     if "\\ud" in text or "\\uD" in text:
         try:
             json.dumps(value, ensure_ascii=False).encode()
@@ -72,9 +80,13 @@ def _checked(value: Any, text: str) -> Any:
     return value
 
 
+def _inside(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+
+
 def _reason(error: Exception) -> str:
     if isinstance(error, RecursionError):
-        return "is nested too deep to be read"
+        return _TOO_DEEP
     if "integer string conversion" in str(error):
         return "holds a number of too many digits; write it as text"
     return str(error)

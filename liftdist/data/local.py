@@ -114,6 +114,8 @@ def _files(path: str, subset: str | None, split: str) -> list[Path]:
         return [given]
     if not glob.has_magic(path):
         raise UserError(f"data {path}: no such file")
+    for folder in glob.glob(f"{given.parent}/", recursive=True):  # noqa: PTH207
+        os.scandir(folder).close()  # raises if it may not be read, where the pattern would only match less
     found = [Path(name) for name in sorted(glob.glob(str(given), recursive=True))]  # noqa: PTH207
     files = [file for file in found if not file.is_dir()]
     if not files:
@@ -141,7 +143,7 @@ def _in_folder(path: str, folder: Path, subset: str | None, split: str) -> list[
     if configs := _configs(path, folder / "README.md"):
         return _cloned(path, folder, configs, subset, split)
     _no_subset(path, subset)
-    return _by_names(path, _data_files(path, folder), split)
+    return _complete(path, _by_names(path, _data_files(path, folder), split))
 
 
 def _no_subset(path: str, subset: str | None) -> None:
@@ -211,17 +213,25 @@ def _cloned(path: str, folder: Path, configs: list[dict[str, Any]], subset: str 
         if not found:
             raise UserError(f"data {path}: its README.md names {pattern} for split {split}, and no file matches")
         files += found
-    return _of_one_kind(path, files)
+    return _complete(path, _of_one_kind(path, files))
 
 
 def _data_files(path: str, folder: Path) -> list[Path]:
     """The data files in a folder or, if there are none, in the one folder below that has some."""
     by_folder: dict[Path, list[Path]] = {}
-    for place, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files = [
-            Path(place, name) for name in sorted(names) if not name.startswith((".", "_")) and name not in _DESCRIPTIONS
-        ]
+    seen = set()
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        here = Path(place).resolve()
+        folders[:] = [] if here in seen else sorted(name for name in folders if not name.startswith("."))
+        if here in seen:  # a link to what stands above it
+            continue
+        seen.add(here)
+        kept = [name for name in sorted(names) if not name.startswith((".", "_")) and name not in _DESCRIPTIONS]
+        files = [Path(place, name) for name in kept]
         if data := [file for file in files if any(suffix.lower() in SUFFIXES for suffix in file.suffixes)]:
             by_folder[Path(place)] = data
     if not by_folder:
@@ -249,6 +259,20 @@ def _by_names(path: str, files: Sequence[Path], split: str) -> list[Path]:
             f"data {path}: {named} is named after a split, and {unnamed[0].name} is not; name the files, as a pattern"
         )
     return splits[_chosen(path, split, splits)]
+
+
+def _complete(path: str, files: list[Path]) -> list[Path]:
+    """Raises ``UserError`` if a part is missing of files that are numbered as ``NAME-00001-of-00004``."""
+    parts: dict[tuple[str, int], set[int]] = {}
+    for file in files:
+        if match := re.match(r"(.*)-(\d+)-of-(\d+)\.", file.name):
+            parts.setdefault((match[1], int(match[3])), set()).add(int(match[2]))
+    for (name, count), found in parts.items():
+        if len(found) < count:
+            raise UserError(
+                f"data {path}: holds {len(found)} of {count} parts of {name}; fetch the others, or name the files, as a pattern"
+            )
+    return files
 
 
 def _of_one_kind(path: str, files: list[Path]) -> list[Path]:

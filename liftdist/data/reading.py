@@ -121,12 +121,12 @@ class FileSource(Source):
         self._check_unchanged()
         return UserError(f"{where}: {reason}")
 
-    def _stat(self) -> tuple[int, int, int]:
+    def _stat(self) -> tuple[int, int]:
         try:
             state = self.path.stat()
         except OSError as error:
             raise UserError(f"data {self.name}: {error.strerror or error}") from None
-        return state.st_size, state.st_mtime_ns, state.st_ino
+        return state.st_size, state.st_mtime_ns  # inode numbers are not stable on every file system
 
     def _check_unchanged(self) -> None:
         if self._stat() != self._state:

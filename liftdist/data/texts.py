@@ -130,7 +130,7 @@ class JsonlSource(LineSource):
     def _lines(self, lines: _Lines) -> Iterator[Line]:
         offset = lines.offset
         for line in lines:
-            if line.strip() and line.strip() != codecs.BOM_UTF8:
+            if line.removeprefix(codecs.BOM_UTF8).strip():
                 yield Line(lines.number, offset, line)
             offset = lines.offset
 

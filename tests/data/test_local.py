@@ -79,6 +79,8 @@ MEANT = {
     "validation": (SPLITS, ".", None, "validation", "c"),
     "test": (SPLITS, ".", None, "test", "d"),
     "empty files": ({"a.jsonl": "", "b.jsonl": "b", "c.jsonl": "\n"}, ".", None, "train", "b"),
+    "parts": ({f"train-{n}-of-2.jsonl": value for n, value in ((0, "a"), (1, "b"))}, ".", None, "train", "ab"),
+    "some of the parts": ({"train-0-of-9.jsonl": "a", "train-1-of-9.jsonl": "b"}, "train-*", None, "train", "ab"),
     "clone": (CLONE, ".", None, "train", "ab"),
     "clone test": (CLONE, ".", None, "test", "cd"),
     "clone subset": (CLONE, ".", "other", "train", "e"),
@@ -93,6 +95,8 @@ def test_a_path_means(case, tmp_path):
 
 
 TWO = README.replace("  default: true\n", "")
+SHARDS = {f"train-0000{number}-of-00003.jsonl": "a" for number in (0, 2)}
+PART = {"data__train-00001-of-00002.jsonl": "a"}
 REFUSED = {
     "no match": (PARTS, "*.csv", None, "train", "/*.csv: no file matches"),
     "matches no data": ({"a.jsonl": "a", "notes.txt": ""}, "*", None, "train", "/notes.txt: must end in .jsonl"),
@@ -119,6 +123,8 @@ REFUSED = {
     "clone split": (CLONE, ".", "main", "validation", "has no split validation; those it has: train, test"),
     "incomplete clone": ({"README.md": README}, ".", None, "train", "names data/train-* for split train, and no file"),
     "head": ({"README.md": "---\na: [\n---\n", "a.jsonl": "a"}, ".", None, "train", "head of its README.md is not YAML"),
+    "missing part": (SHARDS, ".", None, "train", "holds 2 of 3 parts of train; fetch the others, or name the files"),
+    "missing part of a clone": ({**CLONE, **PART}, ".", None, "train", "holds 1 of 2 parts of train; fetch the others"),
     "pointers": ({"a.jsonl": "version https://git-lfs.github.com/spec/v1\n"}, ".", None, "train", "a pointer of Git LFS"),
     "in one of them": ({"a.jsonl": "a", "b.jsonl": "ab" * 9 + "\n"}, ".", None, "train", ""),
 }  # fmt: skip
@@ -135,6 +141,16 @@ def test_what_is_not_clear_is_refused(case, tmp_path):
         prompts(f"{tmp_path}/{path}", subset, split)
     assert problem in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_links_to_folders_are_followed(tmp_path):
+    fill(tmp_path / "elsewhere", **{"a.jsonl": "a"})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "part").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data" / "round").symlink_to(tmp_path / "data")
+    assert prompts(tmp_path / "data") == "a"
+    (tmp_path / "again").symlink_to(tmp_path / "data")
+    assert prompts(tmp_path / "again") == "a"
 
 
 def saved(folder, **splits):

@@ -139,6 +139,7 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         (b'{"prompt": 1' + b"0" * 5000 + b"}", "holds a number of too many digits; write it as text"),
         (b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is nested too deep"),
         (b'{"a": ' * 100_000 + b"1" + b"}" * 100_000, "is nested too deep"),
+        (b'{"prompt": ' + b"[" * 100 + b"]" * 100 + b"}", "is nested too deep (more than 100 lists"),
         (b'{"prompt": NaN}', "NaN is no JSON; write null"),
         (b'{"prompt": [-Infinity]}', "-Infinity is no JSON; write null"),
         (b'{"prompt": "a", "prompt": "b"}', "key 'prompt' occurs twice"),
@@ -151,10 +152,14 @@ GOOD = '{"prompt": "a", "completion": "b"}\n'
         (b"{'prompt': 'a'}", "not JSON: Expecting property name"),
         (b'{"prompt": "a"} {"prompt": "b"}', "not JSON: Extra data (column 17); one object per line"),
         (b'{"prompt": "tab\there"}', "not JSON: Invalid control character"),
-        (b'{"prompt": "a', "not JSON: Invalid control character"),  # the end of the line
+        (b'{"prompt": "a', "not JSON: Unterminated string"),
         (b'{"prompt": ["a"', "not JSON: Expecting ',' delimiter"),
         (b"<<<<<<< HEAD", "not JSON: Expecting value (column 1)"),
         (b"version 1", "not JSON"),
+        (
+            b"{",
+            "not JSON: Expecting property name enclosed in double quotes (column 2); one object per line, or one array",
+        ),
         (b"7", "must be a JSON object, got int"),
         (b"null", "must be a JSON object, got null"),
         (b'"text"', "must be a JSON object, got str"),
@@ -174,8 +179,9 @@ def test_a_bad_line_of_json_is_named(line, problem, tmp_path, monkeypatch):
 
 def test_pairs_of_surrogates_and_escaped_text_are_text(tmp_path):
     path = tmp_path / "a.jsonl"
-    path.write_text(r'{"a": "\ud83d\ude00", "b": "\\ud800", "c": "\u0000"}')
-    assert read(path) == [{"a": "\U0001f600", "b": r"\ud800", "c": "\0"}]
+    deep = '{"a": "' + "[{" * 999 + '", "b": ' + "[" * 98 + "]" * 98 + "}"
+    path.write_text(r'{"a": "\ud83d\ude00", "b": "\\ud800", "c": "\u0000"}' + "\n" + deep)
+    assert read(path) == [{"a": "\U0001f600", "b": r"\ud800", "c": "\0"}, json.loads(deep)]
 
 
 @pytest.mark.parametrize(
