@@ -47,12 +47,12 @@ def is_local(path: str) -> bool:
     """Whether ``path`` means files here, whether or not they exist, and not a name on the hub."""
     if path.startswith("hf://"):
         return False
-    return (
-        _kind(Path(path)) is not None
-        or path.startswith((".", "/", "~"))
-        or bool(glob.has_magic(path))
-        or Path(path).exists()
-    )
+    if _kind(Path(path)) is not None or path.startswith((".", "/", "~")) or glob.has_magic(path):
+        return True
+    try:
+        return Path(path).exists()
+    except OSError:  # may not be looked at
+        return True
 
 
 def open_local(path: str, subset: str | None, split: str) -> Source:
@@ -132,6 +132,7 @@ def _check_plain(path: str, subset: str | None, split: str) -> None:
 
 
 def _in_folder(path: str, folder: Path, subset: str | None, split: str) -> list[Path]:
+    os.scandir(folder).close()  # raises if it may not be read
     if (folder / "dataset_dict.json").is_file():
         _no_subset(path, subset)
         return _saved(path, folder / _chosen(path, split, _read_json(folder / "dataset_dict.json")["splits"]))

@@ -1,8 +1,12 @@
 """The files that a path means: patterns, folders, splits, saved and cloned data sets. Never more or less than was meant."""
 
+import contextlib
 import gzip
 import json
+import os
 import shutil
+import tempfile
+from pathlib import Path
 
 import builders
 import datasets
@@ -151,6 +155,47 @@ def test_links_to_folders_are_followed(tmp_path):
     assert prompts(tmp_path / "data") == "a"
     (tmp_path / "again").symlink_to(tmp_path / "data")
     assert prompts(tmp_path / "again") == "a"
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Without the privileges of root, which may read everything."""
+    if os.geteuid() == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+
+
+@pytest.mark.parametrize(
+    ("locked", "path", "problem"),
+    [
+        ("a/a.jsonl", "a/a.jsonl", "a/a.jsonl: Permission denied"),
+        ("a/b.jsonl", "a", "a/b.jsonl: Permission denied"),
+        ("a/c", "a", "a/c: Permission denied"),
+        ("a", "a/*.jsonl", "a/*.jsonl: Permission denied"),
+        ("a/c", "a/**/*.jsonl", "a/c/: Permission denied"),
+        ("a/c", "a/c/d.jsonl", "a/c/d.jsonl: Permission denied"),
+        ("a/c", "a/c/d", "a/c/d: Permission denied"),
+        ("a", "a", "a: Permission denied"),
+    ],
+)
+def test_what_may_not_be_read_is_said(locked, path, problem, monkeypatch):
+    """It is never left out."""
+    with tempfile.TemporaryDirectory() as folder:
+        fill(Path(folder), **{"a__a.jsonl": "a", "a__b.jsonl": "b", "a__c__d.jsonl": "c"})
+        if locked != "a/c":
+            shutil.rmtree(Path(folder, "a", "c"))
+        Path(folder).chmod(0o755)
+        monkeypatch.chdir(folder)
+        Path(folder, locked).chmod(0)
+        try:
+            with as_nobody(), pytest.raises(UserError) as caught:
+                prompts(path)
+        finally:
+            Path(folder, locked).chmod(0o755)
+    assert f"data {problem}" in str(caught.value)
 
 
 def saved(folder, **splits):
