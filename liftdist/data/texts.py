@@ -25,6 +25,8 @@ _BOMS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16", codecs.BO
 def _zstd(path: Path) -> BinaryIO:
     import pyarrow  # has the codec on every version of Python
 
+    if not pyarrow.Codec.is_available("zstd"):
+        raise OSError("this pyarrow is built without zstd; decompress the file: zstd -d")
     return io.BufferedReader(cast(Any, pyarrow.CompressedInputStream(pyarrow.OSFile(str(path)), "zstd")))
 
 

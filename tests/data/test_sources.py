@@ -1,9 +1,11 @@
 """Where records come from, how much of a file is read, and when it is hashed."""
 
+import gzip
 import hashlib
 import json
 
 import builders
+import datasets
 import pytest
 
 from liftdist import digests
@@ -13,17 +15,46 @@ from liftdist.schema import DataConfig
 
 
 def test_sources_agree(tokenizer, tmp_path):
+    """The same records have the same tokens in whatever files they are."""
     import pandas
 
-    lines = [json.loads(line) for line in builders.write_records(tmp_path / "a.jsonl").read_text().splitlines()]
+    text = builders.write_records(tmp_path / "a.jsonl").read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    table = pandas.DataFrame(lines)
     (tmp_path / "a.json").write_text(json.dumps(lines, indent=1))
-    pandas.DataFrame(lines).to_parquet(tmp_path / "a.parquet")
-    tables = []
-    for suffix in ("jsonl", "json", "parquet"):
-        path = tmp_path / f"a.{suffix}"
+    (tmp_path / "a.ndjson.gz").write_bytes(gzip.compress(text.encode()))
+    table.to_parquet(tmp_path / "a.parquet")
+    table.to_csv(tmp_path / "a.csv")
+    table.to_csv(tmp_path / "a.tsv.xz", sep="\t", index=False)
+    datasets.Dataset.from_pandas(table).save_to_disk(tmp_path / "saved")
+    datasets.DatasetDict(train=datasets.Dataset.from_list(lines)).save_to_disk(
+        tmp_path / "dict", num_shards={"train": 3}
+    )
+    for number in range(3):
+        folder = tmp_path / "folder"
+        folder.mkdir(exist_ok=True)
+        (folder / f"part-{number}.jsonl").write_text(
+            "".join(text.splitlines(keepends=True)[number * 15 : number * 15 + 15])
+        )
+    tables = {}
+    for name in (
+        "jsonl",
+        "json",
+        "ndjson.gz",
+        "parquet",
+        "csv",
+        "tsv.xz",
+        "saved",
+        "dict",
+        "folder",
+        "folder/part-*.jsonl",
+    ):
+        path = tmp_path / (f"a.{name}" if (tmp_path / f"a.{name}").exists() else name)
         config = builders.config(tmp_path, path, tmp_path).data
-        tables.append(tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache").table[:])
-    assert tables[0] == tables[1] == tables[2]
+        samples = tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+        tables[name] = samples.table[:]
+    assert len(tables["jsonl"]["input_ids"]) == 40
+    assert [name for name in tables if tables[name] != tables["jsonl"]] == []
 
 
 def test_the_first_records_are_there_without_reading_the_rest(tmp_path, monkeypatch):
