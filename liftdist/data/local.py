@@ -67,7 +67,8 @@ def open_local(path: str, subset: str | None, split: str) -> Source:
         sources = [_open_file(file, str(file)) for file in files]
     except OSError as error:
         raise UserError(f"data {error.filename or path}: {error.strerror or error}") from None
-    return _filled(path, sources[0] if len(sources) == 1 else Joined(sources, root))
+    is_one = files == [Path(path).expanduser()]  # else the user is told which were found
+    return _filled(path, sources[0] if is_one else Joined(sources, root))
 
 
 def open_downloaded(file: Path, name: str, subset: str | None, split: str) -> Source:

@@ -10,12 +10,14 @@ import lzma
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from liftdist import digests
 from liftdist.errors import UserError
+
+_NAMED = 10  # files that are named to the user
 
 Record = Mapping[str, Any]
 Place = tuple[str, Record]  # the location of a record, for messages, and the record
@@ -28,6 +30,7 @@ class Source(ABC):
     """Records in a fixed order, each with its location for messages."""
 
     is_table = False  # whether records have null for what they do not have
+    files: Sequence[str] = ()  # that were found, to be named to the user
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -75,12 +78,9 @@ class FileSource(Source):
         """The last row up to ``begin`` from which reading can start."""
         return begin
 
-    def _count(self) -> int:
-        return sum(1 for _ in self._guarded(0))
-
     def __len__(self) -> int:
         if self._length is None:
-            self._length = self._count()
+            self._length = sum(1 for _ in self._guarded(0))
             self._check_unchanged()
         return self._length
 
@@ -143,6 +143,8 @@ class Joined(Source):
     def __init__(self, sources: list[FileSource], root: str) -> None:
         self.sources, self._root = sources, root
         self.is_table = sources[0].is_table
+        names = [self.place(source.name) for source in sources]
+        self.files = names if len(names) <= _NAMED else [*names[:_NAMED], f"... ({len(names)} in all)"]
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))

@@ -51,6 +51,7 @@ SPLIT = "split into a sample for each reply"
 TOO_LONG = "left out: longer than data.max_length"
 CUT_OFF = "left out: nothing to learn within data.max_length"
 NOTHING = "left out: nothing to learn in them"
+FILES = "files"
 # what records hold that does not reach the tokens
 UNUSED = "fields that are not used"
 UNREAD = "keys that the chat template does not read"
@@ -143,6 +144,7 @@ def tokenise(
             part = source.read(starts[number], starts[number] + PART_RECORDS)
             _write_part(parts[number], *encode_all(part, read, encoder, vocabulary, config, source.place))
     samples, report = _load(parts, key, path)
+    report.name(FILES, source.files)
     if samples is None:
         hint = "; raise data.max_length" if report.counts[TOO_LONG] + report.counts[CUT_OFF] else ""
         raise UserError(f"data {path}: nothing to learn: of {len(source)} records {'; '.join(report.lines())}{hint}")

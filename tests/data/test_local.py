@@ -231,7 +231,7 @@ def test_saved_data_sets(tmp_path):
         prompts(one)
 
 
-def test_places_name_the_file_and_contents_decide_the_digest(tokenizer, tmp_path):
+def test_files_are_named_and_contents_decide_the_digest(tokenizer, tmp_path):
     """The same files elsewhere have the same tokens; other names of files are another order, and other places."""
     first = fill(tmp_path / "first", **{"a.jsonl": "ab", "b.jsonl": ["c", "long " * 99]})
 
@@ -240,14 +240,29 @@ def test_places_name_the_file_and_contents_decide_the_digest(tokenizer, tmp_path
         return tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
 
     made = samples(first)
-    assert made.report.lines() == ["1 left out: nothing to learn within data.max_length (b.jsonl:2)"]
+    assert made.report.lines() == [
+        "1 left out: nothing to learn within data.max_length (b.jsonl:2)",
+        "files: a.jsonl, b.jsonl",
+    ]
     assert [made.where(number) for number in range(3)] == [
         f"{first}:a.jsonl:1",
         f"{first}:a.jsonl:2",
         f"{first}:b.jsonl:1",
     ]
+    alone = samples(fill(tmp_path / "alone", **{"train.jsonl": "a"}))
+    assert (alone.report.lines(), alone.where(0)) == (["files: train.jsonl"], f"{tmp_path}/alone:train.jsonl:1")
     second = shutil.copytree(first, tmp_path / "second")
     assert samples(second).digest == made.digest == samples(f"{second}/*.jsonl").digest
+    for number in range(20):
+        (second / f"c{number:02d}.jsonl").touch()
+    assert (
+        samples(second)
+        .report.lines()[-1]
+        .endswith(
+            "b.jsonl, c00.jsonl, c01.jsonl, c02.jsonl, c03.jsonl, c04.jsonl, "
+            "c05.jsonl, c06.jsonl, c07.jsonl, ... (22 in all)"
+        )
+    )
     (second / "b.jsonl").rename(second / "0.jsonl")
     renamed = samples(second)
     assert renamed.digest != made.digest
