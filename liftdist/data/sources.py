@@ -1,7 +1,7 @@
 """Sources of records: local files, or a data set on the hub at one commit.
 
 A source has a number of records and a digest of its contents, and reads any range of records, each with its location for error
-messages (``reading``). ``local`` finds files, ``texts`` and ``tables`` read them; ``hub_sources`` has what is on the hub.
+messages (``reading``). ``local`` and ``folders`` find files, ``texts`` and ``tables`` read them; ``hub_sources`` has the hub's.
 """
 
 from __future__ import annotations

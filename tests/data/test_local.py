@@ -101,6 +101,7 @@ def test_a_path_means(case, tmp_path):
 TWO = README.replace("  default: true\n", "")
 SHARDS = {f"train-0000{number}-of-00003.jsonl": "a" for number in (0, 2)}
 PART = {"data__train-00001-of-00002.jsonl": "a"}
+STRANGE = "---\nconfigs:\n- config_name: default\n  data_files: {}\n---\n"
 REFUSED = {
     "no match": (PARTS, "*.csv", None, "train", "/*.csv: no file matches"),
     "matches no data": ({"a.jsonl": "a", "notes.txt": ""}, "*", None, "train", "/notes.txt: must end in .jsonl"),
@@ -126,6 +127,10 @@ REFUSED = {
     "which subset": ({**CLONE, "README.md": TWO}, ".", None, "train", "must name one of its subsets: main, other"),
     "clone split": (CLONE, ".", "main", "validation", "has no split validation; those it has: train, test"),
     "incomplete clone": ({"README.md": README}, ".", None, "train", "names data/train-* for split train, and no file"),
+    "outside": ({"README.md": STRANGE.format("../*.jsonl")}, ".", None, "train", "files as '../*.jsonl', which is no path"),
+    "absolute": ({"README.md": STRANGE.format("/etc/*.csv")}, ".", None, "train", "files as '/etc/*.csv', which is no path"),
+    "files by split": ({"README.md": STRANGE.format("{train: a}")}, ".", None, "train", "as [{'train': 'a'}], which"),
+    "a number": ({"README.md": STRANGE.format("7")}, ".", None, "train", "'path': [7]}], which"),
     "head": ({"README.md": "---\na: [\n---\n", "a.jsonl": "a"}, ".", None, "train", "head of its README.md is not YAML"),
     "missing part": (SHARDS, ".", None, "train", "holds 2 of 3 parts of train; fetch the others, or name the files"),
     "missing part of a clone": ({**CLONE, **PART}, ".", None, "train", "holds 1 of 2 parts of train; fetch the others"),
@@ -226,6 +231,9 @@ def test_saved_data_sets(tmp_path):
     (two / "train" / "data-00000-of-00001.arrow").unlink()
     with pytest.raises(UserError, match=r"data-00000-of-00001.arrow: No such file"):
         prompts(two)
+    (one / "state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"state.json: names no data files"):
+        prompts(one)
     (one / "state.json").write_text("{")
     with pytest.raises(UserError, match=r"state.json: "):
         prompts(one)
