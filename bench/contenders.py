@@ -32,7 +32,7 @@ from liftdist.models.head import in_chunks
 from liftdist.models.load import compute_buffers
 from liftdist.schema import Config
 from liftdist.training import objective
-from liftdist.training.losses.cross_entropy import summed
+from liftdist.training.losses.cross_entropy import per_token
 
 LR = 1e-5
 
@@ -65,7 +65,7 @@ class Contender(ABC):
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         logits = self.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False).logits
-        return summed(logits.flatten(0, 1), batch["labels"].to(logits.device).flatten())
+        return per_token(logits.flatten(0, 1), batch["labels"].to(logits.device).flatten()).sum()
 
     def forward_backward(self, batch: dict[str, Tensor]) -> float:
         """Forward and backward of a micro-batch; returns the mean loss."""

@@ -33,7 +33,7 @@ from liftdist.models.names import NameMap
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
-from liftdist.training.losses.cross_entropy import summed
+from liftdist.training.losses.cross_entropy import per_token
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
 FEW = 64  # bytes per call; smaller collectives carry scalars, such as a norm or a count, and are not compared
@@ -109,7 +109,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
             live.peak = live.now
             with traffic:
                 for _ in range(footprint.micro_batches(config, ranks)):
-                    model.chunked_loss(tokens, None, places, tokens, summed).backward()
+                    model.chunked_loss(tokens, None, places, tokens, per_token).backward()
                 principal.reduce_gradients(1.0)
                 principal.clip_grad_norm_(None)
                 optimizer.step()

@@ -51,3 +51,8 @@ def of_file(path: Path, cache_dir: Path) -> str:
 def of_parts(parts: Sequence[object]) -> str:
     """sha256 of several digests and names, 64 hexadecimal digits."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def of_bytes(contents: bytes) -> str:
+    """sha256 of some bytes, 64 hexadecimal digits."""
+    return hashlib.sha256(contents).hexdigest()

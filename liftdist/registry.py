@@ -67,11 +67,13 @@ BUDGETS = Registry(
     "budget", "liftdist.engine.budgets", {"per_matrix": "each matrix by its own size, from `density` or `budget_rank`"}
 )
 
-#: ``summed(logits, labels, weights)``: the sum of the losses of labelled tokens, each times its weight if there are any.
+#: ``per_token(logits, labels)``: the loss of each token, zero where there is no label.
 LOSSES = Registry("loss", "liftdist.training.losses", {"cross_entropy": "negative log-likelihood"})
 
 #: ``run(context, inputs, model)``: figures by tag.
-EVALUATIONS = Registry("evaluation", "liftdist.evaluation", {"held_out_loss": "mean loss on `data.eval_path`"})
+EVALUATIONS = Registry(
+    "evaluation", "liftdist.evaluation", {"held_out_loss": "mean loss on the held-out data, and on each set of it"}
+)
 
 #: ``start(run_dir, after)``: a :class:`liftdist.training.recorder.Tracker`.
 TRACKERS = Registry(

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import re
+import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,9 @@ Problem = tuple[str, str]  # (key of a setting within its section, or "", what i
 NOTHING = "nothing"  # no effect on the losses, except for the order of summation
 COURSE = "course"  # how training continues
 STATE = "state"  # the meaning of the saved state
+
+LEARN = ("all", "last")  # replies of a conversation
+TURNS = ("auto", "whole", "split")  # samples of a conversation
 
 
 def setting(
@@ -78,17 +83,99 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
-    path: str = setting(
-        MISSING,
-        "training data: a file (JSON Lines, JSON, CSV, Parquet, Arrow), a pattern (`data/*.jsonl`), a folder, or the name of "
-        "a data set on the hub",
+class EvalSourceConfig:
+    """An entry of ``data.eval_sources``: a set of held-out records."""
+
+    path: str = setting(MISSING, "records, in a form as for `data.path`")
+    name: str | None = setting(
+        None,
+        "its name in the metrics; made from `path` if unset: that of the file, folder or data set",
+        changes=NOTHING,
     )
+    revision: str | None = setting(None, "commit, tag or branch on the hub; its main branch if unset", changes=NOTHING)
+    subset: str | None = setting(None, "configuration name of a data set")
+    split: str | None = setting(None, "split of a data set; `data.split`, of held-out data `data.eval_split`, if unset")
+    format: str | None = setting(None, "as `data.format`, which holds if unset", choices=("auto", *FORMATS))
+    fields: dict[str, str] = setting(
+        {}, "as `data.fields`, which hold if there are none", example="{instruction: query, output: answer}"
+    )
+    prompt_template: str | None = setting(None, "as `data.prompt_template`, which holds if unset")
+    response_template: str | None = setting(None, "as `data.response_template`, which holds if unset")
+    learn: str | None = setting(None, "as `data.learn`, which holds if unset", choices=LEARN)
+    turns: str | None = setting(None, "as `data.turns`, which holds if unset", choices=TURNS)
+
+
+@dataclass
+class SourceConfig(EvalSourceConfig):
+    """An entry of ``data.sources``."""
+
+    weight: float | None = setting(
+        None,
+        "share of an epoch, relative to the weights of the other sources; an epoch has as many samples as all sources "
+        "together",
+        above=0,
+    )
+    samples: int | None = setting(None, "samples that an epoch takes of it; each once if unset", at_least=1)
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Where records are and how they are read: the settings of a source, each that is unset taken from ``data``."""
+
+    key: str  # the setting of its path
+    name: str  # in metrics
+    path: str
+    revision: str | None
+    subset: str | None
+    split: str
+    format: str
+    fields: dict[str, str]
+    prompt_template: str | None
+    response_template: str | None
+    learn: str
+    turns: str
+    weight: float | None = None
+    samples: int | None = None
+
+    @property
+    def section(self) -> str:
+        """The section with the settings of how records are read."""
+        return self.key.rpartition(".")[0]
+
+    def problems(self) -> Iterator[Problem]:
+        if self.response_template is not None and self.prompt_template is None:
+            yield "response_template", "needs {section}.prompt_template, too; it may be {{field}} alone"
+        elif self.response_template is not None:  # templates name the fields of records themselves
+            for name, is_given in (("format", self.format != "auto"), ("fields", bool(self.fields))):
+                if is_given:
+                    yield (
+                        name,
+                        "is not used with {section}.prompt_template and {section}.response_template; leave it out",
+                    )
+
+
+@dataclass
+class DataConfig:
+    path: str | None = setting(
+        None,
+        "training data: a file (JSON Lines, JSON, CSV, Parquet, Arrow), a pattern (`data/*.jsonl`), a folder, or the name of "
+        "a data set on the hub; or give `data.sources`",
+    )
+    sources: list[SourceConfig] = setting([], "several sources of training data, in place of `data.path`")
     revision: str | None = setting(
         None, "commit, tag or branch of `data.path` on the hub; its main branch if unset", changes=NOTHING
     )
     eval_path: str | None = setting(
         None, "held-out data for the evaluation loss, in a form as for `data.path`", changes=NOTHING
+    )
+    eval_sources: list[EvalSourceConfig] = setting(
+        [], "several sets of held-out data, in place of `data.eval_path`", changes=NOTHING
+    )
+    eval_share: float | None = setting(
+        None,
+        "fraction of the records of each source that is held out for the evaluation loss, in place of `data.eval_path`",
+        above=0,
+        at_most=0.5,
     )
     eval_revision: str | None = setting(
         None,
@@ -118,12 +205,12 @@ class DataConfig:
     response_template: str | None = setting(
         None, "the same for the response, which is learned; the format's response field, as it is, if unset"
     )
-    learn: str = setting("all", "which replies of a conversation are learned", choices=("all", "last"))
+    learn: str = setting("all", "which replies of a conversation are learned", choices=LEARN)
     turns: str = setting(
         "auto",
         "samples of a conversation: `whole`, one, in which every reply is learned as it stands there; `split`, one for each "
         "reply, as it was when it was asked for; `auto`, `split` only where the template drops a part of an earlier reply",
-        choices=("auto", "whole", "split"),
+        choices=TURNS,
     )
     chat_template: str | None = setting(
         None, "chat template in place of the tokenizer's: a file that ends in `.jinja`, or the text itself"
@@ -137,25 +224,110 @@ class DataConfig:
     )
 
     @property
-    def revision_of_eval_path(self) -> str | None:
-        same = self.eval_path is not None and _repository(self.eval_path) == _repository(self.path)
-        return self.eval_revision or (self.revision if same else None)
+    def training_sources(self) -> list[DataSource]:
+        """The sources to train on: those of ``data.sources``, or the one of ``data.path``."""
+        if self.sources:
+            return [
+                self._resolved(f"data.sources.{number}.path", entry, self.split)
+                for number, entry in enumerate(self.sources)
+            ]
+        only = SourceConfig(path=self.path or "", revision=self.revision, subset=self.subset)
+        return [self._resolved("data.path", only, self.split)]
 
     @property
-    def subset_of_eval_path(self) -> str | None:
-        return self.eval_subset or (self.subset if self.eval_path == self.path else None)
+    def held_out_sources(self) -> list[DataSource]:
+        """The sources to evaluate on, if any: those of ``data.eval_sources``, or the one of ``data.eval_path``."""
+        entries = [(f"data.eval_sources.{number}.path", entry) for number, entry in enumerate(self.eval_sources)]
+        if self.eval_path is not None:
+            only = EvalSourceConfig(path=self.eval_path, revision=self.eval_revision, subset=self.eval_subset)
+            entries = [("data.eval_path", only)]
+        found, training = [], self.training_sources
+        for key, entry in entries:
+            one = self._resolved(key, entry, self.eval_split)
+            of_repository = {s.revision for s in training if _repository(s.path) == _repository(one.path)}
+            of_set = {s.subset for s in training if s.path == one.path}
+            revision = one.revision or (of_repository.pop() if len(of_repository) == 1 else None)
+            subset = one.subset or (of_set.pop() if len(of_set) == 1 else None)
+            found.append(dataclasses.replace(one, revision=revision, subset=subset))
+        return found
+
+    @property
+    def all_sources(self) -> list[DataSource]:
+        return [*self.training_sources, *self.held_out_sources]
+
+    def _resolved(self, key: str, given: EvalSourceConfig, split: str) -> DataSource:
+        inherited = ("format", "fields", "prompt_template", "response_template", "learn", "turns")
+        values = dataclasses.asdict(given) | {name: getattr(given, name) or getattr(self, name) for name in inherited}
+        values |= {"name": given.name or _name(given.path), "split": given.split or split}
+        return DataSource(key, **values)
 
     def problems(self) -> Iterator[Problem]:
-        if self.eval_subset is not None and self.eval_path is None:
-            yield "eval_subset", "is the subset of data.eval_path, which is not set"
-        if self.eval_revision is not None and self.eval_path is None:
-            yield "eval_revision", "is the revision of data.eval_path, which is not set"
-        if self.response_template is not None and self.prompt_template is None:
-            yield "response_template", "needs data.prompt_template, too; it may be {field} alone"
-        elif self.response_template is not None:  # templates name the fields of records themselves
-            for name, is_given in (("format", self.format != "auto"), ("fields", bool(self.fields))):
-                if is_given:
-                    yield name, "is not used with data.prompt_template and data.response_template; leave it out"
+        if (self.path is None) == (not self.sources):
+            both = "is given, and data.sources, too; unset one of them: data.path= or data.sources=[]"
+            yield "path", both if self.sources else "must be given, in the file or as data.path=VALUE; or data.sources"
+            return
+        held_out = {"eval_path": self.eval_path, "eval_sources": self.eval_sources, "eval_share": self.eval_share}
+        given = [name for name, value in held_out.items() if value]
+        if len(given) > 1:
+            yield given[-1], f"cannot be given together with data.{given[0]}; leave one of them out"
+        for name, of, is_used in (
+            ("subset", "path", not self.sources),
+            ("revision", "path", not self.sources),
+            ("eval_subset", "eval_path", self.eval_path is not None),
+            ("eval_revision", "eval_path", self.eval_path is not None),
+        ):
+            if getattr(self, name) is not None and not is_used:
+                yield name, f"is the {name.removeprefix('eval_')} of data.{of}, which is not set"
+        yield from _problems_of_mixture(self.sources)
+        for kind, sources in (("sources", self.training_sources), ("eval_sources", self.held_out_sources)):
+            yield from _problems_of_names(kind, [*getattr(self, kind)], sources)
+            for number, source in enumerate(sources):
+                is_own = bool(getattr(self, kind)) and getattr(self, kind)[number].prompt_template is not None
+                for name, problem in source.problems():
+                    key = f"{source.section}.{name}".removeprefix("data.")
+                    yield key, problem.format(section=source.section if is_own else "data")
+
+
+def _problems_of_mixture(sources: Sequence[SourceConfig]) -> Iterator[Problem]:
+    """What is wrong with the weights and numbers of samples."""
+    weighted = [source.weight is not None for source in sources]
+    if any(weighted):
+        for number, source in enumerate(sources):
+            if source.samples is not None:
+                yield f"sources.{number}.samples", "is not used where sources have a weight; leave one of them out"
+            elif source.weight is None:
+                known = f"data.sources.{weighted.index(True)}"
+                yield (
+                    f"sources.{number}.weight",
+                    f"must be given, as {known} has one: all sources have a weight, or none",
+                )
+
+
+def _problems_of_names(
+    kind: str, entries: Sequence[EvalSourceConfig], sources: Sequence[DataSource]
+) -> Iterator[Problem]:
+    for number, entry in enumerate(entries):
+        if entry.name is not None and not re.fullmatch(_SOURCE_NAME, entry.name):
+            yield (
+                f"{kind}.{number}.name",
+                f"must consist of letters, digits and the characters . - _, got {entry.name!r}",
+            )
+    first: dict[str, int] = {}
+    for number, source in enumerate(sources):
+        if (known := first.setdefault(source.name, number)) != number:
+            problem = f"{source.name} is also the name of data.{kind}.{known}; give one of them another"
+            yield f"{kind}.{number}.name", problem
+
+
+_SOURCE_NAME = r"[\w.-]+"
+
+
+def _name(path: str) -> str:
+    """The name of a source in metrics: that of its file, folder or data set, of a pattern what all its files have."""
+    stem = re.sub(r"\.(jsonl|ndjson|json|csv|tsv|parquet|arrow)(\.\w+)?$", "", path)
+    parts = re.sub(r"\[.*?\]|[*?]", "", stem).split("/")
+    names = [re.sub(r"[^\w.-]+", "_", part).strip("_.-") for part in parts]
+    return next((name for name in reversed(names) if name), "data")
 
 
 def _repository(path: str) -> str:
@@ -386,13 +558,20 @@ class Config:
 
 
 def settings(section: type = Config, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field]]:
-    """Every setting as ``(dotted key, dataclass field)``, in the order of the file; ``N`` stands for the index of an entry."""
+    """Every setting as ``(dotted key, dataclass field)``, in the order of the file; ``N`` stands for the index of an entry.
+
+    What a change affects is ``NOTHING`` for all settings of a list that says so.
+    """
     for leaf in dataclasses.fields(section):
         inner, dots = _section(section, leaf)
         if inner is None:
             yield f"{prefix}{leaf.name}", leaf
-        else:
-            yield from settings(inner, f"{prefix}{leaf.name}{dots}")
+            continue
+        for key, found in settings(inner, f"{prefix}{leaf.name}{dots}"):
+            if leaf.metadata.get("changes") == NOTHING:
+                found = copy.copy(found)
+                found.metadata = types.MappingProxyType({**found.metadata, "changes": NOTHING})
+            yield key, found
 
 
 SECTION, LIST = "section", "list of sections"

@@ -126,7 +126,11 @@ def test_layouts():
 def test_every_setting_is_explained():
     for key, leaf in schema.settings():
         assert leaf.metadata["help"], key
-    assert len(list(schema.settings())) == sum(
+    lists = [leaf.metadata["help"] for leaf in dataclasses.fields(schema.DataConfig) if "ources" in leaf.name]
+    assert len(lists) == 2
+    assert all(lists)
+    entries = [schema.SourceConfig, schema.EvalSourceConfig]
+    assert len(list(schema.settings())) == sum(len(dataclasses.fields(entry)) - 1 for entry in entries) + sum(
         len(dataclasses.fields(f.default_factory)) if dataclasses.is_dataclass(f.default_factory) else 1
         for f in dataclasses.fields(schema.Config)
     )

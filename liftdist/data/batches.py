@@ -7,16 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from liftdist.data.mixture import Mixture
 from liftdist.data.tokenised import IGNORED, Samples
 
 
-def collate(samples: Samples, sequences: Sequence[list[int]], pad_token: int = 0) -> dict[str, Tensor]:
+def collate(samples: Samples | Mixture, sequences: Sequence[list[int]], pad_token: int = 0) -> dict[str, Tensor]:
     """Tensors of one micro-batch, padded on the right, which causal attention of real tokens never reads.
 
     Returns:
         ``input_ids``, ``position_ids``, ``labels``, each ``[sequences, longest]`` int64. Positions restart at 0 with every
         packed sample, by which transformers separates samples. Labels are shifted: ``labels[t]`` is the token to
         predict at ``t``. An empty list of sequences gives one padding token without a label.
+        Of several sources also ``sources``, the number of the source that a token is of; padding is of the first.
     """
     rows = [samples.table[sequence] for sequence in sequences]
     longest = max((sum(map(len, row["input_ids"])) for row in rows), default=1)
@@ -35,9 +37,24 @@ def collate(samples: Samples, sequences: Sequence[list[int]], pad_token: int = 0
         position_ids[index, begin:] = torch.arange(longest - begin) + (
             len(row["input_ids"][-1]) if row["input_ids"] else 0
         )
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+    if isinstance(samples, Mixture) and len(samples.parts) > 1:
+        batch["sources"] = _sources(samples, sequences, shape)
+    return batch
+
+
+def _sources(samples: Mixture, sequences: Sequence[list[int]], shape: tuple[int, int]) -> Tensor:
+    """The number of the source that each token is of, as ``shape``."""
+    sources = torch.zeros(shape, dtype=torch.int64)
+    for index, sequence in enumerate(sequences):
+        begin = 0
+        for sample in sequence:
+            end = begin + int(samples.lengths[sample])
+            sources[index, begin:end] = samples.source_of(sample)
+            begin = end
+    return sources
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on ``device``, except its labels: the loss looks up labelled positions on the host."""
-    return {key: value if key == "labels" else value.to(device) for key, value in batch.items()}
+    """The batch on ``device``, except labels and sources: the loss looks up labelled positions on the host."""
+    return {key: value if key in ("labels", "sources") else value.to(device) for key, value in batch.items()}

@@ -3,6 +3,9 @@
 A sequence is a list of samples: one, or with packing as many as fit. The order is a pure function of (seed, epoch), and
 a batch is split only after it is composed: every world size sees the same global batches, and the number of sequences
 consumed is the complete state of the data.
+
+The samples of a source are walked through pass after pass, each in an order of its own: of a source of which an epoch takes half
+the next takes the other half, and no sample comes again before all others have come. Epochs mix the sources sample by sample.
 """
 
 from __future__ import annotations
@@ -10,20 +13,62 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
+class Share(NamedTuple):
+    """A source's part of an epoch."""
+
+    size: int  # samples of the source
+    taken: int  # samples that an epoch takes of it
+
+
+def epoch_order(shares: Sequence[Share], seed: int, epoch: int) -> np.ndarray:
+    """The samples of one epoch, ``[samples]`` int64, those of each source numbered after those of the one before."""
+    # numpy takes the words [seed, epoch] as [seed, epoch, 0, 0]: the first source has the order that it has alone
+    sizes = [share.size for share in shares]
+    walks = [_walk(share, seed, number, epoch) for number, share in enumerate(shares)]
+    if len(walks) == 1:
+        return walks[0]
+    turns = np.repeat(np.arange(len(shares), dtype=np.min_scalar_type(len(shares))), [share.taken for share in shares])
+    _random(seed, epoch, 0, 1).shuffle(turns)
+    order = np.empty(len(turns), np.int64)
+    for number, walk in enumerate(walks):
+        order[turns == number] = walk + sum(sizes[:number])
+    return order
+
+
+def _walk(share: Share, seed: int, source: int, epoch: int) -> np.ndarray:
+    """The samples that an epoch takes of a source: those at ``[epoch * taken, (epoch + 1) * taken)`` of its passes."""
+    begin, end = epoch * share.taken, (epoch + 1) * share.taken
+    passes = range(begin // share.size, -(-end // share.size))
+    walk = np.empty(share.taken, np.int64)
+    for number in passes:
+        order, first = _random(seed, number, source).permutation(share.size), number * share.size - begin
+        walk[max(first, 0) : first + share.size] = order[max(-first, 0) : end - number * share.size]
+    return walk
+
+
+def _random(*words: int) -> np.random.Generator:
+    return np.random.Generator(np.random.PCG64(words))
+
+
 def epoch_sequences(
-    lengths: np.ndarray, seed: int, packing: bool, max_length: int, epoch: int
+    lengths: np.ndarray, seed: int, packing: bool, max_length: int, epoch: int, shares: Sequence[Share] = ()
 ) -> tuple[np.ndarray, np.ndarray]:
     """The sequences of one epoch: a pure function of its arguments.
 
+    Args:
+        lengths: ``[samples]`` int64, of the samples of all sources, one after the other.
+        shares: of each source; one that gives each sample once if there are none.
+
     Returns:
-        ``order`` [samples] int64, and ``starts`` [sequences + 1]: sequence ``i`` is
+        ``order`` [samples of the epoch] int64, and ``starts`` [sequences + 1]: sequence ``i`` is
         ``order[starts[i]:starts[i + 1]]``.
     """
-    order = np.random.Generator(np.random.PCG64([seed, epoch])).permutation(len(lengths))
+    order = epoch_order(shares or [Share(len(lengths), len(lengths))], seed, epoch)
     if not packing:
         return order, np.arange(len(order) + 1)
     starts, room = [], 0
@@ -38,9 +83,17 @@ def epoch_sequences(
 class BatchOrder:
     """The stream of global batches. A batch may span epochs; only the last one may be smaller."""
 
-    def __init__(self, lengths: np.ndarray, seed: int, packing: bool, max_length: int, batch_size: int) -> None:
+    def __init__(
+        self,
+        lengths: np.ndarray,
+        seed: int,
+        packing: bool,
+        max_length: int,
+        batch_size: int,
+        shares: Sequence[Share] = (),
+    ) -> None:
         self._batch_size = batch_size
-        make = functools.partial(epoch_sequences, lengths, seed, packing, max_length)
+        make = functools.partial(epoch_sequences, lengths, seed, packing, max_length, shares=shares)
         self._epoch = functools.lru_cache(maxsize=2)(make)
         self._before = [0]  # sequences before each epoch
 

@@ -12,10 +12,10 @@ from typing import Any
 
 from liftdist.data import content, wording
 from liftdist.data.content import Content, Conversation, Text
-from liftdist.data.sources import Record, Source, is_local, locations, open_source
+from liftdist.data.sources import Record, Source, is_local, open_records
 from liftdist.errors import UserError
 from liftdist.registry import FORMATS
-from liftdist.schema import DataConfig
+from liftdist.schema import DataConfig, DataSource
 
 CHECKED_RECORDS = 1000  # records checked before ranks start
 _RENDERED = "text"  # the format of what many data sets hold besides: a record's parts in one text
@@ -87,37 +87,37 @@ class Reader:
         return [name for name, value in record.items() if name not in self.used and value is not None]
 
 
-def reader(source: Source, config: DataConfig) -> Reader:
-    """What reads the records of ``source``; ``data.format: auto`` detects the format from the first.
+def reader(source: Source, config: DataSource) -> Reader:
+    """What reads the records of ``source``; the format ``auto`` is detected from the first.
 
     Raises:
         UserError: no format fits, or several, or ``data.fields`` or a template does not fit.
     """
     where, first = next(iter(source.read(0, 1)))
-    own = config.fields
+    own, section = config.fields, config.section
     if config.prompt_template is None:
         format = _format(where, first, config)
         read, used = format.read, {own.get(name, name) for name in _fields(format)}
 
         def by_format(record: Record) -> Content:
             content.refuse_media(record, "the record")
-            return read(_renamed(record, own))
+            return read(_renamed(record, own, section))
 
         return Reader(by_format, frozenset(used), source.is_table)
-    prompt = wording.Template.parse("data.prompt_template", config.prompt_template)
+    prompt = wording.Template.parse(f"{section}.prompt_template", config.prompt_template)
     if config.response_template is not None:
-        response = wording.Template.parse("data.response_template", config.response_template)
+        response = wording.Template.parse(f"{section}.response_template", config.response_template)
         if not response.fields:
             raise UserError(
-                "data.response_template: has no {field} of a record, so every record would teach the same text"
+                f"{section}.response_template: has no {{field}} of a record, so every record would teach the same text"
             )
     else:
         format = _format(where, first, config)
         if format.RESPONSE is None:
             raise UserError(
-                f"data.prompt_template: {where} has no field that is the response; give data.response_template"
+                f"{section}.prompt_template: {where} has no field that is the response; give {section}.response_template"
             )
-        response = wording.Template.of_field(own.get(format.RESPONSE, format.RESPONSE))
+        response = wording.Template.of_field(f"{section}.prompt_template", own.get(format.RESPONSE, format.RESPONSE))
 
     def worded(record: Record) -> Text:
         return Text([(prompt.fill(record), False), (response.fill(record), True)])
@@ -125,14 +125,14 @@ def reader(source: Source, config: DataConfig) -> Reader:
     return Reader(worded, prompt.fields | response.fields, source.is_table)
 
 
-def _format(where: str, first: Record, config: DataConfig) -> ModuleType:
+def _format(where: str, first: Record, config: DataSource) -> ModuleType:
     """The module of the format. Raises ``UserError`` if none fits, or has not the fields that are renamed."""
-    name = config.format
+    name, own, section = config.format, config.fields, config.section
     if name == "auto":
-        _check_names(config.fields, [field for known in FORMATS for field in _fields(FORMATS.load(known))], "formats")
-        name = at(where, lambda record: detect_format(_renamed(record, config.fields)), first)
+        _check_names(section, own, [field for known in FORMATS for field in _fields(FORMATS.load(known))], "formats")
+        name = at(where, lambda record: detect_format(_renamed(record, own, section), section), first)
     module = FORMATS.load(name)
-    _check_names(config.fields, _fields(module), f"format {name}")
+    _check_names(section, own, _fields(module), f"format {name}")
     return module
 
 
@@ -140,18 +140,18 @@ def _fields(format: ModuleType) -> list[str]:
     return [*format.FIELDS, *format.OPTIONAL]
 
 
-def _check_names(given: Iterable[str], known: Iterable[str], whose: str) -> None:
+def _check_names(section: str, given: Iterable[str], known: Iterable[str], whose: str) -> None:
     names = list(dict.fromkeys(known))
     for name in given:
         if name not in names:
-            raise UserError(f"data.fields.{name}: is no field of {whose}; the fields: {_listed(names)}")
+            raise UserError(f"{section}.fields.{name}: is no field of {whose}; the fields: {_listed(names)}")
 
 
-def _renamed(record: Record, own: Mapping[str, str]) -> Record:
+def _renamed(record: Record, own: Mapping[str, str], section: str) -> Record:
     """The record with the format's names for fields that have other names. Raises ``ValueError`` if one is missing."""
     for name, given in own.items():
         if given not in record:
-            raise ValueError(f"field {given!r} (data.fields.{name}) is missing (fields: {_listed(record)})")
+            raise ValueError(f"field {given!r} ({section}.fields.{name}) is missing (fields: {_listed(record)})")
     taken = {*own, *own.values()}
     return {name: value for name, value in record.items() if name not in taken} | {
         name: record[given] for name, given in own.items()
@@ -165,8 +165,12 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def detect_format(record: Record) -> str:
-    """The format whose fields the record has. Raises ``ValueError`` if there is none, or more than one."""
+def detect_format(record: Record, section: str = "data") -> str:
+    """The format whose fields the record has. Raises ``ValueError`` if there is none, or more than one.
+
+    Args:
+        section: with the settings that could say more.
+    """
     known: dict[frozenset[str], str] = {}
     for name in FORMATS:
         known.setdefault(frozenset(FORMATS.load(name).FIELDS), name)
@@ -177,14 +181,14 @@ def detect_format(record: Record) -> str:
             fits = [name for name in fits if name != _RENDERED]
         if len(fits) > 1:
             raise ValueError(
-                f"fields {_listed(record)} fit several formats; set data.format to one of {', '.join(fits)}"
+                f"fields {_listed(record)} fit several formats; set {section}.format to one of {', '.join(fits)}"
             )
         if fits:
             return fits[0]
     expected = "; ".join("/".join(FORMATS.load(name).FIELDS) for name in known.values())
     raise ValueError(
-        f"fields {_listed(record)} fit no format (known: {expected}); say with data.fields which are which, "
-        "or give data.prompt_template and data.response_template"
+        f"fields {_listed(record)} fit no format (known: {expected}); say with {section}.fields which are which, "
+        f"or give {section}.prompt_template and {section}.response_template"
     )
 
 
@@ -206,9 +210,9 @@ def check_first_records(config: DataConfig) -> None:
     Raises:
         UserError: naming file and line.
     """
-    for location in locations(config):
-        if is_local(location.path):
-            source = open_source(*location)
-            read = reader(source, config)
+    for given in config.all_sources:
+        if is_local(given.path):
+            source = open_records(given)
+            read = reader(source, given)
             for where, record in source.read(0, CHECKED_RECORDS):
                 at(where, read, record)

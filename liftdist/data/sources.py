@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import NamedTuple
 
 from liftdist import hub
 from liftdist.data import hub_sources, local
@@ -17,20 +16,11 @@ from liftdist.data.reading import Record, Source
 from liftdist.data.texts import JsonlSource
 from liftdist.errors import UserError
 from liftdist.hub import Repository
-from liftdist.schema import DataConfig
+from liftdist.schema import DataConfig, DataSource
 
-__all__ = ["JsonlSource", "Location", "Record", "Source", "fetch", "is_local", "locations", "open_source", "repository"]
+__all__ = ["JsonlSource", "Record", "Source", "fetch", "is_local", "open_records", "open_source", "repository"]
 
 _HUB_FILE = re.compile(rf"hf://datasets/({hub.NAME})/(?P<file>[^*?\[\]]+)")
-
-
-class Location(NamedTuple):
-    """Where data is."""
-
-    path: str
-    subset: str | None
-    split: str
-    revision: str | None
 
 
 def repository(path: str, revision: str | None = None) -> Repository | None:
@@ -64,25 +54,20 @@ def open_source(path: str, subset: str | None, split: str, revision: str | None 
     return local.open_downloaded(hub_sources.download(repo, match["file"]), path, subset, split)
 
 
-def locations(config: DataConfig) -> list[Location]:
-    """Where the training data is and, if there is any, the data for evaluation."""
-    found = [Location(config.path, config.subset, config.split, config.revision)]
-    if config.eval_path:
-        found.append(
-            Location(config.eval_path, config.subset_of_eval_path, config.eval_split, config.revision_of_eval_path)
-        )
-    return found
+def open_records(source: DataSource) -> Source:
+    """The records of a source. Raises ``UserError`` like :func:`open_source`."""
+    return open_source(source.path, source.subset, source.split, source.revision)
 
 
 def remember_digests(config: DataConfig, cache_dir: Path) -> None:
     """Hash local files and cache their digests for the ranks of this machine. Raises ``UserError`` like :func:`open_source`."""
-    for location in locations(config):
-        if is_local(location.path):
-            open_source(*location).digest(cache_dir)
+    for source in config.all_sources:
+        if is_local(source.path):
+            open_records(source).digest(cache_dir)
 
 
 def fetch(config: DataConfig) -> None:
     """Download data sets on the hub, so that ranks find them. Raises ``UserError`` like :func:`open_source`."""
-    for location in locations(config):
-        if not is_local(location.path):
-            open_source(*location)
+    for source in config.all_sources:
+        if not is_local(source.path):
+            open_records(source)

@@ -23,7 +23,7 @@ from liftdist.data import records, sources
 from liftdist.data.chat import Encoded, Encoder
 from liftdist.data.content import Content, unread
 from liftdist.errors import UserError
-from liftdist.schema import DataConfig
+from liftdist.schema import DataConfig, DataSource
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,17 +31,24 @@ if TYPE_CHECKING:
 IGNORED = -100  # label of a token that does not count towards the loss
 #: Settings that do not affect tokens; all others are part of the cache key.
 NOT_IN_TOKENS = (
+    "key",
+    "name",
     "path",
     "revision",
+    "subset",
+    "split",
+    "weight",
+    "samples",
+    "sources",
     "eval_path",
     "eval_revision",
-    "subset",
     "eval_subset",
-    "split",
     "eval_split",
+    "eval_sources",
+    "eval_share",
     "packing",
 )
-FORMAT = 3  # version of the layout of parts
+FORMAT = 4  # version of the layout of parts
 PART_RECORDS = 2048  # records per part
 FIRST_PLACES = 3  # that are named of what was left out
 
@@ -95,6 +102,7 @@ class Samples:
     table: Dataset  # columns: input_ids, labels
     lengths: np.ndarray  # [samples] int64, tokens of each
     learned: np.ndarray  # [samples] int64, learned tokens of each
+    records: np.ndarray  # [samples] int64, digest of the record that each is of
     report: Report
     digest: str  # of the records and all that determines samples: equal digests mean equal samples
     path: str
@@ -109,30 +117,27 @@ class Samples:
 
 
 def tokenise(
-    path: str,
+    given: DataSource,
     config: DataConfig,
     encoder: Encoder,
     vocabulary: int,
     cache_dir: Path,
-    split: str = "train",
     first_part: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
-    revision: str | None = None,
-    subset: str | None = None,
 ) -> Samples:
-    """All samples of ``path``, from the cache or tokenised now.
+    """All samples of a source, from the cache or tokenised now.
 
     Args:
+        config: for what is the same for all sources.
         vocabulary: rows of the model's embedding; a token id outside of it is an error.
-        revision, subset: of a data set on the hub.
         first_part: where among the parts to begin, 0 to 1: ranks that begin apart tokenise different parts.
 
     Raises:
         UserError: a record that cannot be read (file and line), or no token to train on.
     """
-    source = sources.open_source(path, subset, split, revision)
-    read = records.reader(source, config)
-    key = _key(source, config, encoder, vocabulary, cache_dir)
+    source, path = sources.open_records(given), given.path
+    read = records.reader(source, given)
+    key = _key(source, given, config, encoder, vocabulary, cache_dir)
     folder = cache_dir.expanduser() / "tokens" / key
     starts = range(0, len(source), PART_RECORDS)
     parts = [folder / f"part-{number:06d}" for number in range(len(starts))]
@@ -151,9 +156,12 @@ def tokenise(
     return samples
 
 
-def _key(source: sources.Source, config: DataConfig, encoder: Encoder, vocabulary: int, cache_dir: Path) -> str:
+def _key(
+    source: sources.Source, given: DataSource, config: DataConfig, encoder: Encoder, vocabulary: int, cache_dir: Path
+) -> str:
     """The cache key of the tokens: a digest of everything that determines them."""
-    settings = {name: value for name, value in asdict(config).items() if name not in NOT_IN_TOKENS}
+    settings = asdict(config) | asdict(given)  # of those that both have, the source's hold
+    settings = {name: value for name, value in settings.items() if name not in NOT_IN_TOKENS}
     parts = [source.digest(cache_dir), settings, encoder.digest, vocabulary, FORMAT]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
@@ -171,14 +179,14 @@ def _load(parts: Sequence[Path], key: str, path: str) -> tuple[Samples | None, R
     if not loaded:
         return None, report
     table = datasets.concatenate_datasets(loaded)
-    lengths, learned = (
-        np.asarray(table.data.column(name).to_numpy(), dtype=np.int64) for name in ("length", "learned")
+    lengths, learned, of_records = (
+        np.asarray(table.data.column(name).to_numpy(), dtype=np.int64) for name in ("length", "learned", "record")
     )
     tokens, places = table.select_columns(["input_ids", "labels"]), table.select_columns(["place"])
-    return Samples(tokens, lengths, learned, report, key, path, places), report
+    return Samples(tokens, lengths, learned, of_records, report, key, path, places), report
 
 
-Row = dict[str, Any]  # input_ids, labels, length, learned, place
+Row = dict[str, Any]  # input_ids, labels, length, learned, record, place
 
 
 def encode_all(
@@ -209,6 +217,7 @@ def encode_all(
             report.add(NOTHING, place)
         if len(samples) > 1:
             report.add(SPLIT, place)
+        record_digest = _digest(samples)
         for ids, learned in samples:
             if ids and max(ids) >= vocabulary:
                 raise UserError(
@@ -217,8 +226,16 @@ def encode_all(
                 )
             kept = _kept(ids, learned, config, report, place)
             if kept is not None:
-                rows.append({**kept, "place": place})
+                rows.append({**kept, "record": record_digest, "place": place})
     return rows, report
+
+
+def _digest(samples: Sequence[Encoded]) -> int:
+    """Of the tokens of a record, 64 bits: equal for records that say the same, wherever they are."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for ids, _ in samples:
+        hashed.update(np.asarray([len(ids), *ids], np.int64).tobytes())
+    return int.from_bytes(hashed.digest(), "little", signed=True)
 
 
 def _kept(ids: list[int], learned: list[bool], config: DataConfig, report: Report, place: str) -> Row | None:
@@ -251,6 +268,7 @@ def _write_part(part: Path, rows: Sequence[Row], report: Report) -> None:
             "labels": datasets.Sequence(datasets.Value("int32")),
             "length": datasets.Value("int64"),
             "learned": datasets.Value("int64"),
+            "record": datasets.Value("int64"),
             "place": datasets.Value("string"),
         }
     )

@@ -35,9 +35,9 @@ class Template:
         return cls(key, tuple(texts), tuple(names))
 
     @classmethod
-    def of_field(cls, name: str) -> Template:
+    def of_field(cls, key: str, name: str) -> Template:
         """The field alone."""
-        return cls("data.prompt_template", ("", ""), (name,))
+        return cls(key, ("", ""), (name,))
 
     @property
     def fields(self) -> frozenset[str]:

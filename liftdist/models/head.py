@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,17 +23,32 @@ from transformers import PreTrainedModel
 
 CHUNK_LOGITS = 2**25  # logits per chunk; about 14 B of memory for each
 
-#: logits [T, V], labels [T], weights [T] or None -> [] float32, summed
-Loss = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+#: logits [T, V], labels [T] -> [T] float32, the loss of each token, zero where there is no label
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What becomes of the losses of ``T`` tokens: their weights, and the parts whose sums are wanted besides the sum of all."""
+
+    weights: Tensor | None = None  # [T] float32; None: all are 1
+    parts: Tensor | None = None  # [T] int64, the part that each token is of
+    sums: Tensor | None = None  # [parts] float64, to which the sums are added
+
+    def add(self, losses: Tensor, chunk: slice = slice(None)) -> Tensor:
+        """The sum of the losses ``[t]`` of the tokens in ``chunk``, each times its weight. Float32 ``[]``."""
+        if self.weights is not None:
+            losses = losses * self.weights[chunk]
+        if self.parts is not None and self.sums is not None:
+            self.sums.index_add_(0, self.parts[chunk], losses.detach().double())
+        return losses.sum()
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """``(hidden [T, d], head [V, d], labels [T], loss, weights [T] or None) -> []`` float32; only ``hidden`` gets a gradient."""
+    """``(hidden [T, d], head [V, d], labels [T], loss, terms) -> []`` float32, summed; only ``hidden`` gets a gradient."""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, loss: Loss, weights: Tensor | None = None
-    ) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, loss: Loss, terms: Terms = Terms()) -> Tensor:
         tokens = max(1, CHUNK_LOGITS // head.shape[0])
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -40,7 +56,7 @@ class ChunkedLoss(torch.autograd.Function):
             with torch.set_grad_enabled(gradient is not None):
                 chunk = slice(begin, begin + tokens)
                 part = hidden[chunk].detach().requires_grad_(gradient is not None)
-                summed = loss(F.linear(part, head), labels[chunk], None if weights is None else weights[chunk])
+                summed = terms.add(loss(F.linear(part, head), labels[chunk]), chunk)
             if gradient is not None:
                 gradient[chunk] = torch.autograd.grad(summed, part)[0]
             total += summed.detach()
@@ -66,12 +82,12 @@ def _chunked_loss(
     places: Tensor,
     labels: Tensor,
     loss: Loss,
-    weights: Tensor | None = None,
+    terms: Terms = Terms(),
 ) -> Tensor:
-    """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``weights [B P]``. Float32 ``[]``."""
+    """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``terms`` of ``B P``. Float32 ``[]``."""
     hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
     chosen = hidden[:, places].flatten(0, 1)
-    return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss, weights)
+    return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss, terms)
 
 
 def is_plain(model: PreTrainedModel, device: torch.device) -> bool:

@@ -37,7 +37,7 @@ from liftdist.models.head import in_chunks
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.registry import BUDGETS, CRITERIA
 from liftdist.schema import Config
-from liftdist.training.losses.cross_entropy import summed
+from liftdist.training.losses.cross_entropy import per_token
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
             tokens = torch.zeros(shape, dtype=torch.int64)
             before = live.peak = live.now
             in_chunks(model)
-            total = model.chunked_loss(tokens, None, torch.arange(shape[1]), tokens, summed)
+            total = model.chunked_loss(tokens, None, torch.arange(shape[1]), tokens, per_token)
             kept.append(live.now - before)
             losses.append(live.peak - live.now)
             live.peak = live.now

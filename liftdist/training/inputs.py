@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Any
 
 from liftdist import hub
 from liftdist.console import Console
-from liftdist.data import records, sources, tokenised
+from liftdist.data import mixture, records, sources, tokenised
 from liftdist.data.chat import Encoder
+from liftdist.data.mixture import Mixture
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
@@ -20,7 +22,7 @@ from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
 from liftdist.runs import claims
 from liftdist.runs.stop import CancellationPoint
-from liftdist.schema import Config
+from liftdist.schema import Config, DataSource
 
 
 @dataclass(frozen=True)
@@ -28,8 +30,8 @@ class Inputs:
     """The model's folder, and the samples to train and to evaluate on."""
 
     folder: Path
-    samples: tokenised.Samples
-    eval_samples: tokenised.Samples | None
+    samples: Mixture
+    held_out: Mapping[str, tokenised.Samples]  # by name
 
 
 def prepare_inputs(
@@ -44,22 +46,20 @@ def prepare_inputs(
         UserError: the folder, the tokenizer or the data cannot be used.
     """
     cancellation = cancellation or CancellationPoint()
-    folder, encoder, text_config = _encoder(config)
+    folder, encoder_of, text_config = _encoders(config)
     vocabulary = text_config.vocab_size
 
-    def samples_of(path: str, subset: str | None, split: str, revision: str | None) -> tokenised.Samples:
+    def samples_of(source: DataSource) -> tokenised.Samples:
+        path = source.path
         with console.progress("tokenising", "part") as progress:
             samples = tokenised.tokenise(
-                path,
+                source,
                 config.data,
-                encoder,
+                encoder_of(source),
                 vocabulary,
                 Path(config.cache_dir),
-                split,
                 part,
                 cancellation.checking(progress),
-                revision,
-                subset,
             )
         longest, context = int(samples.lengths.max()), getattr(text_config, "max_position_embeddings", None)
         if context and longest > context:
@@ -74,9 +74,19 @@ def prepare_inputs(
             console.say(f"data {path}: {line}")
         return samples
 
-    training, *held_out = sources.locations(config.data)
-    evaluation = samples_of(*held_out[0]) if held_out else None
-    return Inputs(folder, samples_of(*training), evaluation)
+    held_out = {source.name: samples_of(source) for source in config.data.held_out_sources}
+    training = config.data.training_sources
+    found = [samples_of(source) for source in training]
+    if (share := config.data.eval_share) is not None:
+        split = mixture.hold_out(training, found, share)
+        held_out = {source.name: chosen for source, (_, chosen) in zip(training, split, strict=True)}
+        found = [kept for kept, _ in split]
+        for source, (kept, chosen) in zip(training, split, strict=True):
+            console.say(f"data {source.path}: {len(chosen)} samples are held out, {len(kept)} are left to train on")
+    samples = Mixture.of([source.name for source in training], found, mixture.taken(training, list(map(len, found))))
+    for line in samples.lines():
+        console.say(line)
+    return Inputs(folder, samples, held_out)
 
 
 def date_of(run_dir: Path) -> datetime:
@@ -85,20 +95,18 @@ def date_of(run_dir: Path) -> datetime:
     return datetime.fromtimestamp(first[1][0]["time"] if first is not None else time.time()).astimezone()
 
 
-def _encoder(config: Config) -> tuple[Path, Encoder, Any]:
-    """The model's folder, what makes tokens of records for it, and its configuration as transformers has it."""
+def _encoders(config: Config) -> tuple[Path, Callable[[DataSource], Encoder], Any]:
+    """The model's folder, what makes tokens of a source's records for it, and its configuration as transformers has it."""
     folder, data = resolve_model(config.model.path, config.model.revision), config.data
     text_config = build.check_type(folder, config.model).get_text_config()
     tokenizer = build.load_tokenizer(folder, config.model)
-    encoder = Encoder(
-        tokenizer,
-        _template(data.chat_template),
-        stops=[str(token) for token in tokenizer.convert_ids_to_tokens(build.stop_ids(folder))],
-        date=date_of(Path(config.run_dir).expanduser()),
-        learn=data.learn,
-        turns=data.turns,
-    )
-    return folder, encoder, text_config
+    stops = [str(token) for token in tokenizer.convert_ids_to_tokens(build.stop_ids(folder))]
+    template, date = _template(data.chat_template), date_of(Path(config.run_dir).expanduser())
+
+    def encoder_of(source: DataSource) -> Encoder:
+        return Encoder(tokenizer, template, stops=stops, date=date, learn=source.learn, turns=source.turns)
+
+    return folder, encoder_of, text_config
 
 
 def check_first_records(config: Config) -> None:
@@ -107,12 +115,12 @@ def check_first_records(config: Config) -> None:
     Raises:
         UserError: naming file and line.
     """
-    _, encoder, text_config = _encoder(config)
-    data = config.data
-    for location in sources.locations(data):
-        source = sources.open_source(*location)
+    _, encoder_of, text_config = _encoders(config)
+    for given in config.data.all_sources:
+        source = sources.open_records(given)
         first = source.read(0, records.CHECKED_RECORDS)
-        tokenised.encode_all(first, records.reader(source, data), encoder, text_config.vocab_size, data)
+        read = records.reader(source, given)
+        tokenised.encode_all(first, read, encoder_of(given), text_config.vocab_size, config.data)
 
 
 def _template(given: str | None) -> str | None:
@@ -127,12 +135,9 @@ def _template(given: str | None) -> str | None:
 
 def commits(config: Config, training: bool = True) -> dict[str, str]:
     """``NAME@COMMIT`` of what is on the hub, the model and, for training, the data, by setting. Raises ``UserError``."""
-    data = config.data
     found = {"model.path": models.repository(config.model.path, config.model.revision)}
-    if training:
-        found["data.path"] = sources.repository(data.path, data.revision)
-    if training and data.eval_path:
-        found["data.eval_path"] = sources.repository(data.eval_path, data.revision_of_eval_path)
+    for source in config.data.all_sources if training else ():
+        found[source.key] = sources.repository(source.path, source.revision)
     pairs = [(key, repo.name, repo.commit()) for key, repo in found.items() if repo is not None]
     return {key: f"{name}@{commit}" for key, name, commit in pairs if commit is not None}
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from liftdist.data.tokenised import IGNORED
-from liftdist.models.head import Loss
-from liftdist.training.losses.cross_entropy import summed
+from liftdist.models.head import Loss, Terms
+from liftdist.training.losses.cross_entropy import per_token
 
 
 def weigh(batch: dict[str, Tensor], reduction: str) -> tuple[Tensor | None, int]:
@@ -33,14 +33,33 @@ def weigh(batch: dict[str, Tensor], reduction: str) -> tuple[Tensor | None, int]
     labelled = batch["labels"] != IGNORED
     if reduction == "token":
         return None, int(labelled.sum())
-    sample = (batch["position_ids"] == 0).flatten().cumsum(0) - 1  # positions restart at each sample; padding goes on
-    labels = torch.zeros(int(sample[-1]) + 1).index_add_(0, sample, labelled.flatten().float())
+    sample, labels = _labels_of_samples(batch)
     weights = labelled / labels[sample].view_as(labelled).clamp_min(1)
     return weights, int((labels > 0).sum())
 
 
+def divisors(batch: dict[str, Tensor], reduction: str, sources: int) -> Tensor:
+    """The divisor of :func:`weigh` by source, ``[sources]`` int64: of the batch's labels or samples those that are of each."""
+    if reduction == "token":
+        return torch.bincount(batch["sources"][batch["labels"] != IGNORED], minlength=sources)
+    _, labels = _labels_of_samples(batch)
+    of_samples = batch["sources"][batch["position_ids"] == 0]
+    return torch.bincount(of_samples[labels > 0], minlength=sources)
+
+
+def _labels_of_samples(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The sample of each position, ``[B L]`` int64, and the labels of each sample, ``[samples]`` float32."""
+    sample = (batch["position_ids"] == 0).flatten().cumsum(0) - 1  # positions restart at each sample; padding goes on
+    labelled = (batch["labels"] != IGNORED).flatten().float()
+    return sample, torch.zeros(int(sample[-1]) + 1).index_add_(0, sample, labelled)
+
+
 def token_losses(
-    model: nn.Module, batch: dict[str, Tensor], loss: Loss = summed, weights: Tensor | None = None
+    model: nn.Module,
+    batch: dict[str, Tensor],
+    loss: Loss = per_token,
+    weights: Tensor | None = None,
+    sums: Tensor | None = None,
 ) -> Tensor:
     """Sum of the losses of all labelled tokens of a micro-batch ``[B, L]``, float32 ``[]``.
 
@@ -49,19 +68,24 @@ def token_losses(
 
     Args:
         batch: ``[B, L]`` each: ``input_ids`` and ``position_ids`` on the device of the model; ``labels``, the next token at
-            each position or ``IGNORED``, preferably on the host: finding the labelled positions then needs no device sync.
-        loss: ``logits [T, V], labels [T], weights [T] or None -> []``, see :data:`liftdist.registry.LOSSES`.
+            each position or ``IGNORED``, preferably on the host: finding the labelled positions then needs no device sync;
+            with ``sums``, ``sources``, the number of the source that each token is of, where the labels are.
+        loss: ``logits [T, V], labels [T] -> [T]``, see :data:`liftdist.registry.LOSSES`.
         weights: ``[B, L]`` float32, the factor of each token's loss, where the labels are; None: all are 1.
+        sums: ``[sources]`` float64 on the device of the model, to which the part of each source is added.
     """
     input_ids, position_ids, labels = batch["input_ids"], batch["position_ids"], batch["labels"]
     positions = (labels != IGNORED).any(0).nonzero().squeeze(1)
     if not positions.numel():
         positions = positions.new_zeros(1)
-    if weights is not None:
-        weights = weights[:, positions].to(input_ids.device).flatten()
+
+    def chosen_of(values: Tensor | None) -> Tensor | None:
+        return None if values is None else values[:, positions].to(input_ids.device).flatten()
+
+    terms = Terms(chosen_of(weights), chosen_of(None if sums is None else batch["sources"]), sums)
     labels, positions = labels[:, positions].to(input_ids.device), positions.to(input_ids.device)
     if chunked := getattr(model, "chunked_loss", None):
-        return chunked(input_ids, position_ids, positions, labels, loss, weights)
+        return chunked(input_ids, position_ids, positions, labels, loss, terms)
     chosen = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **chosen).logits
-    return loss((logits if chosen else logits[:, positions]).flatten(0, 1), labels.flatten(), weights)
+    return terms.add(loss((logits if chosen else logits[:, positions]).flatten(0, 1), labels.flatten()))

@@ -53,9 +53,14 @@ class Trainer:
         self.config, self.mesh, self.inputs, self.model, self.method = config, mesh, inputs, model, method
         self._beat = beat
         train = config.train
-        self._loss = LOSSES.load(train.loss).summed
+        self._loss = LOSSES.load(train.loss).per_token
         self.order = BatchOrder(
-            inputs.samples.lengths, train.seed, config.data.packing, config.data.max_length, train.batch_size
+            inputs.samples.lengths,
+            train.seed,
+            config.data.packing,
+            config.data.max_length,
+            train.batch_size,
+            inputs.samples.shares,
         )
         self.epochs = train.epochs if train.steps is None else None
         self.steps = train.steps or self.order.steps(train.epochs)
@@ -122,12 +127,14 @@ class Trainer:
             self.mesh.world_size,
             self.config.train.micro_batch_size,
         )
-        loss_and_divisor, micro_losses, tokens = self._backward(micro_batches)
+        totals, micro_losses, tokens = self._backward(micro_batches)
         with self.watch("exchange"):
-            dist.all_reduce(loss_and_divisor)
-            self.method.reduce(loss_and_divisor[1].float())
+            dist.all_reduce(totals)
+            self.method.reduce(totals[0, 1].float())
             norm = self.method.clip()
-        mean_loss = (loss_and_divisor[0] / loss_and_divisor[1]).item()
+        mean_loss, *of_sources = (totals[:, 0] / totals[:, 1]).tolist()
+        named = zip(self.inputs.samples.names, of_sources, totals[1:, 1].tolist(), strict=False)  # none of a single one
+        figures |= {f"train/{name}/loss": loss for name, loss, divisor in named if divisor}
         figures |= {
             "train/loss": mean_loss,
             "train/lr": float(self.schedule.get_last_lr()[0]),
@@ -152,25 +159,33 @@ class Trainer:
         """Forward and backward of this rank's micro-batches.
 
         Returns:
-            ``[2]`` float64, the summed loss and its divisor; the loss of each micro-batch; the number of tokens.
+            ``[1, 2]`` float64, the summed loss and its divisor, and, if there are several sources, a row for each of them
+            after that; the loss of each micro-batch; the number of tokens.
         """
-        loss_and_divisor = torch.zeros(2, dtype=torch.float64, device=self.mesh.device)
+        reduction, names = self.config.train.loss_reduction, self.inputs.samples.names
+        sources = len(names) if len(names) > 1 else 0
+        totals = torch.zeros(1 + sources, 2, dtype=torch.float64, device=self.mesh.device)
+        sums = torch.zeros_like(totals[1:, 0]) if sources else None
         micro_losses: list[Tensor] = []
         tokens = 0
         for micro in micro_batches:
             with self.watch("data"):
                 batch = collate(self.inputs.samples, micro)
-                weights, divisor = objective.weigh(batch, self.config.train.loss_reduction)
+                weights, divisor = objective.weigh(batch, reduction)
+                if sources:
+                    totals[1:, 1] += objective.divisors(batch, reduction, sources).to(totals.device)
                 batch = to_device(batch, self.mesh.device)
                 tokens += sum(int(self.inputs.samples.lengths[sample]) for sequence in micro for sample in sequence)
             with self.watch("forward_backward"):
-                loss = objective.token_losses(self.model, batch, self._loss, weights)
+                loss = objective.token_losses(self.model, batch, self._loss, weights, sums)
                 loss.backward()
                 micro_losses.append(loss.detach())
-                loss_and_divisor[0] += loss.detach()
-                loss_and_divisor[1] += divisor
+                totals[0, 0] += loss.detach()
+                totals[0, 1] += divisor
             self._beat()
-        return loss_and_divisor, micro_losses, tokens
+        if sums is not None:
+            totals[1:, 0] = sums
+        return totals, micro_losses, tokens
 
     def _skip(
         self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], micro_losses: list[Tensor]

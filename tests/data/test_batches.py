@@ -19,7 +19,7 @@ def test_packed_samples_do_not_see_each_other(model_type, tmp_path, smollm2, tok
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     path = builders.write_records(tmp_path / "r.jsonl", 6)
     config = builders.config(folder, path, tmp_path).data
-    samples = tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+    samples = tokenised.tokenise(config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache")
     with torch.no_grad():
         alone = sum(token_losses(model, collate(samples, [[i]])).item() for i in range(6))
         packed = token_losses(model, collate(samples, [[0, 1, 2], [3], [4, 5]])).item()

@@ -245,7 +245,7 @@ def test_files_are_named_and_contents_decide_the_digest(tokenizer, tmp_path):
 
     def samples(path):
         config = builders.config(tmp_path, path, tmp_path).data
-        return tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+        return tokenised.tokenise(config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache")
 
     made = samples(first)
     assert made.report.lines() == [

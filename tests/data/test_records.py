@@ -21,7 +21,7 @@ def write(folder, *lines, name="data.jsonl"):
 
 def reader(path, **settings):
     source = sources.open_source(str(path), None, "train")
-    return records.reader(source, DataConfig(path=str(path), **settings)), source
+    return records.reader(source, DataConfig(path=str(path), **settings).training_sources[0]), source
 
 
 def contents(path, **settings):
@@ -46,7 +46,7 @@ def test_a_bad_line_is_named(line, problem, tokenizer, tmp_path):
     with pytest.raises(UserError, match=problem):
         records.check_first_records(config.data)
     with pytest.raises(UserError, match=problem):
-        tokenised.tokenise(str(path), config.data, Encoder(tokenizer), 49152, tmp_path / "cache")
+        tokenised.tokenise(config.data.training_sources[0], config.data, Encoder(tokenizer), 49152, tmp_path / "cache")
 
 
 MESSAGES = builders.RECORDS["messages"]["messages"]
@@ -318,7 +318,7 @@ def test_what_does_not_reach_the_tokens_is_said_once(tokenizer, tmp_path):
     path = write(tmp_path, *turns)
     config = builders.config(tmp_path, path, tmp_path).data
     for _ in range(2):
-        samples = tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+        samples = tokenised.tokenise(config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache")
         assert len(samples) == 4
         assert samples.report.lines() == [
             "fields that are not used: id, source",
@@ -328,9 +328,14 @@ def test_what_does_not_reach_the_tokens_is_said_once(tokenizer, tmp_path):
     with pytest.raises(
         UserError, match=r"data.jsonl:1: the chat template does not write the record's tools; leave them"
     ):
-        tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+        tokenised.tokenise(config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache")
     path = write(tmp_path, builders.RECORDS["alpaca"])
-    assert tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache").report.lines() == []
+    assert (
+        tokenised.tokenise(
+            config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache"
+        ).report.lines()
+        == []
+    )
 
 
 def test_nulls_of_a_table_are_not_the_users(tmp_path):

@@ -51,7 +51,7 @@ def test_sources_agree(tokenizer, tmp_path):
     ):
         path = tmp_path / (f"a.{name}" if (tmp_path / f"a.{name}").exists() else name)
         config = builders.config(tmp_path, path, tmp_path).data
-        samples = tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+        samples = tokenised.tokenise(config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache")
         tables[name] = samples.table[:]
     assert len(tables["jsonl"]["input_ids"]) == 40
     assert [name for name in tables if tables[name] != tables["jsonl"]] == []
@@ -106,8 +106,12 @@ def test_the_first_records_are_there_without_reading_the_rest(tmp_path, monkeypa
 )
 def test_where_data_is(settings, training, held_out):
     """Revision and subset of the training data are the held-out data's, too, where both are one repository."""
-    assert sources.locations(DataConfig(**settings)) == [training, held_out]
-    assert sources.locations(DataConfig(**settings | dict(eval_path=None))) == [training]
+
+    def locations(config):
+        return [(source.path, source.subset, source.split, source.revision) for source in config.all_sources]
+
+    assert locations(DataConfig(**settings)) == [training, held_out]
+    assert locations(DataConfig(**settings | dict(eval_path=None))) == [training]
 
 
 def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):

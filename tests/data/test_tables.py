@@ -85,7 +85,7 @@ def test_what_a_table_adds_to_nested_objects_is_taken_out_again(tmp_path):
         for name in ("a.jsonl", "a.parquet"):
             path = str(tmp_path / name)
             source = sources.open_source(path, None, "train")
-            reader = records.reader(source, DataConfig(path=path))
+            reader = records.reader(source, DataConfig(path=path).training_sources[0])
             read.append([reader(record) for _, record in source.read(0, 9)])
         assert read[0] == read[1]
 

@@ -364,4 +364,6 @@ def test_a_damaged_line_beyond_the_first_records_ends_the_run(tokenizer, tmp_pat
     path.write_bytes(gzip.compress((GOOD * 2100 + '{"prompt": "a"\n').encode()))
     config = builders.config(tmp_path, path, tmp_path).data
     with pytest.raises(UserError, match=r"a.jsonl.gz:2101: not JSON"):
-        tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache", first_part=0.5)
+        tokenised.tokenise(
+            config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache", first_part=0.5
+        )

@@ -14,7 +14,7 @@ def samples_of(lines, tokenizer, tmp_path, **settings):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(record) + "\n" for record in lines))
     config = builders.config(tmp_path, path, tmp_path, data=settings).data
-    return tokenised.tokenise(str(path), config, Encoder(tokenizer), 49152, tmp_path / "cache")
+    return tokenised.tokenise(config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache")
 
 
 def test_a_conversation_the_template_refuses_is_named(tokenizer, tmp_path):
@@ -31,7 +31,7 @@ def test_a_token_outside_the_embedding_is_an_error(tokenizer, tmp_path):
     path = builders.write_records(tmp_path / "r.jsonl")
     config = builders.config(tmp_path, path, tmp_path)
     with pytest.raises(UserError, match=r"r.jsonl:1: token id \d+ is outside the model's 20 embeddings"):
-        tokenised.tokenise(str(path), config.data, Encoder(tokenizer), 20, tmp_path / "cache")
+        tokenised.tokenise(config.data.training_sources[0], config.data, Encoder(tokenizer), 20, tmp_path / "cache")
 
 
 def test_overlong_samples_are_cut_or_dropped_and_counted(tokenizer, tmp_path):

@@ -1,4 +1,4 @@
-"""Losses, one per file: ``summed(logits, labels, weights)``. Must not know models or chunks.
+"""Losses, one per file: ``per_token(logits, labels)``. Must not know models or chunks.
 
 :data:`liftdist.registry.LOSSES` lists them.
 """
