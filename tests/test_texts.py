@@ -197,12 +197,16 @@ def test_nothing_unsets_a_text_that_may_be_unset_and_no_other(written, tmp_path)
     config, kept = load(tmp_path, f"{FILE}slurm:\n  account: {written}\n  qos: {written}\n")
     assert (config.slurm.account, config.slurm.qos) == (None, None)
     assert load(tmp_path, kept)[0] == config
-    for key, text in (("split", f"data:\n  path: x\n  split: {written}\n"), ("path", f"data:\n  path: {written}\n")):
+    value = written.partition(" #")[0].strip("# ") if "remark" not in written else ""
+    nothing = f"YAML reads nothing; as a text it needs quotes: '{value}'" if value else "must not be empty"
+    for text, wanted in (
+        (FILE.replace("x.jsonl\n", f"x\n  split: {written}\n"), f"data.split: {nothing}"),
+        (FILE.replace("path: m\n", f"path: {written}\n"), f"model.path: {nothing}"),
+        (FILE.replace("x.jsonl\n", f"{written}\n"), "data.path: must be given, in the file or as data.path=VALUE"),
+    ):
         with pytest.raises(UserError) as caught:
-            load(tmp_path, FILE.replace("data:\n  path: x.jsonl\n", "") + text)
-        value = written.partition(" #")[0].strip("# ") if "remark" not in written else ""
-        wanted = f"YAML reads nothing; as a text it needs quotes: '{value}'" if value else "must not be empty"
-        assert f"data.{key}: {wanted}" in str(caught.value)
+            load(tmp_path, text)
+        assert wanted in str(caught.value)
 
 
 def test_on_the_command_line_nothing_unsets_and_null_is_a_text(tmp_path):

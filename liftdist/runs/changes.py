@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import platform
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,13 +72,27 @@ def between(before: Provenance, after: Provenance) -> list[SettingChange]:
     if before.base != after.base:
         digests = f"({before.base[:12]} -> {after.base[:12]})"
         found.append((STATE, f"model.path: the weights have changed {digests}{moved.pop('model.path', '')}"))
-    if before.data != after.data and not any(kind == COURSE and text.startswith("data.") for kind, text in found):
-        found.append((COURSE, f"data.path: the contents have changed{moved.pop('data.path', '')}"))
-    elif before.data != after.data:
-        moved.pop("data.path", None)
-    same = {"model.path": "the weights are equal, other files may differ", "data.path": "the samples are equal"}
-    found += [(NOTHING, f"{key}: {same.get(key, 'of another commit')}{text}") for key, text in moved.items() if text]
+    if before.data != after.data:
+        of_data = {key: moved.pop(key) for key in [*moved] if _is_of_training(key)}
+        if not any(kind == COURSE and text.startswith("data.") for kind, text in found):
+            keys = [key for key, text in of_data.items() if text] or [_data_key(after.config)]
+            found += [(COURSE, f"{key}: the contents have changed{of_data.get(key, '')}") for key in keys]
+    for key, text in moved.items():
+        same = "the weights are equal, other files may differ" if key == "model.path" else "of another commit"
+        same = "the samples are equal" if _is_of_training(key) else same
+        found += [(NOTHING, f"{key}: {same}{text}")] if text else []
     return found
+
+
+def _is_of_training(key: str) -> bool:
+    """Whether a setting names training data."""
+    return key == "data.path" or key.startswith("data.sources.")
+
+
+def _data_key(config: str) -> str:
+    """The setting that names the training data of a config, given as YAML text."""
+    given = dict(schema.leaves(yaml.safe_load(config)))
+    return "data.sources" if any(key.startswith("data.sources.") for key in given) else "data.path"
 
 
 def _moved(before: Provenance, after: Provenance, key: str) -> str:
@@ -97,15 +112,15 @@ def of_settings(before: str, after: str) -> list[SettingChange]:
     """Every setting that differs between two configs, given as YAML text from :func:`liftdist.config.load`."""
     old, new = (dict(schema.leaves(yaml.safe_load(text))) for text in (before, after))
     kinds = _kinds()
-    # lists of sections, whose entries may be added or removed, as those of texts by name
-    lists = {key.rpartition(".N.")[0] + "." for key in kinds if ".N." in key}
     found = []
     for key in dict.fromkeys([*old, *new]):
         kind = kinds.get(schema.template(key))
         in_both = key in old and key in new  # a setting that only one version of liftdist knows is not a change
-        form = schema.template(key)
-        in_list = form.startswith(tuple(lists)) or schema.texts().get(form) == schema.NAMED_TEXTS
-        if kind is not None and (in_both or in_list) and old.get(key) != new.get(key):
+        # entries of lists of sections, and of texts by name, may be added or removed
+        comes_and_goes = schema.texts().get(schema.template(key)) == schema.NAMED_TEXTS
+        if entry := re.match(r".*\.\d+\.", key):
+            comes_and_goes |= not all(any(other.startswith(entry[0]) for other in side) for side in (old, new))
+        if kind is not None and (in_both or comes_and_goes) and old.get(key) != new.get(key):
             found.append((kind, f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"))
     return found
 
