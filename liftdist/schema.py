@@ -277,7 +277,8 @@ class DataConfig:
             ("eval_revision", "eval_path", self.eval_path is not None),
         ):
             if getattr(self, name) is not None and not is_used:
-                yield name, f"is the {name.removeprefix('eval_')} of data.{of}, which is not set"
+                what = name.removeprefix("eval_")
+                yield name, f"is the {what} of data.{of}, which is not set; a source in a list has its own {what}"
         yield from _problems_of_mixture(self.sources)
         for kind, sources in (("sources", self.training_sources), ("eval_sources", self.held_out_sources)):
             yield from _problems_of_names(kind, [*getattr(self, kind)], sources)
@@ -315,8 +316,9 @@ def _problems_of_names(
     first: dict[str, int] = {}
     for number, source in enumerate(sources):
         if (known := first.setdefault(source.name, number)) != number:
-            problem = f"{source.name} is also the name of data.{kind}.{known}; give one of them another"
-            yield f"{kind}.{number}.name", problem
+            key = f"{kind}.{number}"
+            problem = f"{source.name} is also the name of data.{kind}.{known}; give one of them another: data.{key}.name=NAME"
+            yield f"{key}.name" if entries[number].name else f"{key}.path", problem
 
 
 _SOURCE_NAME = r"[\w.-]+"

@@ -58,6 +58,9 @@ class Source:
             expected = kinds.get(schema.template(key, self.root))
             if expected == schema.LIST and not isinstance(node, yaml.SequenceNode):
                 raise UserError(f"{self.place(name)}: {key} must hold a list of sections, each after a dash")
+            for number, entry in enumerate(node.value if expected == schema.LIST else ()):
+                if not isinstance(entry, yaml.MappingNode):
+                    raise UserError(f"{self.place(entry)}: {key}.{number} must hold settings, one name: value a line")
             if expected == schema.SECTION and not isinstance(node, yaml.MappingNode):
                 raise UserError(f"{self.place(name)}: {key} must hold settings, one name: value a line")
             self.keep(key, name, node)
@@ -175,6 +178,8 @@ def _known_keys(root: type) -> dict[str, None]:
 
 def check_key(key: str, where: str, root: type) -> None:
     """Raises ``UserError``: no setting or section has this key."""
+    if re.search(r"\.N(\.|$)", key):
+        raise UserError(f"{where}: {key}: N stands for the number of an entry, from 0; give that")
     form = schema.template(key, root)
     if form in _known_keys(root):
         entry = key[len(form) + 1 :] if schema.texts(root).get(form) == schema.NAMED_TEXTS else ""

@@ -11,6 +11,7 @@ Must not know tokenizers.
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,13 @@ class Text:
 
 
 Content = Conversation | Text
+
+
+def digest(content: Content) -> int:
+    """64 bits, signed: equal for records that say the same, whatever their source, and whatever of it is learned."""
+    said = content.messages if isinstance(content, Conversation) else "".join(text for text, _ in content.pieces)
+    text = json.dumps(said, sort_keys=True, default=str)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conversation:

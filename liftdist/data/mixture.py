@@ -113,9 +113,9 @@ def taken(sources: Sequence[DataSource], sizes: Sequence[int]) -> list[int]:
 def hold_out(sources: Sequence[DataSource], parts: Sequence[Samples], share: float) -> list[tuple[Samples, Samples]]:
     """The samples of each source to train on, and those that are held out.
 
-    Records are chosen by the digests of their tokens: a source's smallest, ``share`` of them and at least one. All samples of
-    equal records, in all sources, are held out together, so that nothing held out is trained on. The choice depends on the
-    records alone, neither on the seed nor on the ranks.
+    Records are chosen by digests of what they say: a source's smallest, ``share`` of them and at least one. All samples of equal
+    records, in all sources, are held out together, so that nothing held out is trained on. The choice depends on the records
+    alone: neither on their order, the seed and the ranks, nor on the tokenizer.
 
     Raises:
         UserError: nothing would be left of a source to train on.

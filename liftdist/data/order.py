@@ -10,12 +10,15 @@ the next takes the other half, and no sample comes again before all others have 
 
 from __future__ import annotations
 
+import array
 import functools
 import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+BLOCK = 2**16  # samples that are Python numbers at a time
 
 
 class Share(NamedTuple):
@@ -71,8 +74,9 @@ def epoch_sequences(
     order = epoch_order(shares or [Share(len(lengths), len(lengths))], seed, epoch)
     if not packing:
         return order, np.arange(len(order) + 1)
-    starts, room = [], 0
-    for place, length in enumerate(lengths[order].tolist()):
+    starts, room = array.array("q"), 0
+    blocks = (lengths[order[at : at + BLOCK]].tolist() for at in range(0, len(order), BLOCK))
+    for place, length in enumerate(itertools.chain.from_iterable(blocks)):
         if length > room:
             starts.append(place)
             room = max_length

@@ -21,7 +21,7 @@ import numpy as np
 from liftdist import files
 from liftdist.data import records, sources
 from liftdist.data.chat import Encoded, Encoder
-from liftdist.data.content import Content, unread
+from liftdist.data.content import Content, digest, unread
 from liftdist.errors import UserError
 from liftdist.schema import DataConfig, DataSource
 
@@ -102,7 +102,7 @@ class Samples:
     table: Dataset  # columns: input_ids, labels
     lengths: np.ndarray  # [samples] int64, tokens of each
     learned: np.ndarray  # [samples] int64, learned tokens of each
-    records: np.ndarray  # [samples] int64, digest of the record that each is of
+    records: np.ndarray  # [samples] int64, digest of what the record says that each is of
     report: Report
     digest: str  # of the records and all that determines samples: equal digests mean equal samples
     path: str
@@ -217,7 +217,7 @@ def encode_all(
             report.add(NOTHING, place)
         if len(samples) > 1:
             report.add(SPLIT, place)
-        record_digest = _digest(samples)
+        said = digest(content)
         for ids, learned in samples:
             if ids and max(ids) >= vocabulary:
                 raise UserError(
@@ -226,16 +226,8 @@ def encode_all(
                 )
             kept = _kept(ids, learned, config, report, place)
             if kept is not None:
-                rows.append({**kept, "record": record_digest, "place": place})
+                rows.append({**kept, "record": said, "place": place})
     return rows, report
-
-
-def _digest(samples: Sequence[Encoded]) -> int:
-    """Of the tokens of a record, 64 bits: equal for records that say the same, wherever they are."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for ids, _ in samples:
-        hashed.update(np.asarray([len(ids), *ids], np.int64).tobytes())
-    return int.from_bytes(hashed.digest(), "little", signed=True)
 
 
 def _kept(ids: list[int], learned: list[bool], config: DataConfig, report: Report, place: str) -> Row | None:
