@@ -317,7 +317,9 @@ def _problems_of_names(
     for number, source in enumerate(sources):
         if (known := first.setdefault(source.name, number)) != number:
             key = f"{kind}.{number}"
-            problem = f"{source.name} is also the name of data.{kind}.{known}; give one of them another: data.{key}.name=NAME"
+            problem = (
+                f"{source.name} is also the name of data.{kind}.{known}; give one of them another: data.{key}.name=NAME"
+            )
             yield f"{key}.name" if entries[number].name else f"{key}.path", problem
 
 

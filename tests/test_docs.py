@@ -119,7 +119,7 @@ def test_names_in_the_text_exist(page):
         where = f"{page.path.name}:{line}: {code}"
         key = re.match(rf"({'|'.join(sections)})\.([\w.]+)", code)
         if key and not code.endswith((".md", ".py", ".jsonl", ".yaml")):
-            assert schema.template(key[0]) in settings, where
+            assert schema.template(key[0]) in settings | sections, where
         if code.startswith(("-", "liftdist ", "launch/torchrun ")):
             for flag in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", code if code.startswith("l") else code.split()[0]):
                 assert flag in flags, where

@@ -76,8 +76,8 @@ class Mixture:
         if len(self.parts) == 1 and self.shares[0].size == self.shares[0].taken:
             return []
         return [
-            f"source {name}: {share.size} samples, an epoch takes {share.taken} ({share.taken / share.size:.3g} passes)"
-            for name, share in zip(self.names, self.shares, strict=True)
+            f"source {name}: {size} samples, an epoch takes {taken} ({taken / size:.3g} pass{'' if taken == size else 'es'})"
+            for name, (size, taken) in zip(self.names, self.shares, strict=True)
         ]
 
 

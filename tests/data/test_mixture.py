@@ -221,7 +221,12 @@ def test_equal_records_and_the_replies_of_one_are_on_one_side(held_out, tokenize
 
 @pytest.mark.parametrize(
     ("sources", "named"),
-    [([texts(1)], "0.jsonl"), ([texts(3), texts(1, "x")], "1.jsonl"), ([texts(1) * 5], "0.jsonl"), ([texts(40), texts(2)], "1.jsonl")],
+    [
+        ([texts(1)], "0.jsonl"),
+        ([texts(3), texts(1, "x")], "1.jsonl"),
+        ([texts(1) * 5], "0.jsonl"),
+        ([texts(40), texts(2)], "1.jsonl"),
+    ],
     ids=["one record", "one of two sources", "equal records", "all held out for the other"],
 )  # fmt: skip
 def test_a_share_that_leaves_nothing_is_refused(held_out, sources, named):
