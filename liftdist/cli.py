@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, preflight, schema
+from liftdist import __version__, output, preflight, schema
 from liftdist import config as configs
 from liftdist.cluster import cancel, launcher, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
@@ -133,6 +133,32 @@ def _settings(options: argparse.Namespace) -> None:
         raise UserError(f"settings {options.section}: no such setting; `liftdist settings` lists all")
     for key, default, meaning in rows:
         print(f"{key}  ({default.strip('`')})\n    {meaning.replace('`', '')}")
+
+
+def _data_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    parser.add_argument(
+        "--samples", type=int, metavar="N", help="samples of each source, spread over it (default: 3; with --json all)"
+    )
+    parser.add_argument(
+        "--record",
+        action="append",
+        default=[],
+        metavar="PLACE",
+        help="the samples of this record, also if it is left out, by its place as messages print it: data.jsonl:17; "
+        "may be repeated",
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page of figures and samples")
+    parser.add_argument("--json", action="store_true", help="print the samples as JSON, one a line")
+
+
+def _data(options: argparse.Namespace) -> None:
+    from liftdist.training import preview  # imports torch
+
+    for line in preview.lines(options):
+        print(line)
+        if output.reader_has_gone():
+            return
 
 
 def _plan_arguments(parser: argparse.ArgumentParser) -> None:
@@ -317,6 +343,7 @@ COMMANDS = {
     ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
     "settings": Command("list the settings of a config", _settings_arguments, _settings),
+    "data": Command("show what a run would learn: figures of its data, and samples", _data_arguments, _data),
     "plan": Command("estimate memory, traffic and time of a run before it is submitted", _plan_arguments, _plan),
     "submit": Command("train as a SLURM job", _submit_arguments, _submit),
     "status": Command("show the state of a run's jobs, and why", _run_dir_argument, lambda o: submit.status(o.run_dir)),

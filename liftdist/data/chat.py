@@ -64,6 +64,8 @@ class Encoder:
         self.tokenizer, self._arguments = tokenizer, dict(arguments or {})
         own = tokenizer.chat_template
         self.template = template or (own.get("default") if isinstance(own, dict) else own)
+        #: Whether the template writes the date.
+        self.writes_date = _DATE.search(self.template or "") is not None
         if self.template and date is not None:
             self.template = _DATE.sub(lambda match: repr(date.strftime(match[2])), self.template)
         self._learn, self._turns = learn, turns

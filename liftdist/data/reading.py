@@ -29,6 +29,7 @@ BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError)
 class Source(ABC):
     """Records in a fixed order, each with its location for messages."""
 
+    name: str  # in messages
     is_table = False  # whether records have null for what they do not have
     files: Sequence[str] = ()  # that were found, to be named to the user
 
@@ -46,6 +47,10 @@ class Source(ABC):
     def place(self, where: str) -> str:
         """The part of a location that differs between records: a line, or "record N"."""
         return where.rpartition(":")[2].strip()
+
+    def where(self, place: str) -> str:
+        """The location that has this place."""
+        return f"{self.name}{':' if place.isdigit() else ': '}{place}"
 
     def __bool__(self) -> bool:
         return next(iter(self.read(0, 1)), None) is not None
@@ -170,3 +175,6 @@ class Joined(Source):
 
     def place(self, where: str) -> str:
         return where.removeprefix(f"{self._root}{os.sep}")
+
+    def where(self, place: str) -> str:
+        return os.path.join(self._root, place)  # noqa: PTH118

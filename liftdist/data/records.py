@@ -74,6 +74,7 @@ class Reader:
     """Reads the records of one source. Raises ``ValueError`` for a record that does not fit."""
 
     read: Callable[[Record], Content]
+    format: str  # its name; empty for the user's own wording
     used: frozenset[str]  # fields
     is_table: bool  # whether it has null for what a record does not have
 
@@ -103,7 +104,7 @@ def reader(source: Source, config: DataSource) -> Reader:
             content.refuse_media(record, "the record")
             return read(_renamed(record, own, section))
 
-        return Reader(by_format, frozenset(used), source.is_table)
+        return Reader(by_format, format.__name__.rpartition(".")[2], frozenset(used), source.is_table)
     prompt = wording.Template.parse(f"{section}.prompt_template", config.prompt_template)
     if config.response_template is not None:
         response = wording.Template.parse(f"{section}.response_template", config.response_template)
@@ -122,7 +123,7 @@ def reader(source: Source, config: DataSource) -> Reader:
     def worded(record: Record) -> Text:
         return Text([(prompt.fill(record), False), (response.fill(record), True)])
 
-    return Reader(worded, prompt.fields | response.fields, source.is_table)
+    return Reader(worded, "", prompt.fields | response.fields, source.is_table)
 
 
 def _format(where: str, first: Record, config: DataSource) -> ModuleType:

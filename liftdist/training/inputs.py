@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from liftdist import hub
 from liftdist.console import Console
@@ -35,18 +35,23 @@ class Inputs:
 
 
 def prepare_inputs(
-    config: Config, console: Console, part: float = 0.0, cancellation: CancellationPoint | None = None
+    config: Config,
+    console: Console,
+    part: float = 0.0,
+    cancellation: CancellationPoint | None = None,
+    encoding: Encoding | None = None,
 ) -> Inputs:
     """Check the model's folder and its tokenizer, and tokenise the data. Not collective.
 
     Args:
         part: position in the data at which to start tokenising, in [0, 1): ranks that share a cache start apart.
+        encoding: what :func:`encoding_of` gives, if it is at hand.
 
     Raises:
         UserError: the folder, the tokenizer or the data cannot be used.
     """
     cancellation = cancellation or CancellationPoint()
-    folder, encoder_of, text_config = _encoders(config)
+    folder, encoder_of, text_config = encoding or encoding_of(config)
     vocabulary = text_config.vocab_size
 
     def samples_of(source: DataSource) -> tokenised.Samples:
@@ -95,9 +100,21 @@ def date_of(run_dir: Path) -> datetime:
     return datetime.fromtimestamp(first[1][0]["time"] if first is not None else time.time()).astimezone()
 
 
-def _encoders(config: Config) -> tuple[Path, Callable[[DataSource], Encoder], Any]:
-    """The model's folder, what makes tokens of a source's records for it, and its configuration as transformers has it."""
-    folder, data = resolve_model(config.model.path, config.model.revision), config.data
+class Encoding(NamedTuple):
+    """How records become tokens for a model."""
+
+    folder: Path  # the model's
+    encoder_of: Callable[[DataSource], Encoder]
+    text_config: Any  # the model's configuration as transformers has it, of its language part
+
+
+def encoding_of(config: Config, weights: bool = True) -> Encoding:
+    """What makes tokens of records. Raises ``UserError`` if the model's folder or its tokenizer cannot be used.
+
+    Args:
+        weights: fetch those of a model on the hub, too.
+    """
+    folder, data = resolve_model(config.model.path, config.model.revision, weights), config.data
     text_config = build.check_type(folder, config.model).get_text_config()
     tokenizer = build.load_tokenizer(folder, config.model)
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(build.stop_ids(folder))]
@@ -106,7 +123,7 @@ def _encoders(config: Config) -> tuple[Path, Callable[[DataSource], Encoder], An
     def encoder_of(source: DataSource) -> Encoder:
         return Encoder(tokenizer, template, stops=stops, date=date, learn=source.learn, turns=source.turns)
 
-    return folder, encoder_of, text_config
+    return Encoding(folder, encoder_of, text_config)
 
 
 def check_first_records(config: Config) -> None:
@@ -115,7 +132,7 @@ def check_first_records(config: Config) -> None:
     Raises:
         UserError: naming file and line.
     """
-    _, encoder_of, text_config = _encoders(config)
+    _, encoder_of, text_config = encoding_of(config)
     for given in config.data.all_sources:
         source = sources.open_records(given)
         first = source.read(0, records.CHECKED_RECORDS)
