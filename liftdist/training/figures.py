@@ -29,17 +29,25 @@ def of_source(
     rows = {
         "records": _format(given, format),
         "learned": _what(given, first),
-        **({"samples of": _turns(given, samples), "template": template} if isinstance(first, Conversation) else {}),
+        **(
+            {"a sample is": _turns(given, samples), "chat template": template}
+            if isinstance(first, Conversation)
+            else {}
+        ),
         "samples": f"{len(samples):,}",
         "tokens": f"{tokens:,}",
         "of them learned": f"{learned:,} ({100 * learned / tokens:.1f} %)",
-        "lengths": f"{_quantiles(samples.lengths)}; data.max_length is {config.max_length:,}",
+        "lengths": _quantiles(samples.lengths),
+        "data.max_length": str(config.max_length),
     }
     found = [title]
     for name, text in rows.items():
         found += wrapped(f"{name:<17}{text}", " " * 17)
     found += [f"  {line}" for line in histogram(samples.lengths)]
-    for line in samples.report.lines():
+    report = samples.report.lines()
+    if report and config.eval_share is not None:
+        found += wrapped("of the records that are held out and those that are not:", "")
+    for line in report:
         found += wrapped(line, "  ")
     return found
 
@@ -65,9 +73,9 @@ def histogram(lengths: np.ndarray) -> list[str]:
     low, high = int(lengths.min()), int(lengths.max())
     width = next(width for width in _widths() if high // width - low // width < _BINS)
     counts = np.bincount(lengths // width - low // width)
-    digits, size = len(f"{high // width * width + width - 1:,}"), len(f"{counts.max():,}")
+    digits, size = len(str(high // width * width + width - 1)), len(str(counts.max()))
     return [
-        f"{begin:>{digits},} - {begin + width - 1:>{digits},}  {count:>{size},}  {_bar(count / counts.max())}".rstrip()
+        f"{begin:>{digits}} - {begin + width - 1:>{digits}}  {count:>{size}}  {_bar(count / counts.max())}".rstrip()
         for begin, count in zip(range(low // width * width, high + 1, width), counts.tolist(), strict=True)
     ]
 
@@ -85,7 +93,7 @@ def _bar(share: float) -> str:
 
 def _quantiles(lengths: np.ndarray) -> str:
     named: Sequence[tuple[str, float]] = (("min", 0), ("median", 0.5), ("90 %", 0.9), ("99 %", 0.99), ("max", 1))
-    return ", ".join(f"{name} {int(np.quantile(lengths, at, method='inverted_cdf')):,}" for name, at in named)
+    return ", ".join(f"{name} {int(np.quantile(lengths, at, method='inverted_cdf'))}" for name, at in named)
 
 
 def _format(given: DataSource, format: str) -> str:
@@ -107,10 +115,10 @@ def _what(given: DataSource, first: Content) -> str:
 def _turns(given: DataSource, samples: Samples) -> str:
     split = samples.report.counts[SPLIT]
     found = {
-        "whole": "whole conversations",
-        "split": "single replies, each with what came before it",
-        "auto": f"single replies in {split:,} conversations, of whose earlier replies the template drops a part"
+        "whole": "a whole conversation",
+        "split": "one reply, with what came before it",
+        "auto": f"a whole conversation; of {split}, in which the template drops a part of an earlier reply, one reply"
         if split
-        else "whole conversations: the template drops no part of an earlier reply",
+        else "a whole conversation: the template drops no part of an earlier reply",
     }
     return f"{found[given.turns]} (data.turns={given.turns})"

@@ -38,12 +38,12 @@ class Shown:
     """A sample to be shown, or a record that has none.
 
     Args:
-        place: of the record.
+        name: its place, for its title.
         learned: whether each token is.
         note: what became of the record.
     """
 
-    place: str
+    name: str
     ids: Sequence[int]
     learned: Sequence[bool]
     note: str = ""
@@ -51,7 +51,7 @@ class Shown:
     @property
     def title(self) -> str:
         size = f"{len(self.ids)} tokens, {sum(self.learned)} learned" if self.ids else ""
-        return f"{self.place}: {'; '.join(filter(None, (size, self.note)))}"
+        return f"{self.name}: {'; '.join(filter(None, (size, self.note)))}"
 
 
 def has_colours() -> bool:
@@ -86,9 +86,10 @@ def lines(sample: Shown, decode: Decode, in_colour: bool) -> list[str]:
         if piece.learned and in_colour:  # for each line: a pager may show any of them first
             shown = re.sub(r"[^\n]+", lambda line: f"{begin}{line[0]}{end}", shown)
         elif piece.learned:
-            shown = f"{begin}{shown}{end}"
+            ends_line = shown.endswith("\n")  # the break after the mark of a new line is layout
+            shown = f"{begin}{shown.removesuffix(chr(10))}{end}" + "\n" * ends_line
         text += shown
-    return [sample.title, *(f"  {line}" for line in text.split("\n") if sample.ids)]
+    return [sample.title, *(f"  {line}" for line in text.removesuffix("\n").split("\n") if sample.ids)]
 
 
 def is_page(text: str) -> bool:

@@ -16,7 +16,9 @@ from liftdist import config as configs
 from liftdist import files, preflight
 from liftdist.console import Console
 from liftdist.data import pieces, records, sources, tokenised
+from liftdist.data.hub_sources import DatasetSource
 from liftdist.data.reading import Source
+from liftdist.data.tables import TableSource
 from liftdist.data.tokenised import IGNORED, Report, Row, Samples
 from liftdist.errors import UserError
 from liftdist.runs import claims
@@ -46,11 +48,9 @@ class Part:
     samples: Samples
     held_out: bool
 
-    def place(self, place: str) -> str:
-        return self.source.where(place)
-
-    def label(self) -> str:
-        return f"{'held-out' if self.held_out else 'training'} data"
+    @property
+    def title(self) -> str:
+        return f"{'held-out' if self.held_out else 'training'} data: {self.given.path}"
 
 
 @dataclass(frozen=True)
@@ -65,11 +65,15 @@ class Sample:
 
     @classmethod
     def of(cls, part: Part, row: Row, note: str = "") -> Sample:
-        return cls(part, part.place(row["place"]), row["input_ids"], [IGNORED, *row["labels"][1:]], note)
+        return cls(part, part.source.where(row["place"]), row["input_ids"], [IGNORED, *row["labels"][1:]], note)
 
     @property
     def learned(self) -> list[bool]:
         return [label != IGNORED for label in self.labels]
+
+    @property
+    def title(self) -> str:
+        return f"{self.place} (held out)" if self.part.held_out else self.place
 
     def as_json(self, decode: pieces.Decode) -> str:
         cut = pieces.runs(decode, self.ids, self.learned) if self.ids else []
@@ -109,7 +113,7 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
     chosen = _records(config, encoding, parts, options.record)
     if not everything or options.html:
         chosen += [sample for part in parts for sample in _spread(part, count)]
-    shown = [Shown(sample.place, sample.ids, sample.learned, sample.note) for sample in chosen]
+    shown = [Shown(sample.title, sample.ids, sample.learned, sample.note) for sample in chosen]
     if options.html or not (options.json or options.record):
         about = _figures(config, encoding, parts, found.samples.lines())
     if options.html:
@@ -197,10 +201,10 @@ def _at(source: Source, path: str, wanted: str) -> Iterator[tuple[str, sources.R
     number = re.search(r"(\d+)$", wanted)
     if number is None:
         return
-    last = int(number[1])  # no record has a number below its position
+    last = int(number[1])  # in a table the position of the record, else not below it
     asked = _plain(wanted)
     for one in getattr(source, "sources", [source]):
-        for where, record in one.read(last if one.is_table else 0, last + 1):
+        for where, record in one.read(last if isinstance(one, TableSource | DatasetSource) else 0, last + 1):
             names = (where, source.place(where), f"{path}:{source.place(where)}")
             numbers = (re.sub(r"^record ", "", name) for name in names)
             if any(_plain(name) == asked or _plain(name).endswith(f"/{asked}") for name in (*names, *numbers)):
@@ -245,10 +249,12 @@ def _figures(config: Config, encoding: Encoding, parts: Sequence[Part], shares: 
     for part in parts:
         read = records.reader(part.source, part.given)
         where, record = next(iter(part.source.read(0, 1)))
-        title = f"{part.label()}: {part.given.path}"
         template = _template(config, encoding, part.given)
         first = records.at(where, read, record)
-        found += [*figures.of_source(title, config.data, part.given, read.format, first, part.samples, template), ""]
+        found += [
+            *figures.of_source(part.title, config.data, part.given, read.format, first, part.samples, template),
+            "",
+        ]
     for line in shares:
         found += figures.wrapped(line, "")
     return found if shares else found[:-1]
