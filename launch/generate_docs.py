@@ -23,6 +23,7 @@ OTHERS = {
     "CUDA_VISIBLE_DEVICES": "the GPUs to use; `liftdist train` starts a rank for each",
     "HF_HUB_OFFLINE": "`1`: take models and data sets from the hub's cache, and use no network",
     "HF_TOKEN": "your token for gated models; it is never printed or written",
+    "NO_COLOR": "anything: `liftdist data` prints no colours",
     "PYTHON": "the Python that `launch/setup` makes `.venv` with",
     "SLURM_CONF": "the cluster to talk to; `slurm/cluster up` prints it",
     "OMP_NUM_THREADS": "threads of a rank; the launcher sets the cores of the machine divided by its ranks",

@@ -74,10 +74,11 @@ def histogram(lengths: np.ndarray) -> list[str]:
     width = next(width for width in _widths() if high // width - low // width < _BINS)
     counts = np.bincount(lengths // width - low // width)
     digits, size = len(str(high // width * width + width - 1)), len(str(counts.max()))
-    return [
-        f"{begin:>{digits}} - {begin + width - 1:>{digits}}  {count:>{size}}  {_bar(count / counts.max())}".rstrip()
-        for begin, count in zip(range(low // width * width, high + 1, width), counts.tolist(), strict=True)
-    ]
+    found = []
+    for begin, count in zip(range(low // width * width, high + 1, width), counts.tolist(), strict=True):
+        until = f" - {begin + width - 1:>{digits}}" if width > 1 else ""
+        found.append(f"{begin:>{digits}}{until}  {count:>{size}}  {_bar(count / counts.max())}".rstrip())
+    return found
 
 
 def _widths() -> Iterator[int]:
