@@ -89,7 +89,7 @@ def _widths() -> Iterator[int]:
 
 
 def _bar(share: float) -> str:
-    return "█" * max(round(share * _BAR), share > 0)
+    return "█" * max(round(share * _BAR), int(share > 0))
 
 
 def _quantiles(lengths: np.ndarray) -> str:

@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 
 import builders
 import commands
+import numpy as np
 import pytest
 from commands import write_config
 
@@ -22,6 +23,7 @@ from liftdist.data import pieces
 from liftdist.data.batches import collate
 from liftdist.data.chat import Encoder
 from liftdist.runs import claims
+from liftdist.training import figures
 from liftdist.training.inputs import prepare_inputs
 
 TEMPLATE = (  # writes a reply's reasoning in the newest turn alone
@@ -121,6 +123,22 @@ def test_figures_are_those_worked_by_hand(model, tmp_path):
     assert "a whole conversation; of 1, in which the template drops a part of an earlier reply, one reply" in words
     assert f"chat template that of the tokenizer in {model}" in words
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rows"),
+    [
+        ([7], [f"7  1  {'█' * 30}"]),
+        ([8] * 60 + [10] * 30, [f" 8  60  {'█' * 30}", " 9   0", f"10  30  {'█' * 15}"]),
+        ([1] + [3] * 1000, ["1     1  █", "2     0", f"3  1000  {'█' * 30}"]),  # one of many still has a bar
+        ([9, 10, 28], [f"{n:>2} - {n + 4:>2}  {k}" + "  " * bool(k) + "█" * 30 * k for n, k in (
+            (5, 1), (10, 1), (15, 0), (20, 0), (25, 1))]),
+        ([1, 2048], [f"{n:>4} - {n + 499:>4}  {k}" + "  " * bool(k) + "█" * 30 * k for n, k in (
+            (0, 1), (500, 0), (1000, 0), (1500, 0), (2000, 1))]),
+    ],
+)  # fmt: skip
+def test_lengths_have_bars(lengths, rows):
+    assert figures.histogram(np.array(lengths)) == rows
 
 
 @pytest.mark.parametrize(
