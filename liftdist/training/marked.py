@@ -89,7 +89,7 @@ def lines(sample: Shown, decode: Decode, in_colour: bool) -> list[str]:
             ends_line = shown.endswith("\n")  # the break after the mark of a new line is layout
             shown = f"{begin}{shown.removesuffix(chr(10))}{end}" + "\n" * ends_line
         text += shown
-    return [sample.title, *(f"  {line}" for line in text.removesuffix("\n").split("\n") if sample.ids)]
+    return [visible(sample.title), *(f"  {line}" for line in text.removesuffix("\n").split("\n") if sample.ids)]
 
 
 def is_page(text: str) -> bool:

@@ -118,7 +118,10 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
         about = _figures(config, encoding, parts, found.samples.lines())
     if options.html:
         page = marked.page(f"liftdist data {options.config}", about, shown, decode)
-        files.write(options.html, page)
+        try:
+            files.write(options.html, page)
+        except OSError as error:
+            raise UserError(f"{options.html}: cannot be written: {error.strerror}; give another --html") from None
     if options.json:
         yield from (sample.as_json(decode) for sample in (_all(parts) if everything else chosen))
     elif options.html:

@@ -526,6 +526,15 @@ def test_mistakes_of_its_own(words, error, model, tmp_path):
     assert (tmp_path / "data.jsonl").read_text() == json.dumps(chat("Hi", "Yo")) + "\n"
 
 
+def test_a_page_that_does_not_fit_on_the_disk_is_one_line(model, tmp_path, small_disk):
+    config = config_of(tmp_path, model, [{"prompt": "a", "completion": "b" * 70}] * 400)
+    code, _, errors = run(config, "--html", small_disk / "page.html", "--samples", 400)
+    assert code == 2
+    said = f"liftdist: {small_disk}/page.html: cannot be written: No space left on device; give another --html"
+    assert errors.splitlines()[-1] == said
+    assert [*small_disk.iterdir()] == []
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text of tokens.
 
