@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from liftdist import files
@@ -37,15 +37,22 @@ class CachedDigest:
             files.write(self._path, digest)
 
 
-def of_file(path: Path, cache_dir: Path) -> str:
-    """sha256 of a file's contents, 64 hexadecimal digits, cached in ``cache_dir``. Raises ``OSError``."""
+def of_file(path: Path, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> str:
+    """sha256 of a file's contents, 64 hexadecimal digits, cached in ``cache_dir``. Raises ``OSError``.
+
+    Args:
+        beat: called before each MiB that is read.
+    """
     cached = CachedDigest("contents", [path], cache_dir)
     if (known := cached.read()) is not None:
         return known
     with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    cached.write(digest)
-    return digest
+        hashed, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+        while size := stream.readinto(buffer):
+            beat()
+            hashed.update(buffer[:size])
+    cached.write(hashed.hexdigest())
+    return hashed.hexdigest()
 
 
 def of_parts(parts: Sequence[object]) -> str:

@@ -10,7 +10,7 @@ import lzma
 import os
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from liftdist import digests
 from liftdist.errors import UserError
 
 _NAMED = 10  # files that are named to the user
+_BEAT = 64  # rows between two calls of a source's ``beat``
 
 Record = Mapping[str, Any]
 Place = tuple[str, Record]  # the location of a record, for messages, and the record
@@ -32,6 +33,15 @@ class Source(ABC):
     name: str  # in messages
     is_table = False  # whether records have null for what they do not have
     files: Sequence[str] = ()  # that were found, to be named to the user
+    beat: Callable[[int], None] = staticmethod(lambda _: None)  # called while it is read, with the rows since then
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one process: another opens the files itself."""
+        return {name: value for name, value in vars(self).items() if name not in ("beat", "_cursor")}
+
+    def watch(self, beat: Callable[[int], None]) -> None:
+        """Have ``beat`` called while files are read, lines skipped or bytes hashed."""
+        self.beat = beat
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -64,12 +74,12 @@ class FileSource(Source):
     """
 
     digest_of = ""  # what decides the meaning of the file's bytes besides them
+    _cursor: tuple[int, Iterator[Any]] | None = None  # the next row, and the rows from there
 
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path, self.name = path, name or str(path)
         self._state = self._stat()
         self._length: int | None = None
-        self._cursor: tuple[int, Iterator[Any]] | None = None  # the next row, and the rows from there
 
     @abstractmethod
     def _rows(self, begin: int) -> Iterator[Any]:
@@ -83,6 +93,10 @@ class FileSource(Source):
         """The last row up to ``begin`` from which reading can start."""
         return begin
 
+    def _is_near(self, index: int, begin: int) -> bool:
+        """Whether reading on from row ``index`` to ``begin`` is no detour."""
+        return index >= self._known(begin)
+
     def __len__(self) -> int:
         if self._length is None:
             self._length = sum(1 for _ in self._guarded(0))
@@ -95,7 +109,7 @@ class FileSource(Source):
     def read(self, begin: int, end: int) -> Iterator[Place]:
         index, rows = self._cursor or (0, None)
         self._cursor = None
-        if rows is None or index > begin or index < self._known(begin):
+        if rows is None or index > begin or not self._is_near(index, begin):
             index = self._known(begin)
             rows = self._guarded(index)
         while index < end and (row := next(rows, None)) is not None:
@@ -107,14 +121,17 @@ class FileSource(Source):
             self._cursor = index, rows
 
     def digest(self, cache_dir: Path) -> str:
-        found = digests.of_file(self.path, cache_dir)
+        found = digests.of_file(self.path, cache_dir, lambda: self.beat(0))
         self._check_unchanged()
         return digests.of_parts([found, self.digest_of]) if self.digest_of else found
 
     def _guarded(self, begin: int) -> Iterator[Any]:
         self._check_unchanged()
         try:
-            yield from self._rows(begin)
+            for number, row in enumerate(self._rows(begin)):
+                if number % _BEAT == 0:
+                    self.beat(_BEAT)
+                yield row
         except BROKEN as error:
             raise self.unreadable(error) from None
 
@@ -150,6 +167,10 @@ class Joined(Source):
         self.is_table = sources[0].is_table
         names = [self.place(source.name) for source in sources]
         self.files = names if len(names) <= _NAMED else [*names[:_NAMED], f"... ({len(names)} in all)"]
+
+    def watch(self, beat: Callable[[int], None]) -> None:
+        for source in self.sources:
+            source.watch(beat)
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))

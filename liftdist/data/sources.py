@@ -7,6 +7,7 @@ messages (``reading``). ``local`` and ``folders`` find files, ``texts`` and ``ta
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 from liftdist import hub
@@ -59,11 +60,17 @@ def open_records(source: DataSource) -> Source:
     return open_source(source.path, source.subset, source.split, source.revision)
 
 
-def remember_digests(config: DataConfig, cache_dir: Path) -> None:
-    """Hash local files and cache their digests for the ranks of this machine. Raises ``UserError`` like :func:`open_source`."""
-    for source in config.all_sources:
-        if is_local(source.path):
-            open_records(source).digest(cache_dir)
+def remember_digests(config: DataConfig, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> None:
+    """Hash local files and cache their digests for the ranks of this machine. Raises ``UserError`` like :func:`open_source`.
+
+    Args:
+        beat: called before each MiB that is hashed.
+    """
+    for given in config.all_sources:
+        if is_local(given.path):
+            source = open_records(given)
+            source.watch(lambda _: beat())
+            source.digest(cache_dir)
 
 
 def fetch(config: DataConfig) -> None:

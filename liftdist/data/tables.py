@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
+import functools
+import itertools
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from liftdist import hub
-from liftdist.data.reading import FileSource, Place
+from liftdist.data.reading import FileSource, Place, Record
 from liftdist.errors import UserError
 
 _ROWS = 256  # rows that are made into records at a time
@@ -59,14 +62,20 @@ class TableSource(FileSource):
         try:
             for first, batch in self._batches(begin):
                 for start in range(max(begin - first, 0), len(batch), _ROWS):
-                    yield from batch.slice(start, _ROWS).to_pylist()
+                    part = batch.slice(start, _ROWS)
+                    made = functools.cache(part.to_pylist)  # not of rows that are skipped
+                    yield from ((made, row) for row in range(len(part)))
         except UserError:
             raise
         except Exception as error:
             raise self._damaged(error) from None
 
-    def _record(self, index: int, row: Any) -> Place:
-        return f"{self.name}: record {index}", row
+    def _record(self, index: int, row: tuple[Callable[[], list[Record]], int]) -> Place:
+        made, number = row
+        try:
+            return f"{self.name}: record {index}", made()[number]
+        except Exception as error:
+            raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> UserError:
         return self.problem(
@@ -82,7 +91,13 @@ class ParquetSource(TableSource):
 
     def _described(self) -> tuple[Any, int]:
         with self._open() as file:
+            rows = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+            self._groups = [*itertools.accumulate(rows, initial=0)]  # the first row of each
             return file.schema_arrow, file.metadata.num_rows
+
+    def _is_near(self, index: int, begin: int) -> bool:
+        """A row group is read from its start."""
+        return index >= self._groups[bisect.bisect_right(self._groups, begin) - 1]
 
     def _batches(self, begin: int) -> Iterator[tuple[int, Any]]:
         first = 0

@@ -185,9 +185,9 @@ class CsvSource(LineSource):
     def __init__(self, path: Path, name: str | None = None) -> None:
         super().__init__(path, name)
         self._names: list[str] = []
-        csv.field_size_limit(MAX_RECORD)
 
     def _lines(self, lines: _Lines) -> Iterator[Line]:
+        csv.field_size_limit(MAX_RECORD)  # of the process
         begin, offset, size = lines.number, lines.offset, 0
         names_come = offset == 0
 

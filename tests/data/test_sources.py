@@ -114,15 +114,19 @@ def test_where_data_is(settings, training, held_out):
     assert locations(DataConfig(**settings | dict(eval_path=None))) == [training]
 
 
-def test_a_file_is_hashed_once_until_it_changes(tmp_path, monkeypatch):
+def test_a_file_is_hashed_once_until_it_changes(tmp_path):
     path = builders.write_records(tmp_path / "a.jsonl")
     hashed = []
-    original = hashlib.file_digest
-    monkeypatch.setattr(hashlib, "file_digest", lambda *given: hashed.append(1) or original(*given))
-    first = digests.of_file(path, tmp_path / "cache")
+
+    def beat(*_):
+        hashed.append(1)
+
+    first = digests.of_file(path, tmp_path / "cache", beat)
     assert first == hashlib.sha256(path.read_bytes()).hexdigest()
-    sources.remember_digests(builders.config(tmp_path, path, tmp_path).data, tmp_path / "cache")
-    assert sources.open_source(str(path), None, "train").digest(tmp_path / "cache") == first
+    sources.remember_digests(builders.config(tmp_path, path, tmp_path).data, tmp_path / "cache", beat)
+    again = sources.open_source(str(path), None, "train")
+    again.watch(beat)
+    assert again.digest(tmp_path / "cache") == first
     assert hashed == [1]
     path.write_text(path.read_text() * 2)
     assert digests.of_file(path, tmp_path / "cache") != first

@@ -365,5 +365,5 @@ def test_a_damaged_line_beyond_the_first_records_ends_the_run(tokenizer, tmp_pat
     config = builders.config(tmp_path, path, tmp_path).data
     with pytest.raises(UserError, match=r"a.jsonl.gz:2101: not JSON"):
         tokenised.tokenise(
-            config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache", first_part=0.5
+            config.training_sources[0], config, Encoder(tokenizer), 49152, tmp_path / "cache", shares=[(1, 2)]
         )
