@@ -13,6 +13,7 @@ from tqdm import tqdm
 from liftdist.redaction import redact
 
 GIB = 2**30
+_EVERY = 10.0  # seconds between two lines of progress without a terminal
 
 
 class Console:
@@ -28,8 +29,8 @@ class Console:
 
     @contextmanager
     def progress(self, title: str, unit: str, total: int | None = None) -> Iterator[Progress]:
-        bar = tqdm(total=total, desc=title, unit=unit, disable=not self._bars, leave=False, dynamic_ncols=True)
-        progress = Progress(title, bar, self if not self._bars else None)
+        bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=not self._bars, leave=False, dynamic_ncols=True)
+        progress = Progress(title, unit, bar, self if not self._bars else None)
         try:
             yield progress
         finally:
@@ -47,16 +48,32 @@ def _columns() -> int:
 class Progress:
     """A progress counter. Without a terminal it prints a line at most every ten seconds, and at each :meth:`step`."""
 
-    def __init__(self, title: str, bar: tqdm, console: Console | None) -> None:
-        self._title, self._bar, self._console = title, bar, console
+    def __init__(self, title: str, unit: str, bar: tqdm, console: Console | None) -> None:
+        self._title, self._unit, self._bar, self._console = title, unit, bar, console
         self._last_print = time.monotonic()
+        self._total: int | None = None
 
     def __call__(self, done: int, total: int) -> None:
-        self._bar.total = total
+        """Show that ``done`` of ``total`` are done; a ``total`` of 0 is not known yet. What is done at first has no rate."""
+        now = time.monotonic()
+        if total != self._total:
+            self._total, self._first, self._began = total, done, now
+            self._bar.reset(total or None)
+            self._bar.initial = self._bar.n = self._bar.last_print_n = done
         self._bar.update(done - self._bar.n)
-        if self._console is not None and time.monotonic() - self._last_print > 10:
-            self._console.say(f"{self._title}: {done} of {total}")
-            self._last_print = time.monotonic()
+        if self._console is not None and now - self._last_print > _EVERY:
+            self._console.say(f"{self._title}: {self._state(done, total, now - self._began)}")
+            self._last_print = now
+
+    def _state(self, done: int, total: int, seconds: float) -> str:
+        if not total:
+            return f"{done} {self._unit} so far"
+        rate = (done - self._first) / seconds if seconds else 0.0
+        if not rate:
+            return f"{done} of {total}"
+        return (
+            f"{done} of {total} {self._unit}, {rate:.{0 if rate >= 10 else 2}f}/s, {_clock((total - done) / rate)} left"
+        )
 
     def close(self) -> None:
         """Print nothing more, even if the counter is still called."""
@@ -68,6 +85,9 @@ class Progress:
         self._bar.total = total
         self._bar.update(done - self._bar.n)
         if self._console is not None:
-            left = int(seconds_left)
-            clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-            self._console.say(f"{self._title} {done}/{total}  {note}  {clock} left")
+            self._console.say(f"{self._title} {done}/{total}  {note}  {_clock(seconds_left)} left")
+
+
+def _clock(seconds: float) -> str:
+    left = int(seconds)
+    return f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"

@@ -56,7 +56,7 @@ def create(path: Path, text: str) -> None:
 @contextlib.contextmanager
 def written_beside(path: Path, text: str = "") -> Iterator[Path]:
     """A new file beside ``path``, under a name of its own, on the disk; removed at the end if it still has that name."""
-    temporary = _name_beside(path)
+    temporary = name_beside(path)
     try:
         with temporary.open("x", encoding="utf-8") as file:
             file.write(text)
@@ -67,7 +67,8 @@ def written_beside(path: Path, text: str = "") -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _name_beside(path: Path) -> Path:
+def name_beside(path: Path) -> Path:
+    """A hidden name in the same folder that nothing has."""
     return path.with_name(f".{path.name}-{secrets.token_hex(4)}")
 
 
@@ -85,7 +86,7 @@ def open_to_append(path: Path, create: bool = True) -> TextIOWrapper:
 
 def folder_beside(target: Path, permissions: int = 0o777) -> Path:
     """A new folder beside ``target``, under a name of its own, to be filled and then :func:`publish`-ed."""
-    folder = _name_beside(target)
+    folder = name_beside(target)
     folder.mkdir(permissions)
     return folder
 

@@ -1,7 +1,8 @@
-"""Processes of this machine: which one this is, whether another has ended, and not outliving a parent."""
+"""Processes of this machine: which one this is, its cores, whether another has ended, and not outliving a parent."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import platform
@@ -62,6 +63,34 @@ def start_time() -> float:
     """When this process started, in seconds since the epoch."""
     seconds = int(_state(os.getpid())[1]) / os.sysconf("SC_CLK_TCK")  # since boot
     return time.time() - float(Path("/proc/uptime").read_text().split()[0]) + seconds
+
+
+def cores(groups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
+    """Cores that this process may use, by its affinity and by the quotas of its control groups; at least one.
+
+    Args:
+        groups: where control groups are mounted.
+        of: says in which of them this process is.
+    """
+    found = float(len(os.sched_getaffinity(0)))
+    with contextlib.suppress(OSError):
+        for line in of.read_text().splitlines():
+            _, controllers, name = line.split(":", 2)
+            if controllers == "" or "cpu" in controllers.split(","):
+                root = groups / controllers if controllers else groups
+                group = root / name.strip("/")
+                for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
+                    found = min(found, _quota(folder))
+    return max(1, int(found))
+
+
+def _quota(group: Path) -> float:
+    """Cores that a control group may use, of version 2 or 1."""
+    for names in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # a group has the files of one version, or, at the top, none
+            quota, period = " ".join((group / name).read_text() for name in names).split()
+            return int(quota) / int(period) if quota not in ("max", "-1") else float("inf")
+    return float("inf")
 
 
 def _state(pid: int) -> tuple[str, str]:

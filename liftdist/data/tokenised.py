@@ -1,17 +1,21 @@
 """Tokenised samples in the cache.
 
-    CACHE_DIR/tokens/KEY/part-000000/       an Arrow table of 2048 records, and counts.json
+    CACHE_DIR/tokens/KEY/part-000000/       the samples of 2048 records
+    CACHE_DIR/tokens/KEY/records            how many records there are
 
 The key is a digest of the data's contents and of everything that determines its tokens. Every rank tokenises missing
-parts until all exist, so that no rank waits for another.
+parts until all exist, its own share first, so that none waits for another; the cores of its machine are divided among the
+ranks there (:mod:`liftdist.data.workers`).
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
+import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +23,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from liftdist import files
-from liftdist.data import records, sources
+from liftdist.data import parts, reading, records, sources, workers
 from liftdist.data.chat import Encoded, Encoder
 from liftdist.data.content import Content, digest, unread
+from liftdist.data.parts import Row
 from liftdist.errors import UserError
 from liftdist.schema import DataConfig, DataSource
 
@@ -48,8 +53,9 @@ NOT_IN_TOKENS = (
     "eval_share",
     "packing",
 )
-FORMAT = 4  # version of the layout of parts
-PART_RECORDS = 2048  # records per part
+FORMAT = 5  # version of the layout of parts
+_CHUNK = 64  # records whose tokens are Python objects at a time
+_FEW = 2  # parts that are made here: other processes take seconds to begin
 FIRST_PLACES = 3  # that are named of what was left out
 
 # what becomes of records besides being samples; all but the first two leave them out
@@ -59,6 +65,7 @@ TOO_LONG = "left out: longer than data.max_length"
 CUT_OFF = "left out: nothing to learn within data.max_length"
 NOTHING = "left out: nothing to learn in them"
 FILES = "files"
+ALONE = "tokenised by one process, because the tokenizer cannot be handed to others"
 # what records hold that does not reach the tokens
 UNUSED = "fields that are not used"
 UNREAD = "keys that the chat template does not read"
@@ -122,38 +129,52 @@ def tokenise(
     encoder: Encoder,
     vocabulary: int,
     cache_dir: Path,
-    first_part: float = 0.0,
+    shares: Sequence[tuple[int, int]] = (),
     progress: Callable[[int, int], None] | None = None,
+    processes: int | None = None,
 ) -> Samples:
     """All samples of a source, from the cache or tokenised now.
 
     Args:
         config: for what is the same for all sources.
         vocabulary: rows of the model's embedding; a token id outside of it is an error.
-        first_part: where among the parts to begin, 0 to 1: ranks that begin apart tokenise different parts.
+        shares: what to tokenise first, and next, before all that is missing still: ``(i, n)`` is the i-th of n equal shares.
+        progress: called at any progress with the records that are tokenised, by whomever, and their number, 0 as long as it is
+            not known. What it raises ends the work; parts that are complete stay.
+        processes: to tokenise with; if None, this rank's share of the machine's cores.
 
     Raises:
         UserError: a record that cannot be read (file and line), or no token to train on.
     """
     source, path = sources.open_records(given), given.path
-    read = records.reader(source, given)
+    records.reader(source, given)  # raises
+    show = progress or _nothing
+    source.watch(lambda _: show(0, 0))
     key = _key(source, given, config, encoder, vocabulary, cache_dir)
     folder = cache_dir.expanduser() / "tokens" / key
-    starts = range(0, len(source), PART_RECORDS)
-    parts = [folder / f"part-{number:06d}" for number in range(len(starts))]
-    shift = int(first_part * len(parts))
-    for done, number in enumerate([*range(shift, len(parts)), *range(shift)]):
-        if progress is not None:
-            progress(done, len(parts))
-        if not parts[number].exists():
-            part = source.read(starts[number], starts[number] + PART_RECORDS)
-            _write_part(parts[number], *encode_all(part, read, encoder, vocabulary, config, source.place))
-    samples, report = _load(parts, key, path)
+    job = _Parts(source, given, config, encoder, vocabulary, folder)
+    count = job.count(show)
+    numbers = range(-(-count // parts.RECORDS))
+    alone: list[str] = []
+    try:
+        for index, of in [*shares, (0, 1)]:
+            made = parts.complete(folder)
+            mine = numbers[index * len(numbers) // of : (index + 1) * len(numbers) // of]
+            if missing := [number for number in mine if number not in made]:
+                alone += _make(job, missing, parts.Shown(folder, count, show), processes or workers.for_each_rank())
+    finally:
+        job.close()
+    samples, report = _load([parts.path(folder, number) for number in numbers], key, path)
     report.name(FILES, source.files)
+    report.name(ALONE, alone)
     if samples is None:
         hint = "; raise data.max_length" if report.counts[TOO_LONG] + report.counts[CUT_OFF] else ""
-        raise UserError(f"data {path}: nothing to learn: of {len(source)} records {'; '.join(report.lines())}{hint}")
+        raise UserError(f"data {path}: nothing to learn: of {count} records {'; '.join(report.lines())}{hint}")
     return samples
+
+
+def _nothing(done: int, total: int) -> None:
+    """Shows no progress."""
 
 
 def _key(
@@ -166,27 +187,129 @@ def _key(
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def _load(parts: Sequence[Path], key: str, path: str) -> tuple[Samples | None, Report]:
+class _Parts:
+    """Makes the parts of one source: a job for :mod:`liftdist.data.workers`."""
+
+    def __init__(
+        self,
+        source: sources.Source,
+        given: DataSource,
+        config: DataConfig,
+        encoder: Encoder,
+        vocabulary: int,
+        folder: Path,
+    ) -> None:
+        self._source, self._given, self._config = source, given, config
+        self._encoder, self._digest, self._vocabulary = encoder, encoder.digest, vocabulary
+        self._folder, self._unfinished = folder, parts.unfinished(folder)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_read"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        vars(self._encoder).pop("digest", None)
+        if self._encoder.digest != self._digest:
+            raise ValueError("its copy is not the same")
+
+    @functools.cached_property
+    def _read(self) -> records.Reader:
+        return records.reader(self._source, self._given)
+
+    def is_made(self, number: int) -> bool:
+        return parts.path(self._folder, number).exists()
+
+    def count(self, show: Callable[[int, int], None]) -> int:
+        """The number of records. It takes reading the source once, unless all parts exist."""
+        if (known := parts.known_count(self._folder)) is not None:
+            return known
+        seen = 0
+
+        def beat(rows: int) -> None:
+            nonlocal seen
+            seen += rows
+            show(seen, 0)
+
+        self._source.watch(beat)
+        found = len(self._source)
+        parts.remember_count(self._folder, found)
+        return found
+
+    def make(self, number: int, beat: workers.Beat) -> None:
+        self._source.watch(lambda _: beat(0))
+        report, begin = Report(), number * parts.RECORDS
+        counts = {"counts": report.counts, "places": report.places, "names": report.names}
+
+        def chunks() -> Iterator[list[Row]]:
+            for start in range(begin, begin + parts.RECORDS, _CHUNK):
+                chunk = _told(self._source.read(start, start + _CHUNK), beat)
+                rows, found = encode_all(
+                    chunk, self._read, self._encoder, self._vocabulary, self._config, self._source.place
+                )
+                report.merge(found.counts, found.places, found.names)
+                yield rows
+
+        try:
+            parts.write(parts.path(self._folder, number), self._unfinished, chunks(), counts)
+        except OSError as error:
+            raise UserError(
+                f"cache_dir: {files.reason(error)}; free some space, or give another folder (cache_dir=...)"
+            ) from None
+
+    def close(self) -> None:
+        shutil.rmtree(self._unfinished, ignore_errors=True)
+        parts.clean(self._folder)
+
+
+def _told(chunk: Iterable[reading.Place], beat: workers.Beat) -> Iterator[reading.Place]:
+    for place in chunk:
+        yield place
+        beat(1)
+
+
+def _make(job: _Parts, missing: Sequence[int], shown: parts.Shown, processes: int) -> list[str]:
+    """Make parts here or, if it is worth it, by other processes; why those could not, if they could not."""
+    shown()
+    why = []
+    if len(missing) > _FEW and processes > 1:
+        try:
+            workers.run(job, missing, processes, shown)
+            return []
+        except workers.Unfit as unfit:
+            why = [str(unfit)]
+    for number in missing:
+        if not job.is_made(number):
+            job.make(number, _adding(shown))
+    return why
+
+
+def _adding(shown: parts.Shown) -> workers.Beat:
+    made = 0
+
+    def beat(records: int) -> None:
+        nonlocal made
+        made += records
+        shown(made)
+
+    return beat
+
+
+def _load(folders: Sequence[Path], key: str, path: str) -> tuple[Samples | None, Report]:
     """The samples of all parts, None if there are none, and what became of the other records."""
     import datasets
 
-    report, loaded = Report(), []
-    for part in parts:
-        counts = json.loads((part / "counts.json").read_text())
+    report = Report()
+    table, found = parts.load(folders)
+    for counts in found:
         report.merge(counts["counts"], counts["places"], counts["names"])
-        if counts["kept"]:
-            loaded.append(datasets.load_from_disk(str(part)))
-    if not loaded:
+    if table is None:
         return None, report
-    table = datasets.concatenate_datasets(loaded)
-    lengths, learned, of_records = (
-        np.asarray(table.data.column(name).to_numpy(), dtype=np.int64) for name in ("length", "learned", "record")
+    lengths, learned, of_records = (table.column(name).to_numpy() for name in ("length", "learned", "record"))
+    tokens, places = (
+        datasets.Dataset(datasets.table.InMemoryTable(table.select(names)), fingerprint=f"{key}-{names[0]}")
+        for names in (["input_ids", "labels"], ["place"])
     )
-    tokens, places = table.select_columns(["input_ids", "labels"]), table.select_columns(["place"])
     return Samples(tokens, lengths, learned, of_records, report, key, path, places), report
-
-
-Row = dict[str, Any]  # input_ids, labels, length, learned, record, place
 
 
 def encode_all(
@@ -247,31 +370,3 @@ def _kept(ids: list[int], learned: list[bool], config: DataConfig, report: Repor
         report.add(TRUNCATED, place)
     labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
     return {"input_ids": ids, "labels": labels, "length": len(ids), "learned": sum(learned[1:])}
-
-
-def _write_part(part: Path, rows: Sequence[Row], report: Report) -> None:
-    """Write one part. If several ranks write it, the first to finish publishes it: their contents are equal."""
-    import datasets
-
-    part.parent.mkdir(parents=True, exist_ok=True)
-    features = datasets.Features(
-        {
-            "input_ids": datasets.Sequence(datasets.Value("int32")),
-            "labels": datasets.Sequence(datasets.Value("int32")),
-            "length": datasets.Value("int64"),
-            "learned": datasets.Value("int64"),
-            "record": datasets.Value("int64"),
-            "place": datasets.Value("string"),
-        }
-    )
-    columns = {name: [row[name] for row in rows] for name in features}
-    datasets.disable_progress_bars()
-    try:
-        with files.new_folder(part) as folder:
-            if rows:
-                datasets.Dataset.from_dict(columns, features=features).save_to_disk(str(folder))
-            counts = {"kept": len(rows), "counts": report.counts, "places": report.places, "names": report.names}
-            (folder / "counts.json").write_text(json.dumps(counts))
-    except OSError:
-        if not part.exists():
-            raise

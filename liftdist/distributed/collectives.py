@@ -5,9 +5,11 @@ Whether to stop, fail or continue is decided collectively: a rank that acted alo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,7 +17,10 @@ from torch import Tensor
 
 from liftdist.errors import PeerError, Stopped, UserError
 
+T = TypeVar("T")
+
 Group = dist.ProcessGroup | None  # None: a single process
+_LOOK = 0.1  # seconds between two looks of a rank at work that takes long
 
 # renamed in torch 2.12
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -35,11 +40,15 @@ def gather(value: Any, group: Group = None) -> list[Any]:
 
 def agree(flag: bool) -> bool:
     """Whether ``flag`` is true on any rank. Exchanges one number per rank through the CPU backend. Collective."""
+    return bool(_highest(int(flag)))
+
+
+def _highest(number: int) -> int:
     if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag), dtype=torch.int32)
-    dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags)
+        return number
+    numbers = torch.tensor(number, dtype=torch.int32)
+    dist.all_reduce(numbers, op=dist.ReduceOp.MAX)
+    return int(numbers)
 
 
 @contextmanager
@@ -66,6 +75,61 @@ def together() -> Iterator[None]:
     if error is not None and kind == chosen:
         raise error
     raise kinds[chosen](short if chosen else f"rank {rank} failed: {long}")
+
+
+class _GivenUp(Exception):
+    """Another rank has failed, and what this one does is of no use."""
+
+
+def all_work(work: Callable[[Callable[[], None]], T], alive: Callable[[], None]) -> T:
+    """``work(check)`` on every rank, for as long as it takes the slowest. Collective.
+
+    The work runs in a thread, and ranks tell each other meanwhile how far they are: none waits in a collective for longer than
+    a moment, and an error or a stop request on one ends the work of all.
+
+    Args:
+        work: does no collective, and calls ``check`` at any progress.
+        alive: called by ``check``, and while this rank has finished and others have not; may raise an error of this rank.
+
+    Raises:
+        As :func:`together`.
+    """
+    done: list[T] = []
+    failed: list[BaseException] = []
+    given_up = threading.Event()
+
+    def check() -> None:
+        if given_up.is_set():
+            raise _GivenUp
+        alive()
+
+    def run() -> None:
+        try:
+            done.append(work(check))
+        except BaseException as error:
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="work", daemon=True)
+    thread.start()
+    try:
+        while state := _highest(2 if failed else 0 if done else 1):
+            if state == 2:
+                break
+            if not done:
+                thread.join(_LOOK)
+                continue
+            try:
+                alive()
+            except Exception as error:
+                failed.append(error)
+            time.sleep(_LOOK)
+    finally:
+        given_up.set()
+    thread.join()
+    with together():
+        if failed and not isinstance(failed[0], _GivenUp):
+            raise failed[0]
+    return done[0]
 
 
 def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:

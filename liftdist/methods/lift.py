@@ -122,7 +122,7 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
     if not from_checkpoint:
         console.say(f"selecting principal weights: {criterion}")
     started = time.perf_counter()
-    with console.progress("selecting", "matrix") as progress:
+    with console.progress("selecting", "matrices") as progress:
         principal = PrincipalWeights(
             model,
             criterion=criterion,

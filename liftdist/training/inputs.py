@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -21,7 +22,6 @@ from liftdist.models import build
 from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
 from liftdist.runs import claims
-from liftdist.runs.stop import CancellationPoint
 from liftdist.schema import Config, DataSource
 
 
@@ -37,34 +37,40 @@ class Inputs:
 def prepare_inputs(
     config: Config,
     console: Console,
-    part: float = 0.0,
-    cancellation: CancellationPoint | None = None,
+    shares: Sequence[tuple[int, int]] = (),
+    check: Callable[[], None] = lambda: None,
     encoding: Encoding | None = None,
 ) -> Inputs:
     """Check the model's folder and its tokenizer, and tokenise the data. Not collective.
 
     Args:
-        part: position in the data at which to start tokenising, in [0, 1): ranks that share a cache start apart.
+        shares: of each source's parts, to tokenise first, and next: see :func:`liftdist.data.tokenised.tokenise`.
+        check: called at any progress; what it raises ends the work.
         encoding: what :func:`encoding_of` gives, if it is at hand.
 
     Raises:
         UserError: the folder, the tokenizer or the data cannot be used.
     """
-    cancellation = cancellation or CancellationPoint()
     folder, encoder_of, text_config = encoding or encoding_of(config)
+    hash_files(config, console, check)
     vocabulary = text_config.vocab_size
 
     def samples_of(source: DataSource) -> tokenised.Samples:
         path = source.path
-        with console.progress("tokenising", "part") as progress:
+        with console.progress(f"tokenising {path}", "records") as progress:
+
+            def show(done: int, total: int) -> None:
+                progress(done, total)
+                check()
+
             samples = tokenised.tokenise(
                 source,
                 config.data,
                 encoder_of(source),
                 vocabulary,
                 Path(config.cache_dir),
-                part,
-                cancellation.checking(progress),
+                shares,
+                show,
             )
         longest, context = int(samples.lengths.max()), getattr(text_config, "max_position_embeddings", None)
         if context and longest > context:
@@ -92,6 +98,18 @@ def prepare_inputs(
     for line in samples.lines():
         console.say(line)
     return Inputs(folder, samples, held_out)
+
+
+def hash_files(config: Config, console: Console, check: Callable[[], None]) -> None:
+    """Keep the digests of data files in the cache. Raises ``UserError`` for one that cannot be read; what ``check`` raises."""
+    with console.progress("hashing data", "MiB") as progress:
+        read = itertools.count(1)
+
+        def beat() -> None:
+            progress(next(read), 0)
+            check()
+
+        sources.remember_digests(config.data, Path(config.cache_dir), beat)
 
 
 def date_of(run_dir: Path) -> datetime:

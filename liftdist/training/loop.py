@@ -43,7 +43,7 @@ class Loop:
         trainer, config = self.trainer, self.trainer.config
         trainer.watch.read()
         began, first, tokens = time.perf_counter(), trainer.step, 0.0
-        with self.console.progress("training", "step", trainer.steps) as progress:
+        with self.console.progress("training", "steps", trainer.steps) as progress:
             while True:
                 paused = time.perf_counter()
                 self._pause()

@@ -14,7 +14,6 @@ import torch
 
 from liftdist import __version__, environment, preflight, schema
 from liftdist.console import Console
-from liftdist.data import sources
 from liftdist.deltas import of_run
 from liftdist.deltas.formats import hf
 from liftdist.distributed import collectives
@@ -35,7 +34,7 @@ from liftdist.runs.stop import CancellationPoint, StopRequests
 from liftdist.runs.watchdog import Watchdog
 from liftdist.schema import Config
 from liftdist.training import setup
-from liftdist.training.inputs import Inputs, agree_on_commits, commits, prepare_inputs
+from liftdist.training.inputs import Inputs, agree_on_commits, commits, hash_files, prepare_inputs
 from liftdist.training.loop import Loop
 from liftdist.training.recorder import Recorder
 from liftdist.training.trainer import Trainer
@@ -132,13 +131,16 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
 
 def _inputs(context: RunContext) -> Inputs:
     """The tokenised data. Local rank 0 hashes the data files; the others read the digests from the cache. Collective."""
-    config, mesh = context.config, context.mesh
+    config, mesh, console, cancellation = context.config, context.mesh, context.console, context.cancellation
     agree_on_commits(config, mesh)
-    with together():
-        if environment.LOCAL_RANK.get(0) == 0:
-            sources.remember_digests(config.data, Path(config.cache_dir))
-    with together():
-        return prepare_inputs(config, context.console, mesh.rank / mesh.world_size, context.cancellation)
+    local_rank, local_ranks = environment.LOCAL_RANK.get(0), environment.LOCAL_WORLD_SIZE.get(1)
+    shares = [(mesh.rank, mesh.world_size), (local_rank, local_ranks)]  # the second for caches of each machine's own
+
+    if local_rank == 0:
+        collectives.all_work(lambda check: hash_files(config, console, check), cancellation.check)
+    else:
+        collectives.all_work(lambda _: None, cancellation.check)
+    return collectives.all_work(lambda check: prepare_inputs(config, console, shares, check), cancellation.check)
 
 
 def _check_changes(
