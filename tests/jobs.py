@@ -39,6 +39,18 @@ def ranks_of(config):
     return found
 
 
+def children(pid):
+    return [int(child) for task in Path(f"/proc/{pid}/task").glob("*/children") for child in task.read_text().split()]
+
+
+def tokenisers_of(pid):
+    """The processes by which a process tokenises: the one that oversees them, and its workers."""
+    overseers = [
+        child for child in children(pid) if b"liftdist.data.workers" in Path(f"/proc/{child}/cmdline").read_bytes()
+    ]
+    return overseers, [worker for overseer in overseers for worker in children(overseer)]
+
+
 def is_alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] not in "ZX"
