@@ -66,7 +66,13 @@ def write_folder(path):
         (path / f"{number}.jsonl").write_bytes(lines(RECORDS[begin:end]))
 
 
-SLOW = ("a.jsonl", "a.arrow")  # no others than folder and Parquet, for the workers
+SLOW = ("a.jsonl", "a.json", "a.arrow")  # read as others here are, but for what test_text_files and test_tables test
+
+
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 KINDS = {
     "a.jsonl": write_jsonl,
     "a.jsonl.gz": write_gzip,
@@ -102,9 +108,7 @@ def left_in(cache):
     ]
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in KINDS]
-)
+@pytest.mark.parametrize("name", [slow(name) if name in SLOW else name for name in KINDS])
 def test_several_processes_write_the_same_bytes_as_one(name, tokenizer, tmp_path):
     KINDS[name](tmp_path / name)
     alone = tokenise(tmp_path / name, tokenizer, tmp_path / "one", 1)
@@ -133,9 +137,9 @@ def assert_none():
     ("bad", "message"),
     [
         ({4000: '{"prompt": "a"}'}, "a.jsonl:4000: field 'completion' is missing"),
-        ({3000: '{"prompt": "a", '}, "a.jsonl:3000: not JSON"),
+        slow({3000: '{"prompt": "a", '}, "a.jsonl:3000: not JSON"),
         ({4101: '{"prompt": "a", "completion": 3}'}, "a.jsonl:4101: 'completion' must be text, got int"),
-        ({2049: '{"prompt": NaN, "completion": ""}'}, "a.jsonl:2049: NaN is no JSON"),
+        slow({2049: '{"prompt": NaN, "completion": ""}'}, "a.jsonl:2049: NaN is no JSON"),
         ({4100: "[]", 2100: "[]"}, "a.jsonl:2100: must be a JSON object"),
         ({4096: "[]", 4097: "{}"}, "a.jsonl:4096: must be a JSON object"),
     ],
@@ -183,13 +187,8 @@ def test_a_file_that_changes_is_an_error_of_the_workers(tokenizer, tmp_path):
             UserError,
             r"killed by SIGKILL, as the kernel does when memory runs out; the same command",
         ),
-        (
-            "overseer",
-            signal.SIGKILL,
-            UserError,
-            r"killed by SIGKILL, as the kernel does when memory runs out; the same command",
-        ),
-        ("worker", signal.SIGSEGV, RuntimeError, r"ended with signal SIGSEGV"),
+        slow("overseer", signal.SIGKILL, UserError, r"killed by SIGKILL, as the kernel does when memory runs out"),
+        slow("worker", signal.SIGSEGV, RuntimeError, r"ended with signal SIGSEGV"),
         ("overseer", signal.SIGABRT, RuntimeError, r"ended with signal SIGABRT"),
     ],
 )
@@ -277,7 +276,7 @@ def test_what_ends_a_run_ends_its_workers_and_the_next_goes_on_with_what_is_miss
 PREFETCH = ("-m", "liftdist", "select", "--prefetch")
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, slow(signal.SIGTERM)])
 def test_a_command_that_ends_leaves_no_process_and_no_unfinished_part(end, tiny_model, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(lines(RECORDS) * 6)

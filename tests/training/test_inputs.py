@@ -1,6 +1,7 @@
 """The inputs of ranks: each makes its share of the parts, once, whatever caches they have."""
 
 import json
+import os
 from pathlib import Path
 
 import builders
@@ -20,6 +21,7 @@ PARTS = 4
 def prepare(mesh, config, apart):
     """How many parts this rank has made, and what it was given."""
     made = []
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # no further processes
     if apart:
         config.cache_dir += f"-{mesh.rank}"
     with hooks.around(parts, "write", before=lambda target, *_: made.append(target.name)):
