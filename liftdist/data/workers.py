@@ -95,24 +95,26 @@ def run(job: Job, numbers: Sequence[int], count: int, beat: Beat) -> None:
 
 
 def _converse(connection: Connection, work: object, overseer: subprocess.Popen[bytes], beat: Beat) -> None:
+    def lost() -> Exception:
+        return _death(overseer.wait())  # it closes its end of the connection by ending
+
     try:
         connection.send(sys.path)
+        connection.send(work)
+    except ConnectionError:
+        raise lost() from None
+    except Exception as error:  # pickle raises errors of many kinds
+        raise Unfit(f"{type(error).__name__}: {error}") from None
+    while True:
         try:
-            connection.send(work)
-        except OSError:
-            raise
-        except Exception as error:  # pickle raises errors of many kinds
-            raise Unfit(f"{type(error).__name__}: {error}") from None
-        while True:
-            if connection.poll(_LOOK):
-                message = connection.recv()
-                if message is None:
-                    return
-                if isinstance(message, Exception):
-                    raise message
-                beat(message)
-    except (EOFError, ConnectionError):
-        raise _death(overseer.wait()) from None
+            message = connection.recv()
+        except (EOFError, ConnectionError):
+            raise lost() from None
+        if message is None:
+            return
+        if isinstance(message, Exception):
+            raise message
+        beat(message)
 
 
 def _bug(error: Exception) -> RuntimeError:
@@ -217,7 +219,7 @@ def _oversee(rank: Connection, job: Job, numbers: Sequence[int], workers: Sequen
     """Hand out parts until all are made, or all before the first that failed."""
     idle, busy = list(workers), dict[Any, tuple[_Worker, int]]()  # busy: by connection, with the place of the part
     failed: dict[int, Exception] = {}  # by place in ``numbers``
-    place, seen, reported = 0, 0, time.monotonic()
+    place, seen, reported = 0, 0, float("-inf")
     while True:
         while idle and place < len(numbers) and not failed:
             if not job.is_made(numbers[place]):
