@@ -210,7 +210,7 @@ def test_a_process_that_is_killed_is_reported_at_once(which, number, kind, messa
     assert_none()
 
 
-@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("count", [slow(1), 3])
 def test_a_full_disk_is_one_line_and_leaves_the_parts_that_fit(count, small_disk, tokenizer, tmp_path):
     path = tmp_path / "a.jsonl"
     write_jsonl(path)

@@ -15,7 +15,7 @@ from liftdist.runs.context import RunContext
 from liftdist.runs.stop import CancellationPoint, StopRequests
 from liftdist.training import run
 
-PARTS = 4
+PARTS = 3
 
 
 def prepare(mesh, config, apart):
@@ -30,7 +30,9 @@ def prepare(mesh, config, apart):
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["one cache", "caches of their own"])
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
+)
 def test_ranks_make_all_parts_whatever_caches_they_share(world_size, apart, tiny_model, tmp_path):
     records = tmp_path / "records.jsonl"
     count = (PARTS - 1) * parts.RECORDS + 9
