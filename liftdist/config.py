@@ -118,23 +118,32 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
         if isinstance(entries, ListConfig) and int(match[1]) >= len(entries):
             held = f"0 to {len(entries) - 1}" if entries else "none"
             raise UserError(f"{locations[key]}: there is no entry {match[1]} (entries: {held}); add it in the file")
+    kind = schema.kind_of_text(key, root)
     try:
-        if schema.kind_of_text(key, root) in (schema.TEXT, schema.OPTIONAL_TEXT):
+        if kind in (schema.TEXT, schema.OPTIONAL_TEXT):
             OmegaConf.update(config, key, text or None)
             return
         source = Source(text, lambda _: where, root)
         tree = source.compose()
         if tree is not None:
             source.keep(key, tree, tree)
-            locations |= {inner: f"{where}: {inner}" for inner, _, _ in source.settings(tree, f"{key}.")}
-            if isinstance(tree, yaml.SequenceNode) and (
-                not tree.flow_style or tree.end_mark.index != len(text.rstrip())  # a comment follows
-            ):
+            if kind != schema.VALUE:
+                locations |= {inner: f"{where}: {inner}" for inner, _, _ in source.settings(tree, f"{key}.")}
+            if isinstance(tree, yaml.SequenceNode) and not _is_whole(tree, text):
                 raise yaml.MarkedYAMLError(problem="must be a list in brackets and nothing else")
-        replaces = schema.kind_of_text(key, root) == schema.NAMED_TEXTS  # those in the file, as a list does
+        if kind == schema.VALUE and text.strip() and not (tree and _is_whole(tree, text)):
+            raise yaml.MarkedYAMLError(problem="YAML reads a part of it only")
+        replaces = kind in (schema.NAMED_TEXTS, schema.NAMED_VALUES, schema.VALUE)  # those in the file, as a list does
         OmegaConf.update(config, key, tree and yaml_tree.construct(tree), merge=not replaces)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{locations[key]}: {_explain(error, key, root)}") from None
+
+
+def _is_whole(tree: yaml.Node, text: str) -> bool:
+    """Whether a value is all of the text, without a comment, and a list or names in brackets."""
+    is_open = tree.style in ("|", ">") if isinstance(tree, yaml.ScalarNode) else not getattr(tree, "flow_style", True)
+    begin, end = tree.start_mark.index, tree.end_mark.index
+    return not is_open and not text[:begin].strip() and not text[end:].strip()
 
 
 def _key_of(error: Exception, nodes: Sequence[tuple[str, yaml.Node]]) -> str:
@@ -154,8 +163,12 @@ def _dotted(key: str | None) -> str:
 def _explain(error: Exception, key: str, root: type) -> str:
     leaf = dict(schema.settings(root)).get(schema.template(key, root))
     kind = dict(schema.sections(root)).get(schema.template(key, root))
-    if schema.kind_of_text(key, root) == schema.NAMED_TEXTS and leaf is not None:
-        return f"must be names and texts, in quotes for the shell: {key}='{leaf.metadata['example']}'"
+    text_kind = schema.kind_of_text(key, root)
+    if text_kind in (schema.NAMED_TEXTS, schema.NAMED_VALUES) and leaf is not None:
+        held = "texts" if text_kind == schema.NAMED_TEXTS else "values"
+        return f"must be names and {held}, in quotes for the shell: {key}='{leaf.metadata['example']}'"
+    if text_kind == schema.VALUE and isinstance(error, yaml.YAMLError):
+        return f"is no value of JSON; a text needs quotes inside those of the shell: {key}='\"text: all of it\"'"
     if leaf is not None and leaf.metadata["example"] and schema.kind_of_text(key, root) != schema.TEXT:
         return f"must be a list, in quotes for the shell: {key}='{leaf.metadata['example']}'"
     if kind == schema.LIST:
@@ -175,8 +188,9 @@ def _explain(error: Exception, key: str, root: type) -> str:
 
 def _validate(config: Any, where: Where) -> None:
     for key, leaf, value in schema.walk(config):
+        is_any = schema.kind_of_text(key, type(config)) == schema.NAMED_VALUES
         for place, item in _items(key, value):
-            if problem := _problem(item, leaf.metadata):
+            if problem := _unusable(item) if is_any else _problem(item, leaf.metadata):
                 raise UserError(redact(f"{where(place)}: {problem}, got {item!r}"))
     for key, problem in schema.problems(config):
         raise UserError(redact(f"{where(key)}: {problem}"))
@@ -185,8 +199,23 @@ def _validate(config: Any, where: Where) -> None:
 def _items(key: str, value: Any) -> list[tuple[str, Any]]:
     """The values that a setting holds, each with its key."""
     if isinstance(value, dict):
-        return [(f"{key}.{name}", item) for name, item in value.items()]
-    return [(key, item) for item in (value if isinstance(value, list) else [value])]
+        return [(f"{key}.{name}", item) for name, inner in value.items() for _, item in _items(name, inner)]
+    return (
+        [(key, item) for inner in value for _, item in _items(key, inner)]
+        if isinstance(value, list)
+        else [(key, value)]
+    )
+
+
+def _unusable(value: Any) -> str | None:
+    """What is wrong with a value whatever it is for."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, str) and "\0" in value:
+        return "must not contain a null character"
+    if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+        return "must be UTF-8, in which it is kept"
+    return None
 
 
 def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
@@ -195,10 +224,8 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
     if isinstance(value, str):
         if not value:
             return "must not be empty"
-        if "\0" in value:
-            return "must not contain a null character"
-        if any("\ud800" <= character <= "\udfff" for character in value):
-            return "must be UTF-8, in which it is kept"
+        if problem := _unusable(value):
+            return problem
         if value.startswith("~"):
             try:
                 Path(value).expanduser()
@@ -211,8 +238,8 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
             example = f", such as {bounds['example']}" if bounds["example"] else ""
             return f"is not of a form that SLURM takes{example}"
         return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return "must be a finite number"
+    if problem := _unusable(value):
+        return problem
     checks = (
         ("at_least", value.__ge__, "at least"),
         ("at_most", value.__le__, "at most"),

@@ -215,6 +215,12 @@ class DataConfig:
     chat_template: str | None = setting(
         None, "chat template in place of the tokenizer's: a file that ends in `.jinja`, or the text itself"
     )
+    template_arguments: dict[str, Any] = setting(
+        {},
+        "arguments of the chat template, such as `data.template_arguments.enable_thinking=false`; those of a record win; `null` "
+        "takes one back",
+        example="{enable_thinking: false}",
+    )
     max_length: int = setting(2048, "longest sequence, in tokens", at_least=2)
     overlong: str = setting(
         "truncate", "what to do with longer samples; their number is reported", choices=("truncate", "drop")
@@ -592,11 +598,12 @@ def sections(section: type = Config, prefix: str = "") -> Iterator[tuple[str, st
 
 
 TEXT, OPTIONAL_TEXT, TEXTS, NAMED_TEXTS = "text", "text or unset", "list of texts", "texts by name"
+NAMED_VALUES, VALUE = "values by name", "value"  # of any type that JSON has
 
 
 @functools.cache
 def texts(root: type = Config) -> dict[str, str]:
-    """The settings that hold texts, by their key as in :func:`settings`: one of the four kinds above."""
+    """The settings that hold texts, or values of any type, by their key as in :func:`settings`: one of the kinds above."""
     return dict(_texts(root, ""))
 
 
@@ -612,6 +619,8 @@ def _texts(section: type, prefix: str) -> Iterator[tuple[str, str]]:
             yield f"{prefix}{leaf.name}", TEXTS
         elif typing.get_origin(hint) is dict and typing.get_args(hint) == (str, str):
             yield f"{prefix}{leaf.name}", NAMED_TEXTS
+        elif typing.get_origin(hint) is dict:
+            yield f"{prefix}{leaf.name}", NAMED_VALUES
 
 
 @functools.cache
@@ -631,17 +640,17 @@ def _section(section: type, leaf: dataclasses.Field) -> tuple[type | None, str]:
 
 
 def template(key: str, root: type = Config) -> str:
-    """The key as in :func:`settings`: ``a.N.b`` for ``a.0.b``, and ``a`` for ``a.name``, an entry of texts by name."""
+    """The key as in :func:`settings`: ``a.N.b`` for ``a.0.b``, and ``a`` for ``a.name``, an entry of texts or values by name."""
     key = re.sub(r"(?<=\.)\d+(?=\.|$)", "N", key)
-    named = (name for name, kind in texts(root).items() if kind == NAMED_TEXTS)
+    named = (name for name, kind in texts(root).items() if kind in (NAMED_TEXTS, NAMED_VALUES))
     return next((name for name in named if key.startswith(f"{name}.")), key)
 
 
 def kind_of_text(key: str, root: type) -> str | None:
-    """What :func:`texts` says of a setting; ``TEXT`` for an entry of texts by name."""
+    """What :func:`texts` says of a setting; ``TEXT`` for an entry of texts by name, ``VALUE`` for one of values by name."""
     kind = texts(root).get(template(key, root))
     is_entry = template(key, root).count(".") < key.count(".")
-    return TEXT if kind == NAMED_TEXTS and is_entry else kind
+    return {NAMED_TEXTS: TEXT, NAMED_VALUES: VALUE}.get(kind or "", kind) if is_entry else kind
 
 
 def walk(section: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field, Any]]:

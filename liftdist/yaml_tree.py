@@ -22,6 +22,9 @@ from liftdist.errors import UserError
 Setting = tuple[str, yaml.Node, yaml.Node]  # dotted key, the node of its name, its node
 
 _TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+_BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float"))
+_AS_TEXT = [f"tag:yaml.org,2002:{name}" for name in ("timestamp", "value", "merge")]  # JSON has no such values
+_IN_JSON = r"true|false|[-+]?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?"
 _OTHER_BASE = r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)"  # YAML 1.1 reads 010 as 8, and 1:30 as 90
 
 
@@ -50,7 +53,7 @@ class Source:
         """
         kinds = dict(schema.sections(self.root))
         seen: set[str] = set()
-        for key, name, node in _walk(tree, prefix):
+        for key, name, node in _walk(tree, prefix, self.root):
             check_key(key, self.place(name), self.root)
             if key in seen:
                 raise UserError(f"{self.place(name)}: found duplicate key {key.rpartition('.')[2]}")
@@ -64,7 +67,7 @@ class Source:
             if expected == schema.SECTION and not isinstance(node, yaml.MappingNode):
                 raise UserError(f"{self.place(name)}: {key} must hold settings, one name: value a line")
             self.keep(key, name, node)
-            if schema.template(key, self.root).count(".") < key.count("."):  # the name of a text is a text, too
+            if schema.template(key, self.root).count(".") < key.count("."):  # the name of an entry is a text, too
                 name.tag = _TEXT
             yield key, name, node
 
@@ -72,9 +75,15 @@ class Source:
         """Make texts of the scalars of a setting that are to be texts.
 
         Raises:
-            UserError: YAML has lost a part of a text, or reads a number in another base than ten.
+            UserError: YAML has lost a part of a text, or reads a number in another base than ten; a value that is none of JSON.
         """
         kind = schema.kind_of_text(key, self.root)
+        if kind == schema.NAMED_VALUES and not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{self.place(name)}: {key}: must hold values, one name: value a line")
+        if kind == schema.VALUE:
+            self._keep_value(key, node, ())
+        if kind in (schema.NAMED_VALUES, schema.VALUE):
+            return
         if kind is None:
             if isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(_OTHER_BASE, node.value):
                 base = 60 if ":" in node.value else 8
@@ -98,6 +107,38 @@ class Source:
             before = max(before, text.end_mark.index)
             if kind != schema.OPTIONAL_TEXT or text.tag != _NULL:
                 text.tag = _TEXT
+
+    def _keep_value(self, key: str, node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
+        """Make texts of the scalars of a value, and of its names, that are none of JSON's other types.
+
+        Raises:
+            UserError: what YAML and JSON read in two ways; a tag or an anchor; a name that is no text or occurs twice.
+        """
+        where = f"{self.place(node)}: {key}"
+        if any(node is outer for outer in above):
+            raise UserError(f"{where}: holds itself")
+        if self.text[node.start_mark.index] in "&!":
+            written = self.text[node.start_mark.index : node.end_mark.index].partition("\n")[0].strip()
+            raise UserError(f"{where}: YAML reads an anchor or a tag; as a text it needs quotes: {_quoted(written)}")
+        if isinstance(node, yaml.ScalarNode):
+            if node.tag in _AS_TEXT:
+                node.tag = _TEXT
+            is_json = re.fullmatch(_IN_JSON, node.value, re.IGNORECASE) is not None
+            if node.style is None and is_json != (node.tag in (_BOOL, _INT, _FLOAT)):
+                raise UserError(
+                    f"{where}: {node.value} may be a number, a switch or a text; "
+                    f"write it as JSON has it (true, 1000), or in quotes if it is a text: {_quoted(node.value)}"
+                )
+        elif isinstance(node, yaml.SequenceNode):
+            for entry in node.value:
+                self._keep_value(key, entry, (*above, node))
+        else:
+            names = [name.value for name, _ in node.value if isinstance(name, yaml.ScalarNode) and name.value != "<<"]
+            if len(set(names)) < len(node.value):
+                raise UserError(f"{where}: each name in it must be a text of its own, and occur once")
+            for name, entry in node.value:
+                name.tag = _TEXT
+                self._keep_value(key, entry, (*above, node))
 
     def _lost(self, node: yaml.Node, kind: str, before: int) -> str | None:
         """What YAML has made of a text; an alias stands for a node that begins before the index ``before``."""
@@ -153,17 +194,18 @@ def construct(tree: yaml.Node) -> Any:
     return SafeConstructor().construct_document(tree)
 
 
-def _walk(node: yaml.Node, prefix: str) -> Iterator[Setting]:
-    """Every key in a tree, and every entry of a list of mappings."""
+def _walk(node: yaml.Node, prefix: str, root: type) -> Iterator[Setting]:
+    """Every key in a tree, and every entry of a list of mappings; not what is inside a value of any type."""
     if isinstance(node, yaml.MappingNode):
         for name, value in node.value:
             key = f"{prefix}{name.value}"
             yield key, name, value
-            yield from _walk(value, f"{key}.")
+            if schema.kind_of_text(key, root) != schema.VALUE:
+                yield from _walk(value, f"{key}.", root)
     elif isinstance(node, yaml.SequenceNode) and any(isinstance(entry, yaml.MappingNode) for entry in node.value):
         for number, entry in enumerate(node.value):
             yield f"{prefix}{number}", entry, entry
-            yield from _walk(entry, f"{prefix}{number}.")
+            yield from _walk(entry, f"{prefix}{number}.", root)
 
 
 def _quoted(text: str) -> str:
@@ -182,7 +224,8 @@ def check_key(key: str, where: str, root: type) -> None:
         raise UserError(f"{where}: {key}: N stands for the number of an entry, from 0; give that")
     form = schema.template(key, root)
     if form in _known_keys(root):
-        entry = key[len(form) + 1 :] if schema.texts(root).get(form) == schema.NAMED_TEXTS else ""
+        is_named = schema.texts(root).get(form) in (schema.NAMED_TEXTS, schema.NAMED_VALUES)
+        entry = key[len(form) + 1 :] if is_named else ""
         if (entry or key.endswith(".")) and not re.fullmatch(r"\w+", entry):
             raise UserError(f"{where}: {key}: the name after {form} must consist of letters, digits and underscores")
         return

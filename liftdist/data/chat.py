@@ -16,8 +16,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from liftdist.data import replies
-from liftdist.data.content import Content, Conversation, Text, mentions
+from liftdist.data import replies, templates
+from liftdist.data.content import Content, Conversation, Text
 from liftdist.data.replies import Message
 from liftdist.errors import UserError
 
@@ -38,7 +38,7 @@ class Encoder:
 
     Args:
         template: of conversations; the tokenizer's own if None.
-        arguments: of the template, besides those of a record.
+        arguments: of the template, besides those of a record, which win; one that is None is not given to it.
         stops: tokens by which generation stops, besides the end of sequence.
         date: that the template is to write, instead of today's.
         learn: ``ALL`` or ``LAST``.
@@ -61,13 +61,18 @@ class Encoder:
                 f"model.path: {type(tokenizer).__name__} is a slow tokenizer, which does not say where its tokens stand in the "
                 "text; save it as a fast one (tokenizer.json)"
             )
-        self.tokenizer, self._arguments = tokenizer, dict(arguments or {})
+        self.tokenizer = tokenizer
+        self._arguments = {name: value for name, value in (arguments or {}).items() if value is not None}
         own = tokenizer.chat_template
         self.template = template or (own.get("default") if isinstance(own, dict) else own)
         #: Whether the template writes the date.
         self.writes_date = _DATE.search(self.template or "") is not None
         if self.template and date is not None:
             self.template = _DATE.sub(lambda match: repr(date.strftime(match[2])), self.template)
+        try:
+            templates.check_arguments(self._arguments, self.template or "", tokenizer.special_tokens_map)
+        except ValueError as error:
+            raise UserError(f"data.template_arguments.{error}") from None
         self._learn, self._turns = learn, turns
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token_id is not None else []
         self._stops = list(dict.fromkeys([*eos, *stops]))
@@ -141,7 +146,7 @@ class Encoder:
             raise ValueError(
                 "the tokenizer has no chat template; give data.chat_template, or prompt/completion records"
             )
-        if content.tools and not mentions(self.template, "tools"):
+        if content.tools and not templates.mentions(self.template, "tools"):
             raise ValueError(
                 "the chat template does not write the record's tools; leave them out, or use another data.chat_template"
             )

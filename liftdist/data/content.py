@@ -13,10 +13,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+from liftdist.data import templates
 
 Record = Mapping[str, Any]
 
@@ -34,14 +35,6 @@ _WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # 
 _OTHER_WEIGHTS = ("mask", "masked", "loss_weight", "loss_scale", "train_detail")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _TEXT_PARTS = ("text", "input_text", "output_text")
-_OF_THE_RENDERER = (
-    "messages",
-    "conversations",
-    "tools",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-)
 
 
 @dataclass(frozen=True)
@@ -103,17 +96,11 @@ def unread(content: Content, template: str) -> list[str]:
     """What a conversation gives to its template, by name, and the template's text does not mention."""
     if isinstance(content, Text):
         return []
-    return sorted(name for name in set(_names(content)) if not mentions(template, name))
-
-
-@functools.lru_cache(maxsize=1024)
-def mentions(template: str, name: str) -> bool:
-    """Whether the name stands in the template's text, as a word."""
-    return re.search(rf"\b{re.escape(name)}\b", template) is not None
+    arguments = set(content.arguments) - templates.variables(template)[0] if content.arguments else set()
+    return sorted(arguments | {name for name in set(_names(content)) if not templates.mentions(template, name)})
 
 
 def _names(content: Conversation) -> Iterator[str]:
-    yield from content.arguments
     if content.tools:
         yield "tools"
     for message in content.messages:
@@ -271,7 +258,7 @@ def _arguments(record: Record) -> Mapping[str, Any]:
         return {}
     if not isinstance(arguments, Mapping):
         raise ValueError(f"'chat_template_kwargs' must be an object, got {_kind(arguments)}")
-    if taken := [name for name in _OF_THE_RENDERER if name in arguments]:
+    if taken := [name for name in templates.RESERVED if name in arguments]:
         raise ValueError(f"'chat_template_kwargs' must not hold {taken[0]!r}, which the record gives otherwise")
     return arguments
 

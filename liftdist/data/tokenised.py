@@ -25,7 +25,7 @@ import numpy as np
 from liftdist import files
 from liftdist.data import parts, reading, records, sources, workers
 from liftdist.data.chat import Encoded, Encoder
-from liftdist.data.content import Content, digest, unread
+from liftdist.data.content import Content, Text, digest, unread
 from liftdist.data.parts import Row
 from liftdist.errors import UserError
 from liftdist.schema import DataConfig, DataSource
@@ -69,6 +69,9 @@ ALONE = "tokenised by one process, because the tokenizer cannot be handed to oth
 # what records hold that does not reach the tokens
 UNUSED = "fields that are not used"
 UNREAD = "keys that the chat template does not read"
+# settings that nothing uses
+IDLE = "settings that are not used, because these records need no chat template"
+_OF_TEMPLATES = ("chat_template", "template_arguments")
 
 
 @dataclass
@@ -335,6 +338,8 @@ def encode_all(
         content, samples = records.at(where, encoded, record)
         report.name(UNUSED, read.unused(record))
         report.name(UNREAD, unread(content, encoder.template or ""))
+        if isinstance(content, Text):
+            report.name(IDLE, [f"data.{name}" for name in _OF_TEMPLATES if getattr(config, name)])
         place = place_of(where)
         if not samples:
             report.add(NOTHING, place)

@@ -116,11 +116,13 @@ def of_settings(before: str, after: str) -> list[SettingChange]:
     for key in dict.fromkeys([*old, *new]):
         kind = kinds.get(schema.template(key))
         in_both = key in old and key in new  # a setting that only one version of liftdist knows is not a change
-        # entries of lists of sections, and of texts by name, may be added or removed
-        comes_and_goes = schema.texts().get(schema.template(key)) == schema.NAMED_TEXTS
+        form = schema.template(key)
+        # entries of lists of sections, and of texts and values by name, may be added or removed
+        comes_and_goes = schema.texts().get(form) in (schema.NAMED_TEXTS, schema.NAMED_VALUES)
         if entry := re.match(r".*\.\d+\.", key):
             comes_and_goes |= not all(any(other.startswith(entry[0]) for other in side) for side in (old, new))
-        if kind is not None and (in_both or comes_and_goes) and old.get(key) != new.get(key):
+        # by their texts: true and 1 are two values
+        if kind is not None and (in_both or comes_and_goes) and repr(old.get(key)) != repr(new.get(key)):
             found.append((kind, f"{key}: {old.get(key, 'absent')} -> {new.get(key, 'absent')}"))
     return found
 

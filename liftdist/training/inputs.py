@@ -139,7 +139,15 @@ def encoding_of(config: Config, weights: bool = True) -> Encoding:
     template, date = _template(data.chat_template), date_of(Path(config.run_dir).expanduser())
 
     def encoder_of(source: DataSource) -> Encoder:
-        return Encoder(tokenizer, template, stops=stops, date=date, learn=source.learn, turns=source.turns)
+        return Encoder(
+            tokenizer,
+            template,
+            data.template_arguments,
+            stops=stops,
+            date=date,
+            learn=source.learn,
+            turns=source.turns,
+        )
 
     return Encoding(folder, encoder_of, text_config)
 
