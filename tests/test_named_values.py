@@ -23,7 +23,7 @@ class Root:
     data: Data = field(default_factory=Data)
 
 
-FILE = "data:\n  arguments:\n    thinking: true\n    documents:\n      - title: '0012'\n        text: a\n    effort: low # it is\n"
+FILE = "data:\n  arguments:\n    thinking: true\n    documents:\n      - title: '0012'\n        text: a\n    effort: low # yes\n"
 OF_FILE = {"thinking": True, "documents": [{"title": "0012", "text": "a"}], "effort": "low"}
 
 #: what is written after the name, and what it is; from the command line and in a file alike

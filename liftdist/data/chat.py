@@ -161,13 +161,29 @@ class Encoder:
                 return [self._sample(content, content.messages, wanted)]
             except replies.Changed as error:
                 if self._turns == WHOLE:
-                    raise ValueError(
-                        f"{error}; data.turns=split makes a sample of each reply, or use another data.chat_template"
-                    ) from None
+                    split = (
+                        "data.turns=split makes a sample of each reply, or "
+                        if self._is_whole_alone(content, wanted)
+                        else ""
+                    )
+                    raise ValueError(f"{error}; {split}use another data.chat_template, which keeps it") from None
             except ValueError:
                 if self._turns == WHOLE or not wanted:
                     raise  # else it may be an earlier turn that is without its end
-        return [self._sample(content, content.messages[: number + 1], [number]) for number in wanted]
+        return self._split(content, wanted)
+
+    def _split(self, content: Conversation, wanted: Sequence[int]) -> list[Encoded]:
+        """A sample of each reply."""
+        try:
+            return [self._sample(content, content.messages[: number + 1], [number]) for number in wanted]
+        except replies.Changed as error:  # also in the newest turn
+            raise ValueError(f"{error}; use another data.chat_template, which keeps it") from None
+
+    def _is_whole_alone(self, content: Conversation, wanted: Sequence[int]) -> bool:
+        """Whether ``SPLIT`` would show all of each reply."""
+        with contextlib.suppress(ValueError):
+            return bool(self._split(content, wanted))
+        return False
 
     def _sample(self, content: Conversation, messages: Sequence[Message], wanted: Sequence[int]) -> Encoded:
         def render(turns: Sequence[Message], open_reply: bool) -> str:
@@ -220,7 +236,17 @@ class Encoder:
                 **{**self.tokenizer.special_tokens_map, **self._arguments, **content.arguments},
             )
         except TemplateError as error:  # templates reject unknown roles and orders
-            raise ValueError(f"the chat template refuses this conversation: {error}") from None
+            raise ValueError(
+                f"the chat template refuses this conversation: {_one_line(error)}; change the record, or use another "
+                "data.chat_template"
+            ) from None
         except Exception as error:  # and run into errors of any kind
-            raise ValueError(f"the chat template fails on this conversation: {type(error).__name__}: {error}") from None
+            raise ValueError(
+                f"the chat template fails on this conversation: {type(error).__name__}: {_one_line(error)}; change the record, "
+                "or use another data.chat_template"
+            ) from None
         return str(texts[0]), [tuple(block) for block in blocks[0]] if blocks else []
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

@@ -101,7 +101,10 @@ def _positions(messages: Sequence[Message], render: Render, whole: str) -> dict[
         found.setdefault(number, (begin, end))
     for number, message in enumerate(messages):
         if marked[number] is not message and number not in found:
-            raise ValueError(f"the chat template drops message {number + 1}, of role {message['role']!r}")
+            raise ValueError(
+                f"the chat template drops message {number + 1}, of role {message['role']!r}; leave it out, or use another "
+                "data.chat_template"
+            )
     return found
 
 

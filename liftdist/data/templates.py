@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 #: Names that liftdist passes to every template, or that the renderer gives a meaning of its own.
 RESERVED = (
@@ -35,7 +35,7 @@ def variables(template: str) -> tuple[frozenset[str], frozenset[str]]:
     class Generation(Extension):
         """``{% generation %}``, which marks replies, as nothing but what is in it."""
 
-        tags: ClassVar = {"generation"}
+        tags = {"generation"}  # noqa: RUF012
 
         def parse(self, parser: parser.Parser) -> list[nodes.Node]:
             next(parser.stream)

@@ -212,17 +212,36 @@ DROPS_SYSTEM += "<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt 
 @pytest.mark.parametrize(
     ("template", "messages", "problem"),
     [
-        (DROPS_SYSTEM, CONVERSATIONS["system"], "the chat template drops message 1, of role 'system'"),
+        (DROPS_SYSTEM, CONVERSATIONS["system"],
+         "drops message 1, of role 'system'; leave it out, or use another data.chat_template"),
         (DROPS_SYSTEM, [{"role": "developer", "content": "x y"}, *CONVERSATIONS["single"]], "message 1, of role 'developer'"),
         (DROPS_SYSTEM, CONVERSATIONS["reasoning"], "drops reasoning_content of message 2, or a part of it"),
         (DROPS_SYSTEM, CONVERSATIONS["tool"], "drops tool_calls of message 2, or a part of it"),
         (DROPS_SYSTEM, [*CONVERSATIONS["single"], {"role": "tool", "content": "so it is"}, assistant("Fine.")],
          "drops message 3, of role 'tool'"),
         ("{{ messages[0]['content'] + 1 }}", CONVERSATIONS["single"], "the chat template fails on this conversation: TypeError"),
-        ("{{ raise_exception('No!') }}", CONVERSATIONS["single"], "the chat template refuses this conversation: No!"),
+        ("{{ raise_exception('No!\n No.') }}", CONVERSATIONS["single"],
+         "the chat template refuses this conversation: No! No.; change the record, or use another data.chat_template"),
         ("{% for m in messages %}{{ m.content }}{% endfor %}", CONVERSATIONS["single"], "writes no token after a reply by which"),
     ],
 )  # fmt: skip
 def test_what_a_template_does_not_say_is_refused(template, messages, problem, tokenizer):
     with pytest.raises(ValueError, match=re.escape(problem)):
         Encoder(tokenizer, template)(Conversation(messages))
+    for turns in (chat.WHOLE, chat.SPLIT):  # no remedy that does not help
+        with pytest.raises(ValueError, match="the chat template ") as caught:
+            Encoder(tokenizer, template, turns=turns)(Conversation(messages))
+        assert "data.turns" not in str(caught.value)
+
+
+@pytest.mark.parametrize("turns", [chat.AUTO, chat.WHOLE, chat.SPLIT])
+def test_a_template_that_drops_the_newest_reasoning_too_needs_another(turns, encoder_of):
+    """As it ships with the distillations of DeepSeek R1."""
+    encoder = encoder_of("deepseek_r1_distill")
+    encoder._turns = turns
+    for kind, key in (("tags", "content"), ("reasoning", "reasoning_content")):
+        with pytest.raises(ValueError, match="drops") as caught:
+            encoder(Conversation(CONVERSATIONS[kind][:2]))
+        assert str(caught.value) == (
+            f"the chat template drops {key} of message 2, or a part of it; use another data.chat_template, which keeps it"
+        )
