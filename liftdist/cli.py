@@ -12,7 +12,7 @@ from liftdist import __version__, output, preflight, schema
 from liftdist import config as configs
 from liftdist.cluster import cancel, launcher, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
-from liftdist.options import add_continuation_flags, allowed_by
+from liftdist.options import add_continuation_flags, allowed_by, check_given_once
 from liftdist.redaction import redact
 from liftdist.registry import EXPORT_FORMATS
 from liftdist.runs import changes, layout
@@ -37,6 +37,7 @@ def main(arguments: Sequence[str]) -> None:
     command.arguments(parser)
     options = parser.parse_intermixed_args(arguments[1:])
     try:
+        check_given_once(getattr(options, "overrides", ()))
         command.run(options)
     except UserError as error:
         print(f"liftdist: {redact(str(error))}", file=sys.stderr)

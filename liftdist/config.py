@@ -109,7 +109,10 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
     """Apply ``key=value``; the key names an entry of a list of sections by its index, from 0."""
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise UserError(f"override {override!r}: expected key=value")
+        raise UserError(
+            f"override {override!r}: expected key=value; what the shell takes apart (blanks, *, {{a,b}}) needs quotes: "
+            "data.path='data/*.jsonl'"
+        )
     where = f"override {override!r}"
     yaml_tree.check_key(key, where, root)
     locations[key] = f"{where}: {key}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
+from liftdist.errors import UserError
 from liftdist.schema import COURSE, STATE
 
 CONTINUATION_FLAGS = {
@@ -20,6 +21,17 @@ def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split the arguments of a command into positional ones, of which the config is the first, and flags."""
     flags = [word for word in arguments if word.startswith("--")]
     return [word for word in arguments if not word.startswith("--")], flags
+
+
+def check_given_once(overrides: Sequence[str]) -> None:
+    """Raises ``UserError`` for data that is named twice: the shell makes two words of ``data.path={a,b}.jsonl``."""
+    for key in ("data.path", "data.eval_path"):
+        given = [text for name, _, text in (word.partition("=") for word in overrides) if name == key]
+        if len(given) > 1:
+            raise UserError(
+                f"{key} is given {len(given)} times ({', '.join(given)}), and one would count; give a folder, or a pattern in "
+                f"quotes: {key}='data/*.jsonl'"
+            )
 
 
 def add_continuation_flags(parser: argparse.ArgumentParser) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from liftdist.data import templates
+from liftdist.data import json_text, templates
 
 Record = Mapping[str, Any]
 
@@ -268,9 +268,10 @@ def _parsed(value: Any, what: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value) if value.strip() else None
-    except ValueError:
-        raise ValueError(f"{what}: not JSON: {value[:40]!r}") from None
+        return json_text.of_text(value.strip()) if value.strip() else None
+    except ValueError as error:
+        reason = f"not JSON: {value[:40]!r}" if str(error).startswith("not JSON") else error
+        raise ValueError(f"{what}: {reason}") from None
 
 
 def _kind(value: Any) -> str:

@@ -46,6 +46,13 @@ def in_folder(path: str, folder: Path, subset: str | None, split: str) -> list[P
     return _complete(path, _by_names(path, _data_files(path, folder), split))
 
 
+def has_splits(path: str, folder: Path) -> bool:
+    """Whether a folder holds several splits, or files that are named after one. Raises as :func:`in_folder`."""
+    if (folder / "dataset_dict.json").is_file() or _configs(path, folder / "README.md"):
+        return True
+    return not (folder / "state.json").is_file() and any(map(_split_of, _data_files(path, folder)))
+
+
 def _no_subset(path: str, subset: str | None) -> None:
     if subset is not None:
         raise UserError(f"data {path}: names no subsets, so it has no {subset}; leave data.subset out")
@@ -158,8 +165,7 @@ def _by_names(path: str, files: Sequence[Path], split: str) -> list[Path]:
     """The files of a split, where files are named after splits; all if none is."""
     splits: dict[str, list[Path]] = {}
     for file in files:
-        words = [_SPLITS[word] for word in re.split(r"[-_. \d]+", file.name.lower()) if word in _SPLITS]
-        splits.setdefault(words[0] if len(set(words)) == 1 else "", []).append(file)
+        splits.setdefault(_split_of(file), []).append(file)
     unnamed = splits.pop("", [])
     if not splits:
         if split not in ANY_SPLIT:
@@ -171,6 +177,12 @@ def _by_names(path: str, files: Sequence[Path], split: str) -> list[Path]:
             f"data {path}: {named} is named after a split, and {unnamed[0].name} is not; name the files, as a pattern"
         )
     return splits[_chosen(path, split, splits)]
+
+
+def _split_of(file: Path) -> str:
+    """The split that a file is named after; empty if there is none, or several."""
+    words = {_SPLITS[word] for word in re.split(r"[-_. \d]+", file.name.lower()) if word in _SPLITS}
+    return words.pop() if len(words) == 1 else ""
 
 
 def _complete(path: str, files: list[Path]) -> list[Path]:

@@ -1,13 +1,14 @@
 """JSON as it was meant: what a reader would have to guess, or would drop without a word, is refused.
 
-Refused besides malformed JSON: a key that occurs twice in an object, NaN and Infinity, halves of surrogate pairs (no tokenizer
-takes them), numbers and nesting beyond the parser's limits.
+Refused besides malformed JSON: a key that occurs twice in an object, NaN, Infinity and numbers so large that they would become
+it, halves of surrogate pairs (no tokenizer takes them), numbers and nesting beyond the parser's limits.
 """
 
 from __future__ import annotations
 
 import codecs
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
@@ -32,12 +33,22 @@ def _constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON; write null")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+def _float(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits[:20]} is beyond the largest number; write it as text")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_float)
 
 
 def loads(line: bytes) -> Any:
     """The value of one line. Raises ``ValueError`` with a reason for the user."""
-    text = decoded(line).lstrip("\ufeff").rstrip()
+    return of_text(decoded(line).lstrip("\ufeff").rstrip())
+
+
+def of_text(text: str) -> Any:
+    """The value that a text stands for. Raises ``ValueError`` with a reason for the user."""
     try:
         return _checked(_DECODER.decode(text), text)
     except json.JSONDecodeError as error:

@@ -14,7 +14,7 @@ import os
 import stat
 from pathlib import Path
 
-from liftdist.data.folders import ANY_SPLIT, in_folder
+from liftdist.data.folders import ANY_SPLIT, has_splits, in_folder
 from liftdist.data.kinds import KNOWN, kind_of, of_one_kind, open_as
 from liftdist.data.reading import FileSource, Joined, Source
 from liftdist.errors import UserError
@@ -32,6 +32,15 @@ def is_local(path: str) -> bool:
         return Path(path).exists()
     except OSError:  # may not be looked at
         return True
+
+
+def has_no_splits(path: str) -> bool:
+    """Whether ``path`` means files here of which all are taken, whatever split is asked for. Raises ``UserError``."""
+    given = Path(path).expanduser()
+    try:
+        return is_local(path) and not (given.is_dir() and has_splits(path, given))
+    except OSError as error:
+        raise UserError(f"data {error.filename or path}: {error.strerror or error}") from None
 
 
 def open_local(path: str, subset: str | None, split: str) -> Source:

@@ -12,7 +12,7 @@ from typing import Any
 
 from liftdist.data import content, wording
 from liftdist.data.content import Content, Conversation, Text
-from liftdist.data.sources import Record, Source, is_local, open_records
+from liftdist.data.sources import Record, Source, check_splits, is_local, open_records
 from liftdist.errors import UserError
 from liftdist.registry import FORMATS
 from liftdist.schema import DataConfig, DataSource
@@ -211,6 +211,7 @@ def check_first_records(config: DataConfig) -> None:
     Raises:
         UserError: naming file and line.
     """
+    check_splits(config)
     for given in config.all_sources:
         if is_local(given.path):
             source = open_records(given)

@@ -26,6 +26,7 @@ Message = Mapping[str, Any]
 Render = Callable[[Sequence[Message], bool], str]  # messages, whether the prompt for a reply follows
 
 _MARK = "qX7z{}Zq"  # letters and digits, which no template escapes, and in no conversation
+_THOUGHT = "</think>"  # ends reasoning
 _PROBE = {"role": "user", "content": _MARK.format("")}
 
 
@@ -62,7 +63,7 @@ def find(
             continue
         later = [bounds[n][0] for n in range(number + 1, len(messages)) if n in bounds and bounds[n][0] >= reached]
         limit = min(later, default=len(whole))
-        reply = _reply(number, messages, render, whole, reached, limit, special, stops)
+        reply = _reply(number, messages, render, whole, reached, limit, special, stops if number in wanted else None)
         if number in wanted:
             found.append(reply)
             _check_complete(number, message, whole[reply.begin : reply.end])
@@ -126,9 +127,9 @@ def _reply(
     reached: int,
     limit: int,
     special: re.Pattern[str],
-    stops: Sequence[str],
+    stops: Sequence[str] | None,
 ) -> Reply:
-    """The reply in the text between the messages before and after it, ``whole[reached:limit]``."""
+    """The reply in the text between the messages before and after it, ``whole[reached:limit]``; ``stops`` if it is learned."""
     before, newest = render(messages[:number], True), render(messages[: number + 1], False)
     if whole.startswith(before) and newest.startswith(before):
         begin, turn = len(before), newest[len(before) :]
@@ -137,7 +138,8 @@ def _reply(
         begin, header = _after_header(whole, reached, limit, prompt, special)
         turn = newest[newest.rfind(header) + len(header) :]
     end = begin + _end_of_turn(whole[begin:limit], turn, special)
-    if not special.sub("\0", whole[begin:end]).rpartition("\0")[2].strip() and special.search(whole, begin, end):
+    ends = special.search(whole, begin, end) and not special.sub("\0", whole[begin:end]).rpartition("\0")[2].strip()
+    if ends or stops is None:
         return Reply(number, begin, end)
     # the template ends no turn: the model stops by the token that begins the next one
     if limit < len(whole):
@@ -211,6 +213,11 @@ def _check_complete(number: int, message: Message, learned: str) -> None:
     for key, text in given_texts(message):
         if not _contains(learned, text):
             raise Changed(f"the chat template drops {key} of message {number + 1}, or a part of it")
+        if key == "content" and 0 < text.count(_THOUGHT) < learned.count(_THOUGHT):
+            raise ValueError(
+                f"the chat template writes {_THOUGHT} once more than message {number + 1} has it; give the reasoning as "
+                "'reasoning_content' of the message"
+            )
 
 
 class Changed(ValueError):

@@ -60,6 +60,21 @@ def open_records(source: DataSource) -> Source:
     return open_source(source.path, source.subset, source.split, source.revision)
 
 
+def check_splits(config: DataConfig) -> None:
+    """Raises ``UserError`` if a split is asked for of files that have none; the defaults ask for nothing."""
+    keys = {"data.path": "data.split", "data.eval_path": "data.eval_split"}
+    for source in config.all_sources:
+        key, path, split = keys.get(source.key, f"{source.section}.split"), source.path, source.split
+        default = "test" if source.key.startswith("data.eval_") else "train"
+        if split != default and (path.startswith("hf://") or local.has_no_splits(path)):
+            raise UserError(f"{key}={split}: data {path} has no splits, all of it would be taken; leave {key} out")
+
+
+def label(path: str, split: str) -> str:
+    """What a path is called where more than one split of it may be used. Raises ``UserError``."""
+    return path if path.startswith("hf://") or local.has_no_splits(path) else f"{path}, {split}"
+
+
 def remember_digests(config: DataConfig, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> None:
     """Hash local files and cache their digests for the ranks of this machine. Raises ``UserError`` like :func:`open_source`.
 

@@ -54,6 +54,7 @@ def prepare_inputs(
     folder, encoder_of, text_config = encoding or encoding_of(config)
     hash_files(config, console, check)
     vocabulary = text_config.vocab_size
+    sources.check_splits(config.data)
 
     def samples_of(source: DataSource) -> tokenised.Samples:
         path = source.path
@@ -80,9 +81,10 @@ def prepare_inputs(
             )
         learned = int(samples.learned.sum())
         tokens = int(samples.lengths.sum())
-        console.say(f"data {path}: {len(samples)} samples, {tokens} tokens, {learned} of them learned")
+        label = sources.label(path, split)
+        console.say(f"data {label}: {len(samples)} samples, {tokens} tokens, {learned} of them learned")
         for line in samples.report.lines():
-            console.say(f"data {path}: {line}")
+            console.say(f"data {label}: {line}")
         return samples
 
     held_out = {source.name: samples_of(source) for source in config.data.held_out_sources}

@@ -288,3 +288,53 @@ def test_a_folder_is_trained_on_and_evaluated_by_its_splits(tiny_model, tmp_path
     assert said.startswith(f"liftdist: {folder}/test.jsonl:2: ")
     code, said = call("train", write_config(tmp_path, tiny_model, folder), "data.eval_split=validation")
     assert said == f"liftdist: data {folder}: has no split validation; those it has: test, train\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "word", "is_refused"),
+    [
+        (["a.jsonl"], "data.path=a.jsonl data.split=test", True),
+        (["a.jsonl"], "data.path=*.jsonl data.split=validation", True),
+        (["a.jsonl", "b.jsonl"], "data.path=. data.split=test", True),
+        (["a.jsonl"], "data.eval_split=train data.eval_path=a.jsonl data.path=a.jsonl", True),
+        (["a.jsonl.gz"], "data.path=a.jsonl.gz data.split=test", True),
+        (["a.jsonl"], "data.path=a.jsonl data.eval_path=a.jsonl data.split=train data.eval_split=test", False),
+        (["train.jsonl", "test.jsonl"], "data.path=. data.split=test", False),
+        (["train.jsonl", "test.jsonl"], "data.path=. data.split=test data.eval_path=. data.eval_split=train", False),
+        (["train.jsonl", "test.jsonl"], "data.path=train.jsonl data.split=test", True),
+    ],
+)
+def test_a_split_of_what_has_none_is_refused(files, word, is_refused, tiny_model, tmp_path, monkeypatch):
+    folder = fill(tmp_path / "data", **dict.fromkeys(files, "ab"))
+    config = write_config(tmp_path, tiny_model, folder / files[0], data=dict(eval_path=None))
+    monkeypatch.chdir(folder)
+    code, said = call("select", config, "--prefetch", *word.split())
+    assert (code, "has no splits, all of it would be taken; leave data." in said) == (2 * is_refused, is_refused), said
+    assert not is_refused or said.count("\n") == 1
+
+
+def test_what_is_said_of_a_folder_names_the_split(tiny_model, tmp_path):
+    folder = fill(tmp_path / "data", **{"train.jsonl": "abc", "test.jsonl": "d"})
+    code, said = call("select", write_config(tmp_path, tiny_model, folder), "--prefetch")
+    assert code == 0
+    assert f"data {folder}, train: 3 samples" in said
+    assert f"data {folder}, test: 1 samples" in said
+    assert f"data {folder}, test: files: test.jsonl" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["data.path=a.jsonl", "data.path=b.jsonl"],  # what the shell makes of data.path={a,b}.jsonl
+         "data.path is given 2 times (a.jsonl, b.jsonl), and one would count; give a folder, or a pattern in quotes: data.path="),
+        (["data.eval_path=a", "train.steps=1", "data.eval_path=b"], "data.eval_path is given 2 times (a, b)"),
+        (["data/a.jsonl", "data/b.jsonl"], "override 'data/a.jsonl': expected key=value; what the shell takes apart"),
+        (["data.path=my", "file.jsonl"], "override 'file.jsonl': expected key=value; what the shell takes apart (blanks, *"),
+        (["data.path={a,b}.jsonl"], "data {a,b}.jsonl: no such file"),
+        (["data.path=none/*.jsonl"], "data none/*.jsonl: no file matches"),
+    ],
+)  # fmt: skip
+def test_what_the_shell_has_taken_apart(words, problem, tiny_model, records, tmp_path):
+    code, said = call("train", write_config(tmp_path, tiny_model, records), *words)
+    assert (code, said.count("\n")) == (2, 1), said
+    assert problem in said
