@@ -93,7 +93,10 @@ def learned(encoder, sample):
 
 
 #: What a template is refused for: the conversation is not learned in silence without a part of it.
-REFUSED = r"drops (reasoning_content|tool_calls|content)|refuses this conversation|fails on this|drops message \d|depending on"
+REFUSED = (
+    r"drops (reasoning_content|tool_calls|content)|refuses this conversation|fails on this|drops message \d|depending on"
+    "|once more"
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
