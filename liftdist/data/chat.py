@@ -74,6 +74,10 @@ class Encoder:
         except ValueError as error:
             raise UserError(f"data.template_arguments.{error}") from None
         self._learn, self._turns = learn, turns
+        #: Id of the token for text that the tokenizer does not know, if it has one of its own.
+        self.unknown = tokenizer.unk_token_id
+        if self.unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            self.unknown = None
         eos = [str(tokenizer.eos_token)] if tokenizer.eos_token_id is not None else []
         self._stops = list(dict.fromkeys([*eos, *stops]))
         special = {str(token) for token in tokenizer.get_added_vocab()} | set(self._stops)

@@ -67,6 +67,7 @@ NOTHING = "left out: nothing to learn in them"
 FILES = "files"
 ALONE = "tokenised by one process, because the tokenizer cannot be handed to others"
 # what records hold that does not reach the tokens
+UNKNOWN = "hold text that the tokenizer does not know, and reads as its token for that"
 UNUSED = "fields that are not used"
 UNREAD = "keys that the chat template does not read"
 # settings that nothing uses
@@ -341,6 +342,8 @@ def encode_all(
         if isinstance(content, Text):
             report.name(IDLE, [f"data.{name}" for name in _OF_TEMPLATES if getattr(config, name)])
         place = place_of(where)
+        if any(encoder.unknown in ids for ids, _ in samples):
+            report.add(UNKNOWN, place)
         if not samples:
             report.add(NOTHING, place)
         if len(samples) > 1:

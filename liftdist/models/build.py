@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from liftdist.errors import UserError
@@ -26,14 +26,6 @@ def check_type(folder: Path, config: ModelConfig) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a malformed field can raise any error
         raise UserError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
-
-
-def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase:
-    """The tokenizer in ``folder``. Raises ``UserError`` if there is none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
-    except Exception as error:  # the library raises errors of many kinds
-        raise UserError(f"model.path {folder}: no usable tokenizer: {str(error).splitlines()[0]}") from None
 
 
 def stop_ids(folder: Path) -> list[int]:

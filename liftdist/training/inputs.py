@@ -21,6 +21,7 @@ from liftdist.errors import UserError
 from liftdist.models import build
 from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
+from liftdist.models.tokenizer import load_tokenizer
 from liftdist.runs import claims
 from liftdist.schema import Config, DataSource
 
@@ -136,7 +137,7 @@ def encoding_of(config: Config, weights: bool = True) -> Encoding:
     """
     folder, data = resolve_model(config.model.path, config.model.revision, weights), config.data
     text_config = build.check_type(folder, config.model).get_text_config()
-    tokenizer = build.load_tokenizer(folder, config.model)
+    tokenizer = load_tokenizer(folder, config.model)
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(build.stop_ids(folder))]
     template, date = _template(data.chat_template), date_of(Path(config.run_dir).expanduser())
 
