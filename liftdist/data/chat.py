@@ -135,7 +135,12 @@ class Encoder:
 
     def _encode(self, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
         """Tokens of ``text``, learned where they hold a character of a span, blanks at its end aside."""
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        try:
+            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        except TypeError:  # records hold none
+            raise ValueError(
+                "the chat template writes half of a surrogate pair, which is no text; correct it"
+            ) from None
         ends = [(begin, end, begin + len(text[begin:end].rstrip())) for begin, end in spans]
 
         def is_learned(a: int, b: int) -> bool:
@@ -225,7 +230,7 @@ class Encoder:
         self, content: Conversation, messages: Sequence[Message], open_reply: bool, as_parts: bool | None = None
     ) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and begin and end of its ``{% generation %}`` blocks."""
-        from jinja2 import TemplateError
+        from jinja2 import TemplateError, TemplateSyntaxError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         if self._takes_parts if as_parts is None else as_parts:
@@ -239,6 +244,8 @@ class Encoder:
                 add_generation_prompt=open_reply,
                 **{**self.tokenizer.special_tokens_map, **self._arguments, **content.arguments},
             )
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the chat template is malformed: line {error.lineno}: {error.message}") from None
         except TemplateError as error:  # templates reject unknown roles and orders
             raise ValueError(
                 f"the chat template refuses this conversation: {_one_line(error)}; change the record, or use another "

@@ -118,7 +118,8 @@ def _message(turn: Any, where: str) -> tuple[dict[str, Any], bool]:
     given = {name: value for name, value in turn.items() if value is not None}
     speaker, content = _either(given, "role", "from", where), _either(given, "content", "value", where)
     if not isinstance(speaker, str):
-        raise ValueError(f"{where} needs 'role' or 'from' (keys: {', '.join(map(str, turn)) or 'none'})")
+        problem = f"a role that is text, got {_kind(speaker)}" if speaker is not None else "'role' or 'from'"
+        raise ValueError(f"{where} needs {problem} (keys: {', '.join(map(str, turn)) or 'none'})")
     if speaker not in ROLES:
         raise ValueError(f"{where}: role must be one of {', '.join(ROLES)}, got {speaker!r}")
     refuse_media(given, where)
@@ -155,7 +156,7 @@ def _is_learned(given: dict[str, Any], role: str, where: str) -> bool:
     for name in [name for name in _WEIGHTS if name in given]:
         value = given.pop(name)
         if value not in (0, 1) or isinstance(value, str):
-            raise ValueError(f"{where}: {name!r} must be 0 or 1, or true or false, got {value!r}")
+            raise ValueError(f"{where}: {name!r} must be 0 or 1, or true or false, got {value!r:.40}")
         if value and role != "assistant":
             raise ValueError(f"{where}: {name!r} asks to learn a turn of role {role!r}, but only replies are learned")
         is_learned &= bool(value)

@@ -186,6 +186,15 @@ def test_replies_that_are_not_to_be_learned(weights, masked):
             "turn 2 of 'messages' has both 'role' and 'from'; leave one of them out",
         ),
         (
+            {"messages": [{**USER, "role": ["user"]}, REPLY]},
+            "turn 1 of 'messages' needs a role that is text, got list (keys: role,",
+        ),
+        ({"messages": [{**USER, "role": 1}, REPLY]}, "turn 1 of 'messages' needs a role that is text, got int"),
+        (
+            {"messages": [USER, {**REPLY, "weight": 10**99}]},
+            "'weight' must be 0 or 1, or true or false, got 1000000000000000000000000",
+        ),
+        (
             {"messages": [USER, {**REPLY, "value": "No"}]},
             "turn 2 of 'messages' has both 'content' and 'value'; leave one of them out",
         ),

@@ -1,10 +1,14 @@
 """Records are recognised, their fields renamed or worded by the user; a bad one is named by file and line."""
 
+import csv
+import gzip
 import json
 
 import builders
+import pyarrow
 import pytest
 from commands import call, write_config
+from pyarrow import parquet
 
 from liftdist.data import records, sources, tokenised
 from liftdist.data.chat import Encoder
@@ -402,3 +406,52 @@ def test_the_command_says_so_before_anything_starts(line, override, problem, tin
     code, said = call("train", config, *override)
     assert (code, problem in said) == (2, True), said
     assert len(said.splitlines()) == 1
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+BIG = '{"a": 1' + "0" * 5000 + "}"
+HALF = r'{"name": "\ud800"}'
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json", "csv", "parquet"])
+@pytest.mark.parametrize(
+    ("field", "value", "problem"),
+    [
+        ("tools", DEEP, "'tools': is nested too deep (more than 100 lists and objects in one another)"),
+        ("tools", f"[{BIG}]", "'tools': holds a number of too many digits; write it as text"),
+        (
+            "tools",
+            f"[{HALF}]",
+            r"'tools': \ud800 is half of a surrogate pair, which is no text; remove it, or write both halves",
+        ),
+        ("tools", '[{"name": "f", "x": 1e999}]', "'tools': 1e999 is beyond the largest number; write it as text"),
+        ("tools", '[{"name": "f", "x": NaN}]', "'tools': NaN is no JSON; write null"),
+        (
+            "tools",
+            '[{"name": "f", "name": "g"}]',
+            "'tools': key 'name' occurs twice in an object, and only one of the two",
+        ),
+        ("tools", "[{'name': 'f'}]", "'tools': not JSON: "),
+        ("chat_template_kwargs", DEEP, "'chat_template_kwargs': is nested too deep"),
+        ("chat_template_kwargs", HALF, r"'chat_template_kwargs': \ud800 is half of a surrogate pair"),
+    ],
+)
+def test_json_inside_of_texts_is_read_as_strictly(kind, field, value, problem, tmp_path):
+    """In whatever file; it was a traceback where Python's parser gave up."""
+    rows = [{"question": "a", "answer": "b", field: text} for text in ("", value)]
+    path = tmp_path / f"d.{kind}"
+    if kind == "parquet":
+        parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    elif kind == "csv":
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    else:
+        text = json.dumps(rows, indent=1) if kind == "json" else "".join(json.dumps(row) + "\n" for row in rows)
+        path.write_bytes((gzip.compress if kind.endswith("gz") else bytes)(text.encode()))
+    with pytest.raises(UserError) as caught:
+        contents(path)
+    places = {"parquet": " record 1", "json": " record 1", "csv": "3"}
+    assert str(caught.value).startswith(f"{path}:{places.get(kind, '2')}: {problem}")
+    assert "\n" not in str(caught.value)

@@ -131,6 +131,18 @@ def test_what_only_ranks_find_out(tiny_model, tmp_path):
     (tmp_path / "late.jsonl").write_text("\n".join([*(good * 30), '{"prompt": 1}', ""]))
     run = run_command("train", config, "--nproc", 2, f"data.path={tmp_path}/late.jsonl")
     assert "late.jsonl:1201: 'prompt' must be text, got int" in user_error(run)
+    asked, answer = {"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}
+    chats = [{"messages": [asked, answer]}] * 899 + [{"messages": [{"role": "system", "content": "S"}, asked, answer]}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    template = "{{ raise_exception('No system') if messages[0].role == 'system' }}{% for m in messages %}<|im_start|>{{ m.role }}"
+    template += (
+        "\n{{ m.content }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    run = run_command(
+        "train", config, "--nproc", 2, f"data.path={tmp_path}/chats.jsonl", f"data.chat_template={template}"
+    )
+    assert "chats.jsonl:900: the chat template refuses this conversation: No system; change" in user_error(run)
+    assert len(run.stdout.splitlines()) == 1
     small = builders.llama(tmp_path / "small", ROOT / ".cache" / "quickstart" / "SmolLM2-135M-Instruct")
     settings = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(settings | {"vocab_size": 1000}))
