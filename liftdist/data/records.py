@@ -186,6 +186,14 @@ def detect_format(record: Record, section: str = "data") -> str:
             )
         if fits:
             return fits[0]
+    if {"chosen", "rejected"} <= record.keys():
+        asked = {"prompt": "response", "instruction": "response", "question": "answer"}
+        field = next((reply for name, reply in asked.items() if name in record), "text")
+        field = "messages" if isinstance(record["chosen"], list) else field
+        raise ValueError(
+            f"fields {_listed(record)} are preferences, of which nothing is learned by itself; "
+            f"data.fields.{field}=chosen learns the chosen ones"
+        )
     expected = "; ".join("/".join(FORMATS.load(name).FIELDS) for name in known.values())
     raise ValueError(
         f"fields {_listed(record)} fit no format (known: {expected}); say with {section}.fields which are which, "

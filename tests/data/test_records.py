@@ -102,7 +102,7 @@ def test_formats_are_recognised(fields, format):
             "set data.format to one of alpaca, question_answer",
         ),
         (
-            {"prompt": "a", "chosen": "b", "rejected": "c"},
+            {"prompt": "a", "picked": "b", "other": "c"},
             "say with data.fields which are which, or give data.prompt_template",
         ),
     ],
