@@ -74,6 +74,8 @@ class Encoder:
         except ValueError as error:
             raise UserError(f"data.template_arguments.{error}") from None
         self._learn, self._turns = learn, turns
+        #: Whether a reply of the last record does not follow the prompt that the template asks for a reply with.
+        self.asked_otherwise = False
         #: Id of the token for text that the tokenizer does not know, if it has one of its own.
         self.unknown = tokenizer.unk_token_id
         if self.unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
@@ -106,6 +108,7 @@ class Encoder:
         Raises:
             ValueError: the tokenizer lacks a template or an end of sequence; the template refuses, drops or changes a message.
         """
+        self.asked_otherwise = False
         return [self._text(content)] if isinstance(content, Text) else self._conversation(content)
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -199,6 +202,7 @@ class Encoder:
             return self._render(content, turns, open_reply)[0]
 
         found = replies.find(messages, render, self._special, self._stops, wanted)
+        self.asked_otherwise |= any(reply.is_asked_otherwise for reply in found)
         text = render(messages, False)
         if _GENERATION.search(self.template or ""):
             spans = self._marked_by_template(content, messages, found)

@@ -37,6 +37,9 @@ class Reply:
     message: int  # its number in the conversation
     begin: int
     end: int
+    is_asked_otherwise: bool = (
+        False  # before the newest message, too, the template writes another prompt than it asks with
+    )
     stop: str = ""  # text to add after ``end``, where the conversation ends without a token by which the model stops
 
 
@@ -138,18 +141,19 @@ def _reply(
         begin, header = _after_header(whole, reached, limit, prompt, special)
         turn = newest[newest.rfind(header) + len(header) :]
     end = begin + _end_of_turn(whole[begin:limit], turn, special)
+    otherwise = not newest.startswith(before)
     ends = special.search(whole, begin, end) and not special.sub("\0", whole[begin:end]).rpartition("\0")[2].strip()
     if ends or stops is None:
-        return Reply(number, begin, end)
+        return Reply(number, begin, end, otherwise)
     # the template ends no turn: the model stops by the token that begins the next one
     if limit < len(whole):
         if (following := special.search(whole, end, limit)) is not None and following[0] in stops:
-            return Reply(number, begin, following.end())
+            return Reply(number, begin, following.end(), otherwise)
     else:
         before_next = render([*messages, _PROBE], False).rpartition(_PROBE["content"])[0]
         following_tokens = special.findall(before_next)
         if following_tokens and following_tokens[-1] in stops:
-            return Reply(number, begin, end, following_tokens[-1])
+            return Reply(number, begin, end, otherwise, following_tokens[-1])
     raise ValueError(
         "the chat template writes no token after a reply by which the model would stop; use another data.chat_template"
     )

@@ -68,6 +68,7 @@ FILES = "files"
 ALONE = "tokenised by one process, because the tokenizer cannot be handed to others"
 # what records hold that does not reach the tokens
 UNKNOWN = "hold text that the tokenizer does not know, and reads as its token for that"
+OTHERWISE = "hold a reply after another prompt than the chat template asks with"
 UNUSED = "fields that are not used"
 UNREAD = "keys that the chat template does not read"
 # settings that nothing uses
@@ -344,6 +345,8 @@ def encode_all(
         place = place_of(where)
         if any(encoder.unknown in ids for ids, _ in samples):
             report.add(UNKNOWN, place)
+        if encoder.asked_otherwise:
+            report.add(OTHERWISE, place)
         if not samples:
             report.add(NOTHING, place)
         if len(samples) > 1:

@@ -99,6 +99,15 @@ REFUSED = (
 )
 
 
+#: Templates whose prompt for a reply opens reasoning, or closes it, whatever the reply holds; the conversations that show it.
+PLAIN = {"single", "three", "system", "tool", "user at the end"}
+ASKS_OTHERWISE = {
+    **dict.fromkeys(["deepseek_r1_distill", "deepseekv3"], PLAIN),
+    **dict.fromkeys(["nemotron_3_5_lightning", "nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"], PLAIN),
+    "qwen3_5_nothink": {"reasoning", "tags"},
+}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_every_reply_is_learned_or_refused(name, encoder_of):
     encoder, seen = encoder_of(name), 0
@@ -110,6 +119,7 @@ def test_every_reply_is_learned_or_refused(name, encoder_of):
             assert kind not in ("single", "three"), reason
             assert re.search(REFUSED, reason), kind
             continue
+        assert encoder.asked_otherwise is (kind in ASKS_OTHERWISE.get(name, ())), kind
         pieces = [piece for sample in samples for piece in learned(encoder, sample)[0]]
         assert len(pieces) == len(TEXTS[kind]), (kind, pieces)
         for piece, texts in zip(pieces, TEXTS[kind], strict=True):
@@ -244,6 +254,13 @@ def test_what_a_template_does_not_say_is_refused(template, messages, problem, to
         with pytest.raises(ValueError, match="the chat template ") as caught:
             Encoder(tokenizer, template, turns=turns)(Conversation(messages))
         assert "data.turns" not in str(caught.value)
+
+
+def test_an_argument_of_the_template_makes_it_ask_as_it_writes(encoder_of):
+    encoder = encoder_of("nemotron_3_nano")
+    for arguments, expected in (({}, True), ({"enable_thinking": False}, False)):
+        encoder(Conversation(CONVERSATIONS["single"], arguments=arguments))
+        assert encoder.asked_otherwise is expected
 
 
 @pytest.mark.parametrize("turns", [chat.AUTO, chat.WHOLE, chat.SPLIT])
