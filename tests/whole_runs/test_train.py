@@ -142,7 +142,6 @@ def test_what_only_ranks_find_out(tiny_model, tmp_path):
         "train", config, "--nproc", 2, f"data.path={tmp_path}/chats.jsonl", f"data.chat_template={template}"
     )
     assert "chats.jsonl:900: the chat template refuses this conversation: No system; change" in user_error(run)
-    assert len(run.stdout.splitlines()) == 1
     small = builders.llama(tmp_path / "small", ROOT / ".cache" / "quickstart" / "SmolLM2-135M-Instruct")
     settings = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(settings | {"vocab_size": 1000}))
