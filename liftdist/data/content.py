@@ -10,7 +10,6 @@ Must not know tokenizers.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence

@@ -53,9 +53,9 @@ def prepare_inputs(
         UserError: the folder, the tokenizer or the data cannot be used.
     """
     folder, encoder_of, text_config = encoding or encoding_of(config)
+    sources.check_splits(config.data)
     hash_files(config, console, check)
     vocabulary = text_config.vocab_size
-    sources.check_splits(config.data)
 
     def samples_of(source: DataSource) -> tokenised.Samples:
         path = source.path
@@ -82,7 +82,7 @@ def prepare_inputs(
             )
         learned = int(samples.learned.sum())
         tokens = int(samples.lengths.sum())
-        label = sources.label(path, split)
+        label = sources.label(path, source.split)
         console.say(f"data {label}: {len(samples)} samples, {tokens} tokens, {learned} of them learned")
         for line in samples.report.lines():
             console.say(f"data {label}: {line}")
@@ -96,7 +96,8 @@ def prepare_inputs(
         held_out = {source.name: chosen for source, (_, chosen) in zip(training, split, strict=True)}
         found = [kept for kept, _ in split]
         for source, (kept, chosen) in zip(training, split, strict=True):
-            console.say(f"data {source.path}: {len(chosen)} samples are held out, {len(kept)} are left to train on")
+            label = sources.label(source.path, source.split)
+            console.say(f"data {label}: {len(chosen)} samples are held out, {len(kept)} are left to train on")
     samples = Mixture.of([source.name for source in training], found, mixture.taken(training, list(map(len, found))))
     for line in samples.lines():
         console.say(line)

@@ -127,7 +127,11 @@ def encode(path, tokenizer, **settings):
     config = builders.config(path.parent, path, path.parent, data=settings | dict(max_length=4096)).data
     source = sources.open_source(str(path), None, "train")
     rows, report = tokenised.encode_all(
-        source.read(0, 9), records.reader(source, config), Encoder(tokenizer, config.chat_template), 49152, config
+        source.read(0, 9),
+        records.reader(source, config.training_sources[0]),
+        Encoder(tokenizer, config.chat_template),
+        49152,
+        config,
     )
     return rows, report.lines()
 
@@ -238,7 +242,7 @@ def test_subset_and_split_of_a_cloned_data_set(tokenizer, tmp_path):
     for subset, split in (("main", "train"), ("socratic", "test")):
         source = sources.open_source(str(clone), subset, split)
         (row,), _ = tokenised.encode_all(
-            source.read(0, 9), records.reader(source, config), Encoder(tokenizer), 49152, config
+            source.read(0, 9), records.reader(source, config.training_sources[0]), Encoder(tokenizer), 49152, config
         )
         assert f"user\n{subset}?<|im_end|>" in tokenizer.decode(row["input_ids"])
         assert pieces(tokenizer, row) == [f"{split} #### 3<|im_end|>\n"]

@@ -159,7 +159,7 @@ def test_only_tokens_that_occur_need_a_row_of_the_embedding(encoder_of, tmp_path
     path.write_text("".join(json.dumps(record) + "\n" for record in (good, bad)))
     config = builders.config(tmp_path, path, tmp_path).data
     source = sources.open_source(str(path), None, "train")
-    read = records.reader(source, config)
+    read = records.reader(source, config.training_sources[0])
     assert len(tokenised.encode_all(source.read(0, 1), read, encoder, rows, config)[0]) == 1
     with pytest.raises(UserError, match=f"a.jsonl:2: token id {rows} is outside the model's {rows} embeddings"):
         tokenised.encode_all(source.read(0, 2), read, encoder, rows, config)

@@ -97,7 +97,7 @@ def test_they_decide_the_tokens(tokenizer, tmp_path):
     for value in (True, 1, 1.0, {"a": 1, "b": 2}, {"b": 2, "a": 1}):
         config = builders.config(tmp_path, path, tmp_path, data=dict(template_arguments={"x": value})).data
         samples = tokenised.tokenise(
-            str(path), config, Encoder(tokenizer, SHOWS, {"x": value}), 49152, tmp_path / "cache"
+            config.training_sources[0], config, Encoder(tokenizer, SHOWS, {"x": value}), 49152, tmp_path / "cache"
         )
         first_tokens.append(tokenizer.decode(samples.table[0]["input_ids"]).partition("<")[0])
     assert first_tokens == ["true", "1", "1.0", '{"a": 1, "b": 2}', '{"b": 2, "a": 1}']
@@ -106,7 +106,8 @@ def test_they_decide_the_tokens(tokenizer, tmp_path):
 def test_records_that_need_no_template_say_that_they_are_not_used(tokenizer, tmp_path):
     path = builders.write_records(tmp_path / "r.jsonl")
     config = builders.config(tmp_path, path, tmp_path, data=dict(template_arguments={"x": 1}, chat_template=SHOWS)).data
-    samples = tokenised.tokenise(str(path), config, Encoder(tokenizer, SHOWS, {"x": 1}), 49152, tmp_path / "cache")
+    encoder = Encoder(tokenizer, SHOWS, {"x": 1})
+    samples = tokenised.tokenise(config.training_sources[0], config, encoder, 49152, tmp_path / "cache")
     assert samples.report.lines() == [
         "settings that are not used, because these records need no chat template: data.chat_template, data.template_arguments"
     ]
@@ -117,7 +118,8 @@ def test_a_records_own_argument_that_is_no_variable_is_named(tokenizer, tmp_path
     path = tmp_path / "d.jsonl"
     path.write_text(json.dumps({"messages": MESSAGES, "chat_template_kwargs": {"role": 1, "x": 2}}) + "\n")
     config = builders.config(tmp_path, path, tmp_path).data
-    samples = tokenised.tokenise(str(path), config, Encoder(tokenizer, SHOWS), 49152, tmp_path / "cache")
+    encoder = Encoder(tokenizer, SHOWS)
+    samples = tokenised.tokenise(config.training_sources[0], config, encoder, 49152, tmp_path / "cache")
     assert samples.report.lines() == ["keys that the chat template does not read: role"]
 
 

@@ -198,7 +198,7 @@ def test_records_that_the_tokenizer_does_not_know_are_counted(tmp_path):
         "".join(json.dumps({"prompt": "a", "completion": f" {text}"}) + "\n" for text in ("a", "b", "a", "a z"))
     )
     config = builders.config(tmp_path, path, tmp_path).data
-    report = tokenised.tokenise(str(path), config, Encoder(fast), 3, tmp_path / "cache").report
+    report = tokenised.tokenise(config.training_sources[0], config, Encoder(fast), 3, tmp_path / "cache").report
     assert report.lines() == [f"2 {tokenised.UNKNOWN} (2, 4)"]
 
 

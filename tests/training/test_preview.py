@@ -482,7 +482,7 @@ GOOD = json.dumps(chat("Hi", "Yo")) + "\n"
         (GOOD, ["data.chat_template=no.jinja"], "data.chat_template no.jinja: No such file or directory"),
         (json.dumps(chat("Hi", "Yo", weight=0)) + "\n", [], "data .*: nothing to learn: of 1 records 1 left out: .*"),
         (GOOD, ["data.max_length=4"], "data .*: nothing to learn: .*; raise data.max_length"),
-        (GOOD, ["data.split=dev"], "data .*: has no split dev.*"),
+        (GOOD, ["data.split=dev"], "data.split=dev: data .* has no splits, .*; leave data.split out"),
         (GOOD, ["data.fields.x=y"], "data.fields.x: is no field of formats.*"),
         (GOOD, ["model.path=/nowhere"], "model.path /nowhere: no such folder"),
         ('{"a": 1}\n', [], "data.jsonl:1: fields a fit no format .*"),
