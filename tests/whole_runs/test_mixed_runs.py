@@ -169,7 +169,7 @@ def HELD_OUT(folder):
         (["data.sources.1.prompt_template={text}", "data.sources.1.response_template={b}"], "field 'b' of data.sources.1.resp"),
         (["data.sources.1.path=none.jsonl"], "data none.jsonl: no such file"),
         (["data.sources.1.subset=x"], "has no subset x"),
-        (["data.sources.1.split=dev"], "has no split dev"),
+        (["data.sources.1.split=dev"], "has no splits"),
         (["data.sources.1.revision=v1"], "is a local file, which has no revision v1"),
     ],
 )  # fmt: skip
