@@ -25,7 +25,7 @@ from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import local_tensor, rows_of
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
-from liftdist.engine.matrices import principal_parameters
+from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.models import build
 from liftdist.models.head import in_chunks
@@ -99,10 +99,10 @@ class Lora(Contender):
     def prepare(self, model: nn.Module) -> nn.Module:
         import peft
 
-        shapes = [param.shape for param in principal_parameters(model).values()]
-        budget = sum(round(self.config.selection.density * shape.numel()) for shape in shapes)
+        shapes = [place.shape for place in principal_matrices(model).values()]
+        budget = sum(round(self.config.selection.density * m * n) for m, n in shapes)
         rank = round(budget / sum(m + n for m, n in shapes))
-        names = sorted({name.split(".")[-2] for name in principal_parameters(model)})
+        names = sorted({name.split(".")[-2] for name in principal_matrices(model)})
         settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
         # FSDP gathers a layer's parameters in one dtype
         model = self.shard(peft.get_peft_model(model, settings, autocast_adapter_dtype=False))
@@ -114,7 +114,7 @@ class Lora(Contender):
 class Dense(Contender):
     def prepare(self, model: nn.Module) -> nn.Module:
         self.shard(model)
-        trained = list(principal_parameters(model).values())
+        trained = [place.param for place in principal_matrices(model).values()]
         kept = {id(param) for param in trained}
         for param in model.parameters():
             param.requires_grad_(id(param) in kept)

@@ -42,7 +42,7 @@ from liftdist.data.tokenised import IGNORED
 from liftdist.distributed import collectives
 from liftdist.distributed import mesh as meshes
 from liftdist.distributed.mesh import Mesh
-from liftdist.engine.matrices import principal_parameters
+from liftdist.engine.matrices import principal_matrices
 from liftdist.models import build, weights
 from liftdist.runs.context import RunContext
 from liftdist.training import setup
@@ -64,14 +64,14 @@ class Dense:
         config = trainer.config
         self.model = transformers.AutoModelForCausalLM.from_pretrained(trainer.inputs.folder, dtype=torch.bfloat16)
         self.model.requires_grad_(False)
-        for param in principal_parameters(self.model).values():
+        params = [place.param for place in principal_matrices(self.model).values()]
+        for param in params:
             param.requires_grad_(True)
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for layer in build.decoder_layers(self.model):
             fully_shard(layer, mesh=mesh.device_mesh, mp_policy=policy)
         fully_shard(self.model, mesh=mesh.device_mesh, mp_policy=policy)
         self.model.train()
-        params = list(principal_parameters(self.model).values())
         self.optimizer = torch.optim.AdamW(params, lr=config.optimizer.lr, weight_decay=0.0, fused=True)
 
     def run_step(self) -> float:

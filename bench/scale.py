@@ -27,9 +27,8 @@ from liftdist.engine import selection
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.principal import PrincipalWeights
-from liftdist.models import build, head
+from liftdist.models import build, head, names
 from liftdist.models.load import _fill, shard
-from liftdist.models.names import NameMap
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
@@ -51,9 +50,9 @@ class Folder:
         self.bytes_read = 0
         self._tensors = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in build.tensors(model).items()}
 
-    def read(self, name: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+    def rows(self, name: str, begin: int, end: int) -> torch.Tensor:
         shape, dtype = self._tensors[name]
-        rows = torch.empty((len(range(*slice(begin, end).indices(shape[0]))), *shape[1:]), dtype=dtype)
+        rows = torch.empty((end - begin, *(shape[-1:] if len(shape) > 1 else ())), dtype=dtype)
         self.bytes_read += rows.nbytes
         return rows
 
@@ -86,7 +85,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         live, traffic = LiveBytes(), Traffic()
         with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
-            _fill(model, folder, NameMap({name: name for name in build.tensors(model)}), lambda: None)
+            _fill(model, folder, names.same(build.tensors(model)), lambda: None)
             model.train()
             principal = PrincipalWeights(
                 model,
@@ -98,7 +97,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
                 ],
                 sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             )
-            for reduction in [segment.reduction for segment in principal._segments]:
+            for reduction in [part.reduction for part in principal.parts]:
                 if reduction is not None:  # real ranks agree on it by a collective
                     reduction._width = sum(indices.numel() for indices in reduction._indices.values())
             optimizer = PrincipalAdamW(principal)

@@ -55,8 +55,8 @@ def whole_model(name: str, filter_rank: int, device: torch.device) -> Iterator[d
     selecting = measure.seconds(principal.select)
     found = {"matrices": len(principal.matrices), "fast_s": selecting}
     yield found
-    shapes = Counter(tuple(matrix.param.shape) for matrix in principal.matrices)
-    samples = {tuple(matrix.param.shape): matrix.rows_local for matrix in principal.matrices}
+    shapes = Counter(matrix.shape for matrix in principal.matrices)
+    samples = {matrix.shape: matrix.rows_local for matrix in principal.matrices}
     full = sum(
         count * measure.seconds(lambda shape=shape: torch.linalg.svd(samples[shape].float(), full_matrices=False))
         for shape, count in shapes.items()

@@ -41,13 +41,14 @@ class Change:
     base: Tensor | None  # [k], the base values in the same dtype
 
     def rows(self, begin: int, end: int) -> Change:
-        """The part in rows ``[begin, end)``, with indices into them."""
-        width = int(torch.Size(self.shape[1:]).numel())
+        """The part in rows ``[begin, end)`` of the tensor ``[..., n]`` seen as ``[all, n]``, with indices into them."""
+        row_shape = self.shape[1:] and self.shape[-1:]
+        width = int(torch.Size(row_shape).numel())
         low, high = torch.searchsorted(self.indices, torch.tensor([begin * width, end * width])).tolist()
         part = slice(low, high)
         base = None if self.base is None else self.base[part]
         return Change(
-            (end - begin, *self.shape[1:]), self.stored, self.indices[part] - begin * width, self.values[part], base
+            (end - begin, *row_shape), self.stored, self.indices[part] - begin * width, self.values[part], base
         )
 
     def to(self, dtype: torch.dtype) -> Change:

@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from liftdist.deltas.delta import ORIGIN, Change, Delta, bits, check_fits
 from liftdist.errors import UserError
+from liftdist.models import names as tensor_names
 from liftdist.models.hub import resolve_model
-from liftdist.models.names import NameMap
+from liftdist.models.names import Part
 from liftdist.models.weights import ModelFolder
 from liftdist.runs import checkpoint, claims
 from liftdist.runs.checkpoint import Step
@@ -25,24 +27,29 @@ def of_run(step: Step, base_folder: Path) -> Delta:
         UserError: ``base_folder`` lacks parameters of the run.
     """
     stored_files = ModelFolder(base_folder)
-    trained = step.manifest.parameters
-    names = NameMap(step.manifest.snapshot.names)
-    if not names.stored:  # a checkpoint of a version that did not save the map
+    trained, names = step.manifest.parameters, step.manifest.snapshot.names
+    if not names:  # a checkpoint of a version that did not save the map
         prefix = next(iter(trained)).partition(".")[0]
-        names = NameMap.between(trained, stored_files.file_of, prefix)
+        names = tensor_names.between(trained, stored_files.file_of, prefix)
     for name in trained:
-        if names.stored.get(name) not in stored_files.file_of:
+        if names.get(name) not in stored_files.file_of:
             raise UserError(
                 f"{base_folder}: has no {name}, which the run trained; --base must name the model it started from"
             )
+    matrices: dict[str, list[str]] = {}  # of each tensor
+    for name, stored in names.items():
+        matrices.setdefault(stored, []).append(name)
 
     def get(stored: str) -> Change:
         try:
-            indices, values = step.touched(names.parameter[stored])
+            found = [_touched(step, name) for name in matrices[stored]]
         except FileNotFoundError:
             raise UserError(
                 f"{step.folder}: was removed during the export; a file named keep in a checkpoint prevents that"
             ) from None
+        indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
+        order = indices.argsort()
+        indices, values = indices[order], values[order]
         tensor = stored_files.read(stored)
         dtype = torch.promote_types(tensor.dtype, values.dtype)
         check_fits(stored, indices, tensor.numel())
@@ -50,7 +57,14 @@ def of_run(step: Step, base_folder: Path) -> Delta:
         changed = bits(before) != bits(after)
         return Change(tuple(tensor.shape), tensor.dtype, indices[changed], after[changed], before[changed])
 
-    return Delta(step.folder, step.manifest.provenance.base, list(names.parameter), get, _origin(step))
+    return Delta(step.folder, step.manifest.provenance.base, list(matrices), get, _origin(step))
+
+
+def _touched(step: Step, name: str) -> tuple[Tensor, Tensor]:
+    """Every weight of a matrix that the run has ever trained: flat indices in the tensor that holds it, and values."""
+    indices, values = step.touched(name)
+    part = step.manifest.snapshot.parts.get(name)
+    return (indices if part is None else Part(*part).indices(indices, step.manifest.parameters[name].shape[1])), values
 
 
 def _origin(step: Step) -> dict[str, str]:

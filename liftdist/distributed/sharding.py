@@ -25,3 +25,11 @@ def rows_of(tensor: Tensor) -> tuple[int, int]:
     bounds = row_bounds(tensor.shape[0], tensor.device_mesh.size(axis))
     shard = tensor.device_mesh.get_local_rank(axis)
     return bounds[shard], bounds[shard + 1]
+
+
+def rows_local(tensor: Tensor) -> tuple[int, Tensor]:
+    """This rank's rows of a tensor ``[..., n]`` seen as ``[all, n]``, of a vector its entries, and the number of the first."""
+    local = local_tensor(tensor)
+    if tensor.ndim < 2:
+        return rows_of(tensor)[0], local.view(-1)
+    return rows_of(tensor)[0] * tensor.shape[1:-1].numel(), local.view(-1, tensor.shape[-1])

@@ -72,10 +72,8 @@ class PrincipalAdamW(torch.optim.AdamW):
         state["step"] += 1
         step = state["step"].to(gradient.device, torch.float64)
         scales = torch.stack([group["lr"] / (1 - beta1**step), (1 - beta2**step).rsqrt()])
-        begin, segments = 0, []
-        for matrix, indices in zip(self.principal.matrices, self.principal.indices, strict=True):
-            segments.append([begin, indices.numel(), indices.data_ptr(), matrix.address])
-            begin += indices.numel()
+        parts = self.principal.parts
+        segments = [[p.begin, p.positions.numel(), p.positions.data_ptr(), p.memory.data_ptr()] for p in parts]
         values = self.principal.values.detach()
         self._launch(segments, scales.float(), values, gradient, state["exp_avg"], state["exp_avg_sq"])
 

@@ -1,6 +1,8 @@
-"""The segment of the flat vector that belongs to one matrix, and which of its weights were selected previously.
+"""The segments of the flat vector that belong to one matrix and to one parameter; which weights were selected previously.
 
 values[begin : begin + k_local] = W_local.flat[indices]         one bit per weight marks previous selections
+
+The matrices of a parameter have adjacent segments, so that one pass over the memory of the parameter serves them all.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from liftdist.distributed.sharding import local_tensor
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.reductions import FSDPReduction
 
@@ -19,38 +22,62 @@ class Segment:
     """A matrix and its segment of the flat vector."""
 
     matrix: Matrix
-    indices: Tensor  # [k_local] int32, into this rank's rows
+    positions: Tensor  # [k_local] int32, into the memory of the parameter, see matrices.py
     begin: int
-    reduction: FSDPReduction | None
     past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, one bit per weight: previously selected
 
     @property
+    def indices(self) -> Tensor:
+        """``[k_local]`` int32, into this rank's rows of the matrix, sorted."""
+        return self.matrix.indices(self.positions)
+
+    @property
     def span(self) -> slice:
-        return slice(self.begin, self.begin + self.indices.numel())
+        return slice(self.begin, self.begin + self.positions.numel())
 
     @property
     def dropped(self) -> Tensor:
         """``[d_local]`` int64 sorted flat indices of previously selected weights that are not selected now."""
         if self.past is None:
-            return self.indices.new_empty(0, dtype=torch.int64)
+            return self.positions.new_empty(0, dtype=torch.int64)
         flags = _unpack(self.past, self.matrix.numel_local)
         flags[self.indices] = False
         return flags.nonzero().squeeze(1)
 
     def past_and_present(self) -> Tensor:
         """``past`` for the next selection: the previously selected weights and those selected now."""
-        flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.indices.device)
+        flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.positions.device)
         flags[self.indices] = True
         bits = _pack(flags)
         return bits if self.past is None else bits | self.past
 
 
-def positions(old: Segment, new: Segment) -> Tensor:
-    """``[k_local]`` int64: for each index of ``new`` its position in the flat vector of ``old``, or -1."""
-    if not old.indices.numel() or not new.indices.numel():
-        return torch.full_like(new.indices, -1, dtype=torch.int64)
-    place = torch.searchsorted(old.indices, new.indices).clamp_max(old.indices.numel() - 1)
-    return torch.where(old.indices[place] == new.indices, place + old.begin, -1)
+@dataclass
+class Part:
+    """A parameter that holds trained matrices, and its segment of the flat vector."""
+
+    param: nn.Parameter
+    positions: Tensor  # [k_local] int32, into :attr:`memory`
+    begin: int
+    reduction: FSDPReduction | None
+
+    @property
+    def memory(self) -> Tensor:
+        """``[p]``, this rank's part of the parameter, flat; shares memory with it."""
+        return local_tensor(self.param).view(-1)
+
+    @property
+    def span(self) -> slice:
+        return slice(self.begin, self.begin + self.positions.numel())
+
+
+def former(old: Segment, new: Segment) -> Tensor:
+    """``[k_local]`` int64: for each index of ``new`` its place in the flat vector of ``old``, or -1."""
+    before, after = old.indices, new.indices
+    if not before.numel() or not after.numel():
+        return torch.full_like(after, -1, dtype=torch.int64)
+    place = torch.searchsorted(before, after).clamp_max(before.numel() - 1)
+    return torch.where(before[place] == after, place + old.begin, -1)
 
 
 def _pack(flags: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def adamw_and_write_back(
-    segments,  # [matrices, 4] int64: begin in the flat vector, entries, address of indices (int32), address of weights
+    segments,  # [parameters, 4] int64: begin in the flat vector, entries, address of positions (int32), address of weights
     scales,  # [2] float32: lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
     values,  # [k_local] float32, as are the next three
     gradient,
@@ -21,7 +21,7 @@ def adamw_and_write_back(
     WEIGHT: tl.constexpr,  # dtype of the weights
     BLOCK: tl.constexpr,
 ):
-    """AdamW (arXiv 1711.05101) on a block of entries of one matrix; writes their weights and clears their gradient."""
+    """AdamW (arXiv 1711.05101) on a block of entries of one parameter; writes their weights and clears their gradient."""
     segment = segments + 4 * tl.program_id(1)
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < tl.load(segment + 1)

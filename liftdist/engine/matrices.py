@@ -1,13 +1,17 @@
-"""The trained matrices of a model: which they are, and how they are sharded.
+"""The trained matrices of a model: which they are, where they are in memory, and how they are sharded.
 
-every ``nn.Linear`` whose name matches, except the output head  W [m, n]
-plain, or sharded by rows with FSDP2                            W_local [m_local, n], rows row_bounds[s] to row_bounds[s + 1]
+every ``nn.Linear`` whose name matches, except the output head and routers    W [m, n], a parameter
+the matrices of experts, which a model holds in one parameter of a layer     [E, R, C]: gate, up and down of each expert
+
+A parameter is plain, or sharded by its first dimension with FSDP2. Seen as rows of its last dimension, ``[E R, C]``, a matrix is
+a run of rows of it, in all of its columns or in evenly spaced ones. Flat indices are into the matrix, or into this rank's rows
+of it; positions are into the memory of this rank's part of the parameter. Both are the same if the parameter is the matrix.
 """
 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,28 +24,115 @@ from liftdist.distributed.sharding import local_tensor, row_bounds
 from liftdist.errors import UserError
 
 
-def principal_parameters(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, nn.Parameter]:
-    """Weights to train by name: every ``nn.Linear`` whose name matches a pattern, except the output head.
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix is: ``rows`` rows from ``first_row`` of a parameter ``[..., C]``, in ``columns`` columns, ``step`` apart."""
+
+    parameter: str  # its name in the model
+    param: nn.Parameter
+    rows: int
+    columns: int
+    first_row: int = 0
+    first_column: int = 0
+    step: int = 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.rows, self.columns
+
+    @property
+    def numel(self) -> int:
+        return self.rows * self.columns
+
+    def row_bounds(self, shards: int) -> tuple[int, ...]:
+        """``[shards + 1]``: shard ``s`` holds rows ``bounds[s]`` to ``bounds[s + 1]`` of the matrix."""
+        inner = self.param.shape[1:-1].numel()  # rows in each entry of the first dimension
+        bounds = [bound * inner for bound in row_bounds(self.param.shape[0], shards)]
+        return tuple(min(max(bound - self.first_row, 0), self.rows) for bound in bounds)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the matrix is the parameter."""
+        return tuple(self.param.shape) == self.shape
+
+
+def principal_matrices(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, Place]:
+    """The matrices to train by name: of every ``nn.Linear`` and every expert whose name matches a pattern.
+
+    The output head, and routers, which choose experts, are left out. An expert's matrices are named as linear modules would be:
+    ``LAYER.experts.3.gate_proj.weight``.
 
     Raises:
         UserError: no module matches.
     """
+    every = _linears(model)
+    found = {name: place for name, place in every.items() if _fits(name.removesuffix(".weight"), patterns)}
+    if not found:
+        example = f"; one module is named {next(iter(every)).removesuffix('.weight')}" if every else ""
+        raise UserError(f"no linear module fits {', '.join(patterns)}{example}")
+    return found
+
+
+def _fits(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _linears(model: nn.Module) -> dict[str, Place]:
+    """All matrices that can be trained, by name."""
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if get_head is not None else None
     names = {id(param): name for name, param in model.named_parameters()}
-    found: dict[str, nn.Parameter] = {}
+    found: dict[str, Place] = {}
+    experts: dict[str, int] = {}  # the number of experts, by the name of the module that holds them and their router
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and module is not head and any(fnmatch.fnmatchcase(name, p) for p in patterns):
+        if matrices := dict(_of_experts(module)):
+            number = len({key.partition(".")[0] for key in matrices})
+            experts[name.rpartition(".")[0]] = number
+            found |= {
+                f"{name}.{key}": Place(names[id(param)], param, *place) for key, (param, place) in matrices.items()
+            }
+        elif isinstance(module, nn.Linear) and module is not head:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
-            found[names[id(weight)]] = weight
-    if not found:
-        linear = [
-            name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head
-        ]
-        example = f"; one module is named {linear[0]}" if linear else ""
-        raise UserError(f"no linear module fits {', '.join(patterns)}{example}")
-    return found
+            found[names[id(weight)]] = Place(names[id(weight)], weight, *weight.shape)
+    return {name: place for name, place in found.items() if not _chooses(name, place, experts)}
+
+
+def _chooses(name: str, place: Place, experts: dict[str, int]) -> bool:
+    """Whether a linear module chooses experts or weighs them, with an output for each or one, or is of an indexer of tokens."""
+    module = name.removesuffix(".weight")
+    if "indexer" in module.split("."):
+        return True
+    beside = [number for holder, number in experts.items() if module.startswith(f"{holder}.")]
+    return any(place.rows in (1, number) for number in beside) and not module.endswith("_proj")
+
+
+def _of_experts(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[int, ...]]]]:
+    """The matrices of a module that holds those of ``E`` experts in 3-D parameters: names, and the fields of their places.
+
+    gate_up_proj  [E, 2 I, H], gate above up; or [E, H, 2 I], transposed, gate left of up, or in even and up in odd columns
+    up_proj       [E, I, H] or [E, H, I], of experts without a gate
+    down_proj     [E, H, I] or [E, I, H]
+    """
+    down, both = getattr(module, "down_proj", None), getattr(module, "gate_up_proj", None)
+    if not isinstance(down, nn.Parameter) or down.ndim != 3:
+        return
+    for key, param in (("gate_up_proj", both), ("up_proj", getattr(module, "up_proj", None)), ("down_proj", down)):
+        if not isinstance(param, nn.Parameter) or param.ndim != 3:
+            continue
+        number, rows, columns = param.shape
+        for expert in range(number):
+            first = expert * rows
+            if key != "gate_up_proj":
+                yield f"{expert}.{key}.weight", (param, (rows, columns, first))
+            elif (rows, columns) == (2 * down.shape[2], down.shape[1]):
+                yield f"{expert}.gate_proj.weight", (param, (rows // 2, columns, first))
+                yield f"{expert}.up_proj.weight", (param, (rows // 2, columns, first + rows // 2))
+            elif (rows, columns) == (down.shape[2], 2 * down.shape[1]):
+                half = columns // 2
+                second, step = (half, 1) if getattr(module, "is_concatenated", True) else (1, 2)
+                yield f"{expert}.gate_proj.weight", (param, (rows, half, first, 0, step))
+                yield f"{expert}.up_proj.weight", (param, (rows, half, first, second, step))
 
 
 @dataclass(frozen=True)
@@ -49,14 +140,24 @@ class Matrix:
     """A trained matrix and this rank's part of it. All access to its memory goes through this class."""
 
     name: str
-    param: nn.Parameter  # plain [m, n], or DTensor of [m, n] sharded by rows
+    place: Place  # its parameter is plain, or a DTensor sharded by its first dimension
     row_bounds: tuple[int, ...]  # [shards + 1] shard s holds rows row_bounds[s] to row_bounds[s + 1]
     shard: int  # this rank's position among the shards
+    first_position: int  # of this rank's first entry
+
+    @property
+    def param(self) -> nn.Parameter:
+        return self.place.param
 
     @property
     def shape(self) -> tuple[int, int]:
         """Of the whole matrix."""
-        return self.param.shape[0], self.param.shape[1]
+        return self.place.shape
+
+    @property
+    def numel(self) -> int:
+        """Weights of the whole matrix."""
+        return self.place.numel
 
     @property
     def dtype(self) -> torch.dtype:
@@ -64,44 +165,64 @@ class Matrix:
 
     @property
     def device(self) -> torch.device:
-        return self.rows_local.device
+        return self.memory.device
 
     @property
     def numel_local(self) -> int:
         """Weights that this rank holds."""
-        return self.rows_local.numel()
+        return (self.row_bounds[self.shard + 1] - self.row_bounds[self.shard]) * self.columns
 
     @property
     def columns(self) -> int:
-        return self.param.shape[1]
+        return self.place.columns
+
+    @property
+    def memory(self) -> Tensor:
+        """``[p]``, this rank's part of the parameter, flat; shares memory with it."""
+        return local_tensor(self.param).view(-1)
 
     @property
     def rows_local(self) -> Tensor:
         """``[m_local, n]``, this rank's rows; shares memory with the parameter."""
-        return local_tensor(self.param)
+        if not self.numel_local:
+            return self.memory[:0].view(0, self.columns)
+        width = self.param.shape[-1]
+        shape = self.numel_local // self.columns, self.columns
+        memory = self.memory
+        return memory.as_strided(shape, (width, self.place.step), memory.storage_offset() + self.first_position)
 
     @property
     def offset_local(self) -> int:
         """Flat index, in the whole matrix, of this rank's first entry."""
         return self.row_bounds[self.shard] * self.columns
 
-    @property
-    def address(self) -> int:
-        """Memory address of this rank's first entry, for kernels that write the weights directly."""
-        return self.rows_local.data_ptr()
+    def positions(self, indices: Tensor) -> Tensor:
+        """Where flat local ``indices`` are in :attr:`memory`, in the same dtype."""
+        if self.place.is_whole:
+            return indices
+        rows = indices // self.columns
+        return rows * self.param.shape[-1] + (indices - rows * self.columns) * self.place.step + self.first_position
+
+    def indices(self, positions: Tensor) -> Tensor:
+        """The inverse of :meth:`positions`."""
+        if self.place.is_whole:
+            return positions
+        rows = (positions - self.first_position) // self.param.shape[-1]
+        offsets = positions - self.first_position - rows * self.param.shape[-1]
+        return rows * self.columns + offsets // self.place.step
 
     def read(self, indices: Tensor) -> Tensor:
         """``[k]`` in the dtype of the model: the weights at flat local ``indices``."""
-        return self.rows_local.view(-1).index_select(0, indices)
+        return self.memory.index_select(0, self.positions(indices))
 
     def write(self, indices: Tensor, values: Tensor) -> None:
         """Set the weights at flat local ``indices`` to ``values [k]``, rounded to the dtype of the model."""
-        rows = self.rows_local.view(-1)
-        rows.index_copy_(0, indices.long(), values.to(rows))
+        self.memory.index_copy_(0, self.positions(indices).long(), values.to(self.memory))
 
 
-def describe(name: str, param: nn.Parameter) -> Matrix:
-    """The :class:`Matrix` of a parameter. Raises ``ValueError`` for a sharding other than by rows over one axis."""
+def describe(name: str, place: Place) -> Matrix:
+    """The :class:`Matrix` at a place. Raises ``ValueError`` for a sharding other than by the first dimension over one axis."""
+    param = place.param
     if isinstance(param, DTensor):
         mesh, placements = param.device_mesh, param.placements
         axes = [axis for axis, placement in enumerate(placements) if placement == Shard(0)]
@@ -113,9 +234,17 @@ def describe(name: str, param: nn.Parameter) -> Matrix:
             raise ValueError(f"{name}: shards offloaded to {param.device.type} are not supported")
     else:
         shards, shard = 1, 0
-    if not local_tensor(param).is_contiguous():
-        raise ValueError(f"{name}: its memory must be contiguous, got strides {local_tensor(param).stride()}")
-    return Matrix(name, param, row_bounds(param.shape[0], shards), shard)
+    local = local_tensor(param)
+    if not local.is_contiguous():
+        raise ValueError(f"{name}: its memory must be contiguous, got strides {local.stride()}")
+    if local.numel() >= 2**31:
+        raise ValueError(f"{name}: a rank holds {local.numel()} of its weights, at most {2**31 - 1} are supported")
+    bounds = place.row_bounds(shards)
+    begin = (
+        row_bounds(param.shape[0], shards)[shard] * param.shape[1:-1].numel()
+    )  # the first row here, of the parameter
+    first = place.first_row + bounds[shard] - begin
+    return Matrix(name, place, bounds, shard, first * param.shape[-1] + place.first_column)
 
 
 def check_alike(matrices: Sequence[Matrix]) -> None:

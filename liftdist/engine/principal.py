@@ -4,7 +4,7 @@ For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorte
 
     values     = concat over j of W_j.flat[S_j]            float32, the optimizer's only parameter      16 B with grad
     values.grad= concat over j of dL/dW_j.flat[S_j]        float32, never rounded after the reduction   and two moments
-    indices    = concat over j of S_j                      int32, local to each matrix                   4 B
+    positions  = concat over j of S_j                      int32, in the memory of the parameter         4 B
 
 With ``dtype=torch.bfloat16`` the values and the moments take 2 B each: updates that bf16 rounds away are lost, as where
 bf16 weights are trained without master values.
@@ -18,6 +18,7 @@ the trained matrices marks previously selected weights: they are part of what a 
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
@@ -32,16 +33,15 @@ from liftdist.distributed.sharding import local_tensor
 from liftdist.engine import reductions, selection
 from liftdist.engine.budgets.per_matrix import PerMatrix
 from liftdist.engine.criteria.low_rank import LowRank
-from liftdist.engine.flat import Segment, positions
+from liftdist.engine.flat import Part, Segment, former
 from liftdist.engine.matrices import (
     Matrix,
     check_alike,
     default_replicate_group,
     describe,
-    principal_parameters,
+    principal_matrices,
     shard_group,
 )
-from liftdist.engine.reductions import FSDPReduction
 from liftdist.engine.selection import Budget, Criterion
 from liftdist.errors import UserError
 
@@ -106,10 +106,14 @@ class PrincipalWeights:
             )
         if multiple_of < 1:
             raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
-        trained = principal_parameters(model, modules)
-        if any(param in _taken and _taken[param]() is not None for param in trained.values()):
+        places = principal_matrices(model, modules)
+        trained = list({id(place.param): place.param for place in places.values()}.values())
+        if any(param in _taken and _taken[param]() is not None for param in trained):
             raise ValueError("the model has principal weights already, which take its gradients: delete them first")
-        self.matrices = [describe(name, param) for name, param in trained.items()]
+        # those of a parameter adjacent, in the order in which the model names parameters
+        order = {id(param): number for number, param in enumerate(trained)}
+        found = sorted(places.items(), key=lambda item: order[id(item[1].param)])
+        self.matrices = [describe(name, place) for name, place in found]
         self.criterion = criterion or LowRank(filter_rank, method)
         allotted = (budget or PerMatrix(density, budget_rank)).allot({m.name: m.shape for m in self.matrices})
         self.counts = [allotted[matrix.name] for matrix in self.matrices]  # principal weights of each whole matrix
@@ -124,7 +128,7 @@ class PrincipalWeights:
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
         if dtype == torch.bfloat16 and (others := [m for m in self.matrices if m.dtype != dtype]):
             raise ValueError(f"dtype bfloat16 is for bfloat16 weights: {others[0].name} has {others[0].dtype}")
-        kept = {id(param) for param in trained.values()}
+        kept = {id(param) for param in trained}
         for param in model.parameters():
             param.requires_grad_(id(param) in kept)
         self.shard_group = shard_group(self.matrices[0].param)
@@ -133,17 +137,18 @@ class PrincipalWeights:
         self._multiple_of = multiple_of
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
-        watched = reductions.watch(self._fsdp_modules, list(trained.values()), sparse_reduce_scatter)
+        self._reductions = reductions.watch(
+            self._fsdp_modules, trained, sparse_reduce_scatter
+        )  # by id of the parameter
         indices = initial_indices(self) if initial_indices else None
-        indices = indices if indices is not None else self.select(on_selected)
-        self._use(self._lay_out(indices, [watched.get(id(matrix.param)) for matrix in self.matrices]))
+        self._lay_out(indices if indices is not None else self.select(on_selected))
         self.values = nn.Parameter(self._read_shards())
         self.values.grad_dtype = None  # float32, whatever the dtype of the values is
         self._grad = torch.zeros_like(self.values, dtype=torch.float32)
         self.values.grad = self._grad
-        for number, matrix in enumerate(self.matrices):
-            matrix.param.register_post_accumulate_grad_hook(_hook(self, number))
-            _taken[matrix.param] = weakref.ref(self)
+        for number, part in enumerate(self.parts):
+            part.param.register_post_accumulate_grad_hook(_hook(self, number))
+            _taken[part.param] = weakref.ref(self)
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the current weights, ``[k_local]`` int32 for each matrix. Collective."""
@@ -164,7 +169,7 @@ class PrincipalWeights:
 
     def reduce_gradients(self, divisor: Tensor | float | None = None) -> None:
         """Sum the flat gradient over the replicas and divide it: by ``divisor``, or by the number of replicas."""
-        for reduction in {id(s.reduction): s.reduction for s in self._segments if s.reduction}.values():
+        for reduction in self._reductions.values():
             reduction.drop()  # left over if a matrix of the module took no part in the backward
         grad = self._attached_grad()
         all_reduce_sum(grad, self.replicate_group)
@@ -189,8 +194,9 @@ class PrincipalWeights:
     @torch.no_grad()
     def write_back(self) -> None:
         """Write the values into the model's weights, rounded to their dtype, and clear the flat gradient."""
-        for segment in self._segments:
-            segment.matrix.write(segment.indices, self.values[segment.span])
+        for part in self.parts:
+            memory = part.memory
+            memory.index_copy_(0, part.positions.long(), self.values[part.span].to(memory))
         self._attached_grad().zero_()
         self.written_back()
 
@@ -214,12 +220,11 @@ class PrincipalWeights:
         """
         states = self._element_states(optimizer)
         old_segments, old_values = self._segments, self.values.detach()
-        self._use(self._lay_out(self.select(), [segment.reduction for segment in old_segments]))
+        self._lay_out(self.select())
         for old, new in zip(old_segments, self._segments, strict=True):
             new.past = old.past_and_present()
-        # [k_local] position of each new entry in the old vector, -1 if it was not selected
-        places = [positions(old, new) for old, new in zip(old_segments, self._segments, strict=True)]
-        source = self._flat(places, padding=-1)
+        # [k_local] place of each new entry in the old vector, -1 if it was not selected
+        source = self._flat([former(old, new) for old, new in zip(old_segments, self._segments, strict=True)], -1)
         stayed = source >= 0
         values = self._read_shards()
         values[stayed] = old_values[source[stayed]]
@@ -251,7 +256,7 @@ class PrincipalWeights:
         result: dict[str, Tensor] = {}
         for segment in self._segments:
             matrix, dropped = segment.matrix, segment.dropped
-            dtype = torch.int32 if matrix.param.numel() < 2**31 else torch.int64
+            dtype = torch.int32 if matrix.numel < 2**31 else torch.int64
             whole = {"indices": segment.indices, "dropped_indices": dropped}
             for key, local in whole.items():
                 result[f"{matrix.name}/{key}"] = (local.long() + matrix.offset_local).to(dtype).cpu()
@@ -278,15 +283,14 @@ class PrincipalWeights:
         def local(matrix: Matrix, key: str) -> Tensor:
             return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
 
-        indices = [local(matrix, "indices") for matrix in self.matrices]
-        segments = self._lay_out(indices, [segment.reduction for segment in self._segments])
-        for segment in segments:
-            dropped = local(segment.matrix, "dropped_indices")
+        self._lay_out([local(matrix, "indices") for matrix in self.matrices])
+        for segment in self._segments:
+            matrix = segment.matrix
+            dropped = local(matrix, "dropped_indices")
             if dropped.numel():
-                dropped = dropped.to(segment.matrix.device)
-                segment.matrix.write(dropped, state[f"{segment.matrix.name}/dropped_values"])
-                segment.past = Segment(segment.matrix, dropped, 0, None).past_and_present()
-        self._use(segments)
+                dropped = dropped.to(matrix.device)
+                matrix.write(dropped, state[f"{matrix.name}/dropped_values"])
+                segment.past = Segment(matrix, matrix.positions(dropped), 0).past_and_present()
 
         def flat(key: str) -> Tensor:
             return self._flat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
@@ -322,26 +326,31 @@ class PrincipalWeights:
         self._grad = torch.zeros_like(values, dtype=torch.float32)
         self.values.grad = self._grad
 
-    def _lay_out(self, indices: Sequence[Tensor], found: Sequence[FSDPReduction | None]) -> list[Segment]:
-        segments, begin = [], 0
-        for matrix, chosen, reduction in zip(self.matrices, indices, found, strict=True):
-            chosen = chosen.to(matrix.device, torch.int32).contiguous()  # initial_indices may return others
-            segments.append(Segment(matrix, chosen, begin, reduction))
-            begin += chosen.numel()
-        return segments
-
-    def _use(self, segments: list[Segment]) -> None:
-        self._segments = segments
-        for segment in segments:
-            if segment.reduction is not None:
-                segment.reduction.choose(segment.matrix.param, segment.indices)
+    def _lay_out(self, indices: Sequence[Tensor]) -> None:
+        """Make the segments of matrices and parameters from the local indices of each matrix."""
+        self._segments: list[Segment] = []
+        self.parts: list[Part] = []
+        begin = 0
+        for _, group in itertools.groupby(zip(self.matrices, indices, strict=True), lambda pair: id(pair[0].param)):
+            pairs = list(group)
+            param, device = pairs[0][0].param, pairs[0][0].device
+            # initial_indices may return others
+            found = [matrix.positions(chosen.to(device, torch.int32)).contiguous() for matrix, chosen in pairs]
+            whole = torch.cat(found) if len(found) > 1 else found[0]
+            part = Part(param, whole, begin, self._reductions.get(id(param)))
+            if part.reduction is not None:
+                part.reduction.choose(param, whole)
+            self.parts.append(part)
+            for (matrix, _), own in zip(pairs, whole.split([part.numel() for part in found]), strict=True):
+                self._segments.append(Segment(matrix, own, begin))
+                begin += own.numel()
 
     def _read_shards(self) -> Tensor:
         """``[k_local]`` in :attr:`dtype`, the principal weights as the model holds them."""
-        return self._flat([segment.matrix.read(segment.indices).to(self.dtype) for segment in self._segments])
+        return self._flat([part.memory.index_select(0, part.positions).to(self.dtype) for part in self.parts])
 
     def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
-        """The concatenation of one vector per matrix, padded as ``values`` is."""
+        """The concatenation of vectors, padded as ``values`` is."""
         flat = torch.cat(parts)
         return nn.functional.pad(flat, (0, -flat.numel() % self._multiple_of), value=padding)
 
@@ -353,15 +362,15 @@ class PrincipalWeights:
 
     @torch.no_grad()
     def _collect(self, number: int, param: Tensor) -> None:
-        """Post-accumulate-grad hook of matrix ``number``: take the principal entries, drop the dense gradient."""
-        segment, dense = self._segments[number], param.grad
+        """Post-accumulate-grad hook of parameter ``number``: take the principal entries, drop the dense gradient."""
+        part, dense = self.parts[number], param.grad
         param.grad = None
         if dense is None:
             return
         source = local_tensor(dense)
-        if segment.reduction is not None:
-            source = segment.reduction.unrounded(source)
-        self._attached_grad()[segment.span] += source.reshape(-1).index_select(0, segment.indices)
+        if part.reduction is not None:
+            source = part.reduction.unrounded(source)
+        self._attached_grad()[part.span] += source.reshape(-1).index_select(0, part.positions)
 
     def _element_states(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[dict, str]]:
         """``(state, key)`` of each tensor of optimizer state with one element per principal weight."""

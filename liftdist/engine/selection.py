@@ -168,14 +168,14 @@ def _start_gather(
     """Start sending this rank's rows of every assigned matrix to its owner; the result waits for the one this rank owns."""
     mine = assigned[shard]
     if group is None:
-        return lambda: None if mine is None else matrices[mine].rows_local
+        return lambda: None if mine is None else matrices[mine].rows_local.contiguous()
     parts = [torch.empty(0) if item is None else matrices[item].rows_local for item in assigned]
-    device = matrices[0].rows_local.device
+    device = matrices[0].device
     sent = torch.cat([part.reshape(-1).to(device).view(torch.uint8) for part in parts])
     whole, received_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * group.size()
     if mine is not None:
         matrix = matrices[mine]
-        itemsize = matrix.rows_local.element_size()
+        itemsize = matrix.dtype.itemsize
         bounds = matrix.row_bounds
         received_sizes = [(bounds[s + 1] - bounds[s]) * matrix.columns * itemsize for s in range(group.size())]
         whole = torch.empty(sum(received_sizes), dtype=torch.uint8, device=device)
@@ -186,14 +186,14 @@ def _start_gather(
         nonlocal sent
         work.wait()
         sent = whole  # frees the send buffer
-        return None if mine is None else whole.view(matrices[mine].rows_local.dtype).view(matrices[mine].param.shape)
+        return None if mine is None else whole.view(matrices[mine].dtype).view(matrices[mine].shape)
 
     return wait
 
 
 def _return_indices(matrices: Sequence[Matrix], mine: int | None, indices: Tensor, group: Group) -> list[Tensor]:
     """This rank's part (int32, local) of each assigned matrix's selection; ``indices`` is that of matrix ``mine``."""
-    device = matrices[0].rows_local.device
+    device = matrices[0].device
     shards = 1 if group is None else group.size()
     parts = [indices.to(torch.int32)] * shards
     if mine is not None:
@@ -215,7 +215,7 @@ def _share(
     matrices: Sequence[Matrix], source: Sequence[int], found: dict[int, Tensor], replica: int, group: dist.ProcessGroup
 ) -> None:
     """Fill ``found`` with the selections of owners in other replicas; ``source`` is the replica of each matrix's owner."""
-    device = matrices[0].rows_local.device
+    device = matrices[0].device
     sizes = torch.tensor([found[i].numel() if i in found else 0 for i in range(len(matrices))], device=device)
     dist.all_reduce(sizes, group=group)
     for sender in range(group.size()):

@@ -136,7 +136,7 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
             on_selected=cached.add,
         )
     cached.write()
-    total = sum(matrix.param.numel() for matrix in principal.matrices)
+    total = sum(matrix.numel for matrix in principal.matrices)
     everything = sum(param.numel() for param in model.parameters())
     console.say(
         f"{principal.num_selected} principal weights in {len(principal.matrices)} matrices: "

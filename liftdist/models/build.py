@@ -55,9 +55,6 @@ def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
     model.tie_weights()
     model.config.use_cache = False
     decoder_layers(model)
-    for name, param in model.named_parameters():
-        if param.ndim > 2:
-            raise UserError(f"{type(model).__name__}: {name} {tuple(param.shape)}: fused experts are not supported")
     return model
 
 

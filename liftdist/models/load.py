@@ -2,8 +2,8 @@
 
     meta model -> fully_shard(each decoder layer), fully_shard(root) -> empty shards -> this rank's rows of every tensor
 
-Each rank reads only its own rows. A checkpoint is accepted only if its tensors match the model's parameters name by name: weights
-that transformers would convert (fused experts, quantised weights) are rejected. Loaded rows are checked against the files.
+Each rank reads only its own rows. A checkpoint is accepted only if each row of the model's tensors is a row of one of its own,
+see ``names``; quantised weights are rejected. Loaded rows are checked against the files.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
-from liftdist.distributed.sharding import local_tensor, rows_of
+from liftdist.distributed.sharding import rows_local
 from liftdist.errors import UserError
 from liftdist.models.build import build, check_type, decoder_layers, own_embedding, recompute, tensors
 from liftdist.models.names import NameMap, match
@@ -106,25 +106,24 @@ def compute_buffers(model: PreTrainedModel) -> None:
 @torch.no_grad()
 def _fill(model: PreTrainedModel, files: ModelFolder, names: NameMap, check: Callable[[], None]) -> None:
     for name, tensor in tensors(model).items():
-        begin, end = rows_of(tensor)
-        local = local_tensor(tensor)
-        if local.numel():
-            local.copy_(files.read(names.stored[name], begin, end) if tensor.ndim else files.read(names.stored[name]))
-        check()
+        first, rows = rows_local(tensor)
+        for piece in names.pieces[name]:
+            begin, end = max(piece.row - first, 0), min(piece.row + piece.rows - first, len(rows))
+            if begin < end:
+                stored = first + begin - piece.row + piece.source_row
+                rows[begin:end].copy_(files.rows(piece.source, stored, stored + end - begin))
+                check()
 
 
 @torch.no_grad()
 def _verify(model: PreTrainedModel, files: ModelFolder, names: NameMap, rng: random.Random) -> None:
-    """Compare a random row of every tensor in the model with the bytes of its file. Catches misplaced rows."""
+    """Compare a random row of every tensor in the model with that of its file. Catches misplaced rows."""
     for name, tensor in tensors(model).items():
-        begin, end = rows_of(tensor)
-        if end <= begin:
+        first, rows = rows_local(tensor)
+        if not rows.numel():
             continue
-        row = rng.randrange(begin, end)
-        local = local_tensor(tensor)
-        info = files.info(names.stored[name])
-        if local.shape[1:] != torch.Size(info["shape"][1:]) or local.shape[0] != end - begin:
-            raise RuntimeError(f"{name}: holds {tuple(local.shape)}, not rows {begin} to {end} of {info['shape']}")
-        expected = files.row(names.stored[name], row).to(local.dtype)
-        if not torch.equal(local[row - begin].cpu(), expected):
-            raise RuntimeError(f"{name}: row {row} is not what {files.file_of[names.stored[name]]} holds")
+        row = rng.randrange(len(rows))
+        piece = next(p for p in names.pieces[name] if p.row <= first + row < p.row + p.rows)
+        expected = files.row(piece.source, first + row - piece.row + piece.source_row).to(rows.dtype)
+        if not torch.equal(rows[row].cpu().flatten(), expected):
+            raise RuntimeError(f"{name}: row {first + row} is not what {files.file_of[piece.source]} holds")

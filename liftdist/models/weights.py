@@ -8,11 +8,14 @@ Files are open only during a read, and nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
+import io
+import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import safe_open
@@ -38,10 +41,21 @@ class ModelFolder:
         """``dtype``, ``shape`` and the byte range ``data_offsets`` of a tensor, from the header of its file."""
         return self.stored.headers[self.file_of[name]][name]
 
-    def read(self, name: str, begin: int = 0, end: int | None = None) -> Tensor:
-        """Rows ``begin`` to ``end`` of a tensor, in the dtype of the file."""
+    def read(self, name: str) -> Tensor:
+        """A tensor, in the dtype of the file."""
         with safe_open(self.folder / self.file_of[name], framework="pt") as file:
-            return file.get_tensor(name) if end is None else file.get_slice(name)[begin:end]
+            return file.get_tensor(name)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """``[end - begin, n]``: rows of a tensor ``[..., n]`` seen as ``[all, n]``; of a vector its entries ``[end - begin]``."""
+        info = self.info(name)
+        row_shape = info["shape"][-1:] if len(info["shape"]) > 1 else []
+        rows = torch.empty(end - begin, *row_shape, dtype=DTYPES[info["dtype"]])
+        size = rows.element_size() * math.prod(row_shape)
+        with (self.folder / self.file_of[name]).open("rb", buffering=0) as file:
+            file.seek(data_begin(file) + info["data_offsets"][0] + begin * size)
+            _read_into(file, rows.view(torch.uint8).numpy().data.cast("B"))
+        return rows
 
     def data(self, name: str, file_name: str | None = None) -> Iterator[bytes]:
         """The bytes of a tensor, in pieces of at most 4 MiB; those of its copy in another file, if one is given."""
@@ -53,13 +67,21 @@ class ModelFolder:
                 yield file.read(min(1 << 22, end - offset))
 
     def row(self, name: str, row: int) -> Tensor:
-        """One row, from the bytes of the file, independently of :meth:`read`."""
-        info = self.info(name)
-        dtype, row_shape = DTYPES[info["dtype"]], info["shape"][1:]
-        size = dtype.itemsize * int(torch.Size(row_shape).numel())
-        with (self.folder / self.file_of[name]).open("rb") as file:
-            file.seek(data_begin(file) + info["data_offsets"][0] + row * size)
-            return torch.frombuffer(bytearray(file.read(size)), dtype=dtype).view(row_shape)
+        """One row, as safetensors reads it, independently of :meth:`rows`."""
+        *outer, _ = shape = self.info(name)["shape"]
+        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
+            if len(shape) < 2:
+                return file.get_slice(name)[row : row + 1]
+            place = np.unravel_index(row, outer)
+            return file.get_slice(name)[tuple(slice(int(at), int(at) + 1) for at in place)].flatten()
+
+
+def _read_into(file: io.RawIOBase, buffer: memoryview) -> None:
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise OSError("the file ends too early")
+        buffer = buffer[count:]
 
 
 def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> str:

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from liftdist.distributed.sharding import row_bounds
 from liftdist.engine import selection
-from liftdist.engine.matrices import principal_parameters
+from liftdist.engine.matrices import Place, principal_matrices
 from liftdist.errors import UserError
 from liftdist.models import build
 from liftdist.models.head import in_chunks
@@ -45,7 +45,7 @@ class FSDPUnit:
     """An FSDP module: its parameters are gathered and reduced together."""
 
     shapes: tuple[tuple[int, ...], ...]  # of all parameters
-    trained: Mapping[str, tuple[int, int]]  # of the trained matrices, by name
+    trained: Mapping[str, Place]  # the trained matrices, by name
 
     @property
     def numel(self) -> int:
@@ -53,7 +53,8 @@ class FSDPUnit:
 
     def padded(self, shards: int, trained: bool = False) -> int:
         """Weights of the largest shard, to which every shard is padded; with ``trained``, of the trained matrices only."""
-        shapes = self.trained.values() if trained else self.shapes
+        held = {place.parameter: tuple(place.param.shape) for place in self.trained.values()}
+        shapes = held.values() if trained else self.shapes
         return sum(row_bounds(shape[0], shards)[1] * math.prod(shape[1:]) for shape in shapes)
 
 
@@ -73,7 +74,8 @@ class Sizes:
 
     @property
     def trained(self) -> dict[str, tuple[int, int]]:
-        return {name: shape for unit in self.units for name, shape in unit.trained.items()}
+        """Shapes of the trained matrices, by name."""
+        return {name: place.shape for unit in self.units for name, place in unit.trained.items()}
 
     @property
     def units(self) -> tuple[FSDPUnit, ...]:
@@ -82,11 +84,13 @@ class Sizes:
 
 def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
     """The sizes of a model, which may be on the meta device. Raises ``UserError`` if no module matches ``patterns``."""
-    trained = {id(param): name for name, param in principal_parameters(model, patterns).items()}
+    trained: dict[int, dict[str, Place]] = {}  # by parameter
+    for name, place in principal_matrices(model, patterns).items():
+        trained.setdefault(id(place.param), {})[name] = place
 
     def unit(params: Iterator[nn.Parameter]) -> FSDPUnit:
         unique = list({id(param): param for param in params}.values())
-        chosen = {trained[id(p)]: (p.shape[0], p.shape[1]) for p in unique if id(p) in trained}
+        chosen = {name: place for p in unique for name, place in trained.get(id(p), {}).items()}
         return FSDPUnit(tuple(tuple(p.shape) for p in unique), chosen)
 
     layers, embedding = build.decoder_layers(model), build.own_embedding(model)
@@ -141,9 +145,10 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
 
 def _trained(model: PreTrainedModel, patterns: Sequence[str]) -> list[nn.Parameter]:
     try:
-        return list(principal_parameters(model, patterns).values())
+        found = principal_matrices(model, patterns)
     except UserError:  # the patterns match later layers only
-        return list(principal_parameters(model).values())
+        found = principal_matrices(model)
+    return [place.param for place in found.values()]
 
 
 def packing_known(packing: bool) -> contextlib.AbstractContextManager:
@@ -183,7 +188,7 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     return {
         "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units),
         "principal": (8 + 3 * torch.finfo(getattr(torch, config.optimizer.dtype)).bits // 8)
-        * sum(-(-count // shards) for count in counts.values()),
+        * sum(_width(unit, counts, shards) for unit in size.units),
         "previously selected": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
         if config.selection.refresh_interval
         else 0,
@@ -263,14 +268,21 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
             found.append(Collective("dp_shard", "all_gather", micro * sum(sparse), micro * indices))
         found.append(Collective("dp_shard", "reduce_scatter", micro * len(reduced), micro * gradients))
     if replicas > 1:
-        flat = 4 * sum(-(-count // shards) for count in selected(size, config).values())
+        counts = selected(size, config)
+        flat = 4 * sum(_width(unit, counts, shards) for unit in size.units)
         found.append(Collective("dp_replicate", "all_reduce", 1, flat))
     return found
 
 
 def _width(unit: FSDPUnit, counts: Mapping[str, int], shards: int) -> int:
-    """Principal weights of a unit in each shard, assuming that they are spread evenly."""
-    return sum(-(-counts[name] // shards) for name in unit.trained)
+    """Principal weights of a unit in the fullest shard, assuming that they are spread evenly over a matrix."""
+
+    def held(place: Place, count: int) -> int:
+        if place.is_whole:
+            return -(-count // shards)
+        return -(-count * place.row_bounds(shards)[1] // place.rows)  # the first shard has as many experts as any other
+
+    return sum(held(place, counts[name]) for name, place in unit.trained.items())
 
 
 def micro_batches(config: Config, ranks: int) -> int:

@@ -100,8 +100,9 @@ class Step:
         parts: dict[str, list[Tensor]] = {}
         for name in self.overlapping(matrices[0].shard, shards):
             with safe_open(self.folder / name, framework="pt") as file:
+                held = _matrices_in(file)
                 for matrix in matrices:
-                    if matrix.name in saved:
+                    if matrix.name in held:
                         begin, end = matrix.offset_local, matrix.offset_local + matrix.numel_local
                         for key, tensor in _slices(file, matrix.name, saved[matrix.name].keys, begin, end).items():
                             parts.setdefault(f"{matrix.name}/{key}", []).append(tensor)
@@ -121,12 +122,20 @@ class Step:
         parts = []
         for file_name in self.manifest.files:
             with safe_open(self.folder / file_name, framework="pt") as file:
+                if name not in _matrices_in(file):
+                    continue
                 part = {key: file.get_tensor(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
             part["values"] = part["values"].to(part["dropped_values"].dtype)
             parts += [(part["indices"], part["values"]), (part["dropped_indices"], part["dropped_values"])]
-        indices = torch.cat([indices.long() for indices, _ in parts])
+        dtype = getattr(torch, self.manifest.parameters[name].dtype)
+        indices = torch.cat([torch.empty(0, dtype=torch.int64), *(indices.long() for indices, _ in parts)])
         order = indices.argsort()
-        return indices[order], torch.cat([values for _, values in parts])[order]
+        return indices[order], torch.cat([torch.empty(0, dtype=dtype), *(values for _, values in parts)])[order]
+
+
+def _matrices_in(file: Any) -> set[str]:
+    """Names of the matrices of which a file holds entries."""
+    return {key.rpartition("/")[0] for key in file.keys()}  # noqa: SIM118
 
 
 def _slices(file: Any, name: str, keys: Iterable[str], begin: int, end: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,12 @@ class Snapshot:
     step: int
     state: dict[str, Any]  # plain numbers, equal on all ranks
     provenance: Provenance
-    names: Mapping[str, str] = field(default_factory=dict)  # parameter -> its name in the base model's files
+    names: Mapping[str, str] = field(
+        default_factory=dict
+    )  # matrix -> the tensor of the base model's files that holds it
+    parts: Mapping[str, Sequence[int]] = field(
+        default_factory=dict
+    )  # matrix -> where it is in that tensor, see names.Part
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,9 @@ def read(path: Path) -> Manifest:
         tree["config"], tree["from_environment"], tree["base"], tree["data"], tree.get("commits", {})
     )
     return Manifest(
-        Snapshot(tree["step"], tree["state"], provenance, tree.get("names", {})),  # absent in older ones, as commits
+        Snapshot(
+            tree["step"], tree["state"], provenance, tree.get("names", {}), tree.get("parts", {})
+        ),  # absent in older ones
         tree["attempt"],
         tree["nonce"],
         {name: ShardFile(**entry) for name, entry in tree["files"].items()},

@@ -26,6 +26,7 @@ from torch import Tensor
 from liftdist import files, safetensors_header, safetensors_io
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
+from liftdist.distributed.sharding import row_bounds
 from liftdist.engine.matrices import Matrix
 from liftdist.errors import UserError
 from liftdist.runs import checkpoint
@@ -133,7 +134,10 @@ class Checkpointer:
                 self.attempt.number,
                 self.attempt.nonce,
                 {entry.name: entry.file for entry in written if entry.file},
-                {matrix.shape[0]: list(matrix.row_bounds) for matrix in matrices},
+                {
+                    rows: list(row_bounds(rows, shards))
+                    for rows in sorted({matrix.param.shape[0] for matrix in matrices})
+                },
                 parameters,
             )
             committed = self._agreed(lambda: self._commit(temporary, manifest))[0]
@@ -187,7 +191,7 @@ class Checkpointer:
             raise OSError(
                 f"{temporary} does not exist on this rank: run_dir must be on a file system that all ranks share"
             )
-        return _Written(shard, digest, name, _write_file(temporary / name, state, shard))
+        return _Written(shard, digest, name, _write_file(temporary / name, _without_empty(state), shard))
 
     def _describe_parameters(
         self, state: dict[str, Tensor], matrices: list[Matrix], shards: int
@@ -247,6 +251,12 @@ def _describe(error: Exception) -> tuple[type[Exception], str]:
         RuntimeError,
         f"saving failed: {type(error).__name__}: {error}\n{''.join(traceback.format_tb(error.__traceback__))}",
     )
+
+
+def _without_empty(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state without matrices of which there is nothing here: of experts, most shards hold no row."""
+    held = {key.rpartition("/")[0] for key, tensor in state.items() if tensor.numel()}
+    return {key: tensor for key, tensor in state.items() if key.rpartition("/")[0] in held}
 
 
 def _check_finite(state: Mapping[str, Tensor]) -> None:

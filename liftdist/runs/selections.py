@@ -97,7 +97,7 @@ def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int]) -> lis
                 indices = file.get_tensor(matrix.name).long()
         except (OSError, SafetensorError) as error:
             raise ValueError(f"{folder / file_of[matrix.name]}: {error}") from None
-        if indices.numel() != count or not ascending_within(indices, matrix.param.numel()):
+        if indices.numel() != count or not ascending_within(indices, matrix.numel):
             raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
         begin = matrix.offset_local
         cuts = torch.searchsorted(indices, torch.tensor([begin, begin + matrix.numel_local])).tolist()

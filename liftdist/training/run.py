@@ -109,10 +109,14 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         _resume(context, trainer, saved, attempt, state_changed)
     checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
     recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
-    trained = {matrix.name: names.stored[matrix.name] for matrix in method.matrices}
+    held = {matrix.name: names.holding(matrix.name, matrix.place) for matrix in method.matrices}
+    trained, parts = (
+        {name: stored for name, (stored, _) in held.items()},
+        {name: part for name, (_, part) in held.items()},
+    )
 
     def snapshot() -> Snapshot:
-        return Snapshot(trainer.step, trainer.state(), provenance, trained)
+        return Snapshot(trainer.step, trainer.state(), provenance, trained, parts)
 
     loop = Loop(context, trainer, recorder, checkpointer, snapshot)
     try:

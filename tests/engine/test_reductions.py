@@ -95,7 +95,7 @@ def unrounded_gradient(mesh, together=False):
         found.append(torch.equal(grad, whole.flatten()[indices.long() + matrix.offset_local]))
         start += len(indices)
     rounded = torch.equal(principal.values.grad, principal.values.grad.bfloat16().float())
-    held = [s.reduction.reduced for s in principal._segments if s.reduction.reduced is not None]
+    held = [p.reduction.reduced for p in principal.parts if p.reduction.reduced is not None]
     left = [p.grad is not None for p in model.parameters()]
     return dict(exact=found, rounded=rounded, held=len(held), left=left, others=len(others))
 
@@ -136,7 +136,7 @@ def sparse_and_dense(mesh):
         principal.drop_gradients()
         assert not all(map(torch.equal, before, principal.indices))
         loss = model(inputs, False).float().square().mean()
-        unit = principal._segments[0].reduction
+        unit = principal.parts[0].reduction
         in_float32 = most_alive(lambda loss=loss: loss.backward(), unit._shards * unit._row * 4)
         found[skip, sparse] = grad, reduced, principal.values.grad.clone(), in_float32
     return found
