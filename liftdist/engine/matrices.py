@@ -1,6 +1,6 @@
 """The trained matrices of a model: which they are, where they are in memory, and how they are sharded.
 
-every ``nn.Linear`` whose name matches, except the output head and routers    W [m, n], a parameter
+every linear layer of the decoder that matches, except head and routers       W [m, n], a parameter, as it is stored
 the matrices of experts, which a model holds in one parameter of a layer     [E, R, C]: gate, up and down of each expert
 
 A parameter is plain, or sharded by its first dimension with FSDP2. Seen as rows of its last dimension, ``[E R, C]``, a matrix is
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from liftdist.distributed.collectives import Group
 from liftdist.distributed.sharding import local_tensor, row_bounds
+from liftdist.engine.decoder import is_linear, output_head, towers
 from liftdist.errors import UserError
 
 
@@ -57,7 +58,7 @@ class Place:
 
 
 def principal_matrices(model: nn.Module, patterns: Sequence[str] = ("*",)) -> dict[str, Place]:
-    """The matrices to train by name: of every ``nn.Linear`` and every expert whose name matches a pattern.
+    """The matrices to train by name: of every linear layer and every expert of the decoder whose name matches a pattern.
 
     The output head, and routers, which choose experts, are left out. An expert's matrices are named as linear modules would be:
     ``LAYER.experts.3.gate_proj.weight``.
@@ -79,19 +80,20 @@ def _fits(name: str, patterns: Sequence[str]) -> bool:
 
 def _linears(model: nn.Module) -> dict[str, Place]:
     """All matrices that can be trained, by name."""
-    get_head = getattr(model, "get_output_embeddings", None)
-    head = get_head() if get_head is not None else None
+    left_out = {module for tower in towers(model) for module in tower.modules()} | {output_head(model)}
     names = {id(param): name for name, param in model.named_parameters()}
     found: dict[str, Place] = {}
     experts: dict[str, int] = {}  # the number of experts, by the name of the module that holds them and their router
     for name, module in model.named_modules():
+        if module in left_out:
+            continue
         if matrices := dict(_of_experts(module)):
             number = len({key.partition(".")[0] for key in matrices})
             experts[name.rpartition(".")[0]] = number
             found |= {
                 f"{name}.{key}": Place(names[id(param)], param, *place) for key, (param, place) in matrices.items()
             }
-        elif isinstance(module, nn.Linear) and module is not head:
+        elif is_linear(module):
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
             found[names[id(weight)]] = Place(names[id(weight)], weight, *weight.shape)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
+from transformers.models.auto import modeling_auto
 
+from liftdist.engine.decoder import layer_lists
 from liftdist.errors import UserError
 from liftdist.models import check
 from liftdist.schema import ModelConfig
@@ -38,30 +41,81 @@ def stop_ids(folder: Path) -> list[int]:
 
 
 def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
-    """The model on the meta device, without memory. Raises ``UserError`` for an architecture that is not supported."""
+    """The model on the meta device, without memory: the class that its checkpoint was saved from, with all that it holds.
+
+    Raises:
+        UserError: an architecture that is not supported, or a library that it needs is absent.
+    """
     dtype = getattr(torch, config.dtype)
+    refuse_settings(hf_config)
     try:
         with torch.device("meta"), no_init_weights():
-            model = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = auto_class(hf_config, config.trust_remote_code).from_config(
                 hf_config,
                 dtype=dtype,
                 attn_implementation=config.attn_implementation,
                 trust_remote_code=config.trust_remote_code,
             )
     except (ValueError, ImportError) as error:
-        raise UserError(
-            f"model.attn_implementation={config.attn_implementation}: {str(error).splitlines()[0]}"
-        ) from None
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        setting = f"model.attn_implementation={config.attn_implementation}" if config.attn_implementation else "model.path"
+        raise UserError(f"{setting}: the model cannot be built: {said}") from None
     model.tie_weights()
     model.config.use_cache = False
+    keep_in_float32(model, dtype)
     decoder_layers(model)
     return model
 
 
-def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
-    """The layers of the decoder. Raises ``UserError`` if the model has no such list."""
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
+def auto_class(hf_config: Any, trust_remote_code: bool = False) -> Any:
+    """The auto class of transformers that loads a checkpoint with everything that it holds.
+
+    Of a multimodal model that is the whole, unless the folder says that it was saved as the language model alone.
+    """
+    kind, own = hf_config.model_type, getattr(hf_config, "auto_map", None) or {}
+    text_class = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
+    if kind not in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or (trust_remote_code and "AutoModelForCausalLM" in own):
+        return modeling_auto.AutoModelForCausalLM
+    if text_class is not None and text_class in (hf_config.architectures or ()):
+        return modeling_auto.AutoModelForCausalLM
+    return modeling_auto.AutoModelForMultimodalLM
+
+
+def refuse_settings(hf_config: Any) -> None:
+    """Raises ``UserError`` for a configuration whose model cannot be trained on text by several ranks alike."""
+    text = hf_config.get_text_config(decoder=True)
+    if getattr(hf_config, "is_encoder_decoder", False):
+        raise UserError(f"model type {hf_config.model_type}: has an encoder and a decoder; only decoders can be trained")
+    for key in ("layerdrop", "decoder_layerdrop"):
+        if value := getattr(text, key, 0):
+            raise UserError(
+                f"config.json: {key}={value}: each rank would leave out other layers, and gather weights that the others do "
+                f"not; set {key} to 0"
+            )
+
+
+def dropout(hf_config: Any) -> dict[str, float]:
+    """The rates of dropout that the configuration asks for, by their keys; those that are zero are left out."""
+    settings = hf_config.get_text_config(decoder=True).to_dict()
+    unused = ("classifier_dropout", "summary_first_dropout")  # of other heads
+    named = {key: rate for key, rate in settings.items() if "drop" in key and key not in unused}
+    return {key: rate for key, rate in named.items() if isinstance(rate, float) and rate > 0}
+
+
+def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give float32 to the tensors for which transformers requires it in a model of a lower precision, as it does on loading."""
+    patterns = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
+    if dtype == torch.float16:
+        patterns |= set(model._keep_in_fp32_modules or ())
+    for name, tensor in tensors(model).items():
+        if any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns):
+            tensor.data = tensor.data.float()
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The layers of the decoder. Raises ``UserError`` if it has no list of layers."""
+    layers = list(dict.fromkeys(layer for layers in layer_lists(model) for layer in layers))
+    if not layers:
         raise UserError(f"{type(model).__name__}: its decoder has no list of layers, which is not supported")
     return layers
 
@@ -92,5 +146,8 @@ def recompute(model: PreTrainedModel, config: ModelConfig) -> None:
     """Enable activation checkpointing of each decoder layer, if the config requests it."""
     if config.activation_checkpointing:  # transformers 5.17 has the older name
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        try:
+            enable({"use_reentrant": False})
+        except ValueError as error:
+            raise UserError(f"model.activation_checkpointing=true: {str(error).splitlines()[0]}; set it to false") from None
         model.disable_input_require_grads()  # only reentrant checkpointing needs it; the embedding has no backward

@@ -62,11 +62,16 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         raise UserError(f"{file}: quantised weights ({method}) cannot be trained; use the unquantised model")
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # slow to import
+    from transformers.models.auto import configuration_auto, modeling_auto  # slow to import
 
-    if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not (trust_remote_code and "auto_map" in raw):
-        own_code = "the folder contains its code: set model.trust_remote_code=true to run it"
-        hint = own_code if "auto_map" in raw else "update transformers"
+    known = {**modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
+    if model_type not in known and not (trust_remote_code and "auto_map" in raw):
+        if "auto_map" in raw:
+            hint = "the folder contains its code: set model.trust_remote_code=true to run it"
+        elif model_type in configuration_auto.CONFIG_MAPPING_NAMES:
+            hint = "models of this type do not continue texts; give a causal one"
+        else:
+            hint = "update transformers"
         raise UserError(
             f"{file}: model_type {model_type!r} is not a causal language model known to transformers; {hint}"
         )

@@ -10,6 +10,7 @@ Some models also scale or cap their logits: :func:`is_plain` compares both ways 
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
+
+from liftdist.engine.decoder import text_decoder
+from liftdist.errors import UserError
 
 CHUNK_LOGITS = 2**25  # logits per chunk; about 14 B of memory for each
 
@@ -85,33 +89,62 @@ def _chunked_loss(
     terms: Terms = Terms(),
 ) -> Tensor:
     """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``terms`` of ``B P``. Float32 ``[]``."""
-    hidden = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False).last_hidden_state
+    decoder = text_decoder(model)
+    hidden = decoder(**text_inputs(decoder, model.config, input_ids, position_ids)).last_hidden_state
     chosen = hidden[:, places].flatten(0, 1)
     return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss, terms)
 
 
+def text_inputs(
+    module: nn.Module, config: Any, input_ids: Tensor, position_ids: Tensor | None = None
+) -> dict[str, Any]:
+    """What ``module``, a model or its decoder, takes for tokens that are all text; ``input_ids`` and ``position_ids`` ``[B, L]``."""
+    accepted = inspect.signature(module.forward).parameters
+    inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
+    if "position_ids" in accepted and position_ids is not None:
+        rotary = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+        if axes := len(rotary.get("mrope_section") or ()):  # text has equal positions on all axes; first, those that masks use
+            position_ids = position_ids.expand(1 + axes, *position_ids.shape)
+        inputs["position_ids"] = position_ids
+    if "mm_token_type_ids" in accepted:
+        inputs["mm_token_type_ids"] = torch.zeros_like(input_ids)
+    return inputs
+
+
 def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether the logits are exactly ``W h_t``, as the chunked loss assumes; compared on a few tokens. Collective."""
-    head = model.get_output_embeddings()
-    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
-        return False
-    tokens = torch.arange(1, 9, device=device).unsqueeze(0)
+    """Whether the logits are exactly ``W h_t``, as the chunked loss assumes; compared on a few tokens. Collective.
+
+    Raises:
+        UserError: the logits of a token depend on later ones.
+    """
+    tokens = torch.arange(1, 9, device=device).repeat(2, 1)
+    tokens[1, -1] = 1
+    positions = torch.arange(8, device=device).repeat(2, 1)
     model.plain_logits = types.MethodType(_plain_logits, model)
     register_fsdp_forward_method(model, "plain_logits")
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:  # a model that is to be compiled is not compiled for these few tokens
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logits = model(input_ids=tokens, position_ids=tokens - 1, use_cache=False).logits
-            plain = model.plain_logits(tokens, tokens - 1)
+            logits = model(**text_inputs(model, model.config, tokens, positions)).logits
+            plain = model.plain_logits(tokens, positions)
     finally:
         del model.plain_logits
         for module in training:
             module.training = True
+    first, second = logits[:, :-1].float()
+    if (first - second).abs().max() > 0.01 * first.abs().max():
+        raise UserError(
+            f"{type(model).__name__}: its predictions depend on later tokens; only causal models can be trained: if config.json "
+            "has is_decoder=false, set it to true"
+        )
     return plain is not None and torch.equal(plain, logits)
 
 
 def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
-    output = model.get_decoder()(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+    head, decoder = model.get_output_embeddings(), text_decoder(model)
+    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
+        return None
+    output = decoder(**text_inputs(decoder, model.config, input_ids, position_ids))
     hidden = getattr(output, "last_hidden_state", None)
-    return None if hidden is None else F.linear(hidden, model.get_output_embeddings().weight)
+    return None if hidden is None or hidden.shape[-1] != head.in_features else F.linear(hidden, head.weight)

@@ -9,17 +9,21 @@ see ``names``; quantised weights are rejected. Loaded rows are checked against t
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import PreTrainedModel
 
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import rows_local
+from liftdist.engine.decoder import towers
+from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
 from liftdist.models.build import build, check_type, decoder_layers, own_embedding, recompute, tensors
 from liftdist.models.names import NameMap, match
@@ -58,20 +62,39 @@ def load(
 def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
     """Shard the parameters by rows with FSDP2, one unit per decoder layer. Gradients are summed in float32.
 
-    An embedding that shares no weight with the head is a unit of its own: it is needed at the start of a forward, the head at the
-    end.
+    Units of their own are
+
+    - what several layers share,
+    - a linear layer of another dtype than the model's: of a unit, what is trained must have one dtype,
+    - each tower, which is never gathered if only texts pass,
+    - an embedding that shares no weight with the head: it is needed at the start of a forward, the head at the end.
+
+    Scalars, which have no rows, are whole on every rank.
     """
     recompute(model, config)
-    options: dict[str, Any] = {"mesh": mesh.shard_mesh, "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32)}
-    for layer in decoder_layers(model):
+    options: dict[str, Any] = {
+        "mesh": mesh.shard_mesh,
+        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        "ignored_params": {param for param in model.parameters() if not param.ndim},
+    }
+    layers = decoder_layers(model)
+    trained = {place.param for place in principal_matrices(model).values()}
+    for module in model.modules():
+        if any(p in trained and p.dtype != getattr(torch, config.dtype) for p in module.parameters(recurse=False)):
+            fully_shard(module, **options)
+    for modules in shared_modules(layers):
+        fully_shard(modules, **options)
+    for layer in layers:
         if config.compile:
             layer.compile()
-        fully_shard(layer, **options)
+        if not isinstance(layer, FSDPModule):  # nor one of which everything is shared
+            fully_shard(layer, **options)
+    for tower in towers(model):
+        fully_shard(tower, **options)
     if (embedding := own_embedding(model)) is not None:
         fully_shard(embedding, **options)
-        first = decoder_layers(model)[0]
         # only itself, which prefetches nothing: by default FSDP would gather the embedding again
-        first.set_modules_to_backward_prefetch([first])  # type: ignore[operator]
+        layers[0].set_modules_to_backward_prefetch([layers[0]])  # type: ignore[operator]
     fully_shard(model, **options)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -79,28 +102,59 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
             module.set_force_sum_reduction_for_comms(True)
 
 
+def shared_modules(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:
+    """The outermost modules whose parameters several layers share, those with the same parameters together."""
+    owners = Counter(id(param) for layer in layers for param in layer.parameters())
+    found: dict[tuple[int, ...], list[nn.Module]] = {}
+
+    def collect(module: nn.Module) -> None:
+        params = tuple(id(param) for param in module.parameters())
+        if params and all(owners[param] > 1 for param in params):
+            found.setdefault(params, []).append(module)
+        else:
+            for child in module.children():
+                collect(child)
+
+    for layer in layers:
+        collect(layer)
+    return [list(dict.fromkeys(modules)) for modules in found.values()]
+
+
+@torch.no_grad()
 def compute_buffers(model: PreTrainedModel) -> None:
-    """Compute the buffers that checkpoints do not hold (rotary frequencies, embedding scales), as transformers does."""
-    stored = set(tensors(model))
-    for name, module in model.named_modules():
-        computed = {
-            key: buffer
-            for key, buffer in module.named_buffers(name, recurse=False)
-            if key not in stored and buffer.is_floating_point()
-        }
-        if not computed:
-            continue
-        for buffer in computed.values():
-            buffer.fill_(torch.nan)
-        for param in module.parameters(recurse=False):
-            param._is_hf_initialized = True
-        model._init_weights(module)
-        for key, buffer in computed.items():
-            if buffer.isnan().any():
-                raise UserError(
-                    f"{type(model).__name__}: not supported: transformers does not initialise the buffer {key}, "
-                    "which checkpoints do not hold"
-                )
+    """Compute the buffers that checkpoints do not hold (rotary frequencies, masks, embedding scales), as transformers does.
+
+    A buffer is computed if its values do not depend on those that it had before.
+
+    Raises:
+        UserError: transformers computes one of them nowhere.
+    """
+    stored = tensors(model)
+    for tensor in stored.values():
+        tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # leave it alone
+    _compute_buffers(model, model, set(map(id, stored.values())))
+
+
+def _compute_buffers(module: nn.Module, enclosing: PreTrainedModel, stored: set[int]) -> None:
+    if isinstance(module, PreTrainedModel):
+        enclosing = module  # a part that is a model of its own computes its own
+    for child in module.children():
+        _compute_buffers(child, enclosing, stored)
+    buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if id(buffer) not in stored}
+    if not buffers:
+        return
+    results = []
+    for before in (0, 1):
+        for buffer in buffers.values():
+            buffer.fill_(before)
+        enclosing._init_weights(module)
+        results.append({name: buffer.clone() for name, buffer in module.named_buffers(recurse=False) if name in buffers})
+    for name in buffers:
+        if not torch.equal(results[0][name], results[1][name]):
+            raise UserError(
+                f"{type(enclosing).__name__}: not supported: transformers does not initialise the buffer {name} of "
+                f"{type(module).__name__}, which checkpoints do not hold"
+            )
 
 
 @torch.no_grad()

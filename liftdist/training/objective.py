@@ -12,10 +12,11 @@ from __future__ import annotations
 import inspect
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from liftdist.data.tokenised import IGNORED
-from liftdist.models.head import Loss, Terms
+from liftdist.models.head import Loss, Terms, text_inputs
 from liftdist.training.losses.cross_entropy import per_token
 
 
@@ -55,7 +56,7 @@ def _labels_of_samples(batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def token_losses(
-    model: nn.Module,
+    model: PreTrainedModel,
     batch: dict[str, Tensor],
     loss: Loss = per_token,
     weights: Tensor | None = None,
@@ -87,5 +88,5 @@ def token_losses(
     if chunked := getattr(model, "chunked_loss", None):
         return chunked(input_ids, position_ids, positions, labels, loss, terms)
     chosen = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **chosen).logits
+    logits = model(**text_inputs(model, model.config, input_ids, position_ids), **chosen).logits
     return terms.add(loss((logits if chosen else logits[:, positions]).flatten(0, 1), labels.flatten()))
