@@ -16,7 +16,11 @@ from torch import nn
 def text_decoder(model: nn.Module) -> nn.Module:
     """The module that maps tokens to hidden states; the model itself if it names none by ``get_decoder``."""
     inner = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
-    return inner if inner is model else text_decoder(inner)
+    if inner is not model:
+        return text_decoder(inner)
+    if output_head(model) is not None:  # a causal model that names itself
+        return next((child for child in model.children() if _is_model(child)), model)
+    return model
 
 
 def towers(model: nn.Module) -> list[nn.Module]:

@@ -132,29 +132,31 @@ def compute_buffers(model: PreTrainedModel) -> None:
     stored = tensors(model)
     for tensor in stored.values():
         tensor._is_hf_initialized = True  # type: ignore[attr-defined]  # leave it alone
-    _compute_buffers(model, model, set(map(id, stored.values())))
-
-
-def _compute_buffers(module: nn.Module, enclosing: PreTrainedModel, stored: set[int]) -> None:
-    if isinstance(module, PreTrainedModel):
-        enclosing = module  # a part that is a model of its own computes its own
-    for child in module.children():
-        _compute_buffers(child, enclosing, stored)
-    buffers = {name: buffer for name, buffer in module.named_buffers(recurse=False) if id(buffer) not in stored}
-    if not buffers:
-        return
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name not in stored}
+    owners = {name.rpartition(".")[0] for name in buffers}
     results = []
     for before in (0, 1):
         for buffer in buffers.values():
             buffer.fill_(before)
-        enclosing._init_weights(module)
-        results.append({name: buffer.clone() for name, buffer in module.named_buffers(recurse=False) if name in buffers})
+        _compute_buffers(model, "", model, owners)
+        results.append({name: buffer.clone() for name, buffer in buffers.items()})
     for name in buffers:
         if not torch.equal(results[0][name], results[1][name]):
             raise UserError(
-                f"{type(enclosing).__name__}: not supported: transformers does not initialise the buffer {name} of "
-                f"{type(module).__name__}, which checkpoints do not hold"
+                f"{type(model).__name__}: not supported: transformers does not initialise the buffer {name}, which "
+                "checkpoints do not hold"
             )
+
+
+def _compute_buffers(module: nn.Module, name: str, enclosing: PreTrainedModel, owners: set[str]) -> None:
+    """Initialise the modules named in ``owners`` and those around them, each by the nearest model that it is part of."""
+    if isinstance(module, PreTrainedModel):
+        enclosing = module
+    prefix = f"{name}." if name else ""
+    for child_name, child in module.named_children():
+        _compute_buffers(child, prefix + child_name, enclosing, owners)
+    if name in owners or any(owner.startswith(prefix) for owner in owners):
+        enclosing._init_weights(module)
 
 
 @torch.no_grad()
