@@ -126,7 +126,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {},
     "olmo_hybrid": {},
     "rwkv": {},
-    "xlstm": dict(mode="train", ffn_round_up_to_multiple_of=8, num_heads=4, autocast_kernel_dtype="float32"),
+    "xlstm": dict(chunk_size=1, mode="train", ffn_round_up_to_multiple_of=8, num_heads=4, autocast_kernel_dtype="float32"),
     # language models of multimodal checkpoints
     "gemma3": {},
     "gemma3n": {},

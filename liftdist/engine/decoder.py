@@ -3,19 +3,25 @@
     model
       decoder           tokens -> hidden states: embedding, lists of layers, norm
       head              hidden states -> logits
-      towers            what is left: encoders of images or sound and their projectors, which no text passes through
+      towers            what is left: encoders of images or sound, their projectors, and layers that attend to what they encode
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 from torch import nn
+
+#: Classes of modules inside a decoder that encode images or sound, or attend to what is encoded.
+_ENCODES = re.compile("Vision|Audio|Perceiver|CrossAttention")
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
     """The module that maps tokens to hidden states; the model itself if it names none by ``get_decoder``."""
     inner = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
+    if _is_model(model) and not any(isinstance(part, nn.ModuleList) for part in inner.modules()):
+        inner = model.base_model  # some heads are named decoders
     if inner is not model:
         return text_decoder(inner)
     if output_head(model) is not None:  # a causal model that names itself
@@ -42,9 +48,14 @@ def towers(model: nn.Module) -> list[nn.Module]:
             elif any(True for _ in child.parameters()):
                 yield child
 
-    # an encoder inside a decoder is a model of its own
-    nested = [child for child in decoder.children() if _is_model(decoder) and any(map(_is_model, child.modules()))]
-    return [*nested, *(outside(model) if decoder is not model else ())]
+    def inside(module: nn.Module) -> Iterator[nn.Module]:
+        for child in module.children():
+            if _ENCODES.search(type(child).__name__) or any(_is_model(part) for part in child.modules()):
+                yield child
+            else:
+                yield from inside(child)
+
+    return [*(inside(decoder) if _is_model(decoder) else ()), *(outside(model) if decoder is not model else ())]
 
 
 def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
@@ -53,9 +64,11 @@ def layer_lists(model: nn.Module) -> list[nn.ModuleList]:
 
     def lists(module: nn.Module) -> Iterator[nn.ModuleList]:
         for child in module.children():
+            if child in apart:
+                continue
             if isinstance(child, nn.ModuleList) and any(True for layer in child for _ in layer.children()):
                 yield child
-            elif child not in apart:
+            else:
                 yield from lists(child)
 
     apart = set(towers(model))

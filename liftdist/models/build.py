@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.models.auto import modeling_auto
 
-from liftdist.engine.decoder import layer_lists
+from liftdist.engine.decoder import layer_lists, towers
 from liftdist.errors import UserError
 from liftdist.models import check
 from liftdist.schema import ModelConfig
@@ -64,6 +65,9 @@ def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
     model.config.use_cache = False
     keep_in_float32(model, dtype)
     decoder_layers(model)
+    taken = inspect.signature(model.forward).parameters.items()
+    if needed := [key for key, value in taken if value.default is value.empty and key != "input_ids" and value.kind == value.POSITIONAL_OR_KEYWORD]:
+        raise UserError(f"{class_name(model)}: takes no text without {', '.join(needed)}, so it cannot be trained on texts")
     return model
 
 
@@ -112,11 +116,17 @@ def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
             tensor.data = tensor.data.float()
 
 
+def class_name(model: PreTrainedModel) -> str:
+    """The name of the model's class, also after FSDP2 has derived one from it."""
+    return type(model).__name__.removeprefix("FSDP")
+
+
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The layers of the decoder. Raises ``UserError`` if it has no list of layers."""
-    layers = list(dict.fromkeys(layer for layers in layer_lists(model) for layer in layers))
+    apart = set(towers(model))
+    layers = list(dict.fromkeys(layer for found in layer_lists(model) for layer in found if layer not in apart))
     if not layers:
-        raise UserError(f"{type(model).__name__}: its decoder has no list of layers, which is not supported")
+        raise UserError(f"{class_name(model)}: has no decoder with a list of layers, which is what can be trained on texts")
     return layers
 
 

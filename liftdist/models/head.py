@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from liftdist.engine.decoder import text_decoder
 from liftdist.errors import UserError
+from liftdist.models.build import class_name
 
 CHUNK_LOGITS = 2**25  # logits per chunk; about 14 B of memory for each
 
@@ -91,8 +92,9 @@ def _chunked_loss(
     """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``terms`` of ``B P``. Float32 ``[]``."""
     decoder = text_decoder(model)
     hidden = decoder(**text_inputs(decoder, model.config, input_ids, position_ids)).last_hidden_state
-    chosen = hidden[:, places].flatten(0, 1)
-    return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss, terms)
+    head = model.get_output_embeddings().weight
+    chosen = hidden[:, places].flatten(0, 1).to(head.dtype)
+    return ChunkedLoss.apply(chosen, head, labels.flatten(), loss, terms)
 
 
 def text_inputs(
@@ -134,11 +136,9 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
             module.training = True
     first, second = logits[:, :-1].float()
     if (first - second).abs().max() > 0.01 * first.abs().max():
-        raise UserError(
-            f"{type(model).__name__}: its predictions depend on later tokens; only causal models can be trained: if config.json "
-            "has is_decoder=false, set it to true"
-        )
-    return plain is not None and torch.equal(plain, logits)
+        hint = ": set is_decoder to true in config.json" if getattr(model.config, "is_decoder", None) is False else ""
+        raise UserError(f"{class_name(model)}: its predictions depend on later tokens; only causal models can be trained{hint}")
+    return plain is not None and torch.equal(plain.float(), logits.float())
 
 
 def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
@@ -147,4 +147,4 @@ def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tenso
         return None
     output = decoder(**text_inputs(decoder, model.config, input_ids, position_ids))
     hidden = getattr(output, "last_hidden_state", None)
-    return None if hidden is None or hidden.shape[-1] != head.in_features else F.linear(hidden, head.weight)
+    return None if hidden is None or hidden.shape[-1] != head.in_features else F.linear(hidden.to(head.weight.dtype), head.weight)

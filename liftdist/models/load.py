@@ -25,7 +25,7 @@ from liftdist.distributed.sharding import rows_local
 from liftdist.engine.decoder import towers
 from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
-from liftdist.models.build import build, check_type, decoder_layers, own_embedding, recompute, tensors
+from liftdist.models.build import build, check_type, class_name, decoder_layers, own_embedding, recompute, tensors
 from liftdist.models.names import NameMap, match
 from liftdist.models.weights import ModelFolder
 from liftdist.schema import ModelConfig
@@ -90,7 +90,8 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
         if not isinstance(layer, FSDPModule):  # nor one of which everything is shared
             fully_shard(layer, **options)
     for tower in towers(model):
-        fully_shard(tower, **options)
+        if not isinstance(tower, FSDPModule):  # nor a layer
+            fully_shard(tower, **options)
     if (embedding := own_embedding(model)) is not None:
         fully_shard(embedding, **options)
         # only itself, which prefetches nothing: by default FSDP would gather the embedding again
@@ -143,7 +144,7 @@ def compute_buffers(model: PreTrainedModel) -> None:
     for name in buffers:
         if not torch.equal(results[0][name], results[1][name]):
             raise UserError(
-                f"{type(model).__name__}: not supported: transformers does not initialise the buffer {name}, which "
+                f"{class_name(model)}: not supported: transformers does not initialise the buffer {name}, which "
                 "checkpoints do not hold"
             )
 

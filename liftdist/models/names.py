@@ -151,7 +151,8 @@ def match(model: PreTrainedModel, files: ModelFolder) -> NameMap:
             pieces[name] = (Piece(stored[name], 0, 0, rows_in(tensor.shape)),)
             if (shape := files.info(stored[name])["shape"]) != list(tensor.shape):
                 problems.append(f"{name} is {shape} in the checkpoint, {list(tensor.shape)} in the model")
-    for name in dict.fromkeys(piece.source for found_pieces in pieces.values() for piece in found_pieces):
+    numbers = {name: found_pieces for name, found_pieces in pieces.items() if own[name].is_floating_point()}
+    for name in dict.fromkeys(piece.source for found_pieces in numbers.values() for piece in found_pieces):
         if files.info(name)["dtype"] not in _FLOATS:
             problems.append(f"{name} has dtype {files.info(name)['dtype']}: quantised weights are not supported")
     if problems:

@@ -68,11 +68,11 @@ class ModelFolder:
 
     def row(self, name: str, row: int) -> Tensor:
         """One row, as safetensors reads it, independently of :meth:`rows`."""
-        *outer, _ = shape = self.info(name)["shape"]
+        shape = self.info(name)["shape"]
         with safe_open(self.folder / self.file_of[name], framework="pt") as file:
             if len(shape) < 2:
-                return file.get_slice(name)[row : row + 1]
-            place = np.unravel_index(row, outer)
+                return file.get_tensor(name).view(-1)[row : row + 1]
+            place = np.unravel_index(row, shape[:-1])
             return file.get_slice(name)[tuple(slice(int(at), int(at) + 1) for at in place)].flatten()
 
 
