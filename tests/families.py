@@ -58,6 +58,11 @@ SMALL: dict[str, Any] = dict(
     ssm_state_size=8,
     mamba_chunk_size=4,
     chunk_size=4,
+    **dict.fromkeys(
+        ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "activation_dropout",
+         "hidden_dropout_prob", "attention_probs_dropout_prob"),
+        0.0,
+    ),
 )
 
 MROPE = dict(text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])))

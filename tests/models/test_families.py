@@ -1,0 +1,153 @@
+"""Every family that loads computes, trains and exports what plain transformers does with the same checkpoint."""
+
+from pathlib import Path
+
+import families
+import pytest
+import ranks
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from liftdist import PrincipalWeights
+from liftdist.deltas import of_run
+from liftdist.deltas.formats import hf
+from liftdist.distributed.collectives import gather
+from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.models.head import in_chunks, is_plain, text_inputs
+from liftdist.models.load import load
+from liftdist.runs import checkpoint, claims
+from liftdist.runs.manifest import Provenance, Snapshot
+from liftdist.runs.saver import Checkpointer
+from liftdist.schema import ModelConfig
+from liftdist.training.objective import token_losses
+
+#: Families that transformers itself cannot build or run here, or that are refused, and why.
+NOT_HERE = {
+    "gemma3n": "needs timm",
+    "perception_lm": "needs timm",
+    "paligemma": "reads text in both directions",
+    "aria": "its experts need sizes that are multiples of 16 bytes",
+}
+SHORT = (  # one of each kind; all others are slow together
+    "gpt2", "falcon", "mamba2", "zamba2", "falcon_h1", "lfm2", "apertus", "qwen3_5", "gemma4", "qwen2_5_vl", "llama4", "mllama",
+)  # fmt: skip
+ON_TWO_RANKS = ("gpt2", "zamba2", "qwen3_5", "qwen2_vl", "gemma3", "jamba", "nemotron_h", "apertus", "opt", "olmo_hybrid")
+LENGTHS = (11, 7)
+
+
+def batch():
+    """Two samples of different lengths, padded."""
+    generator = torch.Generator().manual_seed(3)
+    shape = (len(LENGTHS), max(LENGTHS))
+    input_ids, labels = torch.zeros(shape, dtype=torch.int64), torch.full(shape, -100)
+    for row, length in enumerate(LENGTHS):
+        tokens = torch.randint(3, 90, (length,), generator=generator)
+        input_ids[row, :length], labels[row, : length - 1] = tokens, tokens[1:]
+    return {"input_ids": input_ids, "labels": labels, "position_ids": torch.arange(shape[1]).repeat(shape[0], 1)}
+
+
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def same_tensors(model, plain):
+    """Names of parameters and buffers that differ in dtype or in any value."""
+    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    expected = [*plain.named_parameters(), *plain.named_buffers()]
+    shared = {name for name, _ in plain.named_parameters(remove_duplicate=False)} - set(own)
+    return [
+        name
+        for name, tensor in expected
+        if name not in shared and (own[name].dtype != tensor.dtype or not torch.equal(whole(own[name]), tensor))
+    ]
+
+
+def bytes_of(tensor):
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def block(place, tensor):
+    """The entries of a matrix in a parameter, or in its gradient."""
+    rows = tensor.reshape(-1, tensor.shape[-1])[place.first_row : place.first_row + place.rows, place.first_column :]
+    return rows[:, :: place.step][:, : place.columns]
+
+
+def loaded_in_bfloat16(mesh, folder):
+    model, _ = load(folder, ModelConfig(path=str(folder), dtype="bfloat16"), mesh)
+    plain = families.plain(folder, torch.bfloat16)
+    differ = same_tensors(model, plain)
+    inputs = text_inputs(model, model.config, batch()["input_ids"], batch()["position_ids"])
+    with torch.no_grad():
+        return differ, torch.equal(model.eval()(**inputs).logits, plain.eval()(**inputs).logits)
+
+
+def trained_and_exported(mesh, folder, run_dir):
+    """One step of training against plain transformers; what its checkpoint exports. Raises on any difference. Collective."""
+    model, names = load(folder, ModelConfig(path=str(folder), dtype="float32"), mesh)
+    plain = families.plain(folder)
+    assert same_tensors(model, plain) == []
+    principal = PrincipalWeights(model, density=0.1, filter_rank=4)
+    if is_plain(model, mesh.device):
+        in_chunks(model)
+
+    tokens = batch()
+    losses = token_losses(model.train(), tokens)
+    expected = torch.zeros(())
+    for row, length in enumerate(LENGTHS):
+        sample = tokens["input_ids"][row : row + 1, :length]
+        logits = plain.train()(input_ids=sample, use_cache=False).logits
+        expected = expected + F.cross_entropy(logits[0, :-1].float(), sample[0, 1:], reduction="sum")
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=0)
+
+    losses.backward()
+    expected.backward()
+    principal.reduce_gradients(mesh.world_size)
+    weights = dict(plain.named_parameters(remove_duplicate=False))
+    begin = 0
+    for matrix, indices in zip(principal.matrices, principal.indices, strict=True):
+        gradient = principal.values.grad[begin : begin + indices.numel()]
+        begin += indices.numel()
+        dense = weights[matrix.place.parameter].grad
+        assert dense is not None, f"{matrix.name} is trained, but takes no part in the loss"
+        dense = block(matrix.place, dense).flatten()[indices.long() + matrix.offset_local]
+        torch.testing.assert_close(gradient, dense, rtol=1e-3, atol=1e-5 * expected.item())
+
+    optimizer = PrincipalAdamW(principal, lr=1e-2)
+    optimizer.step()
+    held = {matrix.name: names.holding(matrix.name, matrix.place) for matrix in principal.matrices}
+    trained, parts = {name: stored for name, (stored, _) in held.items()}, {name: part for name, (_, part) in held.items()}
+    attempt = gather(claims.claim(run_dir, lambda _: {}) if mesh.is_main else None)[0]
+    saver = Checkpointer(attempt, mesh, 1, None)
+    provenance = Provenance(config="", from_environment={}, base="", data="")
+    saver.save(principal.state_dict(optimizer), principal.matrices, Snapshot(1, {}, provenance, trained, parts))
+    saver.wait()
+    delta = of_run.of_run(checkpoint.open_step(run_dir / "checkpoints" / "step-00000001"), folder)
+    hf.write(delta, folder, run_dir / "export")
+
+    exported = families.plain(run_dir / "export")
+    assert same_tensors(model, exported) == []
+    before, after = (load_file(path / "model.safetensors") for path in (folder, run_dir / "export"))
+    assert set(before) == set(after)
+    touched = set(trained.values())
+    changed = {name for name in before if not torch.equal(bytes_of(before[name]), bytes_of(after[name]))}
+    assert changed <= touched
+    assert len(changed) > 0.8 * len(touched), touched - changed
+
+
+def cases():
+    for name in families.FAMILIES:
+        marks = [] if name in SHORT else [pytest.mark.slow]
+        if name in NOT_HERE:
+            continue
+        yield pytest.param(1, name, id=f"{name}-1", marks=marks)
+        if name in ON_TWO_RANKS:
+            yield pytest.param(2, name, id=f"{name}-2", marks=marks)
+
+
+@pytest.mark.parametrize(("world_size", "family"), cases())
+def test_a_family_trains_and_exports_as_plain_transformers_does(world_size, family, tmp_path):
+    folder = families.make(tmp_path / "model", family)
+    ranks.run(world_size, trained_and_exported, folder, tmp_path / "run")
+    if world_size == 1:
+        assert ranks.run(1, loaded_in_bfloat16, folder) == [([], True)]
