@@ -60,7 +60,7 @@ SMALL: dict[str, Any] = dict(
     chunk_size=4,
     **dict.fromkeys(
         ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "activation_dropout",
-         "hidden_dropout_prob", "attention_probs_dropout_prob"),
+         "hidden_dropout_prob", "attention_probs_dropout_prob", "residual_dropout"),
         0.0,
     ),
 )
@@ -108,7 +108,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "codegen": dict(rotary_dim=4),
     "falcon": {},
     "bloom": {},
-    "mpt": dict(n_heads=4),
+    "mpt": dict(n_heads=4, attn_config=dict(attn_pdrop=0)),
     "opt": dict(ffn_dim=45, word_embed_proj_dim=20),
     "xglm": dict(ffn_dim=45),
     "biogpt": {},

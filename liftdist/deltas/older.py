@@ -11,6 +11,8 @@ from typing import Any
 
 Settings = dict[str, Any]
 
+_ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")  # of transformers 4.56
+
 
 def tokenizer_config(settings: Settings) -> Settings:
     """The contents of ``tokenizer_config.json``, with the names of transformers 4."""
@@ -23,9 +25,16 @@ def tokenizer_config(settings: Settings) -> Settings:
 
 
 def model_config(settings: Settings) -> Settings:
-    """The contents of ``config.json``, with ``rope_parameters`` under its older names, too, where they are not given."""
+    """The contents of ``config.json``, with ``rope_parameters`` under its older names, too, where they are not given; those of
+    its parts, such as ``text_config``, as well."""
+    if "auto_map" in settings:  # code of its own reads what it was written with
+        return settings
+    settings = {
+        key: model_config(value) if key.endswith("_config") and isinstance(value, dict) else value
+        for key, value in settings.items()
+    }
     rope = settings.get("rope_parameters")
-    if not isinstance(rope, dict) or "auto_map" in settings:  # code of its own reads what it was written with
+    if not isinstance(rope, dict):
         return settings
     if set(rope) == {"full_attention", "sliding_attention"}:
         older = _rope(rope["full_attention"]) | {"rope_local_base_freq": rope["sliding_attention"].get("rope_theta")}
@@ -33,6 +42,8 @@ def model_config(settings: Settings) -> Settings:
         return settings  # of architectures that transformers 4.56 does not have
     else:
         older = _rope(rope)
+    if (older["rope_scaling"] or {}).get("rope_type", "default") not in _ROPE_TYPES:
+        return settings
     return settings | {key: value for key, value in older.items() if settings.get(key) is None and value is not None}
 
 

@@ -76,6 +76,7 @@ def block(place, tensor):
 def loaded_in_bfloat16(mesh, folder):
     model, _ = load(folder, ModelConfig(path=str(folder), dtype="bfloat16"), mesh)
     plain = families.plain(folder, torch.bfloat16)
+    model.requires_grad_(False)
     differ = same_tensors(model, plain)
     inputs = text_inputs(model, model.config, batch()["input_ids"], batch()["position_ids"])
     with torch.no_grad():
