@@ -59,8 +59,18 @@ SMALL: dict[str, Any] = dict(
     mamba_chunk_size=4,
     chunk_size=4,
     **dict.fromkeys(
-        ("attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "dropout", "activation_dropout",
-         "hidden_dropout_prob", "attention_probs_dropout_prob", "residual_dropout"),
+        (
+            "attention_dropout",
+            "hidden_dropout",
+            "resid_pdrop",
+            "embd_pdrop",
+            "attn_pdrop",
+            "dropout",
+            "activation_dropout",
+            "hidden_dropout_prob",
+            "attention_probs_dropout_prob",
+            "residual_dropout",
+        ),
         0.0,
     ),
 )
@@ -89,7 +99,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {},
     "exaone4": dict(sliding_window=4),
     "nemotron": {},
-    "minicpm3": dict(num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, head_dim=None),
+    "minicpm3": dict(
+        num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, head_dim=None
+    ),
     "hunyuan_v1_dense": {},
     "ernie4_5": {},
     "seed_oss": {},
@@ -118,7 +130,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_next": dict(mlp_only_layers=[0, 1, 2, 3]),
     "qwen3_5_text": {},
     "lfm2": {},
-    "granitemoehybrid": dict(num_local_experts=0, shared_intermediate_size=45, layer_types=["mamba", "mamba", "attention", "mamba"]),
+    "granitemoehybrid": dict(
+        num_local_experts=0, shared_intermediate_size=45, layer_types=["mamba", "mamba", "attention", "mamba"]
+    ),
     "bamba": dict(attn_layer_indices=[1]),
     "falcon_h1": dict(mamba_d_ssm=64),
     "jamba": dict(num_experts=1, attn_layer_period=2, attn_layer_offset=1),
@@ -126,12 +140,24 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mamba": {},
     "mamba2": dict(num_heads=8, n_groups=2),
     "falcon_mamba": {},
-    "zamba": dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], attention_head_dim=16, num_key_value_heads=4, intermediate_size=46),
-    "zamba2": dict(layers_block_type=["mamba", "hybrid", "mamba", "hybrid"], num_mem_blocks=1, adapter_rank=4, num_key_value_heads=4),
+    "zamba": dict(
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        attention_head_dim=16,
+        num_key_value_heads=4,
+        intermediate_size=46,
+    ),
+    "zamba2": dict(
+        layers_block_type=["mamba", "hybrid", "mamba", "hybrid"],
+        num_mem_blocks=1,
+        adapter_rank=4,
+        num_key_value_heads=4,
+    ),
     "recurrent_gemma": {},
     "olmo_hybrid": {},
     "rwkv": {},
-    "xlstm": dict(chunk_size=1, mode="train", ffn_round_up_to_multiple_of=8, num_heads=4, autocast_kernel_dtype="float32"),
+    "xlstm": dict(
+        chunk_size=1, mode="train", ffn_round_up_to_multiple_of=8, num_heads=4, autocast_kernel_dtype="float32"
+    ),
     # language models of multimodal checkpoints
     "gemma3": {},
     "gemma3n": {},

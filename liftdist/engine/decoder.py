@@ -1,9 +1,9 @@
 """The part of a model that a text passes through: its decoder. Found by structure, for any Hugging Face model or plain module.
 
-    model
-      decoder           tokens -> hidden states: embedding, lists of layers, norm
-      head              hidden states -> logits
-      towers            what is left: encoders of images or sound, their projectors, and layers that attend to what they encode
+model
+  decoder           tokens -> hidden states: embedding, lists of layers, norm
+  head              hidden states -> logits
+  towers            what is left: encoders of images or sound, their projectors, and layers that attend to what they encode
 """
 
 from __future__ import annotations

@@ -59,15 +59,23 @@ def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
             )
     except (ValueError, ImportError) as error:
         said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        setting = f"model.attn_implementation={config.attn_implementation}" if config.attn_implementation else "model.path"
+        setting = (
+            f"model.attn_implementation={config.attn_implementation}" if config.attn_implementation else "model.path"
+        )
         raise UserError(f"{setting}: the model cannot be built: {said}") from None
     model.tie_weights()
     model.config.use_cache = False
     keep_in_float32(model, dtype)
     decoder_layers(model)
     taken = inspect.signature(model.forward).parameters.items()
-    if needed := [key for key, value in taken if value.default is value.empty and key != "input_ids" and value.kind == value.POSITIONAL_OR_KEYWORD]:
-        raise UserError(f"{class_name(model)}: takes no text without {', '.join(needed)}, so it cannot be trained on texts")
+    if needed := [
+        key
+        for key, value in taken
+        if value.default is value.empty and key != "input_ids" and value.kind == value.POSITIONAL_OR_KEYWORD
+    ]:
+        raise UserError(
+            f"{class_name(model)}: takes no text without {', '.join(needed)}, so it cannot be trained on texts"
+        )
     return model
 
 
@@ -78,7 +86,9 @@ def auto_class(hf_config: Any, trust_remote_code: bool = False) -> Any:
     """
     kind, own = hf_config.model_type, getattr(hf_config, "auto_map", None) or {}
     text_class = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(kind)
-    if kind not in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or (trust_remote_code and "AutoModelForCausalLM" in own):
+    if kind not in modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES or (
+        trust_remote_code and "AutoModelForCausalLM" in own
+    ):
         return modeling_auto.AutoModelForCausalLM
     if text_class is not None and text_class in (hf_config.architectures or ()):
         return modeling_auto.AutoModelForCausalLM
@@ -89,7 +99,9 @@ def refuse_settings(hf_config: Any) -> None:
     """Raises ``UserError`` for a configuration whose model cannot be trained on text by several ranks alike."""
     text = hf_config.get_text_config(decoder=True)
     if getattr(hf_config, "is_encoder_decoder", False):
-        raise UserError(f"model type {hf_config.model_type}: has an encoder and a decoder; only decoders can be trained")
+        raise UserError(
+            f"model type {hf_config.model_type}: has an encoder and a decoder; only decoders can be trained"
+        )
     for key in ("layerdrop", "decoder_layerdrop"):
         if value := getattr(text, key, 0):
             raise UserError(
@@ -126,7 +138,9 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     apart = set(towers(model))
     layers = list(dict.fromkeys(layer for found in layer_lists(model) for layer in found if layer not in apart))
     if not layers:
-        raise UserError(f"{class_name(model)}: has no decoder with a list of layers, which is what can be trained on texts")
+        raise UserError(
+            f"{class_name(model)}: has no decoder with a list of layers, which is what can be trained on texts"
+        )
     return layers
 
 
@@ -159,5 +173,7 @@ def recompute(model: PreTrainedModel, config: ModelConfig) -> None:
         try:
             enable({"use_reentrant": False})
         except ValueError as error:
-            raise UserError(f"model.activation_checkpointing=true: {str(error).splitlines()[0]}; set it to false") from None
+            raise UserError(
+                f"model.activation_checkpointing=true: {str(error).splitlines()[0]}; set it to false"
+            ) from None
         model.disable_input_require_grads()  # only reentrant checkpointing needs it; the embedding has no backward

@@ -18,7 +18,7 @@ import contextlib
 import copy
 import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -30,6 +30,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from liftdist.distributed.sharding import row_bounds
 from liftdist.engine import selection
+from liftdist.engine.decoder import towers
 from liftdist.engine.matrices import Place, principal_matrices
 from liftdist.errors import UserError
 from liftdist.models import build
@@ -65,6 +66,7 @@ class Sizes:
     layers: tuple[FSDPUnit, ...]
     embedding: FSDPUnit  # empty if tied to the head: the root holds it then
     root: FSDPUnit
+    towers: FSDPUnit  # sharded, but never gathered, as no text passes through
     itemsize: int  # bytes per weight
     query: int  # width of the attention: heads x head dim
 
@@ -79,7 +81,7 @@ class Sizes:
 
     @property
     def units(self) -> tuple[FSDPUnit, ...]:
-        return *self.layers, self.embedding, self.root
+        return *self.layers, self.embedding, self.root, self.towers
 
 
 def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
@@ -88,22 +90,28 @@ def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
     for name, place in principal_matrices(model, patterns).items():
         trained.setdefault(id(place.param), {})[name] = place
 
-    def unit(params: Iterator[nn.Parameter]) -> FSDPUnit:
-        unique = list({id(param): param for param in params}.values())
-        chosen = {name: place for p in unique for name, place in trained.get(id(p), {}).items()}
-        return FSDPUnit(tuple(tuple(p.shape) for p in unique), chosen)
+    seen: set[int] = set()  # what several units share is counted once
 
-    layers, embedding = build.decoder_layers(model), build.own_embedding(model)
-    embedded = list(embedding.parameters()) if embedding is not None else []
-    inside = {id(param) for param in (*layers.parameters(), *embedded)}
-    text = model.config.get_text_config()
-    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return Sizes(
-        tuple(unit(layer.parameters()) for layer in layers),
-        unit(iter(embedded)),
-        unit(param for param in model.parameters() if id(param) not in inside),
-        next(model.parameters()).element_size(),
-        width * text.num_attention_heads,
+    def unit(*modules: nn.Module) -> FSDPUnit:
+        unique = {id(param): param for module in modules for param in module.parameters() if id(param) not in seen}
+        seen.update(unique)
+        chosen = {name: place for p in unique for name, place in trained.get(p, {}).items()}
+        return FSDPUnit(tuple(tuple(p.shape) for p in unique.values()), chosen)
+
+    embedding = build.own_embedding(model)
+    layers = tuple(unit(layer) for layer in build.decoder_layers(model))
+    beside = unit(*towers(model))
+    embedded = unit(*([] if embedding is None else [embedding]))
+    return Sizes(layers, embedded, unit(model), beside, model.dtype.itemsize, _width_of_attention(model.config))
+
+
+def _width_of_attention(hf_config: Any) -> int:
+    """Heads times their size, the largest of all layers; 0 without attention."""
+    text = hf_config.get_text_config(decoder=True)
+    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
+    heads = getattr(text, "num_attention_heads", None)
+    return (
+        max(heads * (getattr(part, "head_dim", None) or text.hidden_size // heads) for part in layers) if heads else 0
     )
 
 
@@ -160,9 +168,10 @@ def packing_known(packing: bool) -> contextlib.AbstractContextManager:
 
 def _with_layers(hf_config: Any, layers: int) -> Any:
     shallow = copy.deepcopy(hf_config)
-    text = shallow.get_text_config()
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:layers]
+    text = shallow.get_text_config(decoder=True)
+    for key, value in vars(text).items():  # the kinds of layers
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, key, value[:layers])
     text.num_hidden_layers = layers
     return shallow
 
@@ -297,7 +306,7 @@ def rows(config: Config, ranks: int) -> int:
 
 def operations(size: Sizes, config: Config) -> int:
     """Floating-point operations per token in forward and backward, without recomputation."""
-    products = size.numel - size.embedding.numel  # an embedding is a lookup
+    products = size.numel - size.embedding.numel - size.towers.numel  # an embedding is a lookup
     trained = sum(m * n for m, n in size.trained.values())
     attention = 2 * len(size.layers) * size.query * config.data.max_length  # causal: half of all pairs, two products
     return 2 * (2 * products + trained) + 3 * attention

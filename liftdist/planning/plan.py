@@ -124,7 +124,7 @@ def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, resul
     """Estimated seconds of a step: compute at ``EFFICIENCY``, overlapped with the collectives inside a replica."""
     layout = result["layout"]
     ranks = layout["dp_replicate"] * layout["dp_shard"]
-    recomputed = 2 * size.numel if config.model.activation_checkpointing else 0
+    recomputed = 2 * (size.numel - size.towers.numel) if config.model.activation_checkpointing else 0
     tokens = result["step"]["tokens"]
     compute = tokens * (footprint.operations(size, config) + recomputed) / (ranks * EFFICIENCY * gpu.tflops * 1e12)
     inside = layout["gpus_per_node"] % layout["dp_shard"] == 0

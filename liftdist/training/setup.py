@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
 from liftdist.methods.lift import Lift
-from liftdist.models import weights
+from liftdist.models import build, weights
 from liftdist.models.head import in_chunks, is_plain
 from liftdist.models.hub import resolve_model
 from liftdist.models.load import load
@@ -30,6 +30,9 @@ def model_and_method(
     """
     config, mesh = context.config, context.mesh
     model, names = load(folder, config.model, mesh, context.cancellation.check)
+    if rates := build.dropout(model.config):
+        named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
+        context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")
     method: Lift = METHODS.load(config.method).attach(context, model, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)

@@ -1,19 +1,25 @@
 """Every family that loads computes, trains and exports what plain transformers does with the same checkpoint."""
 
-from pathlib import Path
+import json
 
 import families
 import pytest
 import ranks
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import is_timm_available
 
 from liftdist import PrincipalWeights
 from liftdist.deltas import of_run
+from liftdist.deltas.delta import Delta
 from liftdist.deltas.formats import hf
 from liftdist.distributed.collectives import gather
 from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.matrices import principal_matrices
+from liftdist.errors import UserError
+from liftdist.models import build, check
 from liftdist.models.head import in_chunks, is_plain, text_inputs
 from liftdist.models.load import load
 from liftdist.runs import checkpoint, claims
@@ -32,7 +38,18 @@ NOT_HERE = {
 SHORT = (  # one of each kind; all others are slow together
     "gpt2", "falcon", "mamba2", "zamba2", "falcon_h1", "lfm2", "apertus", "qwen3_5", "gemma4", "qwen2_5_vl", "llama4", "mllama",
 )  # fmt: skip
-ON_TWO_RANKS = ("gpt2", "zamba2", "qwen3_5", "qwen2_vl", "gemma3", "jamba", "nemotron_h", "apertus", "opt", "olmo_hybrid")
+ON_TWO_RANKS = (
+    "gpt2",
+    "zamba2",
+    "qwen3_5",
+    "qwen2_vl",
+    "gemma3",
+    "jamba",
+    "nemotron_h",
+    "apertus",
+    "opt",
+    "olmo_hybrid",
+)
 LENGTHS = (11, 7)
 
 
@@ -117,7 +134,10 @@ def trained_and_exported(mesh, folder, run_dir):
     optimizer = PrincipalAdamW(principal, lr=1e-2)
     optimizer.step()
     held = {matrix.name: names.holding(matrix.name, matrix.place) for matrix in principal.matrices}
-    trained, parts = {name: stored for name, (stored, _) in held.items()}, {name: part for name, (_, part) in held.items()}
+    trained, parts = (
+        {name: stored for name, (stored, _) in held.items()},
+        {name: part for name, (_, part) in held.items()},
+    )
     attempt = gather(claims.claim(run_dir, lambda _: {}) if mesh.is_main else None)[0]
     saver = Checkpointer(attempt, mesh, 1, None)
     provenance = Provenance(config="", from_environment={}, base="", data="")
@@ -152,3 +172,96 @@ def test_a_family_trains_and_exports_as_plain_transformers_does(world_size, fami
     ranks.run(world_size, trained_and_exported, folder, tmp_path / "run")
     if world_size == 1:
         assert ranks.run(1, loaded_in_bfloat16, folder) == [([], True)]
+
+
+def test_what_the_base_holds_in_float32_is_exported_in_float32(tmp_path):
+    """Of a checkpoint in bfloat16, some tensors are published in float32."""
+    folder = families.make(tmp_path / "model", "qwen3_5_text", torch.bfloat16)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    kept = [name for name in tensors if name.endswith("A_log")]
+    tensors |= {name: tensors[name].float() + 1e-6 for name in kept}
+    save_file(tensors, file, {"format": "pt"})
+    hf.write(Delta(folder, "", [], lambda _: None), folder, tmp_path / "export", torch.bfloat16)
+    after = load_file(tmp_path / "export" / "model.safetensors")
+    assert kept
+    assert all(torch.equal(bytes_of(tensors[name]), bytes_of(after[name])) for name in tensors)
+
+
+REFUSED = {
+    "an encoder and a decoder": (
+        lambda: AutoConfig.for_model("bart", **SIZES, encoder_layers=1, decoder_layers=1),
+        "model type bart: has an encoder and a decoder; only decoders can be trained",
+    ),
+    "layers left out at random": (
+        lambda: AutoConfig.for_model("opt", **SIZES, ffn_dim=16, layerdrop=0.1),
+        "config.json: layerdrop=0.1: each rank would leave out other layers",
+    ),
+    "no text without an image": (lambda: AutoConfig.for_model("blip"), "takes no text without pixel_values"),
+    "a decoder of several models": (lambda: AutoConfig.for_model("blt"), "has no decoder with a list of layers"),
+    "a library that is absent": (
+        lambda: AutoConfig.for_model("gemma3n"),
+        "the model cannot be built: TimmWrapperModel requires the timm library",
+    ),
+}
+SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+
+
+@pytest.mark.parametrize("how", REFUSED)
+def test_an_architecture_that_no_text_trains_is_refused(how):
+    settings, problem = REFUSED[how]
+    if how == "a library that is absent" and is_timm_available():
+        pytest.skip("timm is installed")
+    with pytest.raises(UserError) as caught:
+        build.build(settings(), ModelConfig())
+    assert problem in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "hint"), [("t5", "models of this type do not continue texts"), ("wonder", "update")]
+)
+def test_a_type_of_another_kind_is_not_called_unknown(model_type, hint, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+    with pytest.raises(UserError, match=hint):
+        check.check_model_folder(tmp_path, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("family", ["paligemma", "bert"])
+def test_a_model_that_reads_ahead_is_refused(family, tmp_path):
+    if family == "bert":
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **SIZES, intermediate_size=16))
+    else:
+        model = families.plain(families.make(tmp_path, family))
+    with pytest.raises(UserError, match="its predictions depend on later tokens; only causal models can be trained"):
+        is_plain(model.requires_grad_(False), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("family", "overrides", "said"),
+    [
+        ("gpt2", {"embd_pdrop": 0.1}, {"embd_pdrop": 0.1}),
+        ("llama", {"attention_dropout": 0.2}, {"attention_dropout": 0.2}),
+        ("gpt2", {"summary_first_dropout": 0.3}, {}),
+        ("llama", {}, {}),
+        ("qwen2_vl", {}, {}),
+    ],
+)
+def test_dropout_is_said_by_its_key(family, overrides, said):
+    settings = families.config(family)
+    for key, rate in overrides.items():
+        setattr(settings, key, rate)
+    assert build.dropout(settings) == said
+
+
+@pytest.mark.parametrize("family", ["gemma3", "mllama", "phi4_multimodal", "fuyu", "qwen3_5", "llama4"])
+def test_what_encodes_images_and_sound_is_not_trained(family):
+    settings = families.config(family)
+    model = build.build(settings, ModelConfig())
+    trained = list(principal_matrices(model))
+    assert trained
+    words = ("vision", "visual", "audio", "image", "projector", "cross_attn", "lm_head")
+    assert not [name for name in trained if any(word in name for word in words)]
+    layers = settings.get_text_config(decoder=True).num_hidden_layers
+    if family != "mllama":
+        assert len({name.partition("layers.")[2].partition(".")[0] for name in trained}) == layers

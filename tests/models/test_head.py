@@ -52,7 +52,7 @@ def test_trying_compiles_nothing(tmp_path):
         ("gemma2", {"final_logit_softcapping": None}, True),
         ("granite", {"logits_scaling": 8.0}, False),
         ("cohere", {"logit_scale": 0.0625}, False),
-        ("phi", {}, False),  # its head has a bias
+        ("phi", {"head_dim": 8}, False),  # its head has a bias
     ],
 )
 def test_logits_that_are_more_than_a_product_are_noticed(model_type, settings, plain, tmp_path):

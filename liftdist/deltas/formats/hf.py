@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from liftdist.deltas.folder import rewrite, say_left_out
 from liftdist.distributed.collectives import together
 from liftdist.models import check
 from liftdist.models.weights import ModelFolder
+from liftdist.safetensors_io import DTYPES
 
 COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of the tokenizer
@@ -25,17 +28,19 @@ CHAT_TEMPLATES = "additional_chat_templates"  # a folder of the tokenizer
 
 def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Write the fine-tuned model as a Hugging Face folder, with config, tokenizer, generation config and chat template of
-    the base, in ``dtype`` or the base's own. Of the base's other weights nothing is copied. Collective.
+    the base, in ``dtype`` or the base's own. Of the base's other weights nothing is copied. Tensors that the base holds in
+    another dtype than most of its weights, such as the biases of routers in float32, keep theirs. Collective.
 
     Raises:
         UserError: ``target`` exists or cannot be written.
     """
     with together():
         stored = ModelFolder(base_folder)
+    main = _main_dtype(stored)
 
     def edit(name: str, tensor: Tensor) -> Tensor:
-        tensor = deltas.edit(name, tensor, None, deltas.by_name(name, delta))
-        return tensor.to(dtype) if dtype is not None and tensor.is_floating_point() else tensor
+        edited = deltas.edit(name, tensor, None, deltas.by_name(name, delta))
+        return edited.to(dtype) if dtype is not None and tensor.dtype == main else edited
 
     def finish(temporary: Path) -> None:
         say_left_out(stored)
@@ -48,6 +53,14 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
         _edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
 
     rewrite(stored, target, edit, finish)
+
+
+def _main_dtype(stored: ModelFolder) -> torch.dtype:
+    """The dtype that most weights of a folder have."""
+    weights: Counter[str] = Counter()
+    for name in stored.file_of:
+        weights[stored.info(name)["dtype"]] += math.prod(stored.info(name)["shape"])
+    return DTYPES[weights.most_common(1)[0][0]]
 
 
 def _with_dtype(settings: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
