@@ -28,7 +28,10 @@ class Wrapper(nn.Module):
         "a causal model": (lambda: causal("llama", intermediate_size=24), 14),
         "its decoder alone": (lambda: causal("llama", intermediate_size=24).model, 14),
         "transposed matrices": (lambda: causal("gpt2"), 8),
-        "a head that is named decoder": (lambda: causal("modernbert-decoder", intermediate_size=24, pad_token_id=0), 12),
+        "a head that is named decoder": (
+            lambda: causal("modernbert-decoder", intermediate_size=24, pad_token_id=0),
+            12,
+        ),
         "a model in a module": (lambda: Wrapper(causal("llama", intermediate_size=24)), 16),  # its head, too
         "a plain module": (lambda: nn.Sequential(nn.Linear(2, 3), nn.Conv1d(2, 3, 1), nn.Linear(3, 2)), 2),
     }.values(),
