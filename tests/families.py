@@ -77,6 +77,10 @@ SMALL: dict[str, Any] = dict(
 
 MROPE = dict(text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])))
 
+MLA = dict(
+    num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, head_dim=None
+)
+
 #: Overrides of the configuration, those of a sub-configuration under its name.
 FAMILIES: dict[str, dict[str, Any]] = {
     # dense decoders
@@ -126,6 +130,30 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "biogpt": {},
     "openai-gpt": {},
     "ctrl": dict(dff=45),
+    # experts, of which each has its matrices in the checkpoint
+    "qwen2_moe": dict(shared_expert_intermediate_size=24),
+    "qwen3_moe": {},
+    "mixtral": dict(intermediate_size=24, num_local_experts=4),
+    "mixtral_of_five": dict(model_type="mixtral", intermediate_size=24, num_local_experts=5),
+    "deepseek_v2": dict(MLA, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, topk_method="greedy"),
+    "deepseek_v3": dict(MLA, head_dim=4, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=2, topk_group=1),
+    "glm4_moe": dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1),
+    "ernie4_5_moe": dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
+    "olmoe": dict(intermediate_size=24),
+    "hunyuan_v1_moe": dict(intermediate_size=24, moe_topk=2),
+    "dots1": dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1),
+    "minimax_m2": dict(intermediate_size=24, num_local_experts=4),
+    "phimoe": dict(intermediate_size=24, num_local_experts=4),
+    "flex_olmo": dict(intermediate_size=24),
+    "afmoe": dict(sliding_window=4, num_dense_layers=1),
+    "lfm2_moe": dict(num_dense_layers=1, layer_types=["conv", "full_attention", "conv", "full_attention"]),
+    "qwen3_5_moe_text": dict(shared_expert_intermediate_size=24),
+    "solar_open": dict(n_routed_experts=4, n_shared_experts=1, n_group=1, topk_group=1),
+    # experts that the checkpoint holds together
+    "granitemoe": dict(intermediate_size=24, num_local_experts=4),
+    "gpt_oss": dict(intermediate_size=24, num_local_experts=4, sliding_window=4),
+    "gemma4_moe": dict(model_type="gemma4_text", enable_moe_block=True, top_k_experts=2),
+    "llama4_moe": dict(model_type="llama4", text_config=dict(num_local_experts=4, intermediate_size=24)),
     # hybrids of attention with convolutions or recurrences
     "qwen3_next": dict(mlp_only_layers=[0, 1, 2, 3]),
     "qwen3_5_text": {},
@@ -196,7 +224,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 def config(family: str) -> PreTrainedConfig:
     """The small configuration of a family."""
-    return _small(type(AutoConfig.for_model(family)), FAMILIES[family])
+    overrides = {"model_type": family} | FAMILIES[family]
+    return _small(type(AutoConfig.for_model(overrides.pop("model_type"))), overrides)
 
 
 def _small(kind: type[PreTrainedConfig], overrides: dict[str, Any]) -> PreTrainedConfig:

@@ -171,7 +171,7 @@ def _start_gather(
         return lambda: None if mine is None else matrices[mine].rows_local.contiguous()
     parts = [torch.empty(0) if item is None else matrices[item].rows_local for item in assigned]
     device = matrices[0].device
-    sent = torch.cat([part.reshape(-1).to(device).view(torch.uint8) for part in parts])
+    sent = torch.cat([part.contiguous().view(-1).to(device).view(torch.uint8) for part in parts])
     whole, received_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * group.size()
     if mine is not None:
         matrix = matrices[mine]

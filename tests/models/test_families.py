@@ -33,10 +33,12 @@ NOT_HERE = {
     "gemma3n": "needs timm",
     "perception_lm": "needs timm",
     "paligemma": "reads text in both directions",
+    "phimoe": "draws experts at random in training",
     "aria": "its experts need sizes that are multiples of 16 bytes",
 }
 SHORT = (  # one of each kind; all others are slow together
     "gpt2", "falcon", "mamba2", "zamba2", "falcon_h1", "lfm2", "apertus", "qwen3_5", "gemma4", "qwen2_5_vl", "llama4", "mllama",
+    "qwen3_moe", "mixtral_of_five", "gpt_oss",
 )  # fmt: skip
 ON_TWO_RANKS = (
     "gpt2",
@@ -49,7 +51,11 @@ ON_TWO_RANKS = (
     "apertus",
     "opt",
     "olmo_hybrid",
+    "qwen3_moe",
+    "gpt_oss",
+    "granitemoe",
 )
+ON_THREE_RANKS = ("qwen3_moe", "mixtral_of_five", "gpt_oss")  # experts that three ranks do not share evenly, or not all have
 LENGTHS = (11, 7)
 
 
@@ -164,6 +170,8 @@ def cases():
         yield pytest.param(1, name, id=f"{name}-1", marks=marks)
         if name in ON_TWO_RANKS:
             yield pytest.param(2, name, id=f"{name}-2", marks=marks)
+        if name in ON_THREE_RANKS:
+            yield pytest.param(3, name, id=f"{name}-3", marks=marks)
 
 
 @pytest.mark.parametrize(("world_size", "family"), cases())
