@@ -78,7 +78,13 @@ SMALL: dict[str, Any] = dict(
 MROPE = dict(text_config=dict(rope_parameters=dict(rope_type="default", rope_theta=1e4, mrope_section=[1, 1, 2])))
 
 MLA = dict(
-    num_key_value_heads=4, kv_lora_rank=8, q_lora_rank=12, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=8, head_dim=None
+    num_key_value_heads=4,
+    kv_lora_rank=8,
+    q_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=8,
+    head_dim=None,
 )
 
 #: Overrides of the configuration, those of a sub-configuration under its name.
@@ -136,7 +142,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": dict(intermediate_size=24, num_local_experts=4),
     "mixtral_of_five": dict(model_type="mixtral", intermediate_size=24, num_local_experts=5),
     "deepseek_v2": dict(MLA, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, topk_method="greedy"),
-    "deepseek_v3": dict(MLA, head_dim=4, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=2, topk_group=1),
+    "deepseek_v3": dict(
+        MLA, head_dim=4, n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=2, topk_group=1
+    ),
     "glm4_moe": dict(n_routed_experts=4, n_shared_experts=1, first_k_dense_replace=1, n_group=1, topk_group=1),
     "ernie4_5_moe": dict(moe_num_experts=4, moe_k=2, moe_num_shared_experts=1, moe_layer_start_index=1),
     "olmoe": dict(intermediate_size=24),

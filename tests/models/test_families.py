@@ -55,7 +55,11 @@ ON_TWO_RANKS = (
     "gpt_oss",
     "granitemoe",
 )
-ON_THREE_RANKS = ("qwen3_moe", "mixtral_of_five", "gpt_oss")  # experts that three ranks do not share evenly, or not all have
+ON_THREE_RANKS = (
+    "qwen3_moe",
+    "mixtral_of_five",
+    "gpt_oss",
+)  # experts that three ranks do not share evenly, or not all have
 LENGTHS = (11, 7)
 
 

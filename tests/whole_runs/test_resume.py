@@ -94,10 +94,18 @@ def load_some(mesh, config, folder, worlds, steps, more):
     "worlds", [("1", "3", "2x2"), pytest.param(tuple(WORLDS), marks=pytest.mark.slow)], ids=["some", "all"]
 )
 def test_saved_on_any_world_loaded_on_any_other(worlds, tiny_model, tmp_path):
+    check_worlds(worlds, tiny_model, tmp_path)
+
+
+def test_experts_saved_on_any_world_are_loaded_on_any_other(smollm2, tmp_path):
+    """Three ranks share five experts unevenly."""
+    sizes = dict(num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, hidden_size=48)
+    check_worlds(("1", "3"), builders.llama(tmp_path / "model", smollm2, "qwen3_moe", **sizes), tmp_path)
+
+
+def check_worlds(worlds, model, tmp_path):
     steps, more = 8, 10  # a refresh before and one after
-    config = builders.config(
-        tiny_model, builders.write_records(tmp_path / "records.jsonl"), tmp_path, **builders.SETTINGS
-    )
+    config = builders.config(model, builders.write_records(tmp_path / "records.jsonl"), tmp_path, **builders.SETTINGS)
     straight = {
         world: ranks.run(
             WORLDS[world][0], save_after, config, tmp_path / world, steps, more, dp_replicate=WORLDS[world][1]
