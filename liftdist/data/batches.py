@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -12,15 +12,27 @@ from liftdist.data.tokenised import IGNORED, Samples
 
 
 def collate(samples: Samples | Mixture, sequences: Sequence[list[int]], pad_token: int = 0) -> dict[str, Tensor]:
+    """Tensors of one micro-batch of sequences of samples, see :func:`pack`.
+
+    Of several sources also ``sources``, the number of the source that a token is of; padding is of the first.
+    """
+    batch = pack([samples.table[sequence] for sequence in sequences], pad_token)
+    if isinstance(samples, Mixture) and len(samples.parts) > 1:
+        batch["sources"] = _sources(samples, sequences, batch["input_ids"].shape)
+    return batch
+
+
+def pack(rows: Sequence[Mapping[str, Sequence[Sequence[int]]]], pad_token: int = 0) -> dict[str, Tensor]:
     """Tensors of one micro-batch, padded on the right, which causal attention of real tokens never reads.
+
+    Args:
+        rows: of each sequence the ``input_ids`` of its samples and their ``labels``.
 
     Returns:
         ``input_ids``, ``position_ids``, ``labels``, each ``[sequences, longest]`` int64. Positions restart at 0 with every
         packed sample, by which transformers separates samples. Labels are shifted: ``labels[t]`` is the token to
         predict at ``t``. An empty list of sequences gives one padding token without a label.
-        Of several sources also ``sources``, the number of the source that a token is of; padding is of the first.
     """
-    rows = [samples.table[sequence] for sequence in sequences]
     longest = max((sum(map(len, row["input_ids"])) for row in rows), default=1)
     shape = (max(len(rows), 1), longest)
     input_ids = torch.full(shape, pad_token)
@@ -37,15 +49,12 @@ def collate(samples: Samples | Mixture, sequences: Sequence[list[int]], pad_toke
         position_ids[index, begin:] = torch.arange(longest - begin) + (
             len(row["input_ids"][-1]) if row["input_ids"] else 0
         )
-    batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
-    if isinstance(samples, Mixture) and len(samples.parts) > 1:
-        batch["sources"] = _sources(samples, sequences, shape)
-    return batch
+    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
 
 
-def _sources(samples: Mixture, sequences: Sequence[list[int]], shape: tuple[int, int]) -> Tensor:
+def _sources(samples: Mixture, sequences: Sequence[list[int]], shape: Sequence[int]) -> Tensor:
     """The number of the source that each token is of, as ``shape``."""
-    sources = torch.zeros(shape, dtype=torch.int64)
+    sources = torch.zeros(*shape, dtype=torch.int64)
     for index, sequence in enumerate(sequences):
         begin = 0
         for sample in sequence:

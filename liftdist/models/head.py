@@ -10,9 +10,10 @@ Some models also scale or cap their logits: :func:`is_plain` compares both ways 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,10 +89,14 @@ def _chunked_loss(
     labels: Tensor,
     loss: Loss,
     terms: Terms = Terms(),
+    **others: Any,
 ) -> Tensor:
-    """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``terms`` of ``B P``. Float32 ``[]``."""
+    """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``terms`` of ``B P``. Float32 ``[]``.
+
+    ``others`` are arguments of the decoder.
+    """
     decoder = text_decoder(model)
-    hidden = decoder(**text_inputs(decoder, model.config, input_ids, position_ids)).last_hidden_state
+    hidden = decoder(**text_inputs(decoder, model.config, input_ids, position_ids), **others).last_hidden_state
     head = model.get_output_embeddings().weight
     chosen = hidden[:, places].flatten(0, 1).to(head.dtype)
     return ChunkedLoss.apply(chosen, head, labels.flatten(), loss, terms)
@@ -105,9 +110,7 @@ def text_inputs(
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if "position_ids" in accepted and position_ids is not None:
         rotary = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-        if axes := len(
-            rotary.get("mrope_section") or ()
-        ):  # text has equal positions on all axes; first, those that masks use
+        if axes := len(rotary.get("mrope_section") or ()):  # text has equal positions on all axes; first, those that masks use
             position_ids = position_ids.expand(1 + axes, *position_ids.shape)
         inputs["position_ids"] = position_ids
     if "mm_token_type_ids" in accepted:
@@ -126,16 +129,10 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
     positions = torch.arange(8, device=device).repeat(2, 1)
     model.plain_logits = types.MethodType(_plain_logits, model)
     register_fsdp_forward_method(model, "plain_logits")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:  # a model that is to be compiled is not compiled for these few tokens
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            logits = model(**text_inputs(model, model.config, tokens, positions)).logits
-            plain = model.plain_logits(tokens, positions)
-    finally:
-        del model.plain_logits
-        for module in training:
-            module.training = True
+    with probing(model):
+        logits = model(**text_inputs(model, model.config, tokens, positions)).logits
+        plain = model.plain_logits(tokens, positions)
+    del model.plain_logits
     first, second = logits[:, :-1].float()
     rounding = max(1e-4, 4 * torch.finfo(model.dtype).eps)  # which experts' batches may differ by
     if (first - second).abs().max() > rounding * first.abs().max():
@@ -144,6 +141,19 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
             f"{class_name(model)}: its predictions depend on later tokens; only causal models can be trained{hint}"
         )
     return plain is not None and torch.equal(plain.float(), logits.float())
+
+
+@contextlib.contextmanager
+def probing(model: nn.Module) -> Iterator[None]:
+    """For forwards of a few tokens: without dropout and gradients; a model that is to be compiled is not compiled for them."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:

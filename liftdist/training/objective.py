@@ -65,7 +65,8 @@ def token_losses(
     """Sum of the losses of all labelled tokens of a micro-batch ``[B, L]``, float32 ``[]``.
 
     Logits are computed for labelled positions only, if the model supports that, and in chunks after
-    :func:`liftdist.models.head.in_chunks`.
+    :func:`liftdist.models.head.in_chunks`. A model that does not separate packed samples by their positions alone is given
+    what it needs after :func:`liftdist.training.packing.keep_apart`.
 
     Args:
         batch: ``[B, L]`` each: ``input_ids`` and ``position_ids`` on the device of the model; ``labels``, the next token at
@@ -85,8 +86,10 @@ def token_losses(
 
     terms = Terms(chosen_of(weights), chosen_of(None if sums is None else batch["sources"]), sums)
     labels, positions = labels[:, positions].to(input_ids.device), positions.to(input_ids.device)
+    separating = getattr(model, "separating", None)
+    others = separating(position_ids) if separating else {}
     if chunked := getattr(model, "chunked_loss", None):
-        return chunked(input_ids, position_ids, positions, labels, loss, terms)
+        return chunked(input_ids, position_ids, positions, labels, loss, terms, **others)
     chosen = {"logits_to_keep": positions} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
-    logits = model(**text_inputs(model, model.config, input_ids, position_ids), **chosen).logits
+    logits = model(**text_inputs(model, model.config, input_ids, position_ids), **chosen, **others).logits
     return terms.add(loss((logits if chosen else logits[:, positions]).flatten(0, 1), labels.flatten()))

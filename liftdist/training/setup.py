@@ -16,17 +16,22 @@ from liftdist.models.load import load
 from liftdist.models.names import NameMap
 from liftdist.registry import METHODS
 from liftdist.runs.context import RunContext
+from liftdist.training import packing
 from liftdist.training.inputs import agree_on_commits
 
 
 def model_and_method(
-    context: RunContext, folder: Path, base_digest: str, from_checkpoint: bool = False
+    context: RunContext, folder: Path, base_digest: str, from_checkpoint: bool = False, training: bool = True
 ) -> tuple[PreTrainedModel, NameMap, Lift]:
     """The sharded model, the names of its tensors in the folder, and the attached method. Collective.
 
     Args:
         base_digest: digest of the folder's weights.
         from_checkpoint: select nothing, because a checkpoint will be loaded.
+        training: with ``data.packing``, check that the model keeps packed samples apart.
+
+    Raises:
+        UserError: it does not.
     """
     config, mesh = context.config, context.mesh
     model, names = load(folder, config.model, mesh, context.cancellation.check)
@@ -36,6 +41,8 @@ def model_and_method(
     method: Lift = METHODS.load(config.method).attach(context, model, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
+    if training and config.data.packing:
+        packing.keep_apart(model, mesh.device, config.data.max_length, config.train.micro_batch_size)
     return model, names, method
 
 
@@ -46,6 +53,6 @@ def select_only(context: RunContext) -> None:
     with together():
         folder = resolve_model(config.model.path, config.model.revision)
     _, _, method = model_and_method(
-        context, folder, weights.digest(folder, Path(config.cache_dir), context.cancellation.beat)
+        context, folder, weights.digest(folder, Path(config.cache_dir), context.cancellation.beat), training=False
     )
     context.console.say(f"selection kept in {method.selection}")
