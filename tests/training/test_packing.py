@@ -40,7 +40,12 @@ ATTENTION = dict(layer_types=["full_attention"] * 4)
 #: family -> how its samples are kept apart, and its settings
 FAMILIES = {
     "llama": (POSITIONS, {}),
+    "qwen2": (POSITIONS, {}),
     "qwen3": (POSITIONS, {}),
+    "gemma": (POSITIONS, {}),
+    "phi": (POSITIONS, {}),
+    "olmo": (POSITIONS, {}),
+    "cohere": (POSITIONS, {}),
     "mistral": (POSITIONS, dict(sliding_window=6)),
     "gemma2": (POSITIONS, dict(sliding_window=6)),
     "gemma3_text": (POSITIONS, dict(sliding_window=6)),
@@ -68,6 +73,8 @@ FAMILIES = {
     "falcon_mamba": (REFUSED, MAMBA),
     "bamba": (REFUSED, MAMBA),
     "qwen3_next": (REFUSED, MAMBA | EXPERTS),
+    "qwen3_5_text": (REFUSED, MAMBA),
+    "rwkv": (REFUSED, dict(attention_hidden_size=32)),
     "recurrent_gemma": (REFUSED, dict(lru_width=32, attention_window_size=6)),
     "lfm2": (REFUSED, dict(layer_types=["conv", "full_attention"] * 2)),
 }
