@@ -110,7 +110,9 @@ def text_inputs(
     inputs: dict[str, Any] = {"input_ids": input_ids, "use_cache": False}
     if "position_ids" in accepted and position_ids is not None:
         rotary = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
-        if axes := len(rotary.get("mrope_section") or ()):  # text has equal positions on all axes; first, those that masks use
+        if axes := len(
+            rotary.get("mrope_section") or ()
+        ):  # text has equal positions on all axes; first, those that masks use
             position_ids = position_ids.expand(1 + axes, *position_ids.shape)
         inputs["position_ids"] = position_ids
     if "mm_token_type_ids" in accepted:

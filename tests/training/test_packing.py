@@ -111,10 +111,10 @@ def losses_and_gradient(model, batches):
     """The loss of each labelled token, and the gradient of their sum by the token embeddings."""
     found = []
 
-    def keep(logits, labels, _):
+    def keep(logits, labels):
         losses = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
         found.append(losses[labels != IGNORED].detach())
-        return losses.sum()
+        return losses
 
     embedding = model.get_input_embeddings().weight.requires_grad_()
     for rows in batches:
@@ -338,7 +338,7 @@ def sharded(mesh):
     """The verdict on families, and the loss of packed samples in two forwards after it. Collective."""
     found = []
     for family in ("llama", "opt", "gpt_oss", "bart", "falcon_mamba", "bamba"):
-        model = model_of(family, prepare=lambda model: load.shard(model, ModelConfig(), mesh)).eval()
+        model = model_of(family, prepare=lambda model: load.shard(model, ModelConfig(dtype="float32"), mesh)).eval()
         verdict = how(model, rows=2)
         packed, apart = rows_of((17, 5, 30), (9, 2, 21))
         with torch.no_grad():
