@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -39,6 +40,30 @@ FEW = 64  # bytes per call; smaller collectives carry scalars, such as a norm or
 MODELS = {
     "8b": dict(LLAMA, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32),
     "70b": dict(LLAMA, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64),
+    "qwen3-30b-a3b": dict(
+        model_type="qwen3_moe",
+        vocab_size=151936,
+        hidden_size=2048,
+        num_hidden_layers=48,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+    ),
+    "mixtral-8x7b": dict(
+        model_type="mixtral",
+        vocab_size=32000,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
+    "deepseek-v3": dict(model_type="deepseek_v3"),
     "405b": dict(LLAMA, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128),
 }
 
@@ -70,10 +95,15 @@ def settings(ranks: int, replicas: int, density: float = 0.05, **mesh) -> Config
     return config
 
 
+def config_of(shape: dict) -> Any:
+    """The configuration of a model, by default a Llama."""
+    return AutoConfig.for_model(**({"model_type": "llama"} | shape))
+
+
 def step(shape: dict, config: Config, ranks: int) -> dict:
     """Measured and planned on rank 0 in one step: bytes read, collectives by axis, and peak of live bytes."""
     replicas, shards = config.mesh.layout(ranks)
-    hf_config = AutoConfig.for_model("llama", **shape)
+    hf_config = config_of(shape)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
@@ -93,7 +123,8 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
                 modules=config.selection.modules,
                 replicate_group=mesh.replicate_group,
                 initial_indices=lambda principal: [
-                    torch.zeros(-(-count // shards), dtype=torch.int32) for count in principal.counts
+                    torch.zeros(footprint.held(matrix.place, count, shards), dtype=torch.int32)
+                    for matrix, count in zip(principal.matrices, principal.counts, strict=True)
                 ],
                 sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             )
@@ -141,7 +172,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
 
 def balance(shape: dict, ranks: int) -> dict[str, float]:
     """Load balance of the factorisation: the largest load of a rank over max(mean load, largest matrix)."""
-    size = footprint.sizes(build.build(AutoConfig.for_model("llama", **shape), Config(run_dir="none").model), ["*"])
+    size = footprint.sizes(build.build(config_of(shape), Config(run_dir="none").model), ["*"])
     costs = [low_rank.cost(m, n, 64, "fast") for m, n in size.trained.values()]
     loads = [0.0] * ranks
     for cost, owner in zip(costs, selection.assign_owners(costs, ranks), strict=True):

@@ -13,6 +13,7 @@ how entries are scored: the criterion is a function.
 from __future__ import annotations
 
 import hashlib
+import heapq
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -59,10 +60,10 @@ def cost_of(criterion: Criterion, m: int, n: int) -> float:
 
 def assign_owners(costs: Sequence[float], num_ranks: int) -> list[int]:
     """Owner of each item: the most expensive first, each to the least loaded rank (longest processing time first)."""
-    loads, owners = [0.0] * num_ranks, [0] * len(costs)
+    loads, owners = [(0.0, rank) for rank in range(num_ranks)], [0] * len(costs)  # a heap
     for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        owners[item] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
-        loads[owners[item]] += costs[item]
+        load, owners[item] = loads[0]
+        heapq.heapreplace(loads, (load + costs[item], owners[item]))
     return owners
 
 

@@ -69,6 +69,9 @@ class Sizes:
     towers: FSDPUnit  # sharded, but never gathered, as no text passes through
     itemsize: int  # bytes per weight
     query: int  # width of the attention: heads x head dim
+    buffers: int = 0  # bytes of buffers that checkpoints hold, whole on every rank
+    experts: int = 0  # weights of experts
+    reached: float = 1.0  # share of the experts that a token reaches
 
     @property
     def numel(self) -> int:
@@ -86,6 +89,7 @@ class Sizes:
 
 def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
     """The sizes of a model, which may be on the meta device. Raises ``UserError`` if no module matches ``patterns``."""
+    every = principal_matrices(model)
     trained: dict[int, dict[str, Place]] = {}  # by parameter
     for name, place in principal_matrices(model, patterns).items():
         trained.setdefault(id(place.param), {})[name] = place
@@ -102,7 +106,20 @@ def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
     layers = tuple(unit(layer) for layer in build.decoder_layers(model))
     beside = unit(*towers(model))
     embedded = unit(*([] if embedding is None else [embedding]))
-    return Sizes(layers, embedded, unit(model), beside, model.dtype.itemsize, _width_of_attention(model.config))
+    rest, width = unit(model), _width_of_attention(model.config)
+    buffers = sum(t.nbytes for t in build.tensors(model).values() if not isinstance(t, nn.Parameter))
+    fused = {id(place.param): place.param for place in every.values() if place.param.ndim > 2}
+    weights = sum(param.numel() for param in fused.values())
+    reached = _reached(model.config, next(iter(fused.values())).shape[0]) if fused else 1.0
+    return Sizes(layers, embedded, rest, beside, model.dtype.itemsize, width, buffers, weights, reached)
+
+
+def _reached(hf_config: Any, experts: int) -> float:
+    """The share of the experts that a token reaches; all of them if the configuration has no name for it that is known."""
+    text = hf_config.get_text_config(decoder=True)
+    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
+    number = next((value for name in names if isinstance(value := getattr(text, name, None), int)), experts)
+    return min(1.0, number / experts)
 
 
 def _width_of_attention(hf_config: Any) -> int:
@@ -166,12 +183,20 @@ def packing_known(packing: bool) -> contextlib.AbstractContextManager:
     return mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
 
 
+#: Settings that make the first layers of a model with experts dense.
+DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
+
+
 def _with_layers(hf_config: Any, layers: int) -> Any:
+    """The configuration with its last layers, with experts if the model has any."""
     shallow = copy.deepcopy(hf_config)
     text = shallow.get_text_config(decoder=True)
     for key, value in vars(text).items():  # the kinds of layers
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(text, key, value[:layers])
+            setattr(text, key, value[-layers:])
+    for key in DENSE_FIRST:
+        if getattr(text, key, None):
+            setattr(text, key, 0)
     text.num_hidden_layers = layers
     return shallow
 
@@ -195,7 +220,7 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # bytes per gradient to be reduced
     exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0
     return {
-        "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units),
+        "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units) + size.buffers,
         "principal": (8 + 3 * torch.finfo(getattr(torch, config.optimizer.dtype)).bits // 8)
         * sum(_width(unit, counts, shards) for unit in size.units),
         "previously selected": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
@@ -284,14 +309,14 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
 
 
 def _width(unit: FSDPUnit, counts: Mapping[str, int], shards: int) -> int:
-    """Principal weights of a unit in the fullest shard, assuming that they are spread evenly over a matrix."""
+    """Principal weights of a unit in the fullest shard."""
+    return sum(held(place, counts[name], shards) for name, place in unit.trained.items())
 
-    def held(place: Place, count: int) -> int:
-        if place.is_whole:
-            return -(-count // shards)
-        return -(-count * place.row_bounds(shards)[1] // place.rows)  # the first shard has as many experts as any other
 
-    return sum(held(place, counts[name]) for name, place in unit.trained.items())
+def held(place: Place, count: int, shards: int) -> int:
+    """How many of the ``count`` principal weights of a matrix the first shard holds, which has as many rows as any other,
+    assuming that they are spread evenly."""
+    return -(-count // shards) if place.is_whole else -(-count * place.row_bounds(shards)[1] // place.rows)
 
 
 def micro_batches(config: Config, ranks: int) -> int:
@@ -306,7 +331,9 @@ def rows(config: Config, ranks: int) -> int:
 
 def operations(size: Sizes, config: Config) -> int:
     """Floating-point operations per token in forward and backward, without recomputation."""
-    products = size.numel - size.embedding.numel - size.towers.numel  # an embedding is a lookup
-    trained = sum(m * n for m, n in size.trained.values())
+    idle = 1 - size.reached  # of the experts
+    products = size.numel - size.embedding.numel - size.towers.numel - idle * size.experts  # an embedding is a lookup
+    places = [place for unit in size.units for place in unit.trained.values()]
+    trained = sum(place.numel * (1 if place.is_whole else size.reached) for place in places)
     attention = 2 * len(size.layers) * size.query * config.data.max_length  # causal: half of all pairs, two products
-    return 2 * (2 * products + trained) + 3 * attention
+    return round(2 * (2 * products + trained)) + 3 * attention

@@ -80,7 +80,9 @@ def plan(
     usable = round(USABLE * gpu.memory * GIB) if gpu else None
     costs = [selection.cost_of(footprint.criterion(config), m, n) for m, n in size.trained.values()]
     owners = selection.assign_owners(costs, replicas * shards)
-    loads = [sum(c for c, owner in zip(costs, owners, strict=True) if owner == rank) for rank in set(owners)]
+    loads = [0.0] * (replicas * shards)
+    for cost, owner in zip(costs, owners, strict=True):
+        loads[owner] += cost
     selected = sum(footprint.selected(size, config).values())
     collectives = [
         dataclasses.asdict(one) | {"sent": one.sent(shards if one.axis == "dp_shard" else replicas)}
