@@ -201,7 +201,7 @@ def test_a_bug_fails_once_with_one_summary_and_a_cancelled_job_saves(config, tmp
     """The second job's names would run something in every shell that took them for more than words."""
     failing = Submitted(config, tmp_path / "failing", "slurm.max_restarts=1", FAULT="1:15:bug")
     hostile = tmp_path / "a b$(touch canary)`touch canary`'\"; touch canary; %j#&|"
-    running = Submitted(config, hostile, "--nodes=1", "data.split=$(touch canary)", SLOW="2")
+    running = Submitted(config, hostile, "--nodes=1", "data.chat_template=$(touch canary)", SLOW="2")
     waiting = liftdist("submit", config, f"run_dir={tmp_path}/waiting", "--dependency", f"afterany:{running.id}")
     running.wait_for("training 2/")
     again = liftdist("submit", config, f"run_dir={hostile}", code=2)

@@ -129,7 +129,7 @@ def test_a_run_goes_on_where_it_was_stopped(tiny_model, tmp_path):
 
     def ask_to_stop():
         while not list((tmp_path / "run").glob("attempts/*")):
-            time.sleep(0.05)
+            time.sleep(0.005)
         (tmp_path / "run" / "stop-requested").touch()  # while it is loading
 
     threading.Thread(target=ask_to_stop, daemon=True).start()

@@ -116,7 +116,7 @@ def test_every_command_takes_the_revision(command, pinned, hub, offline, monkeyp
         revisions = [f"model.revision={hub.models[1]}"]
     said = liftdist("select", hub.config, "--prefetch", *revisions)
     assert f"/snapshots/{hub.models[0 if pinned else 1]}" in said
-    assert f"data {DATA}: {40 if pinned else 80} samples" in said
+    assert f"data {DATA}, train: {40 if pinned else 80} samples" in said
 
 
 @pytest.mark.parametrize("setting", ["model.revision", "data.revision"])
