@@ -57,6 +57,7 @@ class Loop:
                 if trainer.step % config.train.log_interval == 0 or trainer.step == trainer.steps:
                     elapsed = time.perf_counter() - began
                     figures |= rank_figures(trainer, elapsed, trainer.step - first, tokens)
+                    figures |= trainer.routing.figures()
                     self.recorder.scalars(trainer.step, figures)
                     self._step_seconds = figures["time/step"]
                     left = figures["time/step"] * (trainer.steps - trainer.step)

@@ -38,6 +38,12 @@ def model_and_method(
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
         context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")
+    text = model.config.get_text_config(decoder=True)
+    if getattr(text, "output_router_logits", False):
+        context.console.say(
+            "config.json of the model asks for the routers' auxiliary loss (output_router_logits): routers are frozen, and it is "
+            "not added"
+        )
     method: Lift = METHODS.load(config.method).attach(context, model, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)

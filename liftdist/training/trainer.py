@@ -29,6 +29,7 @@ from liftdist.registry import LOSSES
 from liftdist.schema import Config
 from liftdist.training import objective
 from liftdist.training.inputs import Inputs
+from liftdist.training.routing import Routing
 from liftdist.training.stopwatch import Stopwatch
 
 LARGEST_NORM: float = torch.finfo(torch.float32).max ** 0.5
@@ -66,6 +67,7 @@ class Trainer:
         self.steps = train.steps or self.order.steps(train.epochs)
         self.schedule = self._make_schedule()
         self.watch = Stopwatch(mesh.device)
+        self.routing = Routing(model, mesh.device)
         self.step = 0
         self.consumed = 0  # sequences, over all ranks and epochs: with the seed, the position in the data
         self.skipped = 0  # steps whose loss or gradient was not finite
