@@ -9,6 +9,7 @@ A checkpoint stores its state as tensors of each matrix, ``NAME/KEY``, among the
 from __future__ import annotations
 
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -143,7 +144,15 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
         f"{principal.num_selected / total:.2%} of them, {principal.num_selected / everything:.2%} of the model's {everything} "
         f"weights ({time.perf_counter() - started:.1f} s)"
     )
+    kinds = Counter(map(_kind, principal.matrices))
+    console.say("trained: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items()))
     return Lift(config, principal, cached.folder)
+
+
+def _kind(matrix: Matrix) -> str:
+    """What a matrix is called in its layer."""
+    of = "" if matrix.place.is_whole else "experts' "
+    return of + matrix.name.removesuffix(".weight").rpartition(".")[2]
 
 
 def _no_indices(principal: PrincipalWeights) -> list[Tensor]:
