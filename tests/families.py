@@ -229,6 +229,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "minicpmv4_6": {},
 }
 
+#: Families that transformers itself cannot build or run here, or that are refused, and why.
+NOT_HERE = {
+    "gemma3n": "needs timm",
+    "perception_lm": "needs timm",
+    "paligemma": "reads text in both directions",
+    "phimoe": "draws experts at random in training",
+    "aria": "its experts need sizes that are multiples of 16 bytes",
+}
+
 
 def config(family: str) -> PreTrainedConfig:
     """The small configuration of a family."""

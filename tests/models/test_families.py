@@ -1,8 +1,10 @@
 """Every family that loads computes, trains and exports what plain transformers does with the same checkpoint."""
 
 import json
+import re
 
 import families
+import family_table
 import pytest
 import ranks
 import torch
@@ -28,14 +30,6 @@ from liftdist.runs.saver import Checkpointer
 from liftdist.schema import ModelConfig
 from liftdist.training.objective import token_losses
 
-#: Families that transformers itself cannot build or run here, or that are refused, and why.
-NOT_HERE = {
-    "gemma3n": "needs timm",
-    "perception_lm": "needs timm",
-    "paligemma": "reads text in both directions",
-    "phimoe": "draws experts at random in training",
-    "aria": "its experts need sizes that are multiples of 16 bytes",
-}
 SHORT = (  # one of each kind; all others are slow together
     "gpt2", "falcon", "mamba2", "zamba2", "falcon_h1", "lfm2", "apertus", "qwen3_5", "gemma4", "qwen2_5_vl", "llama4", "mllama",
     "qwen3_moe", "mixtral_of_five", "gpt_oss",
@@ -169,7 +163,7 @@ def trained_and_exported(mesh, folder, run_dir):
 def cases():
     for name in families.FAMILIES:
         marks = [] if name in SHORT else [pytest.mark.slow]
-        if name in NOT_HERE:
+        if name in families.NOT_HERE:
             continue
         yield pytest.param(1, name, id=f"{name}-1", marks=marks)
         if name in ON_TWO_RANKS:
@@ -277,3 +271,14 @@ def test_what_encodes_images_and_sound_is_not_trained(family):
     layers = settings.get_text_config(decoder=True).num_hidden_layers
     if family != "mllama":
         assert len({name.partition("layers.")[2].partition(".")[0] for name in trained}) == layers
+
+
+def test_the_guide_has_a_row_for_every_family():
+    types = {families.config(name).model_type for name in families.FAMILIES if name not in families.NOT_HERE}
+    shown = re.findall(r"^\| `(\w[\w-]*)` \| `", family_table.PAGE.read_text(), re.MULTILINE)
+    assert set(shown) == types
+
+
+@pytest.mark.slow
+def test_the_table_in_the_guide_is_up_to_date():
+    assert family_table.page() == family_table.PAGE.read_text()
