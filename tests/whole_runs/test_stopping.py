@@ -41,7 +41,7 @@ class Strike:
             hooks.around(low_rank, "select", before=lambda *_: self.hit("refresh" if self.forwards else "selection"))
         )
         around(hooks.around(saver, "_write_file", before=self.in_save))
-        around(hooks.around(weights.ModelFolder, "read", before=lambda *_: self.hit("loading")))
+        around(hooks.around(weights.ModelFolder, "rows", before=lambda *_: self.hit("loading")))
         return self
 
     def __exit__(self, *_):
