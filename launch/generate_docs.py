@@ -12,11 +12,16 @@ import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from liftdist import cli, environment, registry, schema
+from liftdist import cli, environment, registry, schema_tree
+from liftdist.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
-ON_RESUME = {schema.NOTHING: "", schema.COURSE: "`--allow-changes`", schema.STATE: "`--allow-state-changes`"}
+ON_RESUME = {
+    schema_tree.NOTHING: "",
+    schema_tree.COURSE: "`--allow-changes`",
+    schema_tree.STATE: "`--allow-state-changes`",
+}
 
 #: Variables of other software. What the launcher sets gives way to what is set already.
 OTHERS = {
@@ -47,9 +52,9 @@ NOT_USED = (
 
 def settings() -> str:
     """Every setting, a table for each section, and everything that is chosen by name."""
-    reference = {key: (default, meaning) for key, default, meaning in schema.reference()}
+    reference = {key: (default, meaning) for key, default, meaning in schema_tree.reference(Config)}
     sections: dict[str, list[str]] = {}
-    for key, leaf in schema.settings():
+    for key, leaf in schema_tree.settings(Config):
         default, meaning = reference[key]
         row = [f"`{key}`", default, meaning + _bounds(leaf), ON_RESUME[leaf.metadata["changes"]]]
         sections.setdefault(key.rpartition(".")[0], []).append(_row(row))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, output, preflight, schema
+from liftdist import __version__, output, preflight, schema, schema_tree
 from liftdist import config as configs
 from liftdist.cluster import cancel, launcher, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
@@ -129,7 +129,7 @@ def _settings_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _settings(options: argparse.Namespace) -> None:
-    rows = [row for row in schema.reference() if row[0].startswith(options.section)]
+    rows = [row for row in schema_tree.reference(Config) if row[0].startswith(options.section)]
     if not rows:
         raise UserError(f"settings {options.section}: no such setting; `liftdist settings` lists all")
     for key, default, meaning in rows:

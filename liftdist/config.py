@@ -20,7 +20,7 @@ import yaml
 from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
-from liftdist import schema, yaml_tree
+from liftdist import schema_tree, yaml_tree
 from liftdist.errors import UserError
 from liftdist.redaction import note_references, redact, redact_tree
 from liftdist.schema import Config
@@ -121,22 +121,26 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
         if isinstance(entries, ListConfig) and int(match[1]) >= len(entries):
             held = f"0 to {len(entries) - 1}" if entries else "none"
             raise UserError(f"{locations[key]}: there is no entry {match[1]} (entries: {held}); add it in the file")
-    kind = schema.kind_of_text(key, root)
+    kind = schema_tree.kind_of_text(key, root)
     try:
-        if kind in (schema.TEXT, schema.OPTIONAL_TEXT):
+        if kind in (schema_tree.TEXT, schema_tree.OPTIONAL_TEXT):
             OmegaConf.update(config, key, text or None)
             return
         source = Source(text, lambda _: where, root)
         tree = source.compose()
         if tree is not None:
             source.keep(key, tree, tree)
-            if kind != schema.VALUE:
+            if kind != schema_tree.VALUE:
                 locations |= {inner: f"{where}: {inner}" for inner, _, _ in source.settings(tree, f"{key}.")}
             if isinstance(tree, yaml.SequenceNode) and not _is_whole(tree, text):
                 raise yaml.MarkedYAMLError(problem="must be a list in brackets and nothing else")
-        if kind == schema.VALUE and text.strip() and not (tree and _is_whole(tree, text)):
+        if kind == schema_tree.VALUE and text.strip() and not (tree and _is_whole(tree, text)):
             raise yaml.MarkedYAMLError(problem="YAML reads a part of it only")
-        replaces = kind in (schema.NAMED_TEXTS, schema.NAMED_VALUES, schema.VALUE)  # those in the file, as a list does
+        replaces = kind in (
+            schema_tree.NAMED_TEXTS,
+            schema_tree.NAMED_VALUES,
+            schema_tree.VALUE,
+        )  # those in the file
         OmegaConf.update(config, key, tree and yaml_tree.construct(tree), merge=not replaces)
     except (OmegaConfBaseException, yaml.YAMLError) as error:
         raise UserError(f"{locations[key]}: {_explain(error, key, root)}") from None
@@ -164,19 +168,19 @@ def _dotted(key: str | None) -> str:
 
 
 def _explain(error: Exception, key: str, root: type) -> str:
-    leaf = dict(schema.settings(root)).get(schema.template(key, root))
-    kind = dict(schema.sections(root)).get(schema.template(key, root))
-    text_kind = schema.kind_of_text(key, root)
-    if text_kind in (schema.NAMED_TEXTS, schema.NAMED_VALUES) and leaf is not None:
-        held = "texts" if text_kind == schema.NAMED_TEXTS else "values"
+    leaf = dict(schema_tree.settings(root)).get(schema_tree.template(key, root))
+    kind = dict(schema_tree.sections(root)).get(schema_tree.template(key, root))
+    text_kind = schema_tree.kind_of_text(key, root)
+    if text_kind in (schema_tree.NAMED_TEXTS, schema_tree.NAMED_VALUES) and leaf is not None:
+        held = "texts" if text_kind == schema_tree.NAMED_TEXTS else "values"
         return f"must be names and {held}, in quotes for the shell: {key}='{leaf.metadata['example']}'"
-    if text_kind == schema.VALUE and isinstance(error, yaml.YAMLError):
+    if text_kind == schema_tree.VALUE and isinstance(error, yaml.YAMLError):
         return f"is no value of JSON; a text needs quotes inside those of the shell: {key}='\"text: all of it\"'"
-    if leaf is not None and leaf.metadata["example"] and schema.kind_of_text(key, root) != schema.TEXT:
+    if leaf is not None and leaf.metadata["example"] and schema_tree.kind_of_text(key, root) != schema_tree.TEXT:
         return f"must be a list, in quotes for the shell: {key}='{leaf.metadata['example']}'"
-    if kind == schema.LIST:
+    if kind == schema_tree.LIST:
         return f"is a list of sections; give a setting of one of them, {key}.0.NAME=VALUE"
-    if kind == schema.SECTION:
+    if kind == schema_tree.SECTION:
         return f"is a section; give one of its settings, {key}.NAME=VALUE"
     if isinstance(error, yaml.MarkedYAMLError):
         return f"not YAML: {error.problem or error.context}"
@@ -190,12 +194,12 @@ def _explain(error: Exception, key: str, root: type) -> str:
 
 
 def _validate(config: Any, where: Where) -> None:
-    for key, leaf, value in schema.walk(config):
-        is_any = schema.kind_of_text(key, type(config)) == schema.NAMED_VALUES
+    for key, leaf, value in schema_tree.walk(config):
+        is_any = schema_tree.kind_of_text(key, type(config)) == schema_tree.NAMED_VALUES
         for place, item in _items(key, value):
             if problem := _unusable(item) if is_any else _problem(item, leaf.metadata):
                 raise UserError(redact(f"{where(place)}: {problem}, got {item!r}"))
-    for key, problem in schema.problems(config):
+    for key, problem in schema_tree.problems(config):
         raise UserError(redact(f"{where(key)}: {problem}"))
 
 

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from liftdist.errors import UserError
-from liftdist.schema import COURSE, STATE
+from liftdist.schema_tree import COURSE, STATE
 
 CONTINUATION_FLAGS = {
     "--allow-changes": (COURSE, "continue a run with changed data, batch size, steps or optimizer settings"),

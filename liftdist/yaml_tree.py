@@ -16,7 +16,7 @@ import yaml
 from yaml.constructor import SafeConstructor
 from yaml.reader import ReaderError
 
-from liftdist import schema
+from liftdist import schema_tree
 from liftdist.errors import UserError
 
 Setting = tuple[str, yaml.Node, yaml.Node]  # dotted key, the node of its name, its node
@@ -51,23 +51,23 @@ class Source:
         Raises:
             UserError: unknown or repeated key, a section that is none, or a value that :meth:`keep` refuses.
         """
-        kinds = dict(schema.sections(self.root))
+        kinds = dict(schema_tree.sections(self.root))
         seen: set[str] = set()
         for key, name, node in _walk(tree, prefix, self.root):
             check_key(key, self.place(name), self.root)
             if key in seen:
                 raise UserError(f"{self.place(name)}: found duplicate key {key.rpartition('.')[2]}")
             seen.add(key)
-            expected = kinds.get(schema.template(key, self.root))
-            if expected == schema.LIST and not isinstance(node, yaml.SequenceNode):
+            expected = kinds.get(schema_tree.template(key, self.root))
+            if expected == schema_tree.LIST and not isinstance(node, yaml.SequenceNode):
                 raise UserError(f"{self.place(name)}: {key} must hold a list of sections, each after a dash")
-            for number, entry in enumerate(node.value if expected == schema.LIST else ()):
+            for number, entry in enumerate(node.value if expected == schema_tree.LIST else ()):
                 if not isinstance(entry, yaml.MappingNode):
                     raise UserError(f"{self.place(entry)}: {key}.{number} must hold settings, one name: value a line")
-            if expected == schema.SECTION and not isinstance(node, yaml.MappingNode):
+            if expected == schema_tree.SECTION and not isinstance(node, yaml.MappingNode):
                 raise UserError(f"{self.place(name)}: {key} must hold settings, one name: value a line")
             self.keep(key, name, node)
-            if schema.template(key, self.root).count(".") < key.count("."):  # the name of an entry is a text, too
+            if schema_tree.template(key, self.root).count(".") < key.count("."):  # the name of an entry is a text, too
                 name.tag = _TEXT
             yield key, name, node
 
@@ -77,12 +77,12 @@ class Source:
         Raises:
             UserError: YAML has lost a part of a text, or reads a number in another base than ten; a value that is none of JSON.
         """
-        kind = schema.kind_of_text(key, self.root)
-        if kind == schema.NAMED_VALUES and not isinstance(node, yaml.MappingNode):
+        kind = schema_tree.kind_of_text(key, self.root)
+        if kind == schema_tree.NAMED_VALUES and not isinstance(node, yaml.MappingNode):
             raise UserError(f"{self.place(name)}: {key}: must hold values, one name: value a line")
-        if kind == schema.VALUE:
+        if kind == schema_tree.VALUE:
             self._keep_value(key, node, ())
-        if kind in (schema.NAMED_VALUES, schema.VALUE):
+        if kind in (schema_tree.NAMED_VALUES, schema_tree.VALUE):
             return
         if kind is None:
             if isinstance(node, yaml.ScalarNode) and node.style is None and re.fullmatch(_OTHER_BASE, node.value):
@@ -91,21 +91,21 @@ class Source:
                     f"{self.place(name)}: {key}: YAML reads {node.value} in base {base}; write it in base 10"
                 )
             return
-        if kind == schema.TEXTS and isinstance(node, yaml.MappingNode):
+        if kind == schema_tree.TEXTS and isinstance(node, yaml.MappingNode):
             raise UserError(f"{self.place(name)}: {key}: must be a list, not settings")
-        if kind == schema.NAMED_TEXTS:
+        if kind == schema_tree.NAMED_TEXTS:
             if not isinstance(node, yaml.MappingNode):
                 raise UserError(f"{self.place(name)}: {key}: must hold texts, one name: text a line")
             return  # its entries follow, with keys of their own
         texts = [node]
-        if kind == schema.TEXTS:
+        if kind == schema_tree.TEXTS:
             texts = node.value if isinstance(node, yaml.SequenceNode) else []
         before = name.end_mark.index if name is not node else 0
         for text in texts:
             if problem := self._lost(text, kind, before):
                 raise UserError(f"{self.place(name if text.start_mark.index < before else text)}: {key}: {problem}")
             before = max(before, text.end_mark.index)
-            if kind != schema.OPTIONAL_TEXT or text.tag != _NULL:
+            if kind != schema_tree.OPTIONAL_TEXT or text.tag != _NULL:
                 text.tag = _TEXT
 
     def _keep_value(self, key: str, node: yaml.Node, above: tuple[yaml.Node, ...]) -> None:
@@ -154,7 +154,7 @@ class Source:
             read = "a list" if isinstance(node, yaml.SequenceNode) else "settings"
         elif node.tag == _NULL and not written and comment:
             read, written = "a comment", comment[1].strip()
-        elif node.tag == _NULL and (kind == schema.TEXT or (kind == schema.TEXTS and not written)):
+        elif node.tag == _NULL and (kind == schema_tree.TEXT or (kind == schema_tree.TEXTS and not written)):
             read = "nothing"
         else:
             return None
@@ -174,8 +174,8 @@ class Source:
 
     def hint(self, line: int) -> str:
         """The quotes that ``line`` needs, if it gives a text that YAML does not take without them; or nothing."""
-        leaves = dict(schema.settings(self.root))
-        texts = {key.rpartition(".")[2]: leaves[key].metadata["example"] for key in schema.texts(self.root)}
+        leaves = dict(schema_tree.settings(self.root))
+        texts = {key.rpartition(".")[2]: leaves[key].metadata["example"] for key in schema_tree.texts(self.root)}
         found = re.fullmatch(r"\s*((?:- +)*(?:(\w+):|-))\s+(\S.*?)(?:\s+#.*)?", self.text.split("\n")[line - 1])
         if not found or not found[3].isprintable() or (found[2] and found[2] not in texts):
             return ""
@@ -200,7 +200,7 @@ def _walk(node: yaml.Node, prefix: str, root: type) -> Iterator[Setting]:
         for name, value in node.value:
             key = f"{prefix}{name.value}"
             yield key, name, value
-            if schema.kind_of_text(key, root) != schema.VALUE:
+            if schema_tree.kind_of_text(key, root) != schema_tree.VALUE:
                 yield from _walk(value, f"{key}.", root)
     elif isinstance(node, yaml.SequenceNode) and any(isinstance(entry, yaml.MappingNode) for entry in node.value):
         for number, entry in enumerate(node.value):
@@ -215,16 +215,16 @@ def _quoted(text: str) -> str:
 @functools.cache
 def _known_keys(root: type) -> dict[str, None]:
     """The keys of all settings and sections, in the order of the file."""
-    return dict.fromkeys([*dict(schema.settings(root)), *dict(schema.sections(root))])
+    return dict.fromkeys([*dict(schema_tree.settings(root)), *dict(schema_tree.sections(root))])
 
 
 def check_key(key: str, where: str, root: type) -> None:
     """Raises ``UserError``: no setting or section has this key."""
     if re.search(r"\.N(\.|$)", key):
         raise UserError(f"{where}: {key}: N stands for the number of an entry, from 0; give that")
-    form = schema.template(key, root)
+    form = schema_tree.template(key, root)
     if form in _known_keys(root):
-        is_named = schema.texts(root).get(form) in (schema.NAMED_TEXTS, schema.NAMED_VALUES)
+        is_named = schema_tree.texts(root).get(form) in (schema_tree.NAMED_TEXTS, schema_tree.NAMED_VALUES)
         entry = key[len(form) + 1 :] if is_named else ""
         if (entry or key.endswith(".")) and not re.fullmatch(r"\w+", entry):
             raise UserError(f"{where}: {key}: the name after {form} must consist of letters, digits and underscores")

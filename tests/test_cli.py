@@ -2,12 +2,13 @@
 
 from commands import liftdist
 
-from liftdist import schema
+from liftdist import schema_tree
+from liftdist.schema import Config
 
 
 def test_settings_are_listed_by_section():
     everything = liftdist("settings")
-    for key, _ in schema.settings():
+    for key, _ in schema_tree.settings(Config):
         assert f"\n{key}  (" in f"\n{everything}"
     section = liftdist("settings", "optimizer.")
     assert "optimizer.lr  (0.0002)\n    peak learning rate\n" in section

@@ -3,8 +3,9 @@ import dataclasses
 import pytest
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import data_settings, schema, schema_tree
 from liftdist.errors import UserError
+from liftdist.schema import Config
 
 MINIMAL = """\
 run_dir: runs/x
@@ -124,13 +125,15 @@ def test_layouts():
 
 
 def test_every_setting_is_explained():
-    for key, leaf in schema.settings():
+    for key, leaf in schema_tree.settings(Config):
         assert leaf.metadata["help"], key
-    lists = [leaf.metadata["help"] for leaf in dataclasses.fields(schema.DataConfig) if "ources" in leaf.name]
+    lists = [leaf.metadata["help"] for leaf in dataclasses.fields(data_settings.DataConfig) if "ources" in leaf.name]
     assert len(lists) == 2
     assert all(lists)
-    entries = [schema.SourceConfig, schema.EvalSourceConfig]
-    assert len(list(schema.settings())) == sum(len(dataclasses.fields(entry)) - 1 for entry in entries) + sum(
+    entries = [data_settings.SourceConfig, data_settings.EvalSourceConfig]
+    assert len(list(schema_tree.settings(Config))) == sum(
+        len(dataclasses.fields(entry)) - 1 for entry in entries
+    ) + sum(
         len(dataclasses.fields(f.default_factory)) if dataclasses.is_dataclass(f.default_factory) else 1
         for f in dataclasses.fields(schema.Config)
     )

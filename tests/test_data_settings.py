@@ -3,9 +3,10 @@
 import pytest
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import schema_tree
+from liftdist.data_settings import DataConfig, EvalSourceConfig, SourceConfig
 from liftdist.errors import UserError
-from liftdist.schema import DataConfig, EvalSourceConfig, SourceConfig
+from liftdist.schema import Config
 
 BASE = "run_dir: r\nmodel: {path: m}\nselection: {density: 0.05}\ndata:\n"
 TWO = "  sources:\n  - {path: a.jsonl, weight: 1}\n  - {path: b.jsonl, weight: 3}\n"
@@ -153,7 +154,9 @@ def test_revision_and_subset_of_a_held_out_set_are_those_of_the_same_repository(
 
 
 def test_what_a_change_of_a_source_changes():
-    kinds = {key: leaf.metadata["changes"] for key, leaf in schema.settings()}
-    assert kinds["data.sources.N.path"] == kinds["data.sources.N.weight"] == kinds["data.eval_share"] == schema.COURSE
-    assert kinds["data.sources.N.name"] == kinds["data.sources.N.revision"] == schema.NOTHING
-    assert {kinds[key] for key in kinds if key.startswith("data.eval_sources.")} == {schema.NOTHING}
+    kinds = {key: leaf.metadata["changes"] for key, leaf in schema_tree.settings(Config)}
+    assert (
+        kinds["data.sources.N.path"] == kinds["data.sources.N.weight"] == kinds["data.eval_share"] == schema_tree.COURSE
+    )
+    assert kinds["data.sources.N.name"] == kinds["data.sources.N.revision"] == schema_tree.NOTHING
+    assert {kinds[key] for key in kinds if key.startswith("data.eval_sources.")} == {schema_tree.NOTHING}

@@ -20,12 +20,13 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from bench.__main__ import NAMES as BENCHMARKS
-from liftdist import cli, environment, schema
+from liftdist import cli, environment, schema_tree
 from liftdist import config as configs
 from liftdist.cluster import job, launcher
 from liftdist.data.records import detect_format
 from liftdist.options import CONTINUATION_FLAGS
 from liftdist.registry import FORMATS
+from liftdist.schema import Config
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -99,7 +100,7 @@ def check_command(words: list[str]) -> None:
 
 
 def check_overrides(words: list[str]) -> None:
-    known = dict(schema.settings())
+    known = dict(schema_tree.settings(Config))
     for word in words:
         if word not in CONTINUATION_FLAGS and word != "train.stpes=100":  # what the page shows to be refused
             assert word.partition("=")[0] in known, word
@@ -112,14 +113,14 @@ def check_overrides(words: list[str]) -> None:
 @pages
 def test_names_in_the_text_exist(page):
     """Settings, flags, files, modules and variables of liftdist, wherever the text names one as code."""
-    settings, sections = dict(schema.settings()), dict(schema.sections())
+    settings, sections = dict(schema_tree.settings(Config)), dict(schema_tree.sections(Config))
     flags = all_flags() | FOREIGN_FLAGS
     variables = {variable.name for variable in environment.table()}
     for line, code in page.spans:
         where = f"{page.path.name}:{line}: {code}"
         key = re.match(rf"({'|'.join(sections)})\.([\w.]+)", code)
         if key and not code.endswith((".md", ".py", ".jsonl", ".yaml")):
-            assert schema.template(key[0]) in settings | sections, where
+            assert schema_tree.template(key[0], Config) in settings | sections, where
         if code.startswith(("-", "liftdist ", "launch/torchrun ")):
             for flag in re.findall(r"(?<![\w-])--?[a-z][a-z-]*", code if code.startswith("l") else code.split()[0]):
                 assert flag in flags, where

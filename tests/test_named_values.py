@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import schema_tree
 from liftdist.errors import UserError
 from liftdist.runs import changes
-from liftdist.schema import COURSE, setting
+from liftdist.schema_tree import COURSE, setting
 
 
 @dataclass
@@ -157,9 +157,9 @@ def test_mistakes_are_one_line(text, overrides, problem, tmp_path):
 
 
 def test_a_changed_value_is_a_change(tmp_path, monkeypatch):
-    settings, texts = list(schema.settings(Root)), schema.texts
-    monkeypatch.setattr(changes.schema, "settings", lambda root=Root: settings)
-    monkeypatch.setattr(changes.schema, "texts", lambda root=Root: texts(Root))
+    settings, texts = list(schema_tree.settings(Root)), schema_tree.texts
+    monkeypatch.setattr(changes.schema_tree, "settings", lambda root: settings)
+    monkeypatch.setattr(changes.schema_tree, "texts", lambda root: texts(Root))
     before = load(tmp_path, "data:\n  arguments: {a: true, b: [{c: 1}], d: x, e: '1'}\n")[1]
     after = load(tmp_path, "data:\n  arguments: {a: 1, b: [{c: 2}], f: null, e: 1}\n")[1]
     assert changes.of_settings(before, before) == []

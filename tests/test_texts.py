@@ -8,10 +8,10 @@ from commands import call
 from omegaconf import OmegaConf
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import schema, schema_tree
 from liftdist.errors import UserError
 from liftdist.runs import changes
-from liftdist.schema import setting
+from liftdist.schema_tree import setting
 
 FILE = "run_dir: runs/x\nmodel:\n  path: m\ndata:\n  path: x.jsonl\nselection:\n  density: 0.05\n"
 
@@ -78,7 +78,7 @@ def load(tmp_path, text=FILE, overrides=(), root=schema.Config):
 
 
 def held(config):
-    return {key: value for key, _, value in schema.walk(config) if key in ANY}
+    return {key: value for key, _, value in schema_tree.walk(config) if key in ANY}
 
 
 def in_quotes(text):
@@ -101,7 +101,7 @@ def test_a_text_is_what_was_typed(texts, tmp_path):
     assert changes.of_settings(kept, kept_of_file) == []
 
     assert load(tmp_path, kept) == (config, kept)
-    assert {key: value for key, value in schema.leaves(yaml.safe_load(kept)) if key in ANY} == texts
+    assert {key: value for key, value in schema_tree.leaves(yaml.safe_load(kept)) if key in ANY} == texts
     assert OmegaConf.create(kept).model.path == texts["model.path"]
 
 

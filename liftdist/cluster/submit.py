@@ -24,7 +24,7 @@ from typing import Any
 import yaml
 
 from liftdist import config as configs
-from liftdist import environment, files, output, preflight, schema, start
+from liftdist import environment, files, output, preflight, schema_tree, start
 from liftdist.cluster import commands, history, job, scheduler
 from liftdist.cluster.scheduler import Job
 from liftdist.errors import UserError
@@ -47,7 +47,7 @@ _BRIEFLY = 10.0  # seconds for an answer of SLURM's that can be done without
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``liftdist submit``."""
-    helps = {key.removeprefix("slurm."): leaf.metadata["help"] for key, leaf in schema.settings()}
+    helps = {key.removeprefix("slurm."): leaf.metadata["help"] for key, leaf in schema_tree.settings(Config)}
     for name in SETTINGS:
         parser.add_argument(f"--{name.replace('_', '-')}", help=helps[name].replace("%", "%%"))
     parser.add_argument("--job-name", help="name of the job (default: that of the run directory)")

@@ -16,8 +16,8 @@ import numpy as np
 from liftdist import digests
 from liftdist.data.order import Share
 from liftdist.data.tokenised import Report, Samples
+from liftdist.data_settings import DataSource
 from liftdist.errors import UserError
-from liftdist.schema import DataSource
 
 if TYPE_CHECKING:
     from datasets import Dataset

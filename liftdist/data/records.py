@@ -13,9 +13,9 @@ from typing import Any
 from liftdist.data import content, wording
 from liftdist.data.content import Content, Conversation, Text
 from liftdist.data.sources import Record, Source, check_splits, is_local, open_records
+from liftdist.data_settings import DataConfig, DataSource
 from liftdist.errors import UserError
 from liftdist.registry import FORMATS
-from liftdist.schema import DataConfig, DataSource
 
 CHECKED_RECORDS = 1000  # records checked before ranks start
 _RENDERED = "text"  # the format of what many data sets hold besides: a record's parts in one text

@@ -15,9 +15,9 @@ from liftdist.data import hub_sources, local
 from liftdist.data.local import is_local
 from liftdist.data.reading import Record, Source
 from liftdist.data.texts import JsonlSource
+from liftdist.data_settings import DataConfig, DataSource
 from liftdist.errors import UserError
 from liftdist.hub import Repository
-from liftdist.schema import DataConfig, DataSource
 
 __all__ = ["JsonlSource", "Record", "Source", "fetch", "is_local", "open_records", "open_source", "repository"]
 

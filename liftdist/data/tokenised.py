@@ -27,8 +27,8 @@ from liftdist.data import parts, reading, records, sources, workers
 from liftdist.data.chat import Encoded, Encoder
 from liftdist.data.content import Content, Text, digest, unread
 from liftdist.data.parts import Row
+from liftdist.data_settings import DataConfig, DataSource
 from liftdist.errors import UserError
-from liftdist.schema import DataConfig, DataSource
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,6 +1,6 @@
 """Differences between a checkpoint and the command that continues from it, and whether they are allowed.
 
-change = (kind, text), where kind is the effect of the change: schema.NOTHING, COURSE or STATE
+change = (kind, text), where kind is the effect of the change: schema_tree.NOTHING, COURSE or STATE
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 
 import yaml
 
-from liftdist import schema
+from liftdist import schema_tree
 from liftdist.errors import UserError
 from liftdist.options import CONTINUATION_FLAGS
 from liftdist.redaction import redact
 from liftdist.runs import claims, layout, manifest
 from liftdist.runs.manifest import Provenance
-from liftdist.schema import COURSE, NOTHING, STATE, Config
+from liftdist.schema import Config
+from liftdist.schema_tree import COURSE, NOTHING, STATE
 
 SettingChange = tuple[str, str]
 
@@ -67,7 +68,9 @@ def between(before: Provenance, after: Provenance) -> list[SettingChange]:
     kinds = _kinds()
     for key, value in after.from_environment.items():
         if before.from_environment.get(key, value) != value:
-            found.append((kinds[schema.template(key)], f"{key}: its value from the environment has changed"))
+            found.append(
+                (kinds[schema_tree.template(key, Config)], f"{key}: its value from the environment has changed")
+            )
     moved = {key: _moved(before, after, key) for key in after.commits}
     if before.base != after.base:
         digests = f"({before.base[:12]} -> {after.base[:12]})"
@@ -91,7 +94,7 @@ def _is_of_training(key: str) -> bool:
 
 def _data_key(config: str) -> str:
     """The setting that names the training data of a config, given as YAML text."""
-    given = dict(schema.leaves(yaml.safe_load(config)))
+    given = dict(schema_tree.leaves(yaml.safe_load(config)))
     return "data.sources" if any(key.startswith("data.sources.") for key in given) else "data.path"
 
 
@@ -110,15 +113,15 @@ def _listed(provenance: Provenance) -> str:
 
 def of_settings(before: str, after: str) -> list[SettingChange]:
     """Every setting that differs between two configs, given as YAML text from :func:`liftdist.config.load`."""
-    old, new = (dict(schema.leaves(yaml.safe_load(text))) for text in (before, after))
+    old, new = (dict(schema_tree.leaves(yaml.safe_load(text))) for text in (before, after))
     kinds = _kinds()
     found = []
     for key in dict.fromkeys([*old, *new]):
-        kind = kinds.get(schema.template(key))
+        kind = kinds.get(schema_tree.template(key, Config))
         in_both = key in old and key in new  # a setting that only one version of liftdist knows is not a change
-        form = schema.template(key)
+        form = schema_tree.template(key, Config)
         # entries of lists of sections, and of texts and values by name, may be added or removed
-        comes_and_goes = schema.texts().get(form) in (schema.NAMED_TEXTS, schema.NAMED_VALUES)
+        comes_and_goes = schema_tree.texts(Config).get(form) in (schema_tree.NAMED_TEXTS, schema_tree.NAMED_VALUES)
         if entry := re.match(r".*\.\d+\.", key):
             comes_and_goes |= not all(any(other.startswith(entry[0]) for other in side) for side in (old, new))
         # by their texts: true and 1 are two values
@@ -146,13 +149,13 @@ def check_settings(config: Config, text: str, allowed: set[str]) -> None:
 
 
 def _kinds() -> dict[str, str]:
-    return {key: leaf.metadata["changes"] for key, leaf in schema.settings()}
+    return {key: leaf.metadata["changes"] for key, leaf in schema_tree.settings(Config)}
 
 
 def _fingerprints(config: Config, text: str) -> dict[str, str]:
     """A short hash of each value that comes from the environment, by key: detects a change without storing the value."""
-    values = dict(schema.leaves(dataclasses.asdict(config)))
-    written = dict(schema.leaves(yaml.safe_load(text)))
+    values = dict(schema_tree.leaves(dataclasses.asdict(config)))
+    written = dict(schema_tree.leaves(yaml.safe_load(text)))
     return {
         key: hashlib.sha256(repr(value).encode()).hexdigest()[:8]
         for key, value in values.items()

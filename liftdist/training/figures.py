@@ -9,7 +9,7 @@ import numpy as np
 
 from liftdist.data.content import Content, Conversation, Text
 from liftdist.data.tokenised import SPLIT, Samples
-from liftdist.schema import DataConfig, DataSource
+from liftdist.data_settings import DataConfig, DataSource
 
 WIDTH = 80
 _BINS, _BAR = 10, 30  # most bins of a histogram, and columns of its longest bar

@@ -15,6 +15,7 @@ from liftdist.console import Console
 from liftdist.data import mixture, records, sources, tokenised
 from liftdist.data.chat import Encoder
 from liftdist.data.mixture import Mixture
+from liftdist.data_settings import DataSource
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
@@ -23,7 +24,7 @@ from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
 from liftdist.models.tokenizer import load_tokenizer
 from liftdist.runs import claims
-from liftdist.schema import Config, DataSource
+from liftdist.schema import Config
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,10 @@ from liftdist.data.hub_sources import DatasetSource
 from liftdist.data.reading import Source
 from liftdist.data.tables import TableSource
 from liftdist.data.tokenised import IGNORED, Report, Row, Samples
+from liftdist.data_settings import DataSource
 from liftdist.errors import UserError
 from liftdist.runs import claims
-from liftdist.schema import Config, DataSource
+from liftdist.schema import Config
 from liftdist.training import figures, inputs, marked
 from liftdist.training.inputs import Encoding
 from liftdist.training.marked import Shown

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from liftdist import __version__, environment, preflight, schema
+from liftdist import __version__, environment, preflight, schema_tree
 from liftdist.console import Console
 from liftdist.deltas import of_run
 from liftdist.deltas.formats import hf
@@ -110,10 +110,8 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
     recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
     held = {matrix.name: names.holding(matrix.name, matrix.place) for matrix in method.matrices}
-    trained, parts = (
-        {name: stored for name, (stored, _) in held.items()},
-        {name: part for name, (_, part) in held.items()},
-    )
+    trained = {name: stored for name, (stored, _) in held.items()}
+    parts = {m.name: part for m in method.matrices if not (part := held[m.name][1]).is_whole(m.columns)}
 
     def snapshot() -> Snapshot:
         return Snapshot(trainer.step, trainer.state(), provenance, trained, parts)
@@ -165,7 +163,7 @@ def _check_changes(
         changes.refuse(changed, allowed, run_dir)
     if changed:
         context.console.say("changed since the checkpoint: " + "; ".join(redact(line) for _, line in changed))
-    return schema.STATE in {kind for kind, _ in changed}
+    return schema_tree.STATE in {kind for kind, _ in changed}
 
 
 def _resume(context: RunContext, trainer: Trainer, saved: Step, attempt: Attempt, state_changed: bool) -> None:

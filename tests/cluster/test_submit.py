@@ -12,9 +12,10 @@ import pytest
 from commands import ROOT, call, write_job_config
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import schema_tree
 from liftdist.cluster import history, job, scheduler, submit
 from liftdist.errors import UserError
+from liftdist.schema import Config
 
 
 @pytest.fixture
@@ -286,10 +287,12 @@ def test_names_of_jobs_are_of_a_form_that_slurm_takes(place, cluster, config, tm
 
 def test_only_what_slurm_takes_reaches_its_options():
     """The settings that become options of sbatch; two of them are tried through the command above."""
-    bounds = {key: leaf.metadata for key, leaf in schema.settings() if key.startswith("slurm.")}
+    bounds = {key: leaf.metadata for key, leaf in schema_tree.settings(Config) if key.startswith("slurm.")}
     free = {"slurm.container", "slurm.container_runtime", "slurm.container_mounts"}
     texts = {key for key, bound in bounds.items() if bound["pattern"]}
-    numbers = {key for key, leaf in schema.settings() if key in bounds and re.search("int|float", str(leaf.type))}
+    numbers = {
+        key for key, leaf in schema_tree.settings(Config) if key in bounds and re.search("int|float", str(leaf.type))
+    }
     assert texts | numbers | free == set(bounds)
     for text in hostile("canary"):  # a word, of which sbatch makes no command, and a line
         for option in (f"--comment={text}", text):

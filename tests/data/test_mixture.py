@@ -9,8 +9,8 @@ import pytest
 from liftdist.data import mixture, tokenised
 from liftdist.data.chat import Encoder
 from liftdist.data.order import BatchOrder, Share, epoch_order, epoch_sequences, split_micro_batches
+from liftdist.data_settings import SourceConfig
 from liftdist.errors import UserError
-from liftdist.schema import SourceConfig
 
 EPOCHS = 7
 MIXES = {

@@ -13,8 +13,8 @@ from pyarrow import parquet
 from liftdist.data import records, sources, tokenised
 from liftdist.data.chat import Encoder
 from liftdist.data.content import Conversation, Text
+from liftdist.data_settings import DataConfig
 from liftdist.errors import UserError
-from liftdist.schema import DataConfig
 
 
 def write(folder, *lines, name="data.jsonl"):

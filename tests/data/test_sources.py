@@ -11,7 +11,7 @@ import pytest
 from liftdist import digests
 from liftdist.data import records, sources, tokenised
 from liftdist.data.chat import Encoder
-from liftdist.schema import DataConfig
+from liftdist.data_settings import DataConfig
 
 
 def test_sources_agree(tokenizer, tmp_path):

@@ -9,8 +9,8 @@ from commands import call, write_config
 from pyarrow import parquet
 
 from liftdist.data import records, sources, tables
+from liftdist.data_settings import DataConfig
 from liftdist.errors import UserError
-from liftdist.schema import DataConfig
 
 ROWS = [
     {"prompt": f"{number} plus 1 is", "completion": str(number + 1) if number % 7 else None} for number in range(3000)

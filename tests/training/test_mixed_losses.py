@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from liftdist.console import Console
 from liftdist.data.tokenised import IGNORED
+from liftdist.data_settings import EvalSourceConfig, SourceConfig
 from liftdist.evaluation import held_out_loss
 from liftdist.models import head
 from liftdist.runs.context import RunContext
-from liftdist.schema import EvalSourceConfig, SourceConfig
 from liftdist.training import objective
 from liftdist.training.losses.cross_entropy import per_token
 

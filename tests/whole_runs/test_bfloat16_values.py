@@ -8,11 +8,11 @@ from commands import liftdist, write_config
 from safetensors.torch import load_file
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import schema_tree
 from liftdist.runs import checkpoint
 from liftdist.runs.saver import Checkpointer, Saved
 
-STATE = {schema.COURSE, schema.STATE}
+STATE = {schema_tree.COURSE, schema_tree.STATE}
 BEFORE, AFTER = builders.REFRESH + 1, builders.REFRESH  # a refresh before the save and one after it
 
 
@@ -75,7 +75,7 @@ def test_a_change_of_dtype_needs_to_be_allowed_and_the_export_holds_the_values(t
         return *configs.load(file, overrides), allowed
 
     ends, other = ranks.run(
-        2, attempts, settings(4, "bfloat16"), settings(6, "float32", {schema.COURSE}), settings(6, "float32", STATE),
+        2, attempts, settings(4, "bfloat16"), settings(6, "float32", {schema_tree.COURSE}), settings(6, "float32", STATE),
         settings(8, "bfloat16", STATE),
     )  # fmt: skip
     assert ends == other

@@ -10,10 +10,11 @@ from commands import call, run_command, user_error, write_config
 
 from liftdist import config as configs
 from liftdist import hub
+from liftdist.data_settings import EvalSourceConfig, SourceConfig
 from liftdist.runs import changes, checkpoint
 from liftdist.runs.manifest import Provenance
 from liftdist.runs.saver import Checkpointer, Saved
-from liftdist.schema import COURSE, NOTHING, EvalSourceConfig, SourceConfig
+from liftdist.schema_tree import COURSE, NOTHING
 from liftdist.training import inputs
 
 

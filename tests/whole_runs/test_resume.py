@@ -15,7 +15,7 @@ import ranks
 from commands import run_command, user_error, write_config
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import schema_tree
 from liftdist.errors import Stopped, UserError
 from liftdist.runs import checkpoint
 from liftdist.runs.saver import Checkpointer, Saved
@@ -176,7 +176,7 @@ def test_changed_settings_are_named_and_need_to_be_allowed(tiny_model, tmp_path)
         overrides += [f"train.steps={steps}", "train.export=false", "checkpoint.keep=9"]
         return *configs.load(file, [override.replace("__", ".") for override in overrides]), allowed
 
-    course, state = {schema.COURSE}, {schema.COURSE, schema.STATE}
+    course, state = {schema_tree.COURSE}, {schema_tree.COURSE, schema_tree.STATE}
     ends, _ = ranks.run(
         2, change_settings, settings(2), [
             settings(2, train__micro_batch_size=3, train__log_interval=2),
@@ -233,7 +233,7 @@ def run_until(mesh, config, text, step):
         return figures
 
     with hooks.around(trainer.Trainer, "run_step", after=stop_there), contextlib.suppress(Stopped):
-        train(config, mesh, text, {schema.COURSE}, stop)
+        train(config, mesh, text, {schema_tree.COURSE}, stop)
 
 
 def test_a_value_from_the_environment_that_changed_is_noticed(tiny_model, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from liftdist import hub as hubs
 from liftdist.runs import changes
 from liftdist.runs import manifest as manifests
 from liftdist.runs.manifest import Provenance
-from liftdist.schema import COURSE, NOTHING, STATE
+from liftdist.schema_tree import COURSE, NOTHING, STATE
 from liftdist.training import inputs
 
 MODEL, DATA = "Owner/Tiny-Model", "Owner/My-Data"

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 import pytest
 
 from liftdist import config as configs
-from liftdist import schema
+from liftdist import schema_tree
 from liftdist.errors import UserError
 from liftdist.runs import changes
-from liftdist.schema import COURSE, NOTHING, STATE, setting
+from liftdist.schema_tree import COURSE, NOTHING, STATE, setting
 
 
 @dataclass
@@ -115,15 +115,15 @@ def test_mistakes_in_overrides_say_how(tmp_path, override, problem):
 
 
 def test_the_reference_lists_entries():
-    assert [key for key, _, _ in schema.reference(Root)] == [
+    assert [key for key, _, _ in schema_tree.reference(Root)] == [
         "name", "data.sources.N.path", "data.sources.N.weight", "data.sources.N.kind", "data.sources.N.tags",
         "data.sources.N.limits.records", "data.sources.N.limits.share", "data.packing",
     ]  # fmt: skip
-    assert ("data.sources.N.path", "required", "where it is") in list(schema.reference(Root))
+    assert ("data.sources.N.path", "required", "where it is") in list(schema_tree.reference(Root))
 
 
 def test_a_changed_entry_is_a_change(tmp_path, monkeypatch):
-    monkeypatch.setattr(changes.schema, "settings", lambda root=Root: SETTINGS)
+    monkeypatch.setattr(changes.schema_tree, "settings", lambda root: SETTINGS)
     _, before = load(tmp_path)
     _, after = load(tmp_path, overrides=["data.sources.0.weight=3", "data.packing=false"])
     assert changes.of_settings(before, before) == []
@@ -136,7 +136,7 @@ def test_a_changed_entry_is_a_change(tmp_path, monkeypatch):
     assert all(text.startswith("data.sources.1.") for _, text in lost)
 
 
-SETTINGS = list(schema.settings(Root))
+SETTINGS = list(schema_tree.settings(Root))
 
 
 @dataclass
