@@ -1,15 +1,20 @@
-"""Tensors in the safetensors format: written, names of dtypes, bytes, digests."""
+"""Tensors in the safetensors format: written, read, names of dtypes, bytes, digests."""
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from liftdist.safetensors_header import data_begin, header
 
 DTYPES = {
     "U64": torch.uint64,
@@ -56,6 +61,48 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
                 file.write(_bytes(tensors[name]))
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
+
+
+class TensorFile:
+    """A safetensors file that is open only during a read. Its header is read once, however many tensors are read: a checkpoint
+    of a model with many experts has a hundred thousand.
+
+    Args:
+        entries: of the header, if it has been read.
+
+    Raises:
+        ValueError, OSError: as :func:`liftdist.safetensors_header.header`.
+    """
+
+    def __init__(self, path: Path, entries: Mapping[str, Any] | None = None) -> None:
+        self.path = path
+        self.entries = dict(header(path) if entries is None else entries)
+        self.metadata: dict[str, str] = self.entries.pop("__metadata__", {})
+
+    def read(self, name: str) -> Tensor:
+        """A tensor in the dtype of the file. Raises ``KeyError`` if there is none, ``OSError`` if it cannot be read."""
+        shape = self.entries[name]["shape"]
+        return self.rows(name, 0, math.prod(shape[:-1] if len(shape) > 1 else shape)).view(shape)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        """``[end - begin, n]``: rows of a tensor ``[..., n]`` seen as ``[all, n]``; of a vector its entries ``[end - begin]``."""
+        info = self.entries[name]
+        row_shape = info["shape"][-1:] if len(info["shape"]) > 1 else []
+        rows = torch.empty(end - begin, *row_shape, dtype=DTYPES[info["dtype"]])
+        if rows.numel():
+            with self.path.open("rb", buffering=0) as file:
+                offset = begin * math.prod(row_shape) * rows.element_size()
+                file.seek(data_begin(file) + info["data_offsets"][0] + offset)
+                _read_into(file, _bytes(rows))
+        return rows
+
+
+def _read_into(file: io.RawIOBase, buffer: memoryview) -> None:
+    while buffer:
+        count = file.readinto(buffer)
+        if not count:
+            raise OSError("the file ends too early")
+        buffer = buffer[count:]
 
 
 def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -66,6 +67,11 @@ class Delta:
     names: list[str]
     get: Callable[[str], Change]
     origin: Mapping[str, str] = field(default_factory=dict)  # base_model and base_commit, if known: its name on the hub
+
+    @cached_property
+    def known(self) -> frozenset[str]:
+        """:attr:`names`, to look one up."""
+        return frozenset(self.names)
 
     def about(self) -> dict[str, str]:
         """What a result says of where it comes from: the base model, its digest, and the version of liftdist."""
@@ -125,7 +131,7 @@ def _replace(name: str, tensor: Tensor, indices: Tensor, old: Tensor | None, new
 
 def by_name(name: str, delta: Delta | None) -> Change | None:
     """The change of a tensor, or None."""
-    return delta.get(name) if delta is not None and name in delta.names else None
+    return delta.get(name) if delta is not None and name in delta.known else None
 
 
 def check_same_base(apply: Delta | None, undo: Delta | None) -> None:

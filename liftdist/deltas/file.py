@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from liftdist import files, safetensors_header, safetensors_io
+from liftdist import files, safetensors_io
 from liftdist.deltas.codec import decode, encode
 from liftdist.deltas.delta import ORIGIN, Change, Delta, changed, check_fits, is_finite
 from liftdist.errors import UserError
-from liftdist.safetensors_io import DTYPES
+from liftdist.safetensors_io import DTYPES, TensorFile
 
 FORMAT = "liftdist-delta-1"
 PATCH_FORMAT = "sparse-patch"
@@ -27,26 +26,24 @@ def read(path: Path) -> Delta:
         UserError: the file is absent, truncated, damaged, or not a delta; an index out of range; a value that is not finite.
     """
     try:
-        entries = safetensors_header.header(path)
-        metadata = entries.get("__metadata__", {})
+        file = TensorFile(path)
+        metadata = file.metadata
         if (kind := metadata.get("format")) != FORMAT:
             kind = "a sparse patch" if kind == PATCH_FORMAT else "another kind of safetensors file"
             raise ValueError(f"is {kind}, not a delta that this version reads")
         tensors = json.loads(metadata["tensors"])
-        if _contents_digest(path) != metadata["sha256"]:
+        if _contents_digest(file) != metadata["sha256"]:
             raise ValueError("its contents do not match the sha256 in its metadata")
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or not a delta: {error}") from None
 
     def get(name: str) -> Change:
         about = tensors[name]
-        with safe_open(path, framework="pt") as file:
-            kept = set(file.keys())
-            gaps, values = file.get_tensor(f"{name}.gaps"), file.get_tensor(f"{name}.values")
-            base = file.get_tensor(f"{name}.base") if f"{name}.base" in kept else None
-        indices = decode(gaps, about["count"])
+        values = file.read(f"{name}.values")
+        base = file.read(f"{name}.base") if f"{name}.base" in file.entries else None
+        indices = decode(file.read(f"{name}.gaps"), about["count"])
         change = Change(tuple(about["shape"]), DTYPES[about["stored"]], indices, values, base)
         check_fits(name, indices, int(torch.Size(change.shape).numel()))
         for part in (values, base):
@@ -60,7 +57,7 @@ def read(path: Path) -> Delta:
     for name in delta.names:
         try:
             get(name)
-        except (ValueError, KeyError, SafetensorError) as error:
+        except (ValueError, KeyError) as error:
             raise UserError(f"{path}: {error}") from None
     return delta
 
@@ -105,6 +102,5 @@ def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> No
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
-def _contents_digest(path: Path) -> str:
-    with safe_open(path, framework="pt") as file:
-        return safetensors_io.digest_of((name, file.get_tensor(name)) for name in sorted(file.keys()))
+def _contents_digest(file: TensorFile) -> str:
+    return safetensors_io.digest_of((name, file.read(name)) for name in sorted(file.entries))

@@ -13,6 +13,7 @@ A row is a slice along the last dimension: ``[E, 2 I, H]`` has ``2 E I``. Of a v
 
 from __future__ import annotations
 
+import bisect
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -59,6 +60,10 @@ class Part(NamedTuple):
     row: int
     column: int
 
+    def is_whole(self, columns: int) -> bool:
+        """Whether a matrix of ``columns`` has the indices that it has in the tensor: it is the tensor, or its first rows."""
+        return self == (0, columns, 1)
+
     def indices(self, indices: Tensor, columns: int) -> Tensor:
         """Flat indices in the tensor of flat ``indices [k]`` in the matrix, int64."""
         rows = indices.long() // columns
@@ -84,12 +89,13 @@ class NameMap:
 
     def holding(self, name: str, place: Place) -> tuple[str, Part]:
         """The tensor of the checkpoint that holds a matrix, and where. Raises ``UserError`` if there is no such tensor."""
-        for piece in self.pieces[place.parameter]:
-            if piece.row <= place.first_row and place.first_row + place.rows <= piece.row + piece.rows:
-                width = place.param.shape[-1]
-                first = piece.source_row + place.first_row - piece.row
-                return piece.source, Part(first * width + place.first_column, width, place.step)
-        parts = ", ".join(piece.source for piece in self.pieces[place.parameter])
+        pieces = self.pieces[place.parameter]
+        piece = pieces[bisect.bisect(pieces, place.first_row, key=lambda piece: piece.row) - 1]
+        if place.first_row + place.rows <= piece.row + piece.rows:
+            width = place.param.shape[-1]
+            first = piece.source_row + place.first_row - piece.row
+            return piece.source, Part(first * width + place.first_column, width, place.step)
+        parts = ", ".join(piece.source for piece in pieces)
         raise UserError(
             f"{name}: is stored in several tensors ({parts}): not supported; leave it out of selection.modules"
         )
@@ -210,9 +216,10 @@ class _Found:
                 made = converter.convert(name, model=self.model, config=self.model.config)
             except Exception as error:  # the library raises errors of many kinds
                 made, steps = {name: torch.empty(0)}, f"{steps}: {str(error).splitlines()[0] if str(error) else error}"
-            for target, rows in made.items():
-                rows = rows[0] if isinstance(rows, list) else rows
-                pieces = self._pieces(target, rows, numbers) if target in self.state else None
+            rows_of = {target: rows[0] if isinstance(rows, list) else rows for target, rows in made.items()}
+            is_map = numbers.are_those_of(sources, rows_of.values())
+            for target, rows in rows_of.items():
+                pieces = self._pieces(target, rows, numbers) if is_map and target in self.state else None
                 if pieces is None:
                     self.problems.append(f"{sources[0]} would have to be converted ({steps})")
                 else:
@@ -244,14 +251,25 @@ class _RowNumbers:
 
     def __init__(self) -> None:
         self._names: list[str] = []
+        self._places: dict[str, int] = {}  # in the list
         self._firsts = [0]
 
     def of(self, name: str, shape: Sequence[int]) -> Tensor:
         """``[..., 1]`` int64, the numbers of the rows of a tensor ``[..., n]``; those of its entries, if it is a vector."""
         first, rows = self._firsts[-1], rows_in(shape)
+        self._places[name] = len(self._names)
         self._names.append(name)
         self._firsts.append(first + rows)
         return torch.arange(first, first + rows).view(*shape[:-1], 1 if len(shape) > 1 else rows)
+
+    def are_those_of(self, names: Iterable[str], found: Iterable[Tensor]) -> bool:
+        """Whether ``found`` are the numbers of all rows of the named tensors, each once, in any order."""
+        places = sorted(self._places[name] for name in names)
+        given = [np.arange(self._firsts[place], self._firsts[place + 1]) for place in places]
+        rows = [part.flatten() for part in found]
+        if any(part.dtype != torch.int64 for part in rows):
+            return False
+        return np.array_equal(np.sort(torch.cat(rows).numpy()), np.concatenate(given))
 
     def runs(self, rows: Tensor) -> list[Piece]:
         """The runs of consecutive rows of one tensor."""

@@ -8,8 +8,6 @@ Files are open only during a read, and nothing is unpickled.
 from __future__ import annotations
 
 import hashlib
-import io
-import math
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +24,7 @@ from liftdist.distributed.collectives import gather, together
 from liftdist.errors import UserError
 from liftdist.models import stored
 from liftdist.safetensors_header import data_begin, header
-from liftdist.safetensors_io import DTYPES
+from liftdist.safetensors_io import TensorFile
 
 
 class ModelFolder:
@@ -36,6 +34,7 @@ class ModelFolder:
         self.folder = folder
         self.stored = stored.resolve(folder)
         self.file_of = self.stored.file_of
+        self._files = {file: TensorFile(folder / file, entries) for file, entries in self.stored.headers.items()}
 
     def info(self, name: str) -> dict[str, Any]:
         """``dtype``, ``shape`` and the byte range ``data_offsets`` of a tensor, from the header of its file."""
@@ -43,19 +42,11 @@ class ModelFolder:
 
     def read(self, name: str) -> Tensor:
         """A tensor, in the dtype of the file."""
-        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return self._files[self.file_of[name]].read(name)
 
     def rows(self, name: str, begin: int, end: int) -> Tensor:
         """``[end - begin, n]``: rows of a tensor ``[..., n]`` seen as ``[all, n]``; of a vector its entries ``[end - begin]``."""
-        info = self.info(name)
-        row_shape = info["shape"][-1:] if len(info["shape"]) > 1 else []
-        rows = torch.empty(end - begin, *row_shape, dtype=DTYPES[info["dtype"]])
-        size = rows.element_size() * math.prod(row_shape)
-        with (self.folder / self.file_of[name]).open("rb", buffering=0) as file:
-            file.seek(data_begin(file) + info["data_offsets"][0] + begin * size)
-            _read_into(file, rows.view(torch.uint8).numpy().data.cast("B"))
-        return rows
+        return self._files[self.file_of[name]].rows(name, begin, end)
 
     def data(self, name: str, file_name: str | None = None) -> Iterator[bytes]:
         """The bytes of a tensor, in pieces of at most 4 MiB; those of its copy in another file, if one is given."""
@@ -74,14 +65,6 @@ class ModelFolder:
                 return file.get_tensor(name).view(-1)[row : row + 1]
             place = np.unravel_index(row, shape[:-1])
             return file.get_slice(name)[tuple(slice(int(at), int(at) + 1) for at in place)].flatten()
-
-
-def _read_into(file: io.RawIOBase, buffer: memoryview) -> None:
-    while buffer:
-        count = file.readinto(buffer)
-        if not count:
-            raise OSError("the file ends too early")
-        buffer = buffer[count:]
 
 
 def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> str:

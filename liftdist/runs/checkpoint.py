@@ -22,12 +22,13 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from liftdist import files
@@ -40,6 +41,7 @@ from liftdist.runs.claims import Event
 from liftdist.runs.layout import CHECKPOINTS, MANIFEST
 from liftdist.runs.manifest import Manifest
 from liftdist.runs.manifest import read as read_manifest
+from liftdist.safetensors_io import TensorFile
 
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 22  # bytes
@@ -67,6 +69,19 @@ class Step:
             return False
 
         return [name for name, file in self.manifest.files.items() if overlaps(file.shard)]
+
+    @cached_property
+    def _files(self) -> dict[str, TensorFile]:
+        return {name: TensorFile(self.folder / name) for name in self.manifest.files}
+
+    @cached_property
+    def _holding(self) -> dict[str, list[TensorFile]]:
+        """The files that hold entries of each matrix."""
+        found: dict[str, list[TensorFile]] = {}
+        for file in self._files.values():
+            for name in dict.fromkeys(key.rpartition("/")[0] for key in file.entries):
+                found.setdefault(name, []).append(file)
+        return found
 
     def verify(self, names: Iterable[str], beat: Callable[[], None] = lambda: None) -> None:
         """Raises ``ValueError`` or ``OSError``, which name the file, if a file differs from what was saved."""
@@ -99,13 +114,12 @@ class Step:
         shards = len(matrices[0].row_bounds) - 1
         parts: dict[str, list[Tensor]] = {}
         for name in self.overlapping(matrices[0].shard, shards):
-            with safe_open(self.folder / name, framework="pt") as file:
-                held = _matrices_in(file)
-                for matrix in matrices:
-                    if matrix.name in held:
-                        begin, end = matrix.offset_local, matrix.offset_local + matrix.numel_local
-                        for key, tensor in _slices(file, matrix.name, saved[matrix.name].keys, begin, end).items():
-                            parts.setdefault(f"{matrix.name}/{key}", []).append(tensor)
+            file = self._files[name]
+            for matrix in matrices:
+                if file in self._holding.get(matrix.name, ()):
+                    begin, end = matrix.offset_local, matrix.offset_local + matrix.numel_local
+                    for key, tensor in _slices(file, matrix.name, saved[matrix.name].keys, begin, end).items():
+                        parts.setdefault(f"{matrix.name}/{key}", []).append(tensor)
         keys = {key: dtype for entry in saved.values() for key, dtype in entry.keys.items()}
         return {
             f"{matrix.name}/{key}": torch.cat(found)
@@ -120,11 +134,8 @@ class Step:
         dtype of the model, rounded as in the run's model."""
         keys = self.manifest.parameters[name].keys
         parts = []
-        for file_name in self.manifest.files:
-            with safe_open(self.folder / file_name, framework="pt") as file:
-                if name not in _matrices_in(file):
-                    continue
-                part = {key: file.get_tensor(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
+        for file in self._holding.get(name, ()):
+            part = {key: file.read(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
             part["values"] = part["values"].to(part["dropped_values"].dtype)
             parts += [(part["indices"], part["values"]), (part["dropped_indices"], part["dropped_values"])]
         dtype = getattr(torch, self.manifest.parameters[name].dtype)
@@ -133,21 +144,16 @@ class Step:
         return indices[order], torch.cat([torch.empty(0, dtype=dtype), *(values for _, values in parts)])[order]
 
 
-def _matrices_in(file: Any) -> set[str]:
-    """Names of the matrices of which a file holds entries."""
-    return {key.rpartition("/")[0] for key in file.keys()}  # noqa: SIM118
-
-
-def _slices(file: Any, name: str, keys: Iterable[str], begin: int, end: int) -> dict[str, Tensor]:
+def _slices(file: TensorFile, name: str, keys: Iterable[str], begin: int, end: int) -> dict[str, Tensor]:
     """The entries of one matrix in one file with flat indices in ``[begin, end)``."""
     result = {}
     for prefix in ("", "dropped_"):
-        indices = file.get_tensor(f"{name}/{prefix}indices")
+        indices = file.read(f"{name}/{prefix}indices")
         low, high = torch.searchsorted(indices, torch.tensor([begin, end], dtype=indices.dtype)).tolist()
         result[f"{prefix}indices"] = indices[low:high]
         for key in keys:
             if key not in ("indices", "dropped_indices") and key.startswith("dropped_") == bool(prefix):
-                result[key] = file.get_slice(f"{name}/{key}")[low:high]
+                result[key] = file.rows(f"{name}/{key}", low, high)
     return result
 
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from liftdist import __version__, files, safetensors_io
 from liftdist.distributed.collectives import agree, gather, together
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.selection import Criterion, ascending_within
+from liftdist.safetensors_io import TensorFile
 
 
 def key(base_digest: str, criterion: Criterion, matrices: Sequence[Matrix], counts: Sequence[int]) -> str:
@@ -88,14 +88,14 @@ def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int]) -> lis
         ValueError: a parameter is absent, or the number, order or range of its indices is wrong.
     """
     file_of = json.loads((folder / "selection.json").read_text())
+    selected = {name: TensorFile(folder / name) for name in sorted(set(file_of.values()))}
     result = []
     for matrix, count in zip(matrices, counts, strict=True):
         if matrix.name not in file_of:
             raise ValueError(f"{folder}: no selection for {matrix.name}")
         try:
-            with safe_open(folder / file_of[matrix.name], framework="pt") as file:
-                indices = file.get_tensor(matrix.name).long()
-        except (OSError, SafetensorError) as error:
+            indices = selected[file_of[matrix.name]].read(matrix.name).long()
+        except (OSError, KeyError) as error:
             raise ValueError(f"{folder / file_of[matrix.name]}: {error}") from None
         if indices.numel() != count or not ascending_within(indices, matrix.numel):
             raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
