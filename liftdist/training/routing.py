@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import inspect
 import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 ASSIGNED = "top_k_index"  # the argument of a module of experts that says which of them each token goes to, [tokens, k]
 
 
 class Routing:
-    """Counts the tokens that each expert gets in training, padding included; nothing if the model names no assignment."""
+    """Counts the tokens that each expert gets in training, padding included; nothing if the model names no assignment.
+
+    Where the model's config asks for the routers' auxiliary loss it is measured, too: that of Switch Transformers (arXiv
+    2101.03961, equations 4 to 6) over all tokens and layers since the last figures, as transformers computes it for a batch.
+    """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         layers = [module for module in model.modules() if _experts_of(module)]
@@ -22,26 +28,63 @@ class Routing:
         self._experts = torch.tensor([_experts_of(module) for module in layers], device=device)  # [layers]
         self._counts = torch.zeros(len(layers), most, dtype=torch.int64, device=device)
         for number, module in enumerate(layers):
-            module.register_forward_pre_hook(_hook(self, number), with_kwargs=True)
+            module.register_forward_pre_hook(_counting(self, number), with_kwargs=True)
+        routers = dict(_routers(model)) if wants_auxiliary_loss(model) else {}
+        #: ``[3, experts]`` float64: choices of each expert, its summed probability, and rows, over all layers
+        self._switch = torch.zeros(3, most, dtype=torch.float64, device=device) if routers and most else None
+        for module, index in routers.items() if self._switch is not None else ():
+            module.register_forward_hook(_weighing(self, index, _text(model).num_experts_per_tok))
 
     def count(self, layer: int, assigned: Tensor) -> None:
-        self._counts[layer] += torch.bincount(assigned.flatten(), minlength=self._counts.shape[1])[
-            : self._counts.shape[1]
-        ]
+        experts = self._counts.shape[1]
+        self._counts[layer] += torch.bincount(assigned.flatten(), minlength=experts)[:experts]
+
+    def weigh(self, logits: Tensor, chosen: int) -> None:
+        """Add the router logits ``[tokens, experts]`` of a layer, of which each token goes to ``chosen``."""
+        assert self._switch is not None
+        if logits.shape[-1] != self._switch.shape[1]:
+            return  # not of these experts
+        logits = logits.detach().float().flatten(0, -2)
+        choices = torch.bincount(logits.topk(chosen).indices.flatten(), minlength=logits.shape[-1])
+        probabilities = logits.softmax(-1).sum(0)
+        self._switch += torch.stack([choices, probabilities, torch.full_like(probabilities, len(logits))]).double()
 
     def figures(self) -> dict[str, float]:
-        """Metrics by tag since the last call: the busiest expert of a layer, in multiples of a mean one, and the share of experts
-        that no token reached. Collective."""
+        """Metrics by tag since the last call: the busiest expert of a layer, in multiples of a mean one, the share of experts
+        that no token reached, and the auxiliary loss if it is measured. Collective."""
         if not len(self._experts):
             return {}
-        counts = self._counts.clone()
-        self._counts.zero_()
-        if dist.is_initialized():
-            dist.all_reduce(counts)
+        counts = _taken(self._counts)
         means = counts.sum(1) / self._experts
         busiest = (counts.amax(1) / means.clamp_min(1e-9)).max()
         unused = self._experts - (counts > 0).sum(1)
-        return {"experts/busiest": float(busiest), "experts/unused": float(unused.sum() / self._experts.sum())}
+        figures = {"experts/busiest": float(busiest), "experts/unused": float(unused.sum() / self._experts.sum())}
+        if self._switch is not None:
+            choices, probabilities, rows = _taken(self._switch)
+            if rows.all():
+                figures["experts/auxiliary_loss"] = float(len(rows) * (choices * probabilities / rows**2).sum())
+        return figures
+
+
+def wants_auxiliary_loss(model: nn.Module) -> bool:
+    """Whether the config of a model asks for its routers' auxiliary loss, and the model has one."""
+    if not isinstance(model, PreTrainedModel):
+        return False
+    text = _text(model)
+    return bool(getattr(text, "output_router_logits", False) and getattr(text, "num_experts_per_tok", None))
+
+
+def _text(model: Any) -> Any:
+    return model.config.get_text_config(decoder=True)
+
+
+def _taken(sums: Tensor) -> Tensor:
+    """The sums over all ranks, which begin again from zero."""
+    taken = sums.clone()
+    sums.zero_()
+    if dist.is_initialized():
+        dist.all_reduce(taken)
+    return taken
 
 
 def _experts_of(module: nn.Module) -> int:
@@ -52,7 +95,17 @@ def _experts_of(module: nn.Module) -> int:
     return down.shape[0] if ASSIGNED in inspect.signature(type(module).forward).parameters else 0
 
 
-def _hook(routing: Routing, layer: int) -> Any:
+def _routers(model: nn.Module) -> Iterator[tuple[nn.Module, int]]:
+    """The modules whose output holds router logits, and at which index, by what transformers records of a model."""
+    for part in model.modules():
+        recorded = (getattr(part, "_can_record_outputs", None) or {}).get("router_logits") or ()
+        for recorder in recorded if isinstance(recorded, list | tuple) else [recorded]:
+            for module in part.modules():
+                if recorder.target_class and isinstance(module, recorder.target_class):
+                    yield module, recorder.index
+
+
+def _counting(routing: Routing, layer: int) -> Callable[..., None]:
     """Holds ``routing`` weakly: the model must not keep it alive."""
     reference = weakref.ref(routing)
     names = None
@@ -66,5 +119,17 @@ def _hook(routing: Routing, layer: int) -> Any:
             names = [*inspect.signature(type(module).forward).parameters][1:]
         assigned = kwargs[ASSIGNED] if ASSIGNED in kwargs else args[names.index(ASSIGNED)]
         alive.count(layer, assigned.detach())
+
+    return hook
+
+
+def _weighing(routing: Routing, index: int, chosen: int) -> Callable[..., None]:
+    """The same for the output of a router."""
+    reference = weakref.ref(routing)
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        alive = reference()
+        if alive is not None and module.training:
+            alive.weigh(output[index], chosen)
 
     return hook

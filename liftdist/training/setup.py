@@ -16,7 +16,7 @@ from liftdist.models.load import load
 from liftdist.models.names import NameMap
 from liftdist.registry import METHODS
 from liftdist.runs.context import RunContext
-from liftdist.training import packing
+from liftdist.training import packing, routing
 from liftdist.training.inputs import agree_on_commits
 
 
@@ -38,11 +38,10 @@ def model_and_method(
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
         context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")
-    text = model.config.get_text_config(decoder=True)
-    if getattr(text, "output_router_logits", False):
+    if routing.wants_auxiliary_loss(model):
         context.console.say(
             "config.json of the model asks for the routers' auxiliary loss (output_router_logits): routers are frozen, and it is "
-            "not added"
+            "measured (experts/auxiliary_loss), not added"
         )
     method: Lift = METHODS.load(config.method).attach(context, model, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
