@@ -127,7 +127,7 @@ def _weighing(routing: Routing, index: int, chosen: int) -> Callable[..., None]:
     """The same for the output of a router."""
     reference = weakref.ref(routing)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def hook(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         alive = reference()
         if alive is not None and module.training:
             alive.weigh(output[index], chosen)
