@@ -2,6 +2,7 @@
 
 python launch/quickstart.py prepare FOLDER      write FOLDER/SmolLM2-135M-Instruct, FOLDER/train.jsonl, FOLDER/heldout.jsonl
 python launch/quickstart.py report FOLDER RUN   loss and exact-match accuracy before and after the run in RUN
+python launch/quickstart.py machine             print the number of ranks and the dtype for this machine
 """
 
 import importlib.util
@@ -116,6 +117,16 @@ fine-tuned model     {run / "export"}
 curves               tensorboard --logdir {run / "tensorboard"}""")
 
 
+def machine() -> str:
+    """The number of ranks for this machine, and the dtype that it computes in without a detour."""
+    import torch
+
+    from liftdist.models.build import is_emulated
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return f"{torch.cuda.device_count() or 2} {'float32' if is_emulated(torch.bfloat16, device) else 'bfloat16'}"
+
+
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "prepare":
         base = Path(sys.argv[2])
@@ -123,5 +134,7 @@ if __name__ == "__main__":
         write_problems(base)
     elif len(sys.argv) == 4 and sys.argv[1] == "report":
         report(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif sys.argv[1:] == ["machine"]:
+        print(machine())
     else:
         sys.exit(__doc__)

@@ -110,6 +110,12 @@ def refuse_settings(hf_config: Any) -> None:
             )
 
 
+def is_emulated(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether products of this dtype take a detour on a device, by which a CPU without such instructions is far slower."""
+    has_bfloat16 = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    return device.type == "cpu" and dtype == torch.bfloat16 and not has_bfloat16()
+
+
 def dropout(hf_config: Any) -> dict[str, float]:
     """The rates of dropout that the configuration asks for, by their keys; those that are zero are left out."""
     settings = hf_config.get_text_config(decoder=True).to_dict()

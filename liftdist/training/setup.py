@@ -38,6 +38,10 @@ def model_and_method(
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
         context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")
+    if build.is_emulated(model.dtype, mesh.device):
+        context.console.say(
+            "this processor has no instructions for bfloat16, which makes it about ten times slower than model.dtype=float32"
+        )
     if routing.wants_auxiliary_loss(model):
         context.console.say(
             "config.json of the model asks for the routers' auxiliary loss (output_router_logits): routers are frozen, and it is "
