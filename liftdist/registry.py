@@ -59,12 +59,30 @@ METHODS = Registry("method", "liftdist.methods", {"lift": "the principal weights
 
 #: ``make(settings)``: a :class:`liftdist.engine.selection.Criterion`.
 CRITERIA = Registry(
-    "criterion", "liftdist.engine.criteria", {"low_rank": "the largest entries after low-rank approximation"}
+    "criterion",
+    "liftdist.engine.criteria",
+    {
+        "low_rank": "the largest entries after low-rank approximation: the principal weights of LIFT",
+        "magnitude": "the largest entries",
+        "random": "entries at random, the same on any number of ranks",
+        "residual": "the entries that low-rank approximation leaves over most of",
+        "blocks": "the blocks of entries that are largest after low-rank approximation",
+        "off_principal": "the smallest entries outside the principal ones",
+        "threshold": "all entries below `threshold`, however many",
+        "smallest": "the smallest entries",
+        "low_rank_smallest": "the smallest entries after low-rank approximation",
+    },
 )
 
 #: ``make(settings)``: a :class:`liftdist.engine.selection.Budget`.
 BUDGETS = Registry(
-    "budget", "liftdist.engine.budgets", {"per_matrix": "each matrix by its own size, from `density` or `budget_rank`"}
+    "budget",
+    "liftdist.engine.budgets",
+    {
+        "per_matrix": "each matrix by its own size, from `density` or `budget_rank`",
+        "by_pattern": "the same in all, divided by `shares`",
+        "global_threshold": "the same in all, divided by one threshold for the scores of all matrices",
+    },
 )
 
 #: ``per_token(logits, labels)``: the loss of each token, zero where there is no label.

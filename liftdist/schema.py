@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -63,17 +64,49 @@ class SelectionConfig:
     method: str = setting(
         "fast", "how a matrix is factored; `exact` is a full SVD", choices=("fast", "exact"), changes=STATE
     )
+    block_size: int | None = setting(
+        None, "side of the blocks of `criterion=blocks`; 4 if unset", at_least=1, changes=STATE
+    )
+    threshold: float | None = setting(
+        None, "absolute value below which `criterion=threshold` trains a weight", above=0, changes=STATE
+    )
+    seed: int = setting(0, "seeds `criterion=random`", at_least=0, at_most=2**32 - 1, changes=STATE)
+    shares: dict[str, Any] = setting(
+        {},
+        "for `budget=by_pattern`, shares by patterns of module names: the first that fits counts, the others keep theirs",
+        example='{"*.down_proj": 0.1, "*.q_proj": 0}',
+        changes=STATE,
+    )
     modules: list[str] = setting(
         ["*"], "patterns (`*`, `?`, `[]`) of the linear modules to train", example='["*.mlp.*"]', changes=STATE
     )
 
     def problems(self) -> Iterator[Problem]:
-        if (self.density is None) == (self.budget_rank is None):
+        if self.criterion == "threshold":
+            if self.threshold is None:
+                yield "threshold", "must be given with selection.criterion=threshold"
+            for name in ("density", "budget_rank"):
+                if getattr(self, name) is not None:
+                    yield (
+                        name,
+                        f"is not used: selection.threshold says how many weights are trained; unset it: selection.{name}=",
+                    )
+            if self.budget != "per_matrix":
+                yield "budget", "is not used: selection.threshold says how many weights are trained; leave it out"
+        elif (self.density is None) == (self.budget_rank is None):
             given = "neither" if self.density is None else "both"
             key = "density" if given == "both" else ""
             yield key, f"set exactly one of selection.density and selection.budget_rank, got {given}"
         if not self.modules:
             yield "modules", "must name at least one pattern"
+        for name, of in (("block_size", "blocks"), ("threshold", "threshold")):
+            if getattr(self, name) is not None and self.criterion != of:
+                yield name, f"is used by selection.criterion={of} alone; unset it: selection.{name}="
+        if bool(self.shares) != (self.budget == "by_pattern"):
+            yield "shares", "must be given with selection.budget=by_pattern, and with no other budget"
+        for pattern, share in self.shares.items():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < math.inf:
+                yield "shares", f"{pattern}: must be a number, 0 or more, got {share!r}"
 
 
 @dataclass

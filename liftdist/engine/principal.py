@@ -42,6 +42,7 @@ from liftdist.engine.matrices import (
     principal_matrices,
     shard_group,
 )
+from liftdist.engine.scores import Scored
 from liftdist.engine.selection import Budget, Criterion
 from liftdist.errors import UserError
 
@@ -115,10 +116,11 @@ class PrincipalWeights:
         found = sorted(places.items(), key=lambda item: order[id(item[1].param)])
         self.matrices = [describe(name, place) for name, place in found]
         self.criterion = criterion or LowRank(filter_rank, method)
-        allotted = (budget or PerMatrix(density, budget_rank)).allot({m.name: m.shape for m in self.matrices})
-        self.counts = [allotted[matrix.name] for matrix in self.matrices]  # principal weights of each whole matrix
-        self.num_selected = sum(self.counts)
-        if not self.num_selected:
+        self.budget = budget or PerMatrix(density, budget_rank)
+        allotted = self.budget.allot({m.name: m.shape for m in self.matrices})
+        self.allotted = [allotted[matrix.name] for matrix in self.matrices]
+        self.counts = self.allotted  # principal weights of each whole matrix
+        if not sum(self.allotted) and self.is_known:
             share = f"budget rank {budget_rank}" if density is None else f"density {density}"
             asked = share if budget is None else f"the budget {budget}"
             raise UserError(f"nothing to train: {asked} selects no weight of any matrix; ask for more")
@@ -142,6 +144,8 @@ class PrincipalWeights:
         )  # by id of the parameter
         indices = initial_indices(self) if initial_indices else None
         self._lay_out(indices if indices is not None else self.select(on_selected))
+        if indices is None and not self.num_selected:
+            raise UserError(f"nothing to train: {self.criterion} selects no weight of any matrix")
         self.values = nn.Parameter(self._read_shards())
         self.values.grad_dtype = None  # float32, whatever the dtype of the values is
         self._grad = torch.zeros_like(self.values, dtype=torch.float32)
@@ -152,15 +156,25 @@ class PrincipalWeights:
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the current weights, ``[k_local]`` int32 for each matrix. Collective."""
-        return selection.select(
-            self.matrices,
-            self.counts,
-            self.criterion,
-            self.shard_group,
-            self.replicate_group,
-            self._progress,
-            on_selected,
-        )
+        groups = self.shard_group, self.replicate_group, self._progress
+        counts = self.allotted
+        if getattr(self.budget, "compares", False):
+            if not (isinstance(self.criterion, Scored) and self.criterion.are_magnitudes):
+                raise UserError(
+                    f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
+                )
+            counts = selection.compare(self.matrices, counts, self.criterion, *groups)
+        return selection.select(self.matrices, counts, self.criterion, *groups, on_selected)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the budget alone says how many weights of a matrix are selected, or the values of the weights, too."""
+        return not (getattr(self.budget, "compares", False) or selection.decides_number(self.criterion))
+
+    @property
+    def num_selected(self) -> int:
+        """Principal weights of all matrices."""
+        return sum(self.counts)
 
     @property
     def indices(self) -> list[Tensor]:
@@ -344,6 +358,9 @@ class PrincipalWeights:
             for (matrix, _), own in zip(pairs, whole.split([part.numel() for part in found]), strict=True):
                 self._segments.append(Segment(matrix, own, begin))
                 begin += own.numel()
+        if not self.is_known:
+            sizes = torch.tensor([segment.positions.numel() for segment in self._segments])
+            self.counts = all_reduce_sum(sizes.to(self.matrices[0].device), self.shard_group).tolist()
 
     def _read_shards(self) -> Tensor:
         """``[k_local]`` in :attr:`dtype`, the principal weights as the model holds them."""

@@ -22,8 +22,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from liftdist.distributed.collectives import Group, together
+from liftdist.distributed.collectives import Group, all_reduce_sum, together
+from liftdist.engine.apportion import apportion
 from liftdist.engine.matrices import Matrix
+from liftdist.engine.scores import BUCKETS, Scored, histogram
 from liftdist.errors import UserError
 
 
@@ -32,6 +34,9 @@ class Criterion(Protocol):
 
     Optional members are ``cost(m, n)``, the relative time for a matrix, ``m n`` by default, and
     ``workspace(m, n, num_selected)``, the bytes needed besides the matrix, 16 per weight by default, which the planner counts.
+    With a member ``decides_number`` that is true the result may have any length, and ``num_selected`` means nothing. A criterion
+    that differs between matrices has ``of(matrix)``, which returns that of a matrix.
+
     A criterion that is chosen in a config is a frozen dataclass: its fields are part of the key of a cached selection.
     """
 
@@ -43,7 +48,15 @@ class Budget(Protocol):
     """How many weights of each matrix are trained."""
 
     def allot(self, shapes: Mapping[str, tuple[int, int]], /) -> Mapping[str, int]:
-        """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name."""
+        """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name.
+
+        With a member ``compares`` that is true the sum is divided anew by the scores, see :func:`compare`.
+        """
+
+
+def decides_number(criterion: Criterion) -> bool:
+    """Whether the criterion itself says how many weights of a matrix are trained."""
+    return bool(getattr(criterion, "decides_number", False))
 
 
 def workspace_of(criterion: Criterion, m: int, n: int, num_selected: int) -> int:
@@ -96,12 +109,87 @@ def select(
     Raises:
         UserError: on every rank, naming a parameter that is not finite or for which the criterion's result is invalid.
     """
+    found: dict[int, Tensor] = {}
+    made = [torch.empty(0, dtype=torch.int64)]  # by this rank in the current round
+
+    def score(item: int, whole: Tensor) -> None:
+        made[0] = _score(matrices[item], counts[item], whole, criterion)
+        if on_selected is not None:
+            on_selected(matrices[item].name, made[0])
+
+    def give_back(assigned: Sequence[int | None], mine: int | None) -> None:
+        returned = _return_indices(matrices, mine, made[0], shard_group)
+        made[0] = torch.empty(0, dtype=torch.int64)
+        found.update({item: local for item, local in zip(assigned, returned, strict=True) if item is not None})
+
+    costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
+    owners = _visit(matrices, costs, score, shard_group, replicate_group, progress, give_back)
+    if replicate_group is not None:
+        shards, replica = _size_and_rank(shard_group)[0], replicate_group.rank()
+        _share(matrices, [owner // shards for owner in owners], found, replica, replicate_group)
+    return [found[i] for i in range(len(matrices))]
+
+
+def compare(
+    matrices: Sequence[Matrix],
+    counts: Sequence[int],
+    criterion: Scored,
+    shard_group: Group = None,
+    replicate_group: Group = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[int]:
+    """Divide the sum of ``counts`` among the matrices by one threshold of their scores, each in units of its root mean square.
+
+    Arguments and errors are those of :func:`select`. Collective over both groups.
+    """
+    found: dict[int, Tensor] = {}
+
+    def score(item: int, whole: Tensor) -> None:
+        with criterion.scored(whole, counts[item], seed_of(matrices[item].name)) as scores_of:
+            found[item] = histogram(scores_of, matrices[item].shape)
+
+    costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
+    _visit(matrices, costs, score, shard_group, replicate_group, progress)
+
+    def over_ranks(numbers: Tensor) -> Tensor:
+        numbers = numbers.to(matrices[0].device)
+        return all_reduce_sum(all_reduce_sum(numbers, shard_group), replicate_group).cpu()
+
+    merged = torch.zeros(BUCKETS, dtype=torch.int64)
+    for one in found.values():
+        merged.index_add_(0, one[:, 0], one[:, 1])
+    from_top = over_ranks(merged).flip(0).cumsum(0)  # entries in the highest bucket, in the two highest, ...
+    total = sum(counts)
+    bucket = BUCKETS - 1 - int(torch.searchsorted(from_top, total))
+    table = torch.zeros(len(matrices), 2, dtype=torch.int64)  # entries above the bucket, and in it
+    for item, one in found.items():
+        table[item, 0], table[item, 1] = one[one[:, 0] > bucket, 1].sum(), one[one[:, 0] == bucket, 1].sum()
+    above, inside = over_ranks(table).T.tolist()
+    return [one + more for one, more in zip(above, apportion(total - sum(above), inside, inside), strict=True)]
+
+
+def _visit(
+    matrices: Sequence[Matrix],
+    costs: Sequence[float],
+    work: Callable[[int, Tensor], None],
+    shard_group: Group,
+    replicate_group: Group,
+    progress: Callable[[int, int], None] | None,
+    after: Callable[[Sequence[int | None], int | None], None] | None = None,
+) -> list[int]:
+    """Gather each of ``matrices`` on one rank, its owner, which calls ``work`` with its place and its values. Collective.
+
+    Args:
+        costs: relative time of each, by which owners are assigned.
+        after: called on all ranks after each round, with the matrix of every rank of this replica, and that of this rank.
+
+    Returns:
+        The owner of each matrix: its replica times the shards, plus its shard.
+    """
     shards, shard = _size_and_rank(shard_group)
     replicas, replica = _size_and_rank(replicate_group)
-    costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
     owners = assign_owners(costs, replicas * shards)
     rounds = _rounds(costs, owners, replicas * shards)
-    found: dict[int, Tensor] = {}
     failure: Exception | None = None
     first = replica * shards
     wait_for_matrix = _start_gather(matrices, rounds[0][first : first + shards], shard, shard_group)
@@ -110,27 +198,22 @@ def select(
         mine, whole = assigned[shard], wait_for_matrix()
         if number + 1 < len(rounds):  # the next matrices are gathered while these are factored
             wait_for_matrix = _start_gather(matrices, rounds[number + 1][first : first + shards], shard, shard_group)
-        indices = torch.empty(0, dtype=torch.int64)
         if mine is not None and whole is not None and failure is None:
             try:  # keep up the collectives for the other ranks, raise at the end
-                indices = _score(matrices[mine], counts[mine], whole, criterion)
-                if on_selected is not None:
-                    on_selected(matrices[mine].name, indices)
+                work(mine, whole)
             except ValueError as error:
                 failure = UserError(f"{matrices[mine].name}: {error}")
             except Exception as error:
                 failure = error
         del whole
-        returned = _return_indices(matrices, mine, indices, shard_group)
-        found |= {item: local for item, local in zip(assigned, returned, strict=True) if item is not None}
+        if after is not None:
+            after(assigned, mine)
         if progress is not None:
             progress(sum(item is not None for earlier in rounds[: number + 1] for item in earlier), len(matrices))
     with together():
         if failure is not None:
             raise failure
-    if replicate_group is not None:
-        _share(matrices, [owner // shards for owner in owners], found, replica, replicate_group)
-    return [found[i] for i in range(len(matrices))]
+    return owners
 
 
 def _size_and_rank(group: Group) -> tuple[int, int]:
@@ -149,8 +232,10 @@ def _score(matrix: Matrix, count: int, whole: Tensor, criterion: Criterion) -> T
     """The criterion's selection of ``whole``, validated, because the criterion may be user code."""
     if not torch.isfinite(whole.sum(dtype=torch.float32)):
         raise ValueError("weight holds NaN or infinity")
-    indices = criterion(whole, count, seed_of(matrix.name))
-    if indices.dtype != torch.int64 or indices.shape != (count,):
+    rule = criterion.of(matrix) if hasattr(criterion, "of") else criterion
+    indices = rule(whole, count, seed_of(matrix.name))
+    expected = indices.shape if decides_number(criterion) else (count,)
+    if indices.dtype != torch.int64 or indices.ndim != 1 or indices.shape != expected:
         raise ValueError(f"the criterion must return [{count}] int64, got {list(indices.shape)} {indices.dtype}")
     if not ascending_within(indices, whole.numel()):
         raise ValueError(f"the criterion must return ascending flat indices below {whole.numel()}")

@@ -34,7 +34,7 @@ def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) ->
     while True:
         place = sample.numel() - int(share * sample.numel())
         bound = sample.kthvalue(place).values if place >= 1 else sample.new_zeros(())
-        found = [_at_least(scores_of(slice(b, b + block)), bound, b * n) for b, block in _blocks(m, n)]
+        found = [_at_least(scores_of(slice(b, b + block)), bound, b * n) for b, block in blocks(m, n)]
         indices, scores = (torch.cat(parts) for parts in zip(*found, strict=True))
         if indices.numel() >= k:
             break
@@ -48,7 +48,7 @@ def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) ->
     return indices[selected]
 
 
-def _blocks(m: int, n: int) -> list[tuple[int, int]]:
+def blocks(m: int, n: int) -> list[tuple[int, int]]:
     """``(first row, rows)`` of each block. Depends on the shape only: rounding of products depends on the block's shape."""
     rows = max(1, BLOCK // n)
     return [(begin, min(rows, m - begin)) for begin in range(0, m, rows)]

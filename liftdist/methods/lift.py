@@ -20,10 +20,11 @@ from liftdist.distributed import collectives
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.principal import PrincipalWeights
+from liftdist.engine.selection import Budget, Criterion, decides_number
 from liftdist.registry import BUDGETS, CRITERIA
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
-from liftdist.schema import Config
+from liftdist.schema import Config, SelectionConfig
 
 
 class Lift:
@@ -119,7 +120,7 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
     """
     config, console, choice = context.config, context.console, context.config.selection
     cached = _CachedSelection(context, base_digest)
-    criterion = CRITERIA.load(choice.criterion).make(choice)
+    criterion, budget = rules(choice)
     if not from_checkpoint:
         console.say(f"selecting principal weights: {criterion}")
     started = time.perf_counter()
@@ -127,7 +128,7 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
         principal = PrincipalWeights(
             model,
             criterion=criterion,
-            budget=BUDGETS.load(choice.budget).make(choice),
+            budget=budget,
             modules=choice.modules,
             replicate_group=context.mesh.replicate_group,
             dtype=getattr(torch, config.optimizer.dtype),
@@ -147,6 +148,12 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
     kinds = Counter(map(_kind, principal.matrices))
     console.say("trained: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items()))
     return Lift(config, principal, cached.folder)
+
+
+def rules(choice: SelectionConfig) -> tuple[Criterion, Budget]:
+    """The criterion and the budget of a config; a criterion that decides the number of weights is its own budget."""
+    criterion = CRITERIA.load(choice.criterion).make(choice)
+    return criterion, criterion if decides_number(criterion) else BUDGETS.load(choice.budget).make(choice)
 
 
 def _kind(matrix: Matrix) -> str:
@@ -170,11 +177,14 @@ class _CachedSelection:
 
     def read(self, principal: PrincipalWeights) -> list[Tensor] | None:
         """For each matrix ``[k_local]`` int32; None, on all ranks, if there is no valid cached selection. Collective."""
-        key = selections.key(self._base_digest, principal.criterion, principal.matrices, principal.counts)
+        key = selections.key(
+            self._base_digest, principal.criterion, principal.budget, principal.matrices, principal.allotted
+        )
         self.folder = Path(self._context.config.cache_dir).expanduser() / "selections" / key
         indices = None
         try:
-            indices = selections.read(self.folder, principal.matrices, principal.counts)
+            known = principal.allotted if principal.is_known else None
+            indices = selections.read(self.folder, principal.matrices, known)
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:

@@ -33,10 +33,10 @@ from liftdist.engine import selection
 from liftdist.engine.decoder import towers
 from liftdist.engine.matrices import Place, principal_matrices
 from liftdist.errors import UserError
+from liftdist.methods.lift import rules
 from liftdist.models import build
 from liftdist.models.head import in_chunks
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.registry import BUDGETS, CRITERIA
 from liftdist.schema import Config
 from liftdist.training.losses.cross_entropy import per_token
 
@@ -252,13 +252,22 @@ def peak(parts: dict[str, int]) -> int:
 
 def criterion(config: Config) -> Any:
     """The criterion of a config, see :class:`liftdist.engine.selection.Criterion`."""
-    return CRITERIA.load(config.selection.criterion).make(config.selection)
+    return rules(config.selection)[0]
 
 
-def selected(size: Sizes, config: Config) -> dict[str, int]:
-    """Number of weights to train in each matrix, by name."""
-    allotted: dict[str, int] = BUDGETS.load(config.selection.budget).make(config.selection).allot(size.trained)
-    return allotted
+def selected(size: Sizes, config: Config) -> Mapping[str, int]:
+    """Number of weights to train in each matrix, by name, as its budget allots them.
+
+    Raises:
+        UserError: the criterion decides it, by the values of the weights.
+    """
+    chosen, budget = rules(config.selection)
+    if selection.decides_number(chosen):
+        raise UserError(
+            f"selection.criterion={config.selection.criterion}: how many weights are trained is only known from their values; "
+            f"run liftdist select, and plan with the selection.density that it prints and another criterion"
+        )
+    return budget.allot(size.trained)
 
 
 @dataclass(frozen=True)

@@ -24,24 +24,30 @@ from torch import Tensor
 from liftdist import __version__, files, safetensors_io
 from liftdist.distributed.collectives import agree, gather, together
 from liftdist.engine.matrices import Matrix
-from liftdist.engine.selection import Criterion, ascending_within
+from liftdist.engine.selection import Budget, Criterion, ascending_within
 from liftdist.safetensors_io import TensorFile
 
 
-def key(base_digest: str, criterion: Criterion, matrices: Sequence[Matrix], counts: Sequence[int]) -> str:
+def key(
+    base_digest: str, criterion: Criterion, budget: Budget, matrices: Sequence[Matrix], counts: Sequence[int]
+) -> str:
     """The name of a selection's folder: 24 hex digits.
 
     Args:
         base_digest: digest of the base model's weights.
-        criterion: a dataclass; all of its fields are part of the key.
-        counts: weights to select from each matrix.
+        criterion: a dataclass, like ``budget``; all of their fields are part of the key.
+        counts: weights to select from each matrix, as the budget allots them.
     """
-    assert dataclasses.is_dataclass(criterion)
-    assert not isinstance(criterion, type)
-    kind = f"{type(criterion).__module__}.{type(criterion).__qualname__}"
     described: Any = [[m.name, m.shape, str(m.dtype), count] for m, count in zip(matrices, counts, strict=True)]
-    parts = [__version__, base_digest, kind, dataclasses.asdict(criterion), described]
+    parts = [__version__, base_digest, _described(criterion), _described(budget), described]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _described(rule: Any) -> list[Any]:
+    """A criterion or a budget, and all that its result depends on besides a matrix."""
+    assert dataclasses.is_dataclass(rule)
+    assert not isinstance(rule, type)
+    return [f"{type(rule).__module__}.{type(rule).__qualname__}", dataclasses.asdict(rule)]
 
 
 def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
@@ -80,8 +86,11 @@ def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int]) -> list[Tensor]:
+def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int] | None) -> list[Tensor]:
     """What :func:`liftdist.engine.selection.select` returns, from a folder that :func:`write` wrote. Not collective.
+
+    Args:
+        counts: how many weights of each matrix are selected; None: not known before.
 
     Raises:
         FileNotFoundError: there is no such selection.
@@ -90,13 +99,14 @@ def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int]) -> lis
     file_of = json.loads((folder / "selection.json").read_text())
     selected = {name: TensorFile(folder / name) for name in sorted(set(file_of.values()))}
     result = []
-    for matrix, count in zip(matrices, counts, strict=True):
+    for number, matrix in enumerate(matrices):
         if matrix.name not in file_of:
             raise ValueError(f"{folder}: no selection for {matrix.name}")
         try:
             indices = selected[file_of[matrix.name]].read(matrix.name).long()
         except (OSError, KeyError) as error:
             raise ValueError(f"{folder / file_of[matrix.name]}: {error}") from None
+        count = indices.numel() if counts is None else counts[number]
         if indices.numel() != count or not ascending_within(indices, matrix.numel):
             raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
         begin = matrix.offset_local
