@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -71,10 +70,11 @@ class SelectionConfig:
         None, "absolute value below which `criterion=threshold` trains a weight", above=0, changes=STATE
     )
     seed: int = setting(0, "seeds `criterion=random`", at_least=0, at_most=2**32 - 1, changes=STATE)
-    shares: dict[str, Any] = setting(
-        {},
-        "for `budget=by_pattern`, shares by patterns of module names: the first that fits counts, the others keep theirs",
-        example='{"*.down_proj": 0.1, "*.q_proj": 0}',
+    shares: list[str] = setting(
+        [],
+        "for `budget=by_pattern`, `PATTERN=SHARE` of module names: the first that fits counts, others keep their share",
+        pattern=r".+=(\d+\.?\d*|\.\d+)(e-?\d+)?",
+        example='["*.down_proj=0.1", "*.q_proj=0"]',
         changes=STATE,
     )
     modules: list[str] = setting(
@@ -104,9 +104,6 @@ class SelectionConfig:
                 yield name, f"is used by selection.criterion={of} alone; unset it: selection.{name}="
         if bool(self.shares) != (self.budget == "by_pattern"):
             yield "shares", "must be given with selection.budget=by_pattern, and with no other budget"
-        for pattern, share in self.shares.items():
-            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < math.inf:
-                yield "shares", f"{pattern}: must be a number, 0 or more, got {share!r}"
 
 
 @dataclass

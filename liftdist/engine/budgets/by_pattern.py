@@ -3,8 +3,8 @@
 K   = sum over matrices of the number k_j that `per_matrix` gives them
 k_j = K s_j n_j / sum of s n      n_j entries of the matrix; s_j the share of the first pattern that fits, or k_j / n_j
 
-None above n_j: what is cut off goes to the others. Zero trains nothing of a kind. ``{"*.mlp.*": 0.05, "*": 0}`` is LIFT_MLP of
-arXiv 2506.00772, with the budget of the attention spent on the MLPs.
+None above n_j: what is cut off goes to the others. Zero trains nothing of a kind. ``["*.mlp.*=1", "*=0"]`` is LIFT_MLP
+of arXiv 2506.00772, with the budget of the attention spent on the MLPs.
 """
 
 from __future__ import annotations
@@ -52,4 +52,7 @@ class ByPattern(PerMatrix):
 
 def make(settings: Any) -> ByPattern:
     """From the settings ``density`` or ``budget_rank``, and ``shares``."""
-    return ByPattern(settings.density, settings.budget_rank, tuple(settings.shares.items()))
+    pairs = [share.rpartition("=") for share in settings.shares]
+    return ByPattern(
+        settings.density, settings.budget_rank, tuple((pattern, float(share)) for pattern, _, share in pairs)
+    )

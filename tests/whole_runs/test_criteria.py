@@ -1,0 +1,94 @@
+"""Runs whose number of weights changes at a refresh: continued to the bit, and on another number of ranks."""
+
+from pathlib import Path
+
+import builders
+import pytest
+import ranks
+
+from liftdist import config as configs
+from liftdist.errors import UserError
+from liftdist.runs.saver import Checkpointer
+
+CHOICES = {
+    "threshold": dict(criterion="threshold", threshold=0.01, density=None),
+    "global": dict(criterion="residual", budget="global_threshold"),
+    "pattern": dict(criterion="blocks", budget="by_pattern", shares=["*.down_proj=0.2", "*.q_proj=0"]),
+    "random": dict(criterion="random"),
+}
+STEPS = 6
+
+
+def settings_of(name, model, records, folder):
+    return builders.config(
+        model,
+        records,
+        Path(folder) / name,
+        selection=dict(refresh_interval=2) | CHOICES[name],
+        train=dict(steps=STEPS, batch_size=6),
+        optimizer=dict(lr=5e-3),
+    )
+
+
+def stopped_after_three(mesh, model, records, folder):
+    """The state after six steps, and a checkpoint of the third."""
+    found = {}
+    for name in CHOICES:
+        settings = settings_of(name, model, records, folder)
+        made = builders.trainer(mesh, settings)
+        attempt = builders.claimed_by_all(mesh, Path(settings.run_dir))
+        counts = [made.method.principal.counts]
+        for _ in range(STEPS):
+            made.run_step()
+            counts.append(made.method.principal.counts)
+            if made.step == 3:
+                builders.save(made, Checkpointer(attempt, mesh, 1, None))
+        found[name] = builders.global_digest(made), counts
+    return found
+
+
+def continued(mesh, model, records, folder):
+    found = {}
+    for name in CHOICES:
+        settings = settings_of(name, model, records, folder)
+        saved = builders.newest(mesh, Path(settings.run_dir), builders.accepted_in(Path(settings.run_dir)))
+        made = builders.trainer(mesh, settings, saved)
+        assert made.step == 3
+        counts = [made.method.principal.counts]
+        while made.step < STEPS:
+            made.run_step()
+        found[name] = builders.global_digest(made), [*counts, made.method.principal.counts]
+    return found
+
+
+def test_they_continue(tiny_model, records, tmp_path):
+    (whole, *others) = ranks.run(2, stopped_after_three, tiny_model, records, tmp_path)
+    assert all(other == whole for other in others)
+    same = ranks.run(2, continued, tiny_model, records, tmp_path)[0]
+    more = ranks.run(3, continued, tiny_model, records, tmp_path)[0]
+    for name, (digest, counts) in whole.items():
+        assert same[name] == (digest, [counts[3], counts[-1]]), name
+        assert more[name][1][0] == counts[3], name
+        assert all(sum(one) > 0 for one in counts)
+    changing = {name for name, (_, counts) in whole.items() if counts[0] != counts[-1]}
+    assert changing == {"threshold", "global"}
+    assert {sum(one) for one in whole["global"][1]} == {sum(whole["random"][1][0])}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["criterion=threshold"], "selection.threshold: must be given with selection.criterion=threshold"),
+        (["criterion=threshold", "threshold=0.1", "density=0.1"], "selection.density: is not used: selection.threshold says"),
+        (["density=0.1", "threshold=0.1"], "selection.threshold: is used by selection.criterion=threshold alone"),
+        (["density=0.1", "block_size=2"], "selection.block_size: is used by selection.criterion=blocks alone"),
+        (["density=0.1", "budget=by_pattern"], "selection.shares: must be given with selection.budget=by_pattern"),
+        (["density=0.1", "budget=by_pattern", "shares=['*=-1']"], "selection.shares: "),
+        (["density=0.1", "criterion=lowrank"], "did you mean low_rank"),
+    ],
+)  # fmt: skip
+def test_settings_that_would_not_be_used_are_refused(overrides, problem, tmp_path):
+    (tmp_path / "config.yaml").write_text("run_dir: r\nmodel: {path: m}\ndata: {path: d}\n")
+    with pytest.raises(UserError) as caught:
+        configs.load(tmp_path / "config.yaml", [f"selection.{override}" for override in overrides])
+    assert problem in str(caught.value)
