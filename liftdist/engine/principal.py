@@ -18,9 +18,10 @@ the trained matrices marks previously selected weights: they are part of what a 
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import weakref
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from liftdist.distributed.collectives import Group, all_reduce_sum
 from liftdist.distributed.sharding import local_tensor
 from liftdist.engine import reductions, selection
+from liftdist.engine.base_values import BaseValues
 from liftdist.engine.budgets.per_matrix import PerMatrix
 from liftdist.engine.criteria.low_rank import LowRank
 from liftdist.engine.flat import Part, Segment, former
@@ -74,6 +76,7 @@ class PrincipalWeights:
             such as torchao's, do not quantise vectors of other lengths.
         sparse_reduce_scatter: exchange only the principal entries of gradients between FSDP2 shards. The modules keep this
             reduction after this object is deleted: another ``PrincipalWeights`` may follow, dense training must not.
+        keep_base: keep the values that trained weights had in the model, for :attr:`base_values` and :meth:`at_base`.
         progress: called with the number of matrices selected and their total.
         on_selected: called in the first selection, on the rank that factored a matrix, with its name and all its indices.
 
@@ -98,6 +101,7 @@ class PrincipalWeights:
         dtype: torch.dtype = torch.float32,
         multiple_of: int = 1,
         sparse_reduce_scatter: bool = True,
+        keep_base: bool = False,
         progress: Callable[[int, int], None] | None = None,
         on_selected: Callable[[str, Tensor], None] | None = None,
     ) -> None:
@@ -137,6 +141,8 @@ class PrincipalWeights:
         self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
         self._progress = progress
         self._multiple_of = multiple_of
+        self._base = BaseValues() if keep_base else None
+        self._is_at_base = False
         self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
 
         self._reductions = reductions.watch(
@@ -219,6 +225,41 @@ class PrincipalWeights:
         for module in self._fsdp_modules:
             module.reshard()  # copies gathered earlier, for example by an evaluation, are stale
 
+    @property
+    def base_values(self) -> Tensor:
+        """``[k_local]`` in the dtype of the model: what the principal weights were in the base model, in the order of ``values``.
+
+        Raises:
+            ValueError: ``keep_base`` was not set.
+        """
+        return self._flat(self._kept_base().of(self.parts))
+
+    @contextlib.contextmanager
+    def at_base(self) -> Iterator[None]:
+        """Within the context the model is the base model; afterwards the trained one again, to the bit. Gradients stay.
+
+        For forwards without gradients, between backwards; there must be no step or refresh in it.
+
+        Raises:
+            ValueError: ``keep_base`` was not set.
+            RuntimeError: the model is the base model already.
+        """
+        if self._is_at_base:
+            raise RuntimeError("at_base() within at_base()")
+        base, self._is_at_base = self._kept_base(), True
+        try:
+            with base.swapped_in(self.parts):
+                self.written_back()
+                yield
+        finally:
+            self._is_at_base = False
+            self.written_back()
+
+    def _kept_base(self) -> BaseValues:
+        if self._base is None:
+            raise ValueError("base values are kept with PrincipalWeights(keep_base=True) only")
+        return self._base
+
     @torch.no_grad()
     def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> float:
         """Reselect from the current weights and carry the optimizer's state over. Call it before a forward. Collective.
@@ -297,6 +338,9 @@ class PrincipalWeights:
         def local(matrix: Matrix, key: str) -> Tensor:
             return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
 
+        if self._base is not None:
+            self._base = BaseValues()
+            self._lay_out([local(matrix, "dropped_indices") for matrix in self.matrices])
         self._lay_out([local(matrix, "indices") for matrix in self.matrices])
         for segment in self._segments:
             matrix = segment.matrix
@@ -358,6 +402,8 @@ class PrincipalWeights:
             for (matrix, _), own in zip(pairs, whole.split([part.numel() for part in found]), strict=True):
                 self._segments.append(Segment(matrix, own, begin))
                 begin += own.numel()
+        if self._base is not None:
+            self._base.add(self.parts)
         if not self.is_known:
             sizes = torch.tensor([segment.positions.numel() for segment in self._segments])
             self.counts = all_reduce_sum(sizes.to(self.matrices[0].device), self.shard_group).tolist()

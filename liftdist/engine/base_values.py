@@ -1,0 +1,54 @@
+"""The values that trained weights had in the base model: 6 B for each weight that was ever selected, in a bf16 model.
+
+A weight has its base value until it is selected for the first time. It is read then, and kept, whatever becomes of the weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from liftdist.engine.flat import Part
+
+
+class BaseValues:
+    """Of the parameters that hold trained matrices, in their order: where weights were ever selected, and what they were."""
+
+    def __init__(self) -> None:
+        self._positions: list[Tensor] = []  # [t] int32 sorted, into the memory of the parameter
+        self._values: list[Tensor] = []  # [t] in the dtype of the parameter
+
+    def add(self, parts: Sequence[Part]) -> None:
+        """Read the values at the positions that are new. The model must not have trained them yet."""
+        if not self._positions:
+            self._positions = [part.positions[:0] for part in parts]
+            self._values = [part.memory[:0].clone() for part in parts]
+        for number, part in enumerate(parts):
+            known, values = self._positions[number], self._values[number]
+            new = part.positions[~torch.isin(part.positions, known)]
+            merged, order = torch.cat([known, new]).sort()
+            self._positions[number] = merged
+            self._values[number] = torch.cat([values, part.memory.index_select(0, new)])[order]
+
+    def of(self, parts: Sequence[Part]) -> list[Tensor]:
+        """``[k_local]`` for each parameter: the base values of the selected weights."""
+        triples = zip(parts, self._positions, self._values, strict=True)
+        return [values[torch.searchsorted(known, part.positions)] for part, known, values in triples]
+
+    @contextlib.contextmanager
+    def swapped_in(self, parts: Sequence[Part]) -> Iterator[None]:
+        """Within the context the memory of the parameters holds the base values; afterwards what it held, to the bit."""
+        places = [positions.long() for positions in self._positions]
+        with torch.no_grad():
+            trained = [part.memory.index_select(0, place) for part, place in zip(parts, places, strict=True)]
+            for part, place, values in zip(parts, places, self._values, strict=True):
+                part.memory.index_copy_(0, place, values)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for part, place, values in zip(parts, places, trained, strict=True):
+                    part.memory.index_copy_(0, place, values)
