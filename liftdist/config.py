@@ -239,6 +239,8 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
             except RuntimeError:
                 return "names the home folder of an unknown user"
         if bounds["choices"] and value not in bounds["choices"]:
+            if value in bounds["refused"]:
+                return f"must be one of {', '.join(bounds['choices'])}: {value} {bounds['refused'][value]}"
             near = difflib.get_close_matches(value, bounds["choices"], n=1)
             return f"must be one of {', '.join(bounds['choices'])}" + (f" (did you mean {near[0]}?)" if near else "")
         if bounds["pattern"] and not re.fullmatch(bounds["pattern"], value, re.ASCII):

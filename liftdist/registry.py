@@ -85,6 +85,9 @@ BUDGETS = Registry(
     },
 )
 
+#: ``make(principal, settings)``: a torch optimizer of ``principal.values`` whose step writes them back, with ``element_states``.
+OPTIMIZERS = Registry("optimizer", "liftdist.engine", {"adamw": "AdamW", "sgd": "SGD with momentum"})
+
 #: ``per_token(logits, labels)``: the loss of each token, zero where there is no label.
 LOSSES = Registry("loss", "liftdist.training.losses", {"cross_entropy": "negative log-likelihood"})
 

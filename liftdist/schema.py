@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from liftdist.data_settings import DataConfig
 from liftdist.errors import UserError
-from liftdist.registry import BUDGETS, CRITERIA, LOSSES, METHODS
+from liftdist.registry import BUDGETS, CRITERIA, LOSSES, METHODS, OPTIMIZERS
 from liftdist.schema_tree import NOTHING, STATE, Problem, setting
 from liftdist.signals import STOP_SIGNALS
 
@@ -108,12 +108,34 @@ class SelectionConfig:
 
 @dataclass
 class OptimizerConfig:
+    name: str = setting(
+        "adamw",
+        "what steps the trained values",
+        choices=tuple(OPTIMIZERS),
+        refused=dict.fromkeys(
+            ("muon", "shampoo", "soap", "adafactor", "galore"),
+            "works on whole matrices; what is trained is some of their entries",
+        ),
+        changes=STATE,
+    )
     lr: float = setting(2e-4, "peak learning rate", above=0)
     betas: list[float] = setting(
         [0.9, 0.95], "decay rates of Adam's two moments", at_least=0, below=1, example="[0.9, 0.95]"
     )
     eps: float = setting(1e-6, "Adam's epsilon", above=0)
+    momentum: float | None = setting(
+        None, "decay rate of the momentum of `name=sgd`; 0.9 if unset", at_least=0, below=1
+    )
+    bias_correction: str = setting(
+        "step",
+        "which steps Adam's moments are corrected for: those of the run, or of each `entry` since it was selected",
+        choices=("step", "entry"),
+        changes=STATE,
+    )
     weight_decay: float = setting(0.0, "decoupled weight decay of the principal weights", at_least=0)
+    decay_towards: str = setting(
+        "zero", "where weight decay pulls: to zero, or to the values of the base model", choices=("zero", "base")
+    )
     dtype: str = setting(
         "float32",
         "dtype of the trained values and of Adam's moments; `bfloat16` keeps no more of them than the model's weights do, and "
@@ -141,6 +163,23 @@ class OptimizerConfig:
     def problems(self) -> Iterator[Problem]:
         if len(self.betas) != 2:
             yield "betas", f"must be two numbers, got {self.betas}"
+        if self.name != "adamw":
+            default = OptimizerConfig()
+            for name in ("betas", "eps", "bias_correction", "reference_numerics"):
+                if getattr(self, name) != getattr(default, name):
+                    yield name, f"is not used by optimizer.name={self.name}; leave it out"
+        elif self.momentum is not None:
+            yield "momentum", "is not used by optimizer.name=adamw, which has betas; unset it: optimizer.momentum="
+        if self.bias_correction == "entry":
+            if self.reference_numerics:
+                yield "bias_correction", "must be step with optimizer.reference_numerics"
+            if self.dtype != "float32":
+                yield (
+                    "bias_correction",
+                    "entry needs optimizer.dtype=float32: a number of steps has no room in bfloat16",
+                )
+        if self.decay_towards == "base" and not self.weight_decay:
+            yield "decay_towards", "base has no effect without optimizer.weight_decay"
 
 
 @dataclass
@@ -275,6 +314,11 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
+
+    @property
+    def keeps_base(self) -> bool:
+        """Whether the base values of trained weights are needed in training."""
+        return self.optimizer.decay_towards == "base"
 
     def problems(self) -> Iterator[Problem]:
         if self.optimizer.dtype == "bfloat16" and self.model.dtype == "float32":

@@ -31,6 +31,7 @@ def setting(
     help: str,
     *,
     choices: Sequence[str] | None = None,
+    refused: Mapping[str, str] | None = None,
     at_least: float | None = None,
     at_most: float | None = None,
     above: float | None = None,
@@ -42,12 +43,15 @@ def setting(
     """A setting of a section: its default, meaning in one line, and bounds.
 
     Args:
+        refused: choices that one might expect, and why there are none.
         pattern: regular expression that the whole text must match.
         example: example of a list or of names and texts, for error messages.
         changes: what a change affects in a run that continues: ``NOTHING``, ``COURSE`` or ``STATE``.
     """
-    metadata = dict(help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below)
-    metadata |= dict(pattern=pattern, example=example, changes=changes)
+    metadata: dict[str, Any] = dict(
+        help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below
+    )
+    metadata |= dict(pattern=pattern, example=example, changes=changes, refused=refused or {})
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -6,6 +6,10 @@ cleared gradient and the weight in the model. Where the kernel does not run, tor
 
 Values in bf16 are stepped by torch's AdamW alone: their gradient is rounded to bf16, once, and value and moments are read,
 computed in float32, and rounded, as for any bf16 parameter.
+
+Moments are corrected for the number of steps: that of the optimizer, or that of each entry. An entry that a refresh selects
+late has moments of zero. Corrected for all steps its first one is lr (1 - beta1) / sqrt(1 - beta2): 0.447 lr with betas 0.9 and
+0.95, 3.16 lr with 0.9 and 0.999. Corrected for its own it is lr, as it is for every entry at the start.
 """
 
 from __future__ import annotations
@@ -21,9 +25,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from liftdist.engine.decay import Decay
 from liftdist.engine.principal import PrincipalWeights
 
 BLOCK = 1024  # entries per program of the kernel
+CHUNK = 2**24  # entries at a time, where intermediate results are whole tensors
 
 
 class PrincipalAdamW(torch.optim.AdamW):
@@ -31,6 +37,13 @@ class PrincipalAdamW(torch.optim.AdamW):
 
     The optimizer state is that of ``torch.optim.AdamW``. ``in_one_kernel`` is True where Triton compiles the kernel on every
     rank; set it to False to use torch's implementation, on all ranks that hold the same weights. The constructor is collective.
+
+    Args:
+        by_age: correct the moments of each entry for its own number of steps, the state ``age`` ``[k_local]``.
+        decay_to_base: let weight decay pull towards :attr:`PrincipalWeights.base_values` instead of zero.
+
+    Raises:
+        ValueError: ``by_age`` with values in bf16; ``decay_to_base`` without base values.
     """
 
     def __init__(
@@ -40,12 +53,24 @@ class PrincipalAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        by_age: bool = False,
+        decay_to_base: bool = False,
     ) -> None:
-        super().__init__([principal.values], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        if by_age and principal.dtype != torch.float32:
+            raise ValueError("by_age needs values in float32")
+        self._decay_to_base = Decay(principal, weight_decay, to_base=True) if decay_to_base else None
+        own_decay = 0.0 if decay_to_base else weight_decay
+        super().__init__([principal.values], lr=lr, betas=betas, eps=eps, weight_decay=own_decay, fused=True)
+        self.by_age = by_age
         self._step_supports_amp_scaling = False  # GradScaler must unscale gradients and skip steps itself
         self.principal = principal
         in_float32 = principal.dtype == torch.float32
-        self.in_one_kernel = in_float32 and principal.values.is_cuda and self._compiles_everywhere()
+        self.in_one_kernel = in_float32 and not by_age and principal.values.is_cuda and self._compiles_everywhere()
+
+    @property
+    def element_states(self) -> set[str]:
+        """Names of the states with one element per principal weight."""
+        return {"exp_avg", "exp_avg_sq"} | ({"age"} if self.by_age else set())
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -55,16 +80,38 @@ class PrincipalAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         values, gradient = self.principal.values, self.principal.values.grad
+        if self._decay_to_base is not None and gradient is not None:
+            self._decay_to_base.step(self.param_groups[0]["lr"])
         unsupported = len(self.param_groups) > 1 or any(self.param_groups[0][key] for key in ("amsgrad", "maximize"))
         if self.in_one_kernel and not unsupported and gradient is not None and self.state[values] and values.numel():
             self._step_in_one_kernel(gradient)
             self.principal.written_back()
+        elif self.by_age:
+            if gradient is not None:
+                self._step_by_age(gradient)
+            self.principal.write_back()
         else:  # also the first step, which creates the state
             values.grad = gradient.to(values.dtype) if gradient is not None else None
             super().step()
             values.grad = gradient  # float32, to accumulate the next one
             self.principal.write_back()
         return loss
+
+    def _step_by_age(self, gradient: Tensor) -> None:
+        group, values = self.param_groups[0], self.principal.values.detach()
+        (beta1, beta2), lr = group["betas"], group["lr"]
+        state = self.state[self.principal.values]
+        for key in self.element_states - set(state):
+            state[key] = torch.zeros_like(values)
+        state["step"] = state.get("step", torch.tensor(0.0)) + 1  # torch expects it in a state that is loaded
+        tensors = (values, gradient, state["exp_avg"], state["exp_avg_sq"], state["age"])
+        for x, g, m, v, age in zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True):
+            age += 1
+            m.lerp_(g, 1 - beta1)
+            v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            x.mul_(1 - lr * group["weight_decay"])
+            root = (v / (1 - beta2**age)).sqrt_().add_(group["eps"])
+            x.sub_(lr * m / (1 - beta1**age) / root)
 
     def _step_in_one_kernel(self, gradient: Tensor) -> None:
         group, state = self.param_groups[0], self.state[self.principal.values]
@@ -139,4 +186,17 @@ def _is_missing_toolchain(error: Exception) -> bool:
         own
         and not isinstance(error, torch.AcceleratorError)
         and any("triton" in Path(name).parts for name in innermost)
+    )
+
+
+def make(principal: PrincipalWeights, settings: Any) -> PrincipalAdamW:
+    """From the settings ``lr``, ``betas``, ``eps``, ``weight_decay``, ``decay_towards`` and ``bias_correction``."""
+    return PrincipalAdamW(
+        principal,
+        lr=settings.lr,
+        betas=(settings.betas[0], settings.betas[1]),
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        by_age=settings.bias_correction == "entry",
+        decay_to_base=settings.decay_towards == "base",
     )

@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from liftdist.console import GIB
 from liftdist.distributed import collectives
-from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
-from liftdist.registry import BUDGETS, CRITERIA
+from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
 from liftdist.schema import Config, SelectionConfig
@@ -34,14 +33,7 @@ class Lift:
         self._config = config
         self.selection = selection  # the cache folder of the first selection
         self.principal = principal
-        settings = config.optimizer
-        self.optimizer = PrincipalAdamW(
-            principal,
-            lr=settings.lr,
-            betas=(settings.betas[0], settings.betas[1]),
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
+        self.optimizer = OPTIMIZERS.load(config.optimizer.name).make(principal, config.optimizer)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -93,7 +85,13 @@ class Lift:
         return self.principal.scalar_states(self.optimizer)
 
     def load_state_dict(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
-        """Load :meth:`state_dict`, cut to this rank's rows, and :meth:`scalars` into a model that holds the base weights."""
+        """Load :meth:`state_dict`, cut to this rank's rows, and :meth:`scalars` into a model that holds the base weights.
+
+        The state of another optimizer is left out: this one starts anew.
+        """
+        saved = {key.partition("/optimizer.")[2] for key in tensors if "/optimizer." in key}
+        if saved and saved != self.optimizer.element_states:
+            tensors, scalars = {key: tensor for key, tensor in tensors.items() if "/optimizer." not in key}, {}
         self.principal.load_state_dict(tensors, self.optimizer, scalars)
 
     def describe(self, model: nn.Module) -> str:
@@ -134,6 +132,7 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
             dtype=getattr(torch, config.optimizer.dtype),
             initial_indices=_no_indices if from_checkpoint else cached.read,
             sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
+            keep_base=config.keeps_base,
             progress=context.cancellation.at_boundaries(progress),
             on_selected=cached.add,
         )

@@ -221,8 +221,7 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0
     return {
         "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units) + size.buffers,
-        "principal": (8 + 3 * torch.finfo(getattr(torch, config.optimizer.dtype)).bits // 8)
-        * sum(_width(unit, counts, shards) for unit in size.units),
+        "principal": _bytes_each(config, size.itemsize) * sum(_width(unit, counts, shards) for unit in size.units),
         "previously selected": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
         if config.selection.refresh_interval
         else 0,
@@ -239,6 +238,17 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         # the matrix being factored, the next one being gathered, and the rows sent for it
         "selecting": (3 * size.itemsize * largest if shards > 1 else 0) + factoring,
     }
+
+
+def _bytes_each(config: Config, itemsize: int) -> int:
+    """Bytes of a principal weight on the rank that holds it."""
+    settings = config.optimizer
+    element = torch.finfo(getattr(torch, settings.dtype)).bits // 8
+    states = {"adamw": 2 + (settings.bias_correction == "entry"), "sgd": int(settings.momentum != 0)}[settings.name]
+    kept = (
+        4 + 2 * itemsize if config.keeps_base else 0
+    )  # where and what they were, and a copy while they are swapped in
+    return 8 + (1 + states) * element + kept  # index and gradient; value and states
 
 
 def peak(parts: dict[str, int]) -> int:

@@ -54,7 +54,10 @@ def train(mesh, dtype):
     assert not same(local(model), start)
     assert min(survived) < 1  # some were dropped, and some selected again
     for matrix, indices, base in zip(
-        principal.matrices, principal.indices, principal.base_values.split([i.numel() for i in principal.indices]), strict=True
+        principal.matrices,
+        principal.indices,
+        principal.base_values.split([i.numel() for i in principal.indices]),
+        strict=True,
     ):
         number = [id(param) for param in model.parameters()].index(id(matrix.param))
         assert torch.equal(start[number].flatten()[indices.long()], base)

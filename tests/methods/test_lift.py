@@ -193,3 +193,19 @@ def test_an_optimizer_that_cannot_round_the_gradient_does_not_step_silently():
     assert torch.equal(flat(model), before)
     PrincipalAdamW(principal, lr=1e-2).step()
     assert (flat(model) != before).any()
+
+
+def test_the_state_of_another_optimizer_is_left_out():
+    """A run may continue with another optimizer if the change is allowed: values go on, moments begin anew."""
+    model, other = mlp(), mlp()
+    lift = trained(model, make_lift(model, "float32", lr=1e-2))
+    after = make_lift(other, "float32", name="sgd", lr=1e-2)
+    after.load_state_dict(lift.state_dict(), lift.scalars())
+    assert torch.equal(flat(other), flat(model))
+    loss_of(other, 0).backward()
+    after.reduce(1)
+    after.step(STEPS + 1)
+    assert not torch.equal(flat(other), flat(model))
+    assert {key.partition("/optimizer.")[2] for key in after.state_dict() if "/optimizer." in key} == {
+        "momentum_buffer"
+    }

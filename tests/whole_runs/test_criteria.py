@@ -92,3 +92,54 @@ def test_settings_that_would_not_be_used_are_refused(overrides, problem, tmp_pat
     with pytest.raises(UserError) as caught:
         configs.load(tmp_path / "config.yaml", [f"selection.{override}" for override in overrides])
     assert problem in str(caught.value)
+
+
+OPTIMIZERS = {
+    "sgd": dict(name="sgd", lr=0.5),
+    "entry": dict(bias_correction="entry"),
+    "base": dict(weight_decay=0.1, decay_towards="base"),
+}
+
+
+def with_optimizers(mesh, model, records, folder, saving):
+    """The state after six steps: at once, with a checkpoint of the third, or from that one."""
+    found = {}
+    for name, optimizer in OPTIMIZERS.items():
+        settings = settings_of("random", model, records, Path(folder) / name)
+        settings.selection.criterion = "magnitude"
+        for key, value in optimizer.items():
+            setattr(settings.optimizer, key, value)
+        run_dir = Path(settings.run_dir)
+        saved = None if saving else builders.newest(mesh, run_dir, builders.accepted_in(run_dir))
+        made = builders.trainer(mesh, settings, saved)
+        attempt = builders.claimed_by_all(mesh, run_dir) if saving else None
+        while made.step < STEPS:
+            made.run_step()
+            if attempt and made.step == 3:
+                builders.save(made, Checkpointer(attempt, mesh, 1, None))
+        found[name] = builders.global_digest(made)
+    return found
+
+
+def test_optimizers_continue(tiny_model, records, tmp_path):
+    whole = ranks.run(2, with_optimizers, tiny_model, records, tmp_path, True)[0]
+    assert ranks.run(2, with_optimizers, tiny_model, records, tmp_path, False)[0] == whole
+    assert len(set(whole.values())) == 3
+    ranks.run(3, with_optimizers, tiny_model, records, tmp_path, False)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (["name=muon"], "optimizer.name: must be one of adamw, sgd: muon works on whole matrices"),
+        (["name=sgd", "betas=[0.9,0.999]"], "optimizer.betas: is not used by optimizer.name=sgd"),
+        (["momentum=0.9"], "optimizer.momentum: is not used by optimizer.name=adamw"),
+        (["bias_correction=entry", "dtype=bfloat16"], "optimizer.bias_correction: entry needs optimizer.dtype=float32"),
+        (["decay_towards=base"], "optimizer.decay_towards: base has no effect without optimizer.weight_decay"),
+    ],
+)  # fmt: skip
+def test_settings_of_other_optimizers_are_refused(overrides, problem, tmp_path):
+    (tmp_path / "config.yaml").write_text("run_dir: r\nmodel: {path: m}\ndata: {path: d}\nselection: {density: 0.1}\n")
+    with pytest.raises(UserError) as caught:
+        configs.load(tmp_path / "config.yaml", [f"optimizer.{override}" for override in overrides])
+    assert problem in str(caught.value)
