@@ -27,6 +27,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, masking_utils
+from transformers.integrations import moe
 
 from liftdist.distributed.sharding import row_bounds
 from liftdist.engine import selection
@@ -146,7 +147,8 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
     kept, losses, backwards = [], [], []
     for layers in (1, 2):
         live = LiveBytes()
-        with FakeTensorMode(allow_non_fake_inputs=True), packing_known(config.data.packing), live:
+        packed, grouped = packing_known(config.data.packing), grouped_products_known()
+        with FakeTensorMode(allow_non_fake_inputs=True), packed, grouped, live:
             model = build.build(_with_layers(hf_config, layers), config.model).to_empty(device="cpu").train()
             build.recompute(model, config.model)
             trained = {id(param) for param in _trained(model, config.selection.modules)}
@@ -181,6 +183,14 @@ def packing_known(packing: bool) -> contextlib.AbstractContextManager:
     if packing:
         return contextlib.nullcontext()
     return mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
+
+
+def grouped_products_known() -> contextlib.AbstractContextManager:
+    """Let experts compute by transformers' own operation: on fake tensors torch's grouped product takes bf16 alone."""
+    own = moe._can_use_grouped_mm
+    return mock.patch.object(
+        moe, "_can_use_grouped_mm", lambda *tensors: tensors[1].dtype == torch.bfloat16 and own(*tensors)
+    )
 
 
 #: Settings that make the first layers of a model with experts dense.

@@ -101,6 +101,17 @@ def test_a_step_of_experts_is_as_planned(kind, world):
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
 
 
+def test_experts_in_float32_are_planned():
+    """About twice the activations of bf16: what softmax and norms compute is float32 in both."""
+    shape = dict(SMALL, model_type="qwen3_moe", hidden_size=128, num_hidden_layers=2, moe_intermediate_size=128)
+    config = scale.settings(1, 1)
+    found = []
+    for dtype in ("bfloat16", "float32"):
+        config.model.dtype = dtype
+        found.append(footprint.activations(scale.config_of(shape | EXPERTS["qwen3_moe"]), config, 2).layer)
+    assert 1.4 < found[1] / found[0] < 2.1
+
+
 def test_tokens_reach_the_experts_that_published_figures_say():
     """https://huggingface.co/Qwen/Qwen3-30B-A3B, mistralai/Mixtral-8x7B-v0.1, deepseek-ai/DeepSeek-V3: all, and active."""
     published = {"qwen3-30b-a3b": (30.5e9, 3.3e9), "mixtral-8x7b": (46.7e9, 12.9e9), "deepseek-v3": (671e9, 37e9)}
