@@ -3,15 +3,17 @@
     packed    [S0 S1 S2 S3]
     changed   [S0 T1 S2 T3]    lengths are those of ``packed``
     alone     [S0], [S2]       S2 is as long as sequences may be, which shows what reaches far: windows, blocks, searches
+    longer    [S2 and more]    one sample, as long as ``packed``
 
-Without a leak, the outputs at S2 are the same in all three, but for rounding:
+Without a leak, the outputs at S2 are the same in all, but for rounding:
 
     |packed - changed| at S2  =   0    S2 does not depend on S1: equal shapes are rounded alike, ...
                               <=  4 |packed - packed again| + slack        ... unless kernels add in no fixed order
                               <=  4 |packed - changed| at S0 + slack       ... or tokens that share an expert differ
-    |packed - alone|   at S2  <=  4 |packed - alone|   at S0 + slack       positions and windows are those of S2 alone
+    |packed - alone|   at S2  <=  4 |packed - alone|   at S0 + slack       positions and windows are those of S2 alone, ...
+                              or  4 |longer - alone|   at S2 + slack       ... unless a long sample is rounded otherwise
 
-No other sample precedes S0: what moves it is rounding. The slack is 2 eps of the dtype, or 1e-5; S0 itself is bounded, too.
+No other sample precedes S0, nor S2 in ``longer``: what moves them is rounding. The slack is 2 eps of the dtype, or 1e-5; S0 itself is bounded, too.
 
 Most models separate samples by positions that restart. One that does not is given transformers' mask for packed sequences, then
 also what kernels of recurrent layers take. If nothing helps, the run is refused.
@@ -129,10 +131,10 @@ def _lengths(max_length: int) -> tuple[int, int]:
 
 def _mixed(model: PreTrainedModel, device: torch.device, max_length: int, rows: int) -> str:
     """What shows that packed samples mix, or an empty text. Collective."""
-    packed, changed, *alone = _sequences(model, max_length, min(rows, 2))
+    packed, changed, longer, *alone = _sequences(model, max_length, min(rows, 2))
     with probing(model):
-        reference, again, other, first_alone, third_alone = (
-            _logits(model, sequences, device) for sequences in (packed, packed, changed, *alone)
+        reference, again, other, third_longer, first_alone, third_alone = (
+            _logits(model, sequences, device) for sequences in (packed, packed, changed, longer, *alone)
         )
     counts = [_labels(row) for pair in zip(*alone, strict=True) for row in pair]
     (first, third), (first_changed, third_changed) = (
@@ -145,6 +147,7 @@ def _mixed(model: PreTrainedModel, device: torch.device, max_length: int, rows: 
         _distance(packed_in, single.split([len(sample) for sample in packed_in]))
         for packed_in, single in ((first, first_alone), (third, third_alone))
     )
+    rounding = max(rounding, _distance([third_longer], [third_alone]))
     jitter = _distance([reference], [again])
     if not math.isfinite(noise + leak + rounding + moved + jitter):
         return "its outputs are not finite"
@@ -163,7 +166,7 @@ def _mixed(model: PreTrainedModel, device: torch.device, max_length: int, rows: 
 
 
 def _sequences(model: PreTrainedModel, max_length: int, rows: int) -> tuple[list[Row], ...]:
-    """``packed``, ``changed``, S0 alone and S2 alone; only S0 and S2 are labelled."""
+    """``packed``, ``changed``, ``longer``, S0 alone and S2 alone; only S0 and S2 are labelled."""
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.get_input_embeddings().weight.shape[0]
     openings = itertools.count(vocabulary // 8)
@@ -180,14 +183,16 @@ def _sequences(model: PreTrainedModel, max_length: int, rows: int) -> tuple[list
     def row(*samples: tuple[list[int], list[int]]) -> Row:
         return {"input_ids": [ids for ids, _ in samples], "labels": [labels for _, labels in samples]}
 
-    packed, changed, firsts, thirds = [], [], [], []
+    packed, changed, longer, firsts, thirds = [], [], [], [], []
     for index in range(rows):  # the second is shorter, and padded
         first, third = (sample(max(2, length - 3 * index), True) for length in lengths)
         packed.append(row(first, sample(BETWEEN[0], False), third, sample(BETWEEN[1], False)))
         changed.append(row(first, sample(BETWEEN[0], False), third, sample(BETWEEN[1], False)))
+        more = sample(sum(BETWEEN) + len(first[0]), False)
+        longer.append(row(([*third[0], *more[0]], [*third[1], *more[1]])))
         firsts.append(row(first))
         thirds.append(row(third))
-    return packed, changed, firsts, thirds
+    return packed, changed, longer, firsts, thirds
 
 
 def _labels(row: Row) -> int:

@@ -47,11 +47,11 @@ def model_and_method(
             "config.json of the model asks for the routers' auxiliary loss (output_router_logits): routers are frozen, and it is "
             "measured (experts/auxiliary_loss), not added"
         )
+    if training and config.data.packing:
+        packing.keep_apart(model, mesh.device, config.data.max_length, config.train.micro_batch_size)
     method: Lift = METHODS.load(config.method).attach(context, model, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
-    if training and config.data.packing:
-        packing.keep_apart(model, mesh.device, config.data.max_length, config.train.micro_batch_size)
     return model, names, method
 
 
