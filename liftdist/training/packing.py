@@ -13,7 +13,8 @@ Without a leak, the outputs at S2 are the same in all, but for rounding:
     |packed - alone|   at S2  <=  4 |packed - alone|   at S0 + slack       positions and windows are those of S2 alone, ...
                               or  4 |longer - alone|   at S2 + slack       ... unless a long sample is rounded otherwise
 
-No other sample precedes S0, nor S2 in ``longer``: what moves them is rounding. The slack is 2 eps of the dtype, or 1e-5; S0 itself is bounded, too.
+No other sample precedes S0, nor S2 in ``longer``: what moves them is rounding. The slack is 2 eps of the dtype, or 1e-5; S0
+itself is bounded, too.
 
 Most models separate samples by positions that restart. One that does not is given transformers' mask for packed sequences, then
 also what kernels of recurrent layers take. If nothing helps, the run is refused.
