@@ -69,6 +69,7 @@ CRITERIA = Registry(
         "blocks": "the blocks of entries that are largest after low-rank approximation",
         "off_principal": "the smallest entries outside the principal ones",
         "threshold": "all entries below `threshold`, however many",
+        "file": "the entries that `file` names: of a delta, another run, or a selection that was kept",
         "smallest": "the smallest entries",
         "low_rank_smallest": "the smallest entries after low-rank approximation",
     },

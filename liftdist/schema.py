@@ -69,7 +69,20 @@ class SelectionConfig:
     threshold: float | None = setting(
         None, "absolute value below which `criterion=threshold` trains a weight", above=0, changes=STATE
     )
-    seed: int = setting(0, "seeds `criterion=random`", at_least=0, at_most=2**32 - 1, changes=STATE)
+    file: str | None = setting(
+        None,
+        "what names the weights of `criterion=file`: a delta file, a run directory, or a selection in the cache",
+        changes=STATE,
+    )
+    exclude: list[str] = setting(
+        [],
+        "delta files whose weights must not be trained, whatever the criterion",
+        example="[first.delta, second.delta]",
+        changes=STATE,
+    )
+    seed: int | None = setting(
+        None, "seeds `criterion=random`; 0 if unset", at_least=0, at_most=2**32 - 1, changes=STATE
+    )
     shares: list[str] = setting(
         [],
         "for `budget=by_pattern`, `PATTERN=SHARE` of module names: the first that fits counts, others keep their share",
@@ -82,24 +95,22 @@ class SelectionConfig:
     )
 
     def problems(self) -> Iterator[Problem]:
-        if self.criterion == "threshold":
-            if self.threshold is None:
-                yield "threshold", "must be given with selection.criterion=threshold"
+        if self.criterion in ("threshold", "file"):  # settings of the same names
+            if getattr(self, self.criterion) is None:
+                yield self.criterion, f"must be given with selection.criterion={self.criterion}"
+            decides = f"is not used: selection.{self.criterion} says how many weights are trained"
             for name in ("density", "budget_rank"):
                 if getattr(self, name) is not None:
-                    yield (
-                        name,
-                        f"is not used: selection.threshold says how many weights are trained; unset it: selection.{name}=",
-                    )
+                    yield name, f"{decides}; unset it: selection.{name}="
             if self.budget != "per_matrix":
-                yield "budget", "is not used: selection.threshold says how many weights are trained; leave it out"
+                yield "budget", f"{decides}; leave it out"
         elif (self.density is None) == (self.budget_rank is None):
             given = "neither" if self.density is None else "both"
             key = "density" if given == "both" else ""
             yield key, f"set exactly one of selection.density and selection.budget_rank, got {given}"
         if not self.modules:
             yield "modules", "must name at least one pattern"
-        for name, of in (("block_size", "blocks"), ("threshold", "threshold")):
+        for name, of in (("block_size", "blocks"), ("threshold", "threshold"), ("file", "file"), ("seed", "random")):
             if getattr(self, name) is not None and self.criterion != of:
                 yield name, f"is used by selection.criterion={of} alone; unset it: selection.{name}="
         if bool(self.shares) != (self.budget == "by_pattern"):

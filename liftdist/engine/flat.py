@@ -46,10 +46,16 @@ class Segment:
 
     def past_and_present(self) -> Tensor:
         """``past`` for the next selection: the previously selected weights and those selected now."""
-        flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.positions.device)
+        return _pack(self.selected_ever())
+
+    def selected_ever(self) -> Tensor:
+        """``[m_local n]`` bool: the previously selected weights and those selected now."""
+        if self.past is None:
+            flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.positions.device)
+        else:
+            flags = _unpack(self.past, self.matrix.numel_local)
         flags[self.indices] = True
-        bits = _pack(flags)
-        return bits if self.past is None else bits | self.past
+        return flags
 
 
 @dataclass

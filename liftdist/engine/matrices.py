@@ -198,6 +198,13 @@ class Matrix:
         """Flat index, in the whole matrix, of this rank's first entry."""
         return self.row_bounds[self.shard] * self.columns
 
+    def cut(self, indices: Tensor) -> Tensor:
+        """``[k_local]``, into this rank's rows: those of sorted flat ``indices [k]``, into the whole matrix, that are in them."""
+        begin = self.offset_local
+        ends = torch.tensor([begin, begin + self.numel_local], dtype=indices.dtype, device=indices.device)
+        low, high = torch.searchsorted(indices, ends).tolist()
+        return indices[low:high] - begin
+
     def positions(self, indices: Tensor) -> Tensor:
         """Where flat local ``indices`` are in :attr:`memory`, in the same dtype."""
         if self.place.is_whole:

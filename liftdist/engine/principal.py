@@ -29,7 +29,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from liftdist.distributed.collectives import Group, all_reduce_sum
+from liftdist.distributed.collectives import Group, all_reduce_sum, together
 from liftdist.distributed.sharding import local_tensor
 from liftdist.engine import reductions, selection
 from liftdist.engine.base_values import BaseValues
@@ -45,7 +45,7 @@ from liftdist.engine.matrices import (
     shard_group,
 )
 from liftdist.engine.scores import Scored
-from liftdist.engine.selection import Budget, Criterion
+from liftdist.engine.selection import Budget, Criterion, Excluded
 from liftdist.errors import UserError
 
 #: The instance whose hook takes the gradient of a parameter. Keeps neither alive.
@@ -65,6 +65,8 @@ class PrincipalWeights:
         modules: patterns of the names of the linear modules to train; all except the output head by default.
         criterion: replaces the low-rank criterion, see :class:`liftdist.engine.selection.Criterion`.
         budget: replaces ``density`` and ``budget_rank``, see :class:`liftdist.engine.selection.Budget`.
+        excluded: weights that are never selected, see :data:`liftdist.engine.selection.Excluded`. A matrix with too few others
+            trains them all; under a budget that compares matrices the rest goes to the others.
         replicate_group: ranks that hold the same rows of other replicas. By default all ranks where the model is not
             sharded, and none where it is sharded over all ranks.
         initial_indices: a function that returns ``[k_local]`` int32 for each of :attr:`matrices`, which replace the first
@@ -96,6 +98,7 @@ class PrincipalWeights:
         modules: Sequence[str] = ("*",),
         criterion: Criterion | None = None,
         budget: Budget | None = None,
+        excluded: Excluded | None = None,
         replicate_group: Group = None,
         initial_indices: Callable[[PrincipalWeights], list[Tensor] | None] | None = None,
         dtype: torch.dtype = torch.float32,
@@ -122,7 +125,13 @@ class PrincipalWeights:
         self.criterion = criterion or LowRank(filter_rank, method)
         self.budget = budget or PerMatrix(density, budget_rank)
         allotted = self.budget.allot({m.name: m.shape for m in self.matrices})
+        self.excluded = excluded
+        with together():  # what is excluded may come from files
+            self.num_excluded = [0 if excluded is None else excluded(matrix).numel() for matrix in self.matrices]
+        room = [matrix.numel - number for matrix, number in zip(self.matrices, self.num_excluded, strict=True)]
         self.allotted = [allotted[matrix.name] for matrix in self.matrices]
+        if not self._compares:
+            self.allotted = [min(pair) for pair in zip(self.allotted, room, strict=True)]
         self.counts = self.allotted  # principal weights of each whole matrix
         if not sum(self.allotted) and self.is_known:
             share = f"budget rank {budget_rank}" if density is None else f"density {density}"
@@ -140,6 +149,7 @@ class PrincipalWeights:
         self.shard_group = shard_group(self.matrices[0].param)
         self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
         self._progress = progress
+        self.refreshes = 0  # how many times the weights have been selected before
         self._multiple_of = multiple_of
         self._base = BaseValues() if keep_base else None
         self._is_at_base = False
@@ -162,20 +172,33 @@ class PrincipalWeights:
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the current weights, ``[k_local]`` int32 for each matrix. Collective."""
-        groups = self.shard_group, self.replicate_group, self._progress
+        shared = self.shard_group, self.replicate_group, self._progress, self.excluded
         counts = self.allotted
-        if getattr(self.budget, "compares", False):
+        if self._compares:
             if not (isinstance(self.criterion, Scored) and self.criterion.are_magnitudes):
                 raise UserError(
                     f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
                 )
-            counts = selection.compare(self.matrices, counts, self.criterion, *groups)
-        return selection.select(self.matrices, counts, self.criterion, *groups, on_selected)
+            counts = selection.compare(self.matrices, counts, self.criterion, *shared)
+        return selection.select(self.matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
 
     @property
     def is_known(self) -> bool:
         """Whether the budget alone says how many weights of a matrix are selected, or the values of the weights, too."""
-        return not (getattr(self.budget, "compares", False) or selection.decides_number(self.criterion))
+        return not (self._compares or selection.decides_number(self.criterion))
+
+    @property
+    def _compares(self) -> bool:
+        return bool(getattr(self.budget, "compares", False))
+
+    def check_excluded(self) -> None:
+        """Raises ``UserError`` if a weight that must not be selected was, before it was excluded. Collective."""
+        with together():
+            for segment in self._segments if self.excluded is not None else ():
+                assert self.excluded is not None
+                matrix = segment.matrix
+                if segment.selected_ever()[matrix.cut(self.excluded(matrix))].any():
+                    raise UserError(f"{matrix.name}: weights that are to be excluded have been trained already")
 
     @property
     def num_selected(self) -> int:
@@ -261,21 +284,29 @@ class PrincipalWeights:
         return self._base
 
     @torch.no_grad()
-    def refresh(self, optimizer: torch.optim.Optimizer | None = None) -> float:
+    def refresh(self, optimizer: torch.optim.Optimizer | None = None, number: int | None = None) -> float:
         """Reselect from the current weights and carry the optimizer's state over. Call it before a forward. Collective.
 
         Weights that stay selected keep value and state; deselected ones keep their trained value; newly selected ones start
         from the value in the model and zero state.
+
+        Args:
+            number: of this refresh, counted from 1, where it is not one more than that of the last: after a state was loaded.
+                Matters to criteria that draw anew.
 
         Returns:
             The share of the principal weights that stayed selected, over the whole model.
 
         Raises:
             ValueError: the optimizer holds state that is neither a scalar nor of the shape of ``values``.
+            UserError: nothing is left to train.
         """
         states = self._element_states(optimizer)
         old_segments, old_values = self._segments, self.values.detach()
+        self.refreshes = self.refreshes + 1 if number is None else number
         self._lay_out(self.select())
+        if not self.num_selected:
+            raise UserError(f"nothing is left to train: {self.criterion} selects no weight of any matrix")
         for old, new in zip(old_segments, self._segments, strict=True):
             new.past = old.past_and_present()
         # [k_local] place of each new entry in the old vector, -1 if it was not selected

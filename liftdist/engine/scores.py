@@ -1,6 +1,8 @@
 """Criteria that give each entry of a matrix a score and take the largest.
 
 S = the k entries of largest score, ties to the lowest flat index
+
+Entries that are excluded have the score -1, which is never taken.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from liftdist.engine.topk import BLOCK, CANDIDATE_MARGIN, blocks, top_k
 
 THREADS = 1  # fixed: another number of threads rounds differently and changes a few entries
 
-#: Scores of a slice of rows: [rows, n] float32, none negative.
+#: Scores of a slice of rows: [rows, n] float32, none negative but those of entries that are excluded.
 Scores = Callable[[slice], Tensor]
 
 _LARGEST = torch.finfo(torch.float32).max
@@ -38,12 +40,13 @@ class Scored(ABC):
             seed: of the matrix.
         """
 
-    def __call__(self, weight: Tensor, num_selected: int, seed: int) -> Tensor:
+    def __call__(self, weight: Tensor, num_selected: int, seed: int, excluded: Tensor | None = None) -> Tensor:
         """Flat indices of the ``num_selected`` entries of largest score.
 
         Args:
             weight: ``[m, n]``, any floating dtype, on any device.
-            num_selected: how many entries, 0 to ``m * n``.
+            num_selected: how many entries, 0 to ``m * n`` less those that are excluded.
+            excluded: ``[e]`` int64 flat indices of entries that must not be selected.
 
         Returns:
             ``[num_selected]`` int64, sorted ascending, on the device of ``weight``. Equal weights on equal hardware give
@@ -54,21 +57,28 @@ class Scored(ABC):
         """
         if weight.ndim != 2:
             raise ValueError(f"weight must be a matrix, got shape {tuple(weight.shape)}")
-        if not 0 <= num_selected <= weight.numel():
+        available = weight.numel() - (0 if excluded is None else excluded.numel())
+        if not 0 <= num_selected <= available:
             raise ValueError(
-                f"num_selected must be 0 to {weight.numel()} for shape {tuple(weight.shape)}, got {num_selected}"
+                f"num_selected must be 0 to {available} for shape {tuple(weight.shape)}, got {num_selected}"
             )
-        with self.scored(weight, num_selected, seed) as scores_of:
+        with self.scored(weight, num_selected, seed, excluded) as scores_of:
             return top_k(scores_of, weight.shape, num_selected)
 
     @contextlib.contextmanager
-    def scored(self, weight: Tensor, num_selected: int, seed: int) -> Iterator[Scores]:
+    def scored(self, weight: Tensor, num_selected: int, seed: int, excluded: Tensor | None = None) -> Iterator[Scores]:
         """:meth:`scores` of a weight of any dtype, to be taken within the context. Raises ``ValueError`` if it is not finite."""
         with torch.no_grad(), reproducible(weight.device):
             matrix = weight.float()
             if not torch.isfinite(matrix.sum()):
                 raise ValueError("weight holds NaN or infinity")
-            yield self.scores(matrix, num_selected, seed)
+            scores_of = self.scores(matrix, num_selected, seed)
+            if excluded is None:
+                yield scores_of
+                return
+            mask = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device)
+            mask.view(-1)[excluded.to(weight.device)] = True
+            yield lambda rows: scores_of(rows).masked_fill(mask[rows], -1.0)
 
     def workspace(self, m: int, n: int, num_selected: int) -> int:
         """Bytes needed besides an ``[m, n]`` weight."""
@@ -87,13 +97,21 @@ def histogram(scores_of: Scores, shape: Sequence[int]) -> Tensor:
     """``[buckets, 2]`` int64 on the host: the buckets that hold scores of an ``[m, n]`` matrix, ascending; how many each holds.
 
     Scores are divided by their root mean square. A bucket holds those whose float32 bits without the lowest 16 are its number.
+    Negative ones, of entries that are excluded, count nowhere.
     """
-    squared = sum(float(scores_of(slice(b, b + rows)).double().square().sum()) for b, rows in blocks(*shape))
-    scale = (squared / (shape[0] * shape[1])) ** 0.5 or 1.0
+
+    def parts() -> Iterator[Tensor]:
+        for begin, rows in blocks(*shape):
+            scores = scores_of(slice(begin, begin + rows)).reshape(-1)
+            yield scores[scores >= 0]
+
+    squared, number = 0.0, 0
+    for scores in parts():
+        squared, number = squared + float(scores.double().square().sum()), number + scores.numel()
+    scale = (squared / max(number, 1)) ** 0.5 or 1.0
     numbers = torch.zeros(BUCKETS, dtype=torch.int64)
-    for begin, rows in blocks(*shape):
-        bits = (scores_of(slice(begin, begin + rows)) / scale).reshape(-1).view(torch.int32)
-        numbers += torch.bincount(bits >> 16, minlength=BUCKETS).cpu()
+    for scores in parts():
+        numbers += torch.bincount((scores / scale).view(torch.int32) >> 16, minlength=BUCKETS).cpu()
     buckets = numbers.nonzero().squeeze(1)
     return torch.stack([buckets, numbers[buckets]], 1)
 

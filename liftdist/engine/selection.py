@@ -34,8 +34,11 @@ class Criterion(Protocol):
 
     Optional members are ``cost(m, n)``, the relative time for a matrix, ``m n`` by default, and
     ``workspace(m, n, num_selected)``, the bytes needed besides the matrix, 16 per weight by default, which the planner counts.
-    With a member ``decides_number`` that is true the result may have any length, and ``num_selected`` means nothing. A criterion
-    that differs between matrices has ``of(matrix)``, which returns that of a matrix.
+    With a member ``decides_number`` that is true the result may have any length, and ``num_selected`` means nothing. With one
+    ``stays`` that is true a refresh would select the same again, and a run leaves it out.
+
+    A criterion that differs between matrices, or from one selection to the next, has ``of(matrix, refreshes)``, which returns
+    that of a matrix, and need not be callable itself; ``refreshes`` is 0 at the first selection, 1 at the first refresh.
 
     A criterion that is chosen in a config is a frozen dataclass: its fields are part of the key of a cached selection.
     """
@@ -52,6 +55,10 @@ class Budget(Protocol):
 
         With a member ``compares`` that is true the sum is divided anew by the scores, see :func:`compare`.
         """
+
+
+#: ``[e]`` int64 sorted flat indices, in the whole of a matrix, of its weights that must not be selected.
+Excluded = Callable[[Matrix], Tensor]
 
 
 def decides_number(criterion: Criterion) -> bool:
@@ -92,6 +99,8 @@ def select(
     shard_group: Group = None,
     replicate_group: Group = None,
     progress: Callable[[int, int], None] | None = None,
+    excluded: Excluded | None = None,
+    refreshes: int = 0,
     on_selected: Callable[[str, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Select the principal weights of all ``matrices``. Collective over both groups.
@@ -101,6 +110,8 @@ def select(
         shard_group: the ranks that hold the rows of one replica.
         replicate_group: the ranks that hold the same rows of other replicas.
         progress: called on every rank with the number of matrices done and their total.
+        excluded: the weights that must not be selected; ``counts`` leave room for them.
+        refreshes: how many times the weights have been selected before.
         on_selected: called on the owner of a matrix with its name and whole selection.
 
     Returns:
@@ -113,7 +124,7 @@ def select(
     made = [torch.empty(0, dtype=torch.int64)]  # by this rank in the current round
 
     def score(item: int, whole: Tensor) -> None:
-        made[0] = _score(matrices[item], counts[item], whole, criterion)
+        made[0] = _score(matrices[item], counts[item], whole, criterion, excluded, refreshes)
         if on_selected is not None:
             on_selected(matrices[item].name, made[0])
 
@@ -137,16 +148,20 @@ def compare(
     shard_group: Group = None,
     replicate_group: Group = None,
     progress: Callable[[int, int], None] | None = None,
+    excluded: Excluded | None = None,
 ) -> list[int]:
     """Divide the sum of ``counts`` among the matrices by one threshold of their scores, each in units of its root mean square.
 
-    Arguments and errors are those of :func:`select`. Collective over both groups.
+    Arguments and errors are those of :func:`select`, but ``counts`` need not leave room for what is excluded: their sum is cut to
+    the weights that are not. Collective over both groups.
     """
     found: dict[int, Tensor] = {}
 
     def score(item: int, whole: Tensor) -> None:
-        with criterion.scored(whole, counts[item], seed_of(matrices[item].name)) as scores_of:
-            found[item] = histogram(scores_of, matrices[item].shape)
+        matrix = matrices[item]
+        left_out = None if excluded is None else excluded(matrix)
+        with criterion.scored(whole, counts[item], seed_of(matrix.name), left_out) as scores_of:
+            found[item] = histogram(scores_of, matrix.shape)
 
     costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
     _visit(matrices, costs, score, shard_group, replicate_group, progress)
@@ -159,7 +174,7 @@ def compare(
     for one in found.values():
         merged.index_add_(0, one[:, 0], one[:, 1])
     from_top = over_ranks(merged).flip(0).cumsum(0)  # entries in the highest bucket, in the two highest, ...
-    total = sum(counts)
+    total = min(sum(counts), int(from_top[-1]))
     bucket = BUCKETS - 1 - int(torch.searchsorted(from_top, total))
     table = torch.zeros(len(matrices), 2, dtype=torch.int64)  # entries above the bucket, and in it
     for item, one in found.items():
@@ -228,12 +243,24 @@ def _rounds(costs: Sequence[float], owners: Sequence[int], ranks: int) -> list[l
     return [list(items) for items in itertools.zip_longest(*queues)]
 
 
-def _score(matrix: Matrix, count: int, whole: Tensor, criterion: Criterion) -> Tensor:
+def _score(
+    matrix: Matrix, count: int, whole: Tensor, criterion: Criterion, excluded: Excluded | None, refreshes: int
+) -> Tensor:
     """The criterion's selection of ``whole``, validated, because the criterion may be user code."""
     if not torch.isfinite(whole.sum(dtype=torch.float32)):
         raise ValueError("weight holds NaN or infinity")
-    rule = criterion.of(matrix) if hasattr(criterion, "of") else criterion
-    indices = rule(whole, count, seed_of(matrix.name))
+    rule = criterion.of(matrix, refreshes) if hasattr(criterion, "of") else criterion
+    left_out = torch.empty(0, dtype=torch.int64) if excluded is None else excluded(matrix)
+    seed = seed_of(matrix.name)
+    if left_out.numel() and isinstance(rule, Scored):
+        indices = rule(whole, count, seed, left_out)
+    elif left_out.numel() and decides_number(criterion):
+        indices = rule(whole, count, seed)
+        indices = indices[~torch.isin(indices, left_out.to(indices.device), assume_unique=True)]
+    elif left_out.numel():
+        raise ValueError("only a criterion with scores, or one that decides the number, can leave weights out")
+    else:
+        indices = rule(whole, count, seed)
     expected = indices.shape if decides_number(criterion) else (count,)
     if indices.dtype != torch.int64 or indices.ndim != 1 or indices.shape != expected:
         raise ValueError(f"the criterion must return [{count}] int64, got {list(indices.shape)} {indices.dtype}")

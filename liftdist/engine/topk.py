@@ -19,10 +19,10 @@ def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) ->
     more than ``k``, and the k-th largest of those is the threshold. Only one block of scores exists at a time.
 
     Args:
-        scores_of: the scores of a slice of rows, ``[rows, n]`` float32, none negative.
+        scores_of: the scores of a slice of rows, ``[rows, n]`` float32. Negative ones are never taken.
 
     Raises:
-        ValueError: the scores are not float32, or not finite.
+        ValueError: the scores are not float32, or fewer than ``k`` are finite and not negative.
     """
     m, n = shape
     sample = scores_of(slice(None, None, max(1, m // CANDIDATE_ROWS))).reshape(-1)
@@ -39,7 +39,7 @@ def top_k(scores_of: Callable[[slice], Tensor], shape: Sequence[int], k: int) ->
         if indices.numel() >= k:
             break
         if place < 1:
-            raise ValueError("scores are not finite")
+            raise ValueError(f"fewer than {k} scores are finite and not negative")
         share *= 2  # the sample was not representative
     kth = scores.kthvalue(scores.numel() - k + 1).values
     selected = scores > kth

@@ -11,15 +11,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
 
 from liftdist.console import GIB
 from liftdist.distributed import collectives
+from liftdist.distributed.collectives import together
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
+from liftdist.methods.named import Base, Excluded, Named
+from liftdist.models.hub import resolve_model
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
@@ -43,12 +47,17 @@ class Lift:
     def before_step(self, step: int) -> dict[str, float]:
         """Refresh the selection if it is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
         interval = self._config.selection.refresh_interval
-        if not interval or step % interval:
+        if not interval or step % interval or getattr(self.principal.criterion, "stays", False):
             return {}
-        return {"selection/survived": self.principal.refresh(self.optimizer)}
+        return {"selection/survived": self.principal.refresh(self.optimizer, number=step // interval)}
 
     def reselect(self) -> None:
-        """Select again after loading a state that was made with other selection settings. Collective."""
+        """Select again after loading a state that was made with other selection settings. Collective.
+
+        Raises:
+            UserError: a weight has been trained that is excluded now.
+        """
+        self.principal.check_excluded()
         self.principal.refresh(self.optimizer)
 
     def reduce(self, divisor: Tensor) -> None:
@@ -117,20 +126,29 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
         from_checkpoint: select nothing, because a checkpoint will be loaded.
     """
     config, console, choice = context.config, context.console, context.config.selection
-    cached = _CachedSelection(context, base_digest)
-    criterion, budget = rules(choice)
+    named, excluded = _files(context, base_digest)
+    cached = _CachedSelection(context, base_digest, excluded)
+    criterion, budget = rules(choice, named)
     if not from_checkpoint:
         console.say(f"selecting principal weights: {criterion}")
     started = time.perf_counter()
+
+    def initial(principal: PrincipalWeights) -> list[Tensor] | None:
+        with together():
+            if named is not None:
+                named.check(principal.matrices)
+        return cached.read(principal)
+
     with console.progress("selecting", "matrices") as progress:
         principal = PrincipalWeights(
             model,
             criterion=criterion,
             budget=budget,
+            excluded=excluded,
             modules=choice.modules,
             replicate_group=context.mesh.replicate_group,
             dtype=getattr(torch, config.optimizer.dtype),
-            initial_indices=_no_indices if from_checkpoint else cached.read,
+            initial_indices=_no_indices if from_checkpoint else initial,
             sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             keep_base=config.keeps_base,
             progress=context.cancellation.at_boundaries(progress),
@@ -144,15 +162,38 @@ def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpo
         f"{principal.num_selected / total:.2%} of them, {principal.num_selected / everything:.2%} of the model's {everything} "
         f"weights ({time.perf_counter() - started:.1f} s)"
     )
+    if excluded is not None:
+        console.say(
+            f"left out: {sum(principal.num_excluded)} weights of {len(choice.exclude)} deltas (selection.exclude)"
+        )
     kinds = Counter(map(_kind, principal.matrices))
     console.say("trained: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items()))
     return Lift(config, principal, cached.folder)
 
 
-def rules(choice: SelectionConfig) -> tuple[Criterion, Budget]:
-    """The criterion and the budget of a config; a criterion that decides the number of weights is its own budget."""
-    criterion = CRITERIA.load(choice.criterion).make(choice)
+def rules(choice: SelectionConfig, named: Named | None = None) -> tuple[Criterion, Budget]:
+    """The criterion and the budget of a config; a criterion that decides the number of weights is its own budget.
+
+    Args:
+        named: what ``selection.file`` names; needed to select.
+    """
+    settings = choice if named is None else SimpleNamespace(**vars(choice) | {"file": named})
+    criterion = CRITERIA.load(choice.criterion).make(settings)
     return criterion, criterion if decides_number(criterion) else BUDGETS.load(choice.budget).make(choice)
+
+
+def _files(context: RunContext, base_digest: str) -> tuple[Named | None, Excluded | None]:
+    """The weights that ``selection.file`` and ``selection.exclude`` name. Collective."""
+    config, choice = context.config, context.config.selection
+    if choice.file is None and not choice.exclude:
+        return None, None
+    cache_dir = Path(config.cache_dir).expanduser()
+    with together():
+        folder = resolve_model(config.model.path, config.model.revision)
+        base = Base(folder, base_digest, config.model.trust_remote_code)
+        excluded = Excluded(config, base) if choice.exclude else None
+        named = None if choice.file is None else Named(Path(choice.file).expanduser(), base, cache_dir)
+    return named, excluded
 
 
 def _kind(matrix: Matrix) -> str:
@@ -169,15 +210,21 @@ def _no_indices(principal: PrincipalWeights) -> list[Tensor]:
 class _CachedSelection:
     """The first selection of a run in the cache: read if it is there, otherwise collected while it is made, and written."""
 
-    def __init__(self, context: RunContext, base_digest: str) -> None:
+    def __init__(self, context: RunContext, base_digest: str, excluded: Excluded | None) -> None:
         self._context, self._base_digest = context, base_digest
+        self._excluded = None if excluded is None else excluded.digest
         self._selected: dict[str, Tensor] = {}  # whole selections of the matrices that this rank owned
         self.folder: Path | None = None
 
     def read(self, principal: PrincipalWeights) -> list[Tensor] | None:
         """For each matrix ``[k_local]`` int32; None, on all ranks, if there is no valid cached selection. Collective."""
         key = selections.key(
-            self._base_digest, principal.criterion, principal.budget, principal.matrices, principal.allotted
+            self._base_digest,
+            principal.criterion,
+            principal.budget,
+            principal.matrices,
+            principal.allotted,
+            self._excluded,
         )
         self.folder = Path(self._context.config.cache_dir).expanduser() / "selections" / key
         indices = None

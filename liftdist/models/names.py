@@ -69,6 +69,15 @@ class Part(NamedTuple):
         rows = indices.long() // columns
         return self.offset + rows * self.row + (indices - rows * columns) * self.column
 
+    def inside(self, indices: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """The inverse, for a matrix ``[rows, columns]``: which ``indices [k]`` are in it, ``[k]`` bool, and theirs there."""
+        places = indices.long() - self.offset
+        row = places.div(self.row, rounding_mode="floor")
+        place = places - row * self.row
+        column = place // self.column
+        found = (row >= 0) & (row < rows) & (place % self.column == 0) & (column < columns)
+        return found, (row * columns + column)[found]
+
 
 @dataclass(frozen=True)
 class NameMap:

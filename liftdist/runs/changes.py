@@ -38,7 +38,12 @@ def refuse(found: Sequence[SettingChange], allowed: set[str], run_dir: Path) -> 
 
 
 def provenance(
-    config: Config, text: str, base_digest: str, data_digest: str, commits: dict[str, str] | None = None
+    config: Config,
+    text: str,
+    base_digest: str,
+    data_digest: str,
+    commits: dict[str, str] | None = None,
+    contents: dict[str, str] | None = None,
 ) -> Provenance:
     """The inputs that the state of a run depends on.
 
@@ -47,13 +52,15 @@ def provenance(
         base_digest: digest of the base model's weights.
         data_digest: digest of the training samples.
         commits: ``NAME@COMMIT`` of what is from the hub, by setting.
+        contents: digest of the other files that a setting names, by setting.
     """
-    return Provenance(text, _fingerprints(config, text), base_digest, data_digest, commits or {})
+    return Provenance(text, _fingerprints(config, text), base_digest, data_digest, commits or {}, contents or {})
 
 
 def check_alike(mine: Provenance, first: Provenance, rank: int) -> None:
     """Raises ``UserError`` if this rank's inputs differ from those of rank 0: the ranks would take different decisions."""
     names = {"config": "settings", "from_environment": "environment", "base": "model weights", "data": "training data"}
+    names["contents"] = f"contents of files ({', '.join(mine.contents) or 'none'})"
     names["commits"] = f"commits on the hub ({_listed(mine)}, not {_listed(first)})"
     if different := [name for key, name in names.items() if getattr(mine, key) != getattr(first, key)]:
         raise UserError(
@@ -71,6 +78,9 @@ def between(before: Provenance, after: Provenance) -> list[SettingChange]:
             found.append(
                 (kinds[schema_tree.template(key, Config)], f"{key}: its value from the environment has changed")
             )
+    for key, digest in after.contents.items():
+        if before.contents.get(key, digest) != digest and not any(text.startswith(f"{key}:") for _, text in found):
+            found.append((kinds[key], f"{key}: the contents have changed"))
     moved = {key: _moved(before, after, key) for key in after.commits}
     if before.base != after.base:
         digests = f"({before.base[:12]} -> {after.base[:12]})"

@@ -27,6 +27,7 @@ class Provenance:
     base: str  # digest of the base model's weights
     data: str  # digest of the training samples
     commits: dict[str, str] = field(default_factory=dict)  # setting -> NAME@COMMIT of what is from the hub
+    contents: dict[str, str] = field(default_factory=dict)  # setting -> digest of the other files that it names
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,12 @@ def read(path: Path) -> Manifest:
             f"continue with the version that wrote it (environment.json)"
         )
     provenance = Provenance(
-        tree["config"], tree["from_environment"], tree["base"], tree["data"], tree.get("commits", {})
+        tree["config"],
+        tree["from_environment"],
+        tree["base"],
+        tree["data"],
+        tree.get("commits", {}),
+        tree.get("contents", {}),
     )
     return Manifest(
         Snapshot(

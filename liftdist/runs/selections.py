@@ -29,17 +29,23 @@ from liftdist.safetensors_io import TensorFile
 
 
 def key(
-    base_digest: str, criterion: Criterion, budget: Budget, matrices: Sequence[Matrix], counts: Sequence[int]
+    base_digest: str,
+    criterion: Criterion,
+    budget: Budget,
+    matrices: Sequence[Matrix],
+    counts: Sequence[int],
+    excluded: str | None = None,
 ) -> str:
     """The name of a selection's folder: 24 hex digits.
 
     Args:
         base_digest: digest of the base model's weights.
-        criterion: a dataclass, like ``budget``; all of their fields are part of the key.
+        criterion: a dataclass, like ``budget``; all of their fields are part of the key, those with a ``digest`` by it.
         counts: weights to select from each matrix, as the budget allots them.
+        excluded: digest of the files that name excluded weights.
     """
     described: Any = [[m.name, m.shape, str(m.dtype), count] for m, count in zip(matrices, counts, strict=True)]
-    parts = [__version__, base_digest, _described(criterion), _described(budget), described]
+    parts = [__version__, base_digest, _described(criterion), _described(budget), described, excluded]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
 
@@ -47,7 +53,9 @@ def _described(rule: Any) -> list[Any]:
     """A criterion or a budget, and all that its result depends on besides a matrix."""
     assert dataclasses.is_dataclass(rule)
     assert not isinstance(rule, type)
-    return [f"{type(rule).__module__}.{type(rule).__qualname__}", dataclasses.asdict(rule)]
+    fields = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule)}
+    values = {name: getattr(value, "digest", value) for name, value in fields.items()}
+    return [f"{type(rule).__module__}.{type(rule).__qualname__}", values]
 
 
 def write(folder: Path, selected: Mapping[str, Tensor]) -> bool:
@@ -96,23 +104,27 @@ def read(folder: Path, matrices: Sequence[Matrix], counts: Sequence[int] | None)
         FileNotFoundError: there is no such selection.
         ValueError: a parameter is absent, or the number, order or range of its indices is wrong.
     """
-    file_of = json.loads((folder / "selection.json").read_text())
-    selected = {name: TensorFile(folder / name) for name in sorted(set(file_of.values()))}
+    file_of = files_of(folder)
     result = []
     for number, matrix in enumerate(matrices):
         if matrix.name not in file_of:
             raise ValueError(f"{folder}: no selection for {matrix.name}")
         try:
-            indices = selected[file_of[matrix.name]].read(matrix.name).long()
+            indices = file_of[matrix.name].read(matrix.name).long()
         except (OSError, KeyError) as error:
-            raise ValueError(f"{folder / file_of[matrix.name]}: {error}") from None
+            raise ValueError(f"{file_of[matrix.name].path}: {error}") from None
         count = indices.numel() if counts is None else counts[number]
         if indices.numel() != count or not ascending_within(indices, matrix.numel):
             raise ValueError(f"{folder}: the selection for {matrix.name} is damaged")
-        begin = matrix.offset_local
-        cuts = torch.searchsorted(indices, torch.tensor([begin, begin + matrix.numel_local])).tolist()
-        result.append((indices[cuts[0] : cuts[1]] - begin).to(torch.int32).to(matrix.device))
+        result.append(matrix.cut(indices).to(torch.int32).to(matrix.device))
     return result
+
+
+def files_of(folder: Path) -> dict[str, TensorFile]:
+    """The file that holds the selection of each matrix. Raises ``FileNotFoundError``, or as :class:`TensorFile`."""
+    file_of: dict[str, str] = json.loads((folder / "selection.json").read_text())
+    opened = {name: TensorFile(folder / name) for name in sorted(set(file_of.values()))}
+    return {matrix: opened[name] for matrix, name in file_of.items()}
 
 
 def _smallest(indices: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import PeerError, Stopped, UserError
+from liftdist.methods import named
 from liftdist.models import weights
 from liftdist.redaction import redact
 from liftdist.runs import changes, checkpoint, claims, layout
@@ -98,7 +99,9 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         attempt.run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat
     )
     base_digest = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
-    provenance = changes.provenance(config, text, base_digest, inputs.samples.digest, commits(config))
+    with together():
+        contents = named.digests_of(config)
+    provenance = changes.provenance(config, text, base_digest, inputs.samples.digest, commits(config), contents)
     state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
     model, names, method = setup.model_and_method(
         context, inputs.folder, base_digest, from_checkpoint=saved is not None

@@ -71,6 +71,13 @@ def model_of_scales(mesh=None):
     return model
 
 
+def outliers(matrix):
+    """The largest hundred entries of the first matrix, and all but twenty of the second."""
+    weight = next(param.detach().float() for name, param in model_of_scales().named_parameters() if name == matrix.name)
+    number = {"m0.weight": 100, "m1.weight": matrix.numel - 20}.get(matrix.name, 0)
+    return weight.abs().flatten().argsort(descending=True, stable=True)[:number].sort().values
+
+
 def divided(mesh):
     model = model_of_scales(mesh)
     principal = PrincipalWeights(
@@ -79,7 +86,14 @@ def divided(mesh):
     again = PrincipalWeights(
         model_of_scales(mesh), criterion=Magnitude(), density=0.1, replicate_group=mesh.replicate_group
     )
-    return principal.counts, again.counts, [indices.numel() for indices in principal.indices]
+    excluding = PrincipalWeights(
+        model_of_scales(mesh),
+        criterion=Magnitude(),
+        budget=GlobalThreshold(density=0.1),
+        excluded=outliers,
+        replicate_group=mesh.replicate_group,
+    )
+    return principal.counts, again.counts, [indices.numel() for indices in principal.indices], excluding.counts
 
 
 @pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 2)])
@@ -88,10 +102,18 @@ def test_one_threshold_for_all_matrices(world_size, replicas):
     matrices = [param.detach().float() for param in model_of_scales().parameters()]
     scores = [matrix.abs() / matrix.double().square().mean().sqrt().float() for matrix in matrices]
     total = sum(round(0.1 * matrix.numel()) for matrix in matrices)
+    kept = [matrix.flatten().abs().sort().values for matrix in matrices]
+    kept[:2] = kept[0][:-100], kept[1][:20]
+    kept = [matrix / matrix.double().square().mean().sqrt().float() for matrix in kept]
+    least = torch.cat(kept).sort(descending=True).values[total - 1]
     threshold = torch.cat([score.flatten() for score in scores]).sort(descending=True).values[total - 1]
     wanted = [int((score >= threshold).sum()) for score in scores]
     found = ranks.run(world_size, divided, dp_replicate=replicas)
-    for counts, own, _ in found:
+    for counts, own, _, excluding in found:
+        assert sum(excluding) == total
+        assert excluding[1] <= 20
+        beside = [int(((part / least).log2().abs() < 2**-7).sum()) for part in kept]
+        assert all(abs(a - int((part >= least).sum())) <= b for a, part, b in zip(excluding, kept, beside, strict=True))
         assert sum(counts) == total
         assert own == [round(0.1 * matrix.numel()) for matrix in matrices]
         inside = [

@@ -33,4 +33,4 @@ class Random(Scored):
 
 def make(settings: Any) -> Random:
     """From the setting ``seed``."""
-    return Random(settings.seed)
+    return Random(settings.seed or 0)
