@@ -47,15 +47,21 @@ class Base:
     def files(self) -> ModelFolder:
         return ModelFolder(self.folder)
 
-    def change(self, delta: Delta, matrix: Matrix) -> tuple[Tensor, Tensor] | None:
-        """What a delta changes in a matrix: ``[k]`` int64 sorted flat indices in it, and ``[k]`` new values."""
+    def change(self, delta: Delta, matrix: Matrix, setting: str) -> tuple[Tensor, Tensor] | None:
+        """What a delta changes in a matrix: ``[k]`` int64 sorted flat indices in it, and ``[k]`` new values.
+
+        Raises:
+            UserError: naming ``setting``: the matrix has another shape.
+        """
         stored, part = self.names.holding(matrix.name, matrix.place)
         change = deltas.by_name(stored, delta)
         if change is None:
             return None
         shape = self.files.info(stored)["shape"]
         if list(change.shape) != shape:
-            raise UserError(f"{delta.location}: {stored} is {list(change.shape)} there, {shape} in model.path")
+            raise UserError(
+                f"{setting} {delta.location}: {stored} is {list(change.shape)} there, {shape} in model.path"
+            )
         inside, indices = part.inside(change.indices, *matrix.shape)
         return indices, change.values[inside]
 
@@ -124,7 +130,7 @@ def _delta(path: Path, base: Base, cache_dir: Path) -> Source:
     delta = delta_file.read(path)
 
     def indices(matrix: Matrix) -> Tensor:
-        change = base.change(delta, matrix)
+        change = base.change(delta, matrix, "selection.file")
         assert change is not None
         return change[0]
 
@@ -190,7 +196,7 @@ class Excluded:
         """``[e]`` int64 sorted flat indices into the whole of a matrix. Raises ``UserError`` if a delta is for another model."""
         found = [torch.empty(0, dtype=torch.int64)]
         for delta in self._deltas:
-            change = self._base.change(delta, matrix)
+            change = self._base.change(delta, matrix, "selection.exclude")
             if change is None:
                 continue
             if delta.base_digest != self._base.digest:

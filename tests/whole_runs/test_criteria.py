@@ -7,6 +7,8 @@ import pytest
 import ranks
 
 from liftdist import config as configs
+from liftdist.deltas import file as delta_file
+from liftdist.deltas import of_run
 from liftdist.errors import UserError
 from liftdist.runs.saver import Checkpointer
 
@@ -15,16 +17,23 @@ CHOICES = {
     "global": dict(criterion="residual", budget="global_threshold"),
     "pattern": dict(criterion="blocks", budget="by_pattern", shares=["*.down_proj=0.2", "*.q_proj=0"]),
     "random": dict(criterion="random"),
+    "excluding": dict(criterion="magnitude", budget="global_threshold", exclude=["first.delta"]),
+    "file": dict(criterion="file", file="first.delta", density=None),
 }
 STEPS = 6
 
 
 def settings_of(name, model, records, folder):
+    choice = dict(CHOICES[name])
+    if "exclude" in choice:
+        choice["exclude"] = [str(Path(folder) / path) for path in choice["exclude"]]
+    if "file" in choice:
+        choice["file"] = str(Path(folder) / choice["file"])
     return builders.config(
         model,
         records,
         Path(folder) / name,
-        selection=dict(refresh_interval=2) | CHOICES[name],
+        selection=dict(refresh_interval=2) | choice,
         train=dict(steps=STEPS, batch_size=6),
         optimizer=dict(lr=5e-3),
     )
@@ -43,7 +52,8 @@ def stopped_after_three(mesh, model, records, folder):
             counts.append(made.method.principal.counts)
             if made.step == 3:
                 builders.save(made, Checkpointer(attempt, mesh, 1, None))
-        found[name] = builders.global_digest(made), counts
+        made.method.principal.check_excluded()
+        found[name] = builders.global_digest(made), counts, made.method.principal.refreshes
     return found
 
 
@@ -57,21 +67,32 @@ def continued(mesh, model, records, folder):
         counts = [made.method.principal.counts]
         while made.step < STEPS:
             made.run_step()
-        found[name] = builders.global_digest(made), [*counts, made.method.principal.counts]
+        principal = made.method.principal
+        found[name] = builders.global_digest(made), [*counts, principal.counts], principal.refreshes
     return found
 
 
+def first_task(mesh, model, records, folder):
+    """A run of two steps, which may be any: its delta names weights."""
+    settings = builders.config(model, records, Path(folder) / "first", train=dict(steps=2), optimizer=dict(lr=5e-3))
+    builders.train_and_save(mesh, settings)
+    return settings.run_dir
+
+
 def test_they_continue(tiny_model, records, tmp_path):
+    (run_dir,) = ranks.run(1, first_task, tiny_model, records, tmp_path)
+    delta_file.write(of_run.of_run_dir(Path(run_dir), None, tiny_model)[0], tmp_path / "first.delta")
     (whole, *others) = ranks.run(2, stopped_after_three, tiny_model, records, tmp_path)
     assert all(other == whole for other in others)
     same = ranks.run(2, continued, tiny_model, records, tmp_path)[0]
     more = ranks.run(3, continued, tiny_model, records, tmp_path)[0]
-    for name, (digest, counts) in whole.items():
-        assert same[name] == (digest, [counts[3], counts[-1]]), name
+    for name, (digest, counts, refreshes) in whole.items():
+        assert refreshes == (0 if name == "file" else 3)
+        assert same[name] == (digest, [counts[3], counts[-1]], refreshes), name
         assert more[name][1][0] == counts[3], name
         assert all(sum(one) > 0 for one in counts)
-    changing = {name for name, (_, counts) in whole.items() if counts[0] != counts[-1]}
-    assert changing == {"threshold", "global"}
+    changing = {name for name, (_, counts, _) in whole.items() if counts[0] != counts[-1]}
+    assert {"threshold", "global"} <= changing <= {"threshold", "global", "excluding"}
     assert {sum(one) for one in whole["global"][1]} == {sum(whole["random"][1][0])}
 
 
