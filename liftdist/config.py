@@ -245,7 +245,7 @@ def _problem(value: Any, bounds: Mapping[str, Any]) -> str | None:
             return f"must be one of {', '.join(bounds['choices'])}" + (f" (did you mean {near[0]}?)" if near else "")
         if bounds["pattern"] and not re.fullmatch(bounds["pattern"], value, re.ASCII):
             example = f", such as {bounds['example']}" if bounds["example"] else ""
-            return f"is not of a form that SLURM takes{example}"
+            return f"is not of a form that {bounds['taken_by']} takes{example}"
         return None
     if problem := _unusable(value):
         return problem

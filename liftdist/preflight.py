@@ -1,4 +1,4 @@
-"""Checks before ranks start and weights are read: mesh layout, folders, first records, the model's type and its files' headers.
+"""Checks before ranks start and weights are read: mesh layout, folders, files, first records, the model's type and headers.
 
 Imports no torch itself, so that a wrong path is reported at once.
 """
@@ -15,6 +15,7 @@ from liftdist.models import stored
 from liftdist.models.check import check_model_folder
 from liftdist.models.hub import resolve_model
 from liftdist.runs import claims
+from liftdist.runs.layout import CHECKPOINTS
 from liftdist.schema import Config
 
 
@@ -33,8 +34,19 @@ def check_cache_dir(config: Config) -> None:
         ) from None
 
 
+def check_named(config: Config) -> None:
+    """Raises ``UserError`` if what names weights does not exist; a run that has a checkpoint needs no ``selection.file``."""
+    named = [("exclude", path) for path in config.selection.exclude]
+    if config.selection.file is not None and not (Path(config.run_dir).expanduser() / CHECKPOINTS).is_dir():
+        named.append(("file", config.selection.file))
+    for key, path in named:
+        if not Path(path).expanduser().exists():
+            raise UserError(f"selection.{key} {path}: no such file or folder")
+
+
 def check(config: Config, ranks: int | None, training: bool) -> None:
-    """Check the mesh layout, the run directory, the first records, the type of the model and its files' headers; takes seconds.
+    """Check the mesh layout, the run directory, the first records, the type of the model, its files' headers, and files that name
+    weights; takes seconds.
 
     Args:
         ranks: number of ranks, or None if not known yet.
@@ -46,6 +58,7 @@ def check(config: Config, ranks: int | None, training: bool) -> None:
     if ranks is not None:
         config.mesh.layout(ranks)
     check_cache_dir(config)
+    check_named(config)
     if training:
         claims.check_free(Path(config.run_dir).expanduser())
         records.check_first_records(config.data)

@@ -267,7 +267,7 @@ class MeshConfig:
 
 
 def _slurm(default: Any, help: str, **bounds: Any) -> Any:
-    return setting(default, help, changes=NOTHING, **bounds)
+    return setting(default, help, changes=NOTHING, taken_by="SLURM", **bounds)
 
 
 # names, lists of nodes, times and options as SLURM accepts them: no other text is passed to its commands

@@ -37,6 +37,7 @@ def setting(
     above: float | None = None,
     below: float | None = None,
     pattern: str | None = None,
+    taken_by: str = "this setting",
     example: str | None = None,
     changes: str = COURSE,
 ) -> Any:
@@ -45,13 +46,14 @@ def setting(
     Args:
         refused: choices that one might expect, and why there are none.
         pattern: regular expression that the whole text must match.
+        taken_by: who takes nothing else, for error messages.
         example: example of a list or of names and texts, for error messages.
         changes: what a change affects in a run that continues: ``NOTHING``, ``COURSE`` or ``STATE``.
     """
     metadata: dict[str, Any] = dict(
         help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below
     )
-    metadata |= dict(pattern=pattern, example=example, changes=changes, refused=refused or {})
+    metadata |= dict(pattern=pattern, taken_by=taken_by, example=example, changes=changes, refused=refused or {})
     if isinstance(default, list | dict):
         return field(default_factory=lambda: type(default)(default), metadata=metadata)
     return field(default=default, metadata=metadata)

@@ -226,7 +226,8 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     largest = max(m * n for m, n in size.trained.values())
     counts = selected(size, config)
     workspace = functools.partial(selection.workspace_of, criterion(config))
-    factoring = max(workspace(*shape, counts[name]) for name, shape in size.trained.items())
+    marked = bool(config.selection.exclude)  # one byte per weight
+    factoring = max(workspace(m, n, counts[name]) + marked * m * n for name, (m, n) in size.trained.items())
     sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # bytes per gradient to be reduced
     exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0
     return {
@@ -276,15 +277,15 @@ def criterion(config: Config) -> Any:
 
 
 def selected(size: Sizes, config: Config) -> Mapping[str, int]:
-    """Number of weights to train in each matrix, by name, as its budget allots them.
+    """Number of weights to train in each matrix, by name, as its budget allots them: with ``selection.exclude``, at most.
 
     Raises:
-        UserError: the criterion decides it, by the values of the weights.
+        UserError: the criterion decides it.
     """
     chosen, budget = rules(config.selection)
     if selection.decides_number(chosen):
         raise UserError(
-            f"selection.criterion={config.selection.criterion}: how many weights are trained is only known from their values; "
+            f"selection.criterion={config.selection.criterion}: how many weights are trained is known when they are selected; "
             f"run liftdist select, and plan with the selection.density that it prints and another criterion"
         )
     return budget.allot(size.trained)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from liftdist import config as configs
+from liftdist import preflight
 from liftdist.console import Console
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import of_run
@@ -287,6 +288,19 @@ def test_a_delta_that_has_changed_is_a_change_of_the_run():
     assert (
         between({}, {"selection.exclude": "2"}) == []
     )  # the setting itself has changed, or an older version did not know
+
+
+def test_files_that_do_not_exist_are_refused_before_ranks_start(tmp_path):
+    """But a run that has a checkpoint has its own selection, whatever became of the file."""
+    for selection, named in (
+        (dict(criterion="file", file=f"{tmp_path}/x"), "file"),
+        (dict(density=0.1, exclude=[str(tmp_path), f"{tmp_path}/x"]), "exclude"),
+    ):
+        config = settings(tmp_path, **selection)
+        with pytest.raises(UserError, match=f"selection.{named} {tmp_path}/x: no such file or folder"):
+            preflight.check_named(config)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    preflight.check_named(settings(tmp_path, criterion="file", file=f"{tmp_path}/x"))
 
 
 @pytest.mark.parametrize(

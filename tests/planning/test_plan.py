@@ -10,6 +10,7 @@ from commands import call, write_config
 
 from liftdist.errors import UserError
 from liftdist.planning import plan
+from liftdist.registry import BUDGETS, CRITERIA
 
 
 @pytest.fixture
@@ -76,3 +77,31 @@ def test_a_run_that_cannot_fit_is_not_submitted(tiny_model, tmp_path):
     loaded.slurm.gpu_memory = 0.001
     with pytest.raises(UserError, match=r"slurm.gpu_memory=0.001: does not fit: .* on 2 shards"):
         plan.check_fits(loaded, 1, 2)
+
+
+CHOICES = [
+    *(["selection.criterion=" + name] for name in CRITERIA if name not in ("threshold", "file")),
+    *(["selection.budget=" + name] for name in BUDGETS if name != "by_pattern"),
+    ["selection.budget=by_pattern", 'selection.shares=["*.down_proj=0.3", "*.q_proj=0"]'],
+    ["selection.exclude=[a.delta]"],
+]
+
+
+def test_every_choice_of_weights_is_planned(config):
+    plain = json.loads(call("plan", config, "--gpus-per-node=2", "--json")[1])
+    for words in CHOICES:
+        code, said = call("plan", config, "--gpus-per-node=2", "--json", *words)
+        assert code == 0, said
+        found = json.loads(said)
+        assert found["model"]["principal"] == plain["model"]["principal"]  # the sum is what was asked
+        assert found["memory"]["selecting"] > 0
+        assert found["selection"]["all"] > 0
+    largest = 50 * 93
+    excluding = found["memory"]["selecting"] - plain["memory"]["selecting"]
+    assert excluding == largest
+    for words in (
+        ["selection.criterion=threshold", "selection.threshold=0.1"],
+        ["selection.criterion=file", "selection.file=f"],
+    ):
+        code, said = call("plan", config, "--gpus-per-node=2", "selection.density=", *words)
+        assert (code, "how many weights are trained is known when they are selected" in said) == (2, True), said

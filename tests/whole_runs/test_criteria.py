@@ -104,7 +104,7 @@ def test_they_continue(tiny_model, records, tmp_path):
         (["density=0.1", "threshold=0.1"], "selection.threshold: is used by selection.criterion=threshold alone"),
         (["density=0.1", "block_size=2"], "selection.block_size: is used by selection.criterion=blocks alone"),
         (["density=0.1", "budget=by_pattern"], "selection.shares: must be given with selection.budget=by_pattern"),
-        (["density=0.1", "budget=by_pattern", "shares=['*=-1']"], "selection.shares: "),
+        (["density=0.1", "budget=by_pattern", "shares=['*=-1']"], "selection.shares: is not of a form that this setting takes"),
         (["density=0.1", "criterion=lowrank"], "did you mean low_rank"),
     ],
 )  # fmt: skip
