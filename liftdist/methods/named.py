@@ -119,9 +119,8 @@ class Source:
     """What one kind of file holds."""
 
     digest: str
-    shapes: Mapping[
-        str, list[int] | None
-    ]  # of its matrices, by the names that it has for them; None: checked elsewhere
+    #: Of its matrices, by the names that it has for them; None if it does not say, or that is checked elsewhere.
+    shapes: Mapping[str, list[int] | None]
     name_of: Callable[[Matrix], str]  # such a name
     indices: Callable[[Matrix], Tensor]  # [k] int64 sorted flat indices into the whole of a matrix
 

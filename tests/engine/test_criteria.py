@@ -112,8 +112,9 @@ def test_excluded_entries_are_left_out_and_the_next_ones_taken():
             assert len(found) == k
             assert found <= kept
             few, many = (next(part for part in order if len(part) >= least) for least in (k - 5, k))
-            assert few - found == set() or len(few - found) <= 6, name
-            assert len(found - many) <= 2, name
+            rounding = 2 * (name not in ("magnitude", "smallest"))
+            assert len(few - found) <= rounding, name
+            assert len(found - many) <= rounding, name
         with pytest.raises(ValueError, match="num_selected must be 0 to 950"):
             criterion(name)(weight, 951, 7, excluded)
     principal = set(DENSE["low_rank"](weight, 155).tolist())

@@ -182,13 +182,32 @@ def test_kept_selections_and_runs_name_weights_too(models):
     folder = models["llama"]
     first = run(2, [settings(folder, density=0.1, criterion="random", seed=4)])[0]
     of_cache = settings(folder, criterion="file", file=first[1])
-    (of_run_dir,) = ranks.run(1, builders_run, folder)
+    (of_run_dir,) = ranks.run(1, checkpointed, folder)
     found = run(1, [of_cache, settings(folder, criterion="file", file=str(folder / "trained" / "run"))])
     assert found[0][0] == first[0]
     assert found[1][0] == of_run_dir
 
 
-def builders_run(mesh, folder):
+def test_a_kept_selection_is_found_by_the_contents_of_files(models, tmp_path):
+    folder, other = models["llama"], tmp_path / "elsewhere"
+    shutil.copy(folder / "delta", other)
+    choices = [
+        dict(density=0.1, criterion="magnitude"),
+        dict(density=0.1, criterion="magnitude", exclude=[str(folder / "delta")]),
+        dict(density=0.1, criterion="magnitude", exclude=[str(other)]),
+        dict(criterion="file", file=str(folder / "delta")),
+        dict(criterion="file", file=str(other)),
+    ]
+    found = run(1, [settings(folder, **choice) for choice in choices])
+    plain, excluding, copied, by_file, by_copy = [one[1] for one in found]
+    assert excluding == copied
+    assert by_file == by_copy
+    assert len({plain, excluding, by_file}) == 3
+    assert found[1][0] == found[2][0]
+    assert found[3][0] == found[4][0]
+
+
+def checkpointed(mesh, folder):
     """Three steps' worth of a checkpoint, with a refresh: every weight that was selected at any time."""
     config = settings(folder, density=0.1, criterion="magnitude")
     config.run_dir = str(folder / "trained" / "run")
