@@ -67,6 +67,7 @@ CRITERIA = Registry(
         "random": "entries at random, the same on any number of ranks",
         "residual": "the entries that low-rank approximation leaves over most of",
         "blocks": "the blocks of entries that are largest after low-rank approximation",
+        "channels": "whole channels at random, the same for all matrices of a module",
         "off_principal": "the smallest entries outside the principal ones",
         "threshold": "all entries below `threshold`, however many",
         "file": "the entries that `file` names: of a delta, another run, or a selection that was kept",
@@ -82,6 +83,8 @@ BUDGETS = Registry(
     {
         "per_matrix": "each matrix by its own size, from `density` or `budget_rank`",
         "by_pattern": "the same in all, divided by `shares`",
+        "half": "half of the matrices, whole, drawn anew at each refresh",
+        "layers": "`layers` of the decoder layers, whole, drawn anew at each refresh",
         "global_threshold": "the same in all, divided by one threshold for the scores of all matrices",
     },
 )

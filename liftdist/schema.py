@@ -81,8 +81,9 @@ class SelectionConfig:
         changes=STATE,
     )
     seed: int | None = setting(
-        None, "seeds `criterion=random`; 0 if unset", at_least=0, at_most=2**32 - 1, changes=STATE
+        None, "seeds what is drawn at random; 0 if unset", at_least=0, at_most=2**32 - 1, changes=STATE
     )
+    layers: int | None = setting(None, "decoder layers that `budget=layers` trains", at_least=1, changes=STATE)
     shares: list[str] = setting(
         [],
         "for `budget=by_pattern`, `PATTERN=SHARE` of module names: the first that fits counts, others keep their share",
@@ -104,15 +105,32 @@ class SelectionConfig:
                     yield name, f"{decides}; unset it: selection.{name}="
             if self.budget != "per_matrix":
                 yield "budget", f"{decides}; leave it out"
+        elif self.budget in ("half", "layers"):
+            for name in ("density", "budget_rank"):
+                if getattr(self, name) is not None:
+                    yield (
+                        name,
+                        f"is not used: selection.budget={self.budget} trains whole matrices; unset it: selection.{name}=",
+                    )
+            if self.criterion != "low_rank":
+                yield "criterion", f"is not used: selection.budget={self.budget} trains whole matrices; leave it out"
         elif (self.density is None) == (self.budget_rank is None):
             given = "neither" if self.density is None else "both"
             key = "density" if given == "both" else ""
             yield key, f"set exactly one of selection.density and selection.budget_rank, got {given}"
         if not self.modules:
             yield "modules", "must name at least one pattern"
-        for name, of in (("block_size", "blocks"), ("threshold", "threshold"), ("file", "file"), ("seed", "random")):
+        for name, of in (("block_size", "blocks"), ("threshold", "threshold"), ("file", "file")):
             if getattr(self, name) is not None and self.criterion != of:
                 yield name, f"is used by selection.criterion={of} alone; unset it: selection.{name}="
+        if (
+            self.seed is not None
+            and self.criterion not in ("random", "channels")
+            and self.budget not in ("half", "layers")
+        ):
+            yield "seed", "is used by what is drawn at random alone; unset it: selection.seed="
+        if (self.layers is None) == (self.budget == "layers"):
+            yield "layers", "must be given with selection.budget=layers, and with no other budget"
         if bool(self.shares) != (self.budget == "by_pattern"):
             yield "shares", "must be given with selection.budget=by_pattern, and with no other budget"
 

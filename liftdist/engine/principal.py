@@ -124,14 +124,11 @@ class PrincipalWeights:
         self.matrices = [describe(name, place) for name, place in found]
         self.criterion = criterion or LowRank(filter_rank, method)
         self.budget = budget or PerMatrix(density, budget_rank)
-        allotted = self.budget.allot({m.name: m.shape for m in self.matrices})
         self.excluded = excluded
         with together():  # what is excluded may come from files
             self.num_excluded = [0 if excluded is None else excluded(matrix).numel() for matrix in self.matrices]
-        room = [matrix.numel - number for matrix, number in zip(self.matrices, self.num_excluded, strict=True)]
-        self.allotted = [allotted[matrix.name] for matrix in self.matrices]
-        if not self._compares:
-            self.allotted = [min(pair) for pair in zip(self.allotted, room, strict=True)]
+        self.refreshes = 0  # how many times the weights have been selected before
+        self.allotted = self._allot()
         self.counts = self.allotted  # principal weights of each whole matrix
         if not sum(self.allotted) and self.is_known:
             share = f"budget rank {budget_rank}" if density is None else f"density {density}"
@@ -149,7 +146,6 @@ class PrincipalWeights:
         self.shard_group = shard_group(self.matrices[0].param)
         self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
         self._progress = progress
-        self.refreshes = 0  # how many times the weights have been selected before
         self._multiple_of = multiple_of
         self._base = BaseValues() if keep_base else None
         self._is_at_base = False
@@ -182,10 +178,23 @@ class PrincipalWeights:
             counts = selection.compare(self.matrices, counts, self.criterion, *shared)
         return selection.select(self.matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
 
+    def _allot(self) -> list[int]:
+        """Weights of each matrix to select now, as the budget says."""
+        shapes = {matrix.name: matrix.shape for matrix in self.matrices}
+        redrawn = (self.refreshes,) if self._redraws else ()
+        allotted = self.budget.allot(shapes, *redrawn)
+        room = [matrix.numel - number for matrix, number in zip(self.matrices, self.num_excluded, strict=True)]
+        counts = [allotted[matrix.name] for matrix in self.matrices]
+        return counts if self._compares else [min(pair) for pair in zip(counts, room, strict=True)]
+
     @property
     def is_known(self) -> bool:
-        """Whether the budget alone says how many weights of a matrix are selected, or the values of the weights, too."""
-        return not (self._compares or selection.decides_number(self.criterion))
+        """Whether the same number of weights of a matrix is selected each time, as the budget alone says."""
+        return not (self._compares or self._redraws or selection.decides_number(self.criterion))
+
+    @property
+    def _redraws(self) -> bool:
+        return bool(getattr(self.budget, "redraws", False))
 
     @property
     def _compares(self) -> bool:
@@ -304,6 +313,7 @@ class PrincipalWeights:
         states = self._element_states(optimizer)
         old_segments, old_values = self._segments, self.values.detach()
         self.refreshes = self.refreshes + 1 if number is None else number
+        self.allotted = self._allot()
         self._lay_out(self.select())
         if not self.num_selected:
             raise UserError(f"nothing is left to train: {self.criterion} selects no weight of any matrix")

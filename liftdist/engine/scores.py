@@ -62,6 +62,8 @@ class Scored(ABC):
             raise ValueError(
                 f"num_selected must be 0 to {available} for shape {tuple(weight.shape)}, got {num_selected}"
             )
+        if num_selected in (0, weight.numel()):
+            return torch.arange(num_selected, device=weight.device)
         with self.scored(weight, num_selected, seed, excluded) as scores_of:
             return top_k(scores_of, weight.shape, num_selected)
 

@@ -53,7 +53,8 @@ class Budget(Protocol):
     def allot(self, shapes: Mapping[str, tuple[int, int]], /) -> Mapping[str, int]:
         """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name.
 
-        With a member ``compares`` that is true the sum is divided anew by the scores, see :func:`compare`.
+        With a member ``compares`` that is true the sum is divided anew by the scores, see :func:`compare`. With one ``redraws``
+        that is true it differs from one selection to the next, and gets as a second argument how many there were before.
         """
 
 

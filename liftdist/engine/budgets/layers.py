@@ -1,0 +1,45 @@
+"""Some decoder layers, whole; drawn anew at each refresh.
+
+L = `layers` of the decoder layers, uniformly at random        (LISA, arXiv 2403.17919, which also trains embedding and head)
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from liftdist.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layers:
+    """
+    Args:
+        layers: how many.
+        seed: another seed draws others.
+    """
+
+    layers: int
+    seed: int = 0
+    redraws: ClassVar[bool] = True
+
+    def allot(self, shapes: Mapping[str, tuple[int, int]], refreshes: int = 0) -> dict[str, int]:
+        """All weights of a matrix, or none, by name. Raises ``UserError`` if there are fewer layers than that."""
+        layer_of = {name: found[0] if (found := re.match(r".*?\.\d+(?=\.)", f".{name}")) else "" for name in shapes}
+        every = sorted({layer for layer in layer_of.values() if layer}, key=lambda layer: (len(layer), layer))
+        if self.layers > len(every):
+            raise UserError(
+                f"selection.layers: must be at most {len(every)}, the layers with trained matrices, got {self.layers}"
+            )
+        drawn = np.random.default_rng([self.seed, refreshes]).permutation(len(every))[: self.layers]
+        chosen = {every[place] for place in drawn}
+        return {name: m * n if layer_of[name] in chosen else 0 for name, (m, n) in shapes.items()}
+
+
+def make(settings: Any) -> Layers:
+    """From the settings ``layers`` and ``seed``."""
+    return Layers(settings.layers, settings.seed or 0)

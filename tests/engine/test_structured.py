@@ -1,0 +1,111 @@
+"""Channels, halves and layers: what is trained, how it is drawn anew, on any mesh, and over a refresh."""
+
+import collections
+
+import builders
+import pytest
+import ranks
+import torch
+from transformers import AutoModelForCausalLM
+
+from liftdist import PrincipalWeights
+from liftdist.engine.budgets.half import Half
+from liftdist.engine.budgets.layers import Layers
+from liftdist.engine.criteria.channels import Channels
+from liftdist.engine.sgd import PrincipalSGD
+from liftdist.errors import UserError
+from liftdist.models.load import load
+from liftdist.schema import ModelConfig
+
+LAYERS = 6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return builders.llama(tmp_path_factory.mktemp("six"), num_hidden_layers=LAYERS)
+
+
+def shapes_of(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    return {matrix.name: matrix.shape for matrix in PrincipalWeights(model, density=0.1).matrices}
+
+
+def test_half_of_the_matrices_of_every_module(folder):
+    shapes = shapes_of(folder)
+    seen = collections.Counter()
+    for refreshes in range(40):
+        counts = Half(seed=3).allot(shapes, refreshes)
+        assert counts == Half(seed=3).allot(dict(reversed(shapes.items())), refreshes)
+        assert all(count in (0, m * n) for count, (m, n) in zip(counts.values(), shapes.values(), strict=True))
+        modules = collections.Counter(name.rsplit(".", 2)[0] for name, count in counts.items() if count)
+        assert {modules[f"model.layers.{i}.self_attn"] for i in range(LAYERS)} == {2}
+        assert sorted(modules[f"model.layers.{i}.mlp"] for i in range(LAYERS)) == [1, 1, 1, 2, 2, 2]
+        seen.update(name for name, count in counts.items() if count)
+    assert set(seen) == set(shapes)
+    assert 8 < min(seen.values()) <= max(seen.values()) < 32
+
+
+def test_layers_are_trained_whole(folder):
+    shapes = shapes_of(folder)
+    drawn = set()
+    for refreshes in range(30):
+        counts = Layers(layers=2).allot(shapes, refreshes)
+        trained = {name.split(".")[2] for name, count in counts.items() if count}
+        assert len(trained) == 2
+        assert sum(counts.values()) == sum(m * n for name, (m, n) in shapes.items() if name.split(".")[2] in trained)
+        drawn.add(frozenset(trained))
+    assert len(drawn) > 5
+    with pytest.raises(UserError, match=r"selection.layers: must be at most 6"):
+        Layers(layers=7).allot(shapes)
+
+
+def test_channels_are_whole_and_shared_by_a_module(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    principal = PrincipalWeights(model, density=0.1, criterion=Channels(seed=1))
+    found = {}
+    for matrix, indices in zip(principal.matrices, principal.indices, strict=True):
+        places = torch.zeros(matrix.shape, dtype=torch.bool)
+        places.view(-1)[indices.long()] = True
+        layer, kind = matrix.name.split(".")[2], matrix.name.split(".")[-2]
+        along = places.T if kind in ("down_proj", "o_proj") else places
+        assert int(along.any(1).sum()) <= int(along.all(1).sum()) + 1  # one channel in part
+        found[layer, kind] = set(along.all(1).nonzero().squeeze(1).tolist())
+    assert found["0", "gate_proj"] == found["0", "up_proj"]
+    assert found["0", "down_proj"] == found["0", "up_proj"]
+    assert found["0", "k_proj"] <= set(range(6))
+    assert found["0", "up_proj"] != found["1", "up_proj"]
+
+
+def train(mesh, folder):
+    found = []
+    for settings in (
+        dict(budget=Half()),
+        dict(budget=Layers(layers=1)),
+        dict(density=0.1, criterion=Channels(seed=1)),
+    ):
+        model, _ = load(folder, ModelConfig(path=str(folder), dtype="float32"), mesh)
+        principal = PrincipalWeights(model, replicate_group=mesh.replicate_group, **settings)
+        optimizer = PrincipalSGD(principal, lr=0.1)
+        counts = [principal.counts]
+        for step in range(3):
+            model(input_ids=torch.arange(8)[None] + step, labels=torch.arange(8)[None]).loss.backward()
+            principal.reduce_gradients(mesh.world_size)  # load() makes FSDP sum
+            optimizer.step()
+            principal.refresh(optimizer)
+            counts.append(principal.counts)
+        weights = [param.full_tensor().detach() for param in model.parameters()]
+        found.append((counts, [float(weight.double().sum()) for weight in weights]))
+    return found
+
+
+def test_they_are_drawn_alike_on_any_mesh(folder):
+    alone = ranks.run(1, train, folder)[0]
+    for world_size, replicas in ((3, 1), (4, 2)):
+        for (counts, sums), (own, own_sums) in zip(
+            alone, ranks.run(world_size, train, folder, dp_replicate=replicas)[0], strict=True
+        ):
+            assert counts == own
+            assert sums == pytest.approx(own_sums, rel=1e-4)
+    for counts, _ in alone[:2]:
+        assert len({tuple(one) for one in counts}) >= 3
+    assert len({tuple(one) for one in alone[2][0]}) == 1
