@@ -106,6 +106,9 @@ def test_they_continue(tiny_model, records, tmp_path):
         (["density=0.1", "budget=by_pattern"], "selection.shares: must be given with selection.budget=by_pattern"),
         (["density=0.1", "budget=by_pattern", "shares=['*=-1']"], "selection.shares: is not of a form that this setting takes"),
         (["density=0.1", "criterion=lowrank"], "did you mean low_rank"),
+        (["density=0.1", "budget=half"], "selection.density: is not used: selection.budget=half trains whole matrices"),
+        (["budget=layers"], "selection.layers: must be given with selection.budget=layers"),
+        (["budget=half", "criterion=random"], "selection.criterion: is not used: selection.budget=half trains"),
     ],
 )  # fmt: skip
 def test_settings_that_would_not_be_used_are_refused(overrides, problem, tmp_path):
