@@ -329,7 +329,7 @@ def test_files_that_do_not_exist_are_refused_before_ranks_start(tmp_path):
         (["criterion=file", "file=f", "density=0.1"], "selection.density: is not used: selection.file says how many"),
         (["criterion=file", "file=f", "budget=global_threshold"], "selection.budget: is not used: selection.file says"),
         (["density=0.1", "file=f"], "selection.file: is used by selection.criterion=file alone; unset it: selection.file="),
-        (["density=0.1", "seed=1"], "selection.seed: is used by selection.criterion=random alone"),
+        (["density=0.1", "seed=1"], "selection.seed: is used by what is drawn at random alone"),
     ],
 )  # fmt: skip
 def test_settings_that_would_not_be_used_are_refused(overrides, problem, tmp_path):
