@@ -92,12 +92,26 @@ BUDGETS = Registry(
 #: ``make(principal, settings)``: a torch optimizer of ``principal.values`` whose step writes them back, with ``element_states``.
 OPTIMIZERS = Registry("optimizer", "liftdist.engine", {"adamw": "AdamW", "sgd": "SGD with momentum"})
 
-#: ``per_token(logits, labels)``: the loss of each token, zero where there is no label.
-LOSSES = Registry("loss", "liftdist.training.losses", {"cross_entropy": "negative log-likelihood"})
+#: ``make(settings)``: a :class:`liftdist.training.losses.Loss`.
+LOSSES = Registry(
+    "loss",
+    "liftdist.training.losses",
+    {
+        "cross_entropy": "negative log-likelihood, also with smoothed labels and z-loss",
+        "dft": "the same times the token's own probability, which is held constant",
+        "asft": "DFT, and the divergence from the base model",
+        "masked_thought": "cross-entropy on responses of whose input some tokens are replaced",
+    },
+)
 
-#: ``run(context, inputs, model)``: figures by tag.
+#: ``run(context, inputs, model, method)``: figures by tag.
 EVALUATIONS = Registry(
-    "evaluation", "liftdist.evaluation", {"held_out_loss": "mean loss on the held-out data, and on each set of it"}
+    "evaluation",
+    "liftdist.evaluation",
+    {
+        "held_out_loss": "mean cross-entropy on the held-out data, and on each set of it",
+        "kl_to_base": "with `train.eval_kl`, the mean divergence from the base model there",
+    },
 )
 
 #: ``start(run_dir, after)``: a :class:`liftdist.training.recorder.Tracker`.

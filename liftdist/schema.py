@@ -219,6 +219,25 @@ class TrainConfig:
         "mean over all labelled tokens of a step's batch, or over its samples of each sample's own mean",
         choices=("token", "sequence"),
     )
+    label_smoothing: float = setting(
+        0.0, "share of each label that is spread evenly over the vocabulary", at_least=0, below=1
+    )
+    z_loss: float = setting(0.0, "factor of the squared log of the softmax's normaliser, added to the loss", at_least=0)
+    kl_weight: float | None = setting(
+        None, "factor of the divergence from the base model in `loss=asft`; 0.1 if unset, 0 makes it `dft`", at_least=0
+    )
+    mask_probability: float | None = setting(
+        None,
+        "probability with which `loss=masked_thought` replaces a response token of the input; 0.4 if unset",
+        above=0,
+        at_most=1,
+    )
+    mask_warmup: float | None = setting(
+        None, "share of the steps over which that probability rises from 0; 0.66 if unset", at_least=0, at_most=1
+    )
+    mask_token: str | None = setting(
+        None, "token that stands in place of replaced ones; the tokenizer's mask token if unset"
+    )
     epochs: int = setting(1, "passes over the data", at_least=1)
     steps: int | None = setting(None, "optimizer steps; overrides `epochs`", at_least=1)
     batch_size: int = setting(16, "sequences per optimizer step, over all ranks", at_least=1)
@@ -226,6 +245,11 @@ class TrainConfig:
     seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
     eval_interval: int = setting(
         0, "steps between evaluations; 0: only before and after training", at_least=0, changes=NOTHING
+    )
+    eval_kl: bool = setting(
+        False,
+        "measure at each evaluation how far the model is from the base model on held-out data, which takes two forwards more",
+        changes=NOTHING,
     )
     log_interval: int = setting(1, "steps between two entries in the metrics", at_least=1, changes=NOTHING)
     deterministic: bool = setting(
@@ -248,6 +272,27 @@ class TrainConfig:
         at_least=0,
         changes=NOTHING,
     )
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the loss compares with the base model."""
+        return self.loss == "asft" and self.kl_weight != 0
+
+    def problems(self) -> Iterator[Problem]:
+        for name, losses in _OF_LOSSES.items():
+            if getattr(self, name) != getattr(TrainConfig, name) and self.loss not in losses:
+                yield name, f"is not used by train.loss={self.loss}, but by {' and '.join(losses)} alone; leave it out"
+
+
+#: Settings that not every loss uses, and those that do.
+_OF_LOSSES = {
+    "label_smoothing": ("cross_entropy", "masked_thought"),
+    "z_loss": ("cross_entropy", "masked_thought"),
+    "kl_weight": ("asft",),
+    "mask_probability": ("masked_thought",),
+    "mask_warmup": ("masked_thought",),
+    "mask_token": ("masked_thought",),
+}
 
 
 @dataclass
@@ -347,9 +392,11 @@ class Config:
     @property
     def keeps_base(self) -> bool:
         """Whether the base values of trained weights are needed in training."""
-        return self.optimizer.decay_towards == "base"
+        return self.optimizer.decay_towards == "base" or self.train.needs_base or self.train.eval_kl
 
     def problems(self) -> Iterator[Problem]:
+        if self.train.eval_kl and not (self.data.eval_path or self.data.eval_sources or self.data.eval_share):
+            yield "train.eval_kl", "needs held-out data: give data.eval_path, data.eval_sources or data.eval_share"
         if self.optimizer.dtype == "bfloat16" and self.model.dtype == "float32":
             yield "optimizer.dtype", "must be float32 with model.dtype=float32, or set model.dtype=bfloat16"
         flash = "flash" in (self.model.attn_implementation or "")

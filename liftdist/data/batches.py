@@ -65,5 +65,5 @@ def _sources(samples: Mixture, sequences: Sequence[list[int]], shape: Sequence[i
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch on ``device``, except labels and sources: the loss looks up labelled positions on the host."""
-    return {key: value if key in ("labels", "sources") else value.to(device) for key, value in batch.items()}
+    """The batch on ``device``, except what goes with labels: the loss looks up labelled positions on the host."""
+    return {key: value if key in ("labels", "sources", "weights") else value.to(device) for key, value in batch.items()}

@@ -1,6 +1,7 @@
-"""Evaluations of a model during a run, one per file: ``run(context, inputs, model)``.
+"""Evaluations of a model during a run, one per file: ``run(context, inputs, model, method)``.
 
 :data:`liftdist.registry.EVALUATIONS` lists them.
 
-In: a model, sharded or not, and inputs. Out: metrics by tag. Must not change the model, nor know checkpoints.
+In: a model, sharded or not, inputs, and the method that trains it. Out: metrics by tag. Must leave the model as it was, and not
+know checkpoints.
 """

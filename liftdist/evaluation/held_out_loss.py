@@ -1,47 +1,16 @@
-"""Mean cross-entropy over all labelled tokens of the held-out data, whatever ``train.loss_reduction`` is."""
+"""Mean cross-entropy on the held-out data, ``eval/loss``, whatever ``train.loss`` and ``train.loss_reduction`` are."""
 
 from __future__ import annotations
 
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from liftdist.data.batches import collate, to_device
-from liftdist.data.order import split_micro_batches
-from liftdist.data.tokenised import IGNORED, Samples
+from liftdist.evaluation import held_out
+from liftdist.methods.lift import Lift
 from liftdist.runs.context import RunContext
 from liftdist.training import objective
 from liftdist.training.inputs import Inputs
 
 
-def run(context: RunContext, inputs: Inputs, model: nn.Module) -> dict[str, float]:
-    """The mean over all sets of held-out data, ``eval/loss``, and, of several, that of each, ``eval/NAME/loss``. Collective.
-
-    Returns:
-        Means by tag; none without held-out data.
-    """
-    if not inputs.held_out:
-        return {}
-    model.eval()
-    totals = torch.stack([_totals(context, samples, model) for samples in inputs.held_out.values()])
-    model.train()
-    dist.all_reduce(totals)
-    figures = {"eval/loss": (totals[:, 0].sum() / totals[:, 1].sum()).item()}
-    if len(inputs.held_out) > 1:
-        means = (totals[:, 0] / totals[:, 1]).tolist()
-        figures |= {f"eval/{name}/loss": mean for name, mean in zip(inputs.held_out, means, strict=True)}
-    return figures
-
-
-@torch.no_grad()
-def _totals(context: RunContext, samples: Samples, model: nn.Module) -> Tensor:
-    """This rank's part of the losses of ``samples``, summed, and of the number of labelled tokens: ``[2]`` float64."""
-    mesh, micro_batch_size = context.mesh, context.config.train.micro_batch_size
-    everything = [[sample] for sample in range(len(samples))]
-    totals = torch.zeros(2, dtype=torch.float64, device=mesh.device)
-    for micro in split_micro_batches(everything, samples.lengths, mesh.rank, mesh.world_size, micro_batch_size):
-        context.cancellation.boundary()
-        batch = to_device(collate(samples, micro), mesh.device)
-        totals[0] += objective.token_losses(model, batch)
-        totals[1] += int((batch["labels"] != IGNORED).sum())
-    return totals
+def run(context: RunContext, inputs: Inputs, model: PreTrainedModel, method: Lift) -> dict[str, float]:
+    """See :func:`liftdist.evaluation.held_out.means`. Collective."""
+    return held_out.means(context, inputs, model, "loss", lambda batch: objective.token_losses(model, batch))

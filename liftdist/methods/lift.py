@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -102,6 +103,10 @@ class Lift:
         if saved and saved != self.optimizer.element_states:
             tensors, scalars = {key: tensor for key, tensor in tensors.items() if "/optimizer." not in key}, {}
         self.principal.load_state_dict(tensors, self.optimizer, scalars)
+
+    def at_base(self) -> AbstractContextManager[None]:
+        """A context in which the model is the base model, see :meth:`PrincipalWeights.at_base`; if ``config.keeps_base``."""
+        return self.principal.at_base()
 
     def describe(self, model: nn.Module) -> str:
         """A summary of the trained weights in plain text. Collective."""

@@ -3,7 +3,8 @@
     L = sum over labelled tokens t of  w_t loss(W h_t, y_t)     W [vocabulary, d] the frozen output head
 
 Tokens are processed in chunks. As ``W`` is frozen, ``dL/dh_t`` is all that backward needs: it is computed right after a chunk's
-logits, in forward, without recomputation.
+logits, in forward, without recomputation. A loss that compares with the base model is given its logits too, chunk by chunk: they
+are ``W`` times the hidden states of the base model, kept for the labelled positions.
 
 Some models also scale or cap their logits: :func:`is_plain` compares both ways on a few tokens.
 """
@@ -29,8 +30,9 @@ from liftdist.models.build import class_name
 
 CHUNK_LOGITS = 2**25  # logits per chunk; about 14 B of memory for each
 
-#: logits [T, V], labels [T] -> [T] float32, the loss of each token, zero where there is no label
-Loss = Callable[[Tensor, Tensor], Tensor]
+#: logits [T, V], labels [T] -> [T] float32, the loss of each token, zero where there is no label. One that compares with the base
+#: model takes the base model's logits [T, V] as a third argument.
+PerToken = Callable[..., Tensor]
 
 
 @dataclass(frozen=True)
@@ -51,18 +53,30 @@ class Terms:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """``(hidden [T, d], head [V, d], labels [T], loss, terms) -> []`` float32, summed; only ``hidden`` gets a gradient."""
+    """``(hidden [T, d], head [V, d], labels [T], loss, terms, base [T, d]) -> []`` float32, summed; ``hidden`` gets a gradient.
+
+    ``base``: hidden states of the base model, for a loss that compares with it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, labels: Tensor, loss: Loss, terms: Terms = Terms()) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        head: Tensor,
+        labels: Tensor,
+        loss: PerToken,
+        terms: Terms = Terms(),
+        base: Tensor | None = None,
+    ) -> Tensor:
         tokens = max(1, CHUNK_LOGITS // head.shape[0])
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, hidden.shape[0], tokens):
+            chunk = slice(begin, begin + tokens)
+            others = () if base is None else (F.linear(base[chunk], head),)
             with torch.set_grad_enabled(gradient is not None):
-                chunk = slice(begin, begin + tokens)
                 part = hidden[chunk].detach().requires_grad_(gradient is not None)
-                summed = terms.add(loss(F.linear(part, head), labels[chunk]), chunk)
+                summed = terms.add(loss(F.linear(part, head), labels[chunk], *others), chunk)
             if gradient is not None:
                 gradient[chunk] = torch.autograd.grad(summed, part)[0]
             total += summed.detach()
@@ -70,15 +84,16 @@ class ChunkedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None, None
+        return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None, None, None
 
 
 def in_chunks(model: PreTrainedModel) -> None:
-    """Add ``chunked_loss``, see :func:`_chunked_loss`, to a model for which :func:`is_plain` holds."""
-    model.chunked_loss = types.MethodType(_chunked_loss, model)
-    register_fsdp_forward_method(model, "chunked_loss")  # if it is sharded, FSDP gathers the head for the call
+    """Add ``chunked_loss`` and ``hidden_at``, see the functions below, to a model for which :func:`is_plain` holds."""
+    for name, function in (("chunked_loss", _chunked_loss), ("hidden_at", _hidden_at)):
+        setattr(model, name, types.MethodType(function, model))
+        register_fsdp_forward_method(model, name)  # if it is sharded, FSDP gathers the head for the call
 
 
 def _chunked_loss(
@@ -87,19 +102,26 @@ def _chunked_loss(
     position_ids: Tensor,
     places: Tensor,
     labels: Tensor,
-    loss: Loss,
+    loss: PerToken,
     terms: Terms = Terms(),
+    base: Tensor | None = None,
     **others: Any,
 ) -> Tensor:
     """The summed loss at ``places [P]`` of sequences ``[B, L]``; ``labels [B, P]``, ``terms`` of ``B P``. Float32 ``[]``.
 
-    ``others`` are arguments of the decoder.
+    ``base`` is what :func:`_hidden_at` gave of the base model; ``others`` are arguments of the decoder.
     """
+    chosen = _hidden_at(model, input_ids, position_ids, places, **others)
+    return ChunkedLoss.apply(chosen, model.get_output_embeddings().weight, labels.flatten(), loss, terms, base)
+
+
+def _hidden_at(
+    model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor, places: Tensor, **others: Any
+) -> Tensor:
+    """The last hidden states at ``places [P]`` of sequences ``[B, L]``: ``[B P, d]`` in the dtype of the head."""
     decoder = text_decoder(model)
     hidden = decoder(**text_inputs(decoder, model.config, input_ids, position_ids), **others).last_hidden_state
-    head = model.get_output_embeddings().weight
-    chosen = hidden[:, places].flatten(0, 1).to(head.dtype)
-    return ChunkedLoss.apply(chosen, head, labels.flatten(), loss, terms)
+    return hidden[:, places].flatten(0, 1).to(model.get_output_embeddings().weight.dtype)
 
 
 def text_inputs(
@@ -147,11 +169,18 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
 
 @contextlib.contextmanager
 def probing(model: nn.Module) -> Iterator[None]:
-    """For forwards of a few tokens: without dropout and gradients; a model that is to be compiled is not compiled for them."""
+    """For forwards of a few tokens: as :func:`evaluating`; a model that is to be compiled is not compiled for them."""
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """For forwards without dropout and gradients."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad():
             yield
     finally:
         for module in training:

@@ -38,8 +38,8 @@ from liftdist.methods.lift import rules
 from liftdist.models import build
 from liftdist.models.head import in_chunks
 from liftdist.planning.live_bytes import LiveBytes
+from liftdist.registry import LOSSES
 from liftdist.schema import Config
-from liftdist.training.losses.cross_entropy import per_token
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ class Activations(NamedTuple):
 
 def activations(hf_config: Any, config: Config, rows: int) -> Activations:
     """Activations of ``rows`` sequences: runs the real model with one and two layers, forward and backward, on fake tensors."""
+    loss = LOSSES.load(config.train.loss).make(config.train)
     kept, losses, backwards = [], [], []
     for layers in (1, 2):
         live = LiveBytes()
@@ -160,7 +161,10 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
             tokens = torch.zeros(shape, dtype=torch.int64)
             before = live.peak = live.now
             in_chunks(model)
-            total = model.chunked_loss(tokens, None, torch.arange(shape[1]), tokens, per_token)
+            places = torch.arange(shape[1])
+            with torch.no_grad():
+                base = model.hidden_at(tokens, None, places) if loss.needs_base else None
+            total = model.chunked_loss(tokens, None, places, tokens, loss.per_token, base=base)
             kept.append(live.now - before)
             losses.append(live.peak - live.now)
             live.peak = live.now

@@ -23,8 +23,10 @@ from liftdist.models import build
 from liftdist.models import hub as models
 from liftdist.models.hub import resolve_model
 from liftdist.models.tokenizer import load_tokenizer
+from liftdist.registry import LOSSES
 from liftdist.runs import claims
 from liftdist.schema import Config
+from liftdist.training.losses import masked_thought
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Inputs:
     folder: Path
     samples: Mixture
     held_out: Mapping[str, tokenised.Samples]  # by name
+    mask_token: int | None = None  # id of what replaces tokens of the input, if the loss has that done
 
 
 def prepare_inputs(
@@ -54,6 +57,7 @@ def prepare_inputs(
         UserError: the folder, the tokenizer or the data cannot be used.
     """
     folder, encoder_of, text_config = encoding or encoding_of(config)
+    mask_token = mask_token_of(config, encoder_of, text_config, console)
     sources.check_splits(config.data)
     hash_files(config, console, check)
     vocabulary = text_config.vocab_size
@@ -102,7 +106,19 @@ def prepare_inputs(
     samples = Mixture.of([source.name for source in training], found, mixture.taken(training, list(map(len, found))))
     for line in samples.lines():
         console.say(line)
-    return Inputs(folder, samples, held_out)
+    return Inputs(folder, samples, held_out, mask_token)
+
+
+def mask_token_of(
+    config: Config, encoder_of: Callable[[DataSource], Encoder], text_config: Any, console: Console
+) -> int | None:
+    """The id of the token that replaces others, if the loss has that done. Raises ``UserError`` if there is none."""
+    if LOSSES.load(config.train.loss).make(config.train).masking is None:
+        return None
+    tokenizer = encoder_of(config.data.training_sources[0]).tokenizer
+    found = masked_thought.token_id(tokenizer, config.train, text_config.vocab_size)
+    console.say(f"response tokens of the input are replaced by {tokenizer.convert_ids_to_tokens(found)} (id {found})")
+    return found
 
 
 def hash_files(config: Config, console: Console, check: Callable[[], None]) -> None:
@@ -164,6 +180,7 @@ def check_first_records(config: Config) -> None:
         UserError: naming file and line.
     """
     _, encoder_of, text_config = encoding_of(config)
+    mask_token_of(config, encoder_of, text_config, Console(False))
     for given in config.data.all_sources:
         source = sources.open_records(given)
         first = source.read(0, records.CHECKED_RECORDS)

@@ -85,7 +85,7 @@ class Loop:
             return
         figures: dict[str, float] = {}
         for name in EVALUATIONS:
-            figures |= EVALUATIONS.load(name).run(self._context, trainer.inputs, trainer.model)
+            figures |= EVALUATIONS.load(name).run(self._context, trainer.inputs, trainer.model, trainer.method)
         if figures:
             trainer.evaluated = trainer.step
             self.recorder.scalars(trainer.step, figures)

@@ -29,6 +29,8 @@ from liftdist.registry import LOSSES
 from liftdist.schema import Config
 from liftdist.training import objective
 from liftdist.training.inputs import Inputs
+from liftdist.training.losses import Loss
+from liftdist.training.losses.masked_thought import masked
 from liftdist.training.routing import Routing
 from liftdist.training.stopwatch import Stopwatch
 
@@ -54,7 +56,7 @@ class Trainer:
         self.config, self.mesh, self.inputs, self.model, self.method = config, mesh, inputs, model, method
         self._beat = beat
         train = config.train
-        self._loss = LOSSES.load(train.loss).per_token
+        self._loss: Loss = LOSSES.load(train.loss).make(train)
         self.order = BatchOrder(
             inputs.samples.lengths,
             train.seed,
@@ -172,14 +174,15 @@ class Trainer:
         tokens = 0
         for micro in micro_batches:
             with self.watch("data"):
-                batch = collate(self.inputs.samples, micro)
+                batch = self._batch(micro)
                 weights, divisor = objective.weigh(batch, reduction)
                 if sources:
                     totals[1:, 1] += objective.divisors(batch, reduction, sources).to(totals.device)
                 batch = to_device(batch, self.mesh.device)
                 tokens += sum(int(self.inputs.samples.lengths[sample]) for sequence in micro for sample in sequence)
             with self.watch("forward_backward"):
-                loss = objective.token_losses(self.model, batch, self._loss, weights, sums)
+                base = self._base_outputs(batch) if self._loss.needs_base else None
+                loss = objective.token_losses(self.model, batch, self._loss.per_token, weights, sums, base)
                 loss.backward()
                 micro_losses.append(loss.detach())
                 totals[0, 0] += loss.detach()
@@ -188,6 +191,21 @@ class Trainer:
         if sums is not None:
             totals[1:, 0] = sums
         return totals, micro_losses, tokens
+
+    def _batch(self, micro: list[list[int]]) -> dict[str, Tensor]:
+        """The tensors of a micro-batch of the next step, as the loss wants its input."""
+        samples, masking, seed = self.inputs.samples, self._loss.masking, self.config.train.seed
+        batch = collate(samples, micro)
+        if masking is None:
+            return batch
+        assert self.inputs.mask_token is not None
+        step = self.step + 1
+        rate = masking.rate(step, self.steps)
+        return masked(batch, micro, samples.lengths, self.inputs.mask_token, rate, seed, step)
+
+    def _base_outputs(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.method.at_base():
+            return objective.base_outputs(self.model, batch)
 
     def _skip(
         self, step: int, figures: dict[str, float], micro_batches: list[list[list[int]]], micro_losses: list[Tensor]
