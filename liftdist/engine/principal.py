@@ -125,8 +125,10 @@ class PrincipalWeights:
         self.criterion = criterion or LowRank(filter_rank, method)
         self.budget = budget or PerMatrix(density, budget_rank)
         self.excluded = excluded
-        with together():  # what is excluded may come from files
-            self.num_excluded = [0 if excluded is None else excluded(matrix).numel() for matrix in self.matrices]
+        self.num_excluded = [0] * len(self.matrices)
+        if excluded is not None:
+            with together():  # what is excluded may come from files
+                self.num_excluded = [excluded(matrix).numel() for matrix in self.matrices]
         self.refreshes = 0  # how many times the weights have been selected before
         self.allotted = self._allot()
         self.counts = self.allotted  # principal weights of each whole matrix
