@@ -79,9 +79,10 @@ def test_a_run_that_cannot_fit_is_not_submitted(tiny_model, tmp_path):
         plan.check_fits(loaded, 1, 2)
 
 
+WHOLE = {"half": [], "layers": ["selection.layers=1"]}  # budgets of whole matrices: of two layers
 CHOICES = [
     *(["selection.criterion=" + name] for name in CRITERIA if name not in ("threshold", "file")),
-    *(["selection.budget=" + name] for name in BUDGETS if name != "by_pattern"),
+    *(["selection.budget=" + name] for name in BUDGETS if name not in ("by_pattern", *WHOLE)),
     ["selection.budget=by_pattern", 'selection.shares=["*.down_proj=0.3", "*.q_proj=0"]'],
     ["selection.exclude=[a.delta]"],
 ]
@@ -96,6 +97,13 @@ def test_every_choice_of_weights_is_planned(config):
         assert found["model"]["principal"] == plain["model"]["principal"]  # the sum is what was asked
         assert found["memory"]["selecting"] > 0
         assert found["selection"]["all"] > 0
+    weights = plain["model"]["principal"] / 0.05
+    for name, words in WHOLE.items():
+        code, said = call(
+            "plan", config, "--gpus-per-node=2", "--json", "selection.density=", f"selection.budget={name}", *words
+        )
+        assert code == 0, said
+        assert 0.3 < json.loads(said)["model"]["principal"] / weights < 0.7
     largest = 50 * 93
     excluding = found["memory"]["selecting"] - plain["memory"]["selecting"]
     assert excluding == largest
