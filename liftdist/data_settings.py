@@ -51,6 +51,7 @@ class SourceConfig(EvalSourceConfig):
         above=0,
     )
     samples: int | None = setting(None, "samples that an epoch takes of it; each once if unset", at_least=1)
+    token_weights: str | None = setting(None, "as `data.token_weights`, which holds if unset")
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ class DataSource:
     turns: str
     weight: float | None = None
     samples: int | None = None
+    token_weights: str | None = None
 
     @property
     def section(self) -> str:
@@ -140,6 +142,10 @@ class DataConfig:
     response_template: str | None = setting(
         None, "the same for the response, which is learned; the format's response field, as it is, if unset"
     )
+    token_weights: str | None = setting(
+        None,
+        "field of the training records with weights of the response's characters: a list of `[begin, end, weight]`; 1 elsewhere",
+    )
     learn: str = setting("all", "which replies of a conversation are learned", choices=LEARN)
     turns: str = setting(
         "auto",
@@ -200,6 +206,8 @@ class DataConfig:
         inherited = ("format", "fields", "prompt_template", "response_template", "learn", "turns")
         values = dataclasses.asdict(given) | {name: getattr(given, name) or getattr(self, name) for name in inherited}
         values |= {"name": given.name or _name(given.path), "split": given.split or split}
+        if isinstance(given, SourceConfig):  # what is held out is evaluated without weights
+            values["token_weights"] = given.token_weights or self.token_weights
         return DataSource(key, **values)
 
     def problems(self) -> Iterator[Problem]:

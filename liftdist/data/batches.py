@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,16 +23,17 @@ def collate(samples: Samples | Mixture, sequences: Sequence[list[int]], pad_toke
     return batch
 
 
-def pack(rows: Sequence[Mapping[str, Sequence[Sequence[int]]]], pad_token: int = 0) -> dict[str, Tensor]:
+def pack(rows: Sequence[Mapping[str, Sequence[Any]]], pad_token: int = 0) -> dict[str, Tensor]:
     """Tensors of one micro-batch, padded on the right, which causal attention of real tokens never reads.
 
     Args:
-        rows: of each sequence the ``input_ids`` of its samples and their ``labels``.
+        rows: of each sequence the ``input_ids`` of its samples, their ``labels``, and their ``weights``, None for 1 everywhere.
 
     Returns:
         ``input_ids``, ``position_ids``, ``labels``, each ``[sequences, longest]`` int64. Positions restart at 0 with every
         packed sample, by which transformers separates samples. Labels are shifted: ``labels[t]`` is the token to
-        predict at ``t``. An empty list of sequences gives one padding token without a label.
+        predict at ``t``. An empty list of sequences gives one padding token without a label. If a sample has weights, also
+        ``weights``, float32: that of each label.
     """
     longest = max((sum(map(len, row["input_ids"])) for row in rows), default=1)
     shape = (max(len(rows), 1), longest)
@@ -49,7 +51,23 @@ def pack(rows: Sequence[Mapping[str, Sequence[Sequence[int]]]], pad_token: int =
         position_ids[index, begin:] = torch.arange(longest - begin) + (
             len(row["input_ids"][-1]) if row["input_ids"] else 0
         )
-    return {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+    batch = {"input_ids": input_ids, "position_ids": position_ids, "labels": labels}
+    if any(weights is not None for row in rows for weights in row.get("weights", ())):
+        batch["weights"] = _weights(rows, shape)
+    return batch
+
+
+def _weights(rows: Sequence[Mapping[str, Sequence[Any]]], shape: Sequence[int]) -> Tensor:
+    """The weight of each label, as ``shape``; 1 where a sample has none, and where there is no label."""
+    found = torch.ones(*shape)
+    for index, row in enumerate(rows):
+        begin = 0
+        for ids, weights in zip(row["input_ids"], row["weights"], strict=True):
+            end = begin + len(ids)
+            if weights is not None:
+                found[index, begin : end - 1] = torch.tensor(weights[1:])
+            begin = end
+    return found
 
 
 def _sources(samples: Mixture, sequences: Sequence[list[int]], shape: Sequence[int]) -> Tensor:

@@ -3,6 +3,8 @@
     Text           the pieces joined, encoded as one text: a token is learned if it holds a character that is
     Conversation   rendered by the chat template; its replies are found by :mod:`liftdist.data.replies`
 
+A token that is learned weighs 1, unless the record says otherwise (:mod:`liftdist.data.weights`).
+
 The text is encoded as a whole, so that what is learned, read back, is the reply to the character: no blank that a tokenizer puts
 at the beginning of a text, and where the reply's first character merges with the prompt's last, that token is learned.
 """
@@ -16,8 +18,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from liftdist.data import replies, templates
-from liftdist.data.content import Content, Conversation, Text
+from liftdist.data import replies, templates, weights
+from liftdist.data.content import Content, Conversation, Span, Text
 from liftdist.data.replies import Message
 from liftdist.errors import UserError
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 ALL, LAST = "all", "last"  # which replies of a conversation are learned
 AUTO, WHOLE, SPLIT = "auto", "whole", "split"  # samples of a conversation: one, or one for each reply
 
-Encoded = tuple[list[int], list[bool]]  # token ids, and whether each is learned
+Encoded = tuple[list[int], list[float]]  # token ids, and the weight by which each is learned; 0 if it is not
 
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\s*[-+]?%\}")
 _DATE = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
@@ -121,13 +123,14 @@ class Encoder:
             if is_learned:
                 spans.append((len(text), len(text) + len(piece)))
             text += piece
-        ids, learned = self._encode(text, spans)
+        begin = len(text) - len(content.pieces[-1][0])
+        ids, learned = self._encode(text, spans, (begin, len(text)), weights.moved(content.weights, begin))
         bos, eos = self._bos, self.tokenizer.eos_token_id
         if bos is not None and (content.second_bos or ids[:1] != [bos]):
-            ids, learned = [bos, *ids], [False, *learned]
+            ids, learned = [bos, *ids], [0.0, *learned]
         if ids[-1:] != [eos]:  # once, whatever the text brings
-            ids, learned = [*ids, eos], [*learned, True]
-        learned[-1] = bool(content.pieces[-1][1])
+            ids, learned = [*ids, eos], [*learned, 1.0]
+        learned[-1] = float(content.pieces[-1][1])
         return ids, learned
 
     @functools.cached_property
@@ -136,8 +139,19 @@ class Encoder:
         bos = self.tokenizer.bos_token_id
         return bos if bos is not None and self.tokenizer("x")["input_ids"][:1] == [bos] else None
 
-    def _encode(self, text: str, spans: Sequence[tuple[int, int]]) -> Encoded:
-        """Tokens of ``text``, learned where they hold a character of a span, blanks at its end aside."""
+    def _encode(
+        self,
+        text: str,
+        spans: Sequence[tuple[int, int]],
+        response: tuple[int, int] = (0, 0),
+        weighted: Sequence[Span] = (),
+    ) -> Encoded:
+        """Tokens of ``text``, learned where they hold a character of a span, blanks at its end aside.
+
+        Args:
+            response: begin and end of what ``weighted`` is of.
+            weighted: weights of its characters, 1 where there are none.
+        """
         try:
             encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         except TypeError:  # records hold none
@@ -149,7 +163,11 @@ class Encoder:
         def is_learned(a: int, b: int) -> bool:
             return a < b and any(begin < b and (a < visible or b <= end) and a < end for begin, end, visible in ends)
 
-        return encoded["input_ids"], [is_learned(a, b) for a, b in encoded["offset_mapping"]]
+        learned = [float(is_learned(a, b)) for a, b in encoded["offset_mapping"]]
+        if weighted:
+            offsets = zip(learned, encoded["offset_mapping"], strict=True)
+            learned = [known and weights.of_token(text, a, b, response, weighted) for known, (a, b) in offsets]
+        return encoded["input_ids"], learned
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -211,7 +229,12 @@ class Encoder:
         stop = found[-1].stop if found else ""
         if stop:
             spans.append((len(text), len(text) + len(stop)))
-        return self._encode(text + stop, spans)
+        last = found[-1] if found else None
+        if not content.weights or last is None or last.message != len(content.messages) - 1:
+            return self._encode(text + stop, spans)
+        reply = content.messages[-1]["content"]
+        begin = weights.place(text, last.begin, last.end, reply)
+        return self._encode(text + stop, spans, (begin, begin + len(reply)), weights.moved(content.weights, begin))
 
     def _marked_by_template(
         self, content: Conversation, messages: Sequence[Message], found: Sequence[replies.Reply]

@@ -36,6 +36,9 @@ _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
+Span = tuple[int, int, float]  # begin and end in the response, and the weight of its characters there, see weights.py
+
+
 @dataclass(frozen=True)
 class Conversation:
     """Messages as chat templates take them."""
@@ -44,6 +47,7 @@ class Conversation:
     tools: list[Any] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of the template
     masked: frozenset[int] = frozenset()  # numbers of replies that are not to be learned
+    weights: tuple[Span, ...] = ()  # of the last message, sorted
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Text:
 
     pieces: Sequence[tuple[str, bool]]
     second_bos: bool = False  # the tokenizer puts its beginning of sequence even before one that the text writes
+    weights: tuple[Span, ...] = ()  # of the last piece, sorted
 
 
 Content = Conversation | Text

@@ -30,7 +30,7 @@ class Mixture:
     names: tuple[str, ...]
     parts: tuple[Samples, ...]
     shares: tuple[Share, ...]
-    table: Dataset  # columns: input_ids, labels
+    table: Dataset  # columns: input_ids, labels, weights
     lengths: np.ndarray  # [samples] int64, tokens of each
     first: np.ndarray  # [sources] int64, number of the first sample of each
     digest: str  # of the samples and of how many an epoch takes: equal digests mean equal training data

@@ -1,6 +1,6 @@
 """Parts of tokenised data: folders that are filled elsewhere and appear whole.
 
-    part-000000/samples.arrow       an Arrow stream: input_ids, labels, length, learned, record, place
+    part-000000/samples.arrow       an Arrow stream: input_ids, labels, weights, length, learned, record, place
     part-000000/counts.json         how many samples, and what became of the records
 
 Must not know how samples are made.
@@ -24,7 +24,7 @@ _ABANDONED = 86400.0  # seconds in which nobody has begun or finished a part
 _LISTED = 2.0  # seconds between two counts of the parts that are complete
 _SAMPLES, _COUNTS = "samples.arrow", "counts.json"
 
-Row = dict[str, Any]  # input_ids, labels, length, learned, record, place
+Row = dict[str, Any]  # input_ids, labels, weights (None: all are 1), length, learned, record, place
 
 
 def path(folder: Path, number: int) -> Path:
@@ -36,7 +36,8 @@ def _schema() -> Any:
 
     tokens = pyarrow.list_(pyarrow.int32())
     numbers = {name: pyarrow.int64() for name in ("length", "learned", "record")}
-    return pyarrow.schema({"input_ids": tokens, "labels": tokens, **numbers, "place": pyarrow.string()})
+    columns = {"input_ids": tokens, "labels": tokens, "weights": pyarrow.list_(pyarrow.float32()), **numbers}
+    return pyarrow.schema({**columns, "place": pyarrow.string()})
 
 
 def write(target: Path, unfinished: Path, chunks: Iterator[Sequence[Row]], counts: Mapping[str, Any]) -> None:

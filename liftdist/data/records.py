@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from liftdist.data import content, wording
+from liftdist.data import content, weights, wording
 from liftdist.data.content import Content, Conversation, Text
 from liftdist.data.sources import Record, Source, check_splits, is_local, open_records
 from liftdist.data_settings import DataConfig, DataSource
@@ -104,7 +104,9 @@ def reader(source: Source, config: DataSource) -> Reader:
             content.refuse_media(record, "the record")
             return read(_renamed(record, own, section))
 
-        return Reader(by_format, format.__name__.rpartition(".")[2], frozenset(used), source.is_table)
+        name = format.__name__.rpartition(".")[2]
+        weighing, fields = _weighing(config, by_format, format.RESPONSE and own.get(format.RESPONSE, format.RESPONSE))
+        return Reader(weighing, name, frozenset(used) | fields, source.is_table)
     prompt = wording.Template.parse(f"{section}.prompt_template", config.prompt_template)
     if config.response_template is not None:
         response = wording.Template.parse(f"{section}.response_template", config.response_template)
@@ -123,7 +125,33 @@ def reader(source: Source, config: DataSource) -> Reader:
     def worded(record: Record) -> Text:
         return Text([(prompt.fill(record), False), (response.fill(record), True)])
 
-    return Reader(worded, "", prompt.fields | response.fields, source.is_table)
+    weighing, fields = _weighing(config, worded, response.only_field)
+    return Reader(weighing, "", prompt.fields | response.fields | fields, source.is_table)
+
+
+def _weighing(
+    config: DataSource, read: Callable[[Record], Content], response: str | None
+) -> tuple[Callable[[Record], Content], frozenset[str]]:
+    """A reader that also reads the weights of tokens, if the source has any, and the fields that it reads for that.
+
+    Args:
+        response: the field that is the response, as it is; None if no one field is.
+    """
+    field = config.token_weights
+    if field is None:
+        return read, frozenset()
+    if response is None:
+        raise UserError(
+            f"{config.section}.token_weights={field}: weights are of a response that is one field of the record, as it is; these "
+            "records have none"
+        )
+
+    def weighing(record: Record) -> Content:
+        if field not in record:
+            raise ValueError(f"field {field!r} ({config.section}.token_weights) is missing (fields: {_listed(record)})")
+        return weights.weighted(read(record), record[response], record[field], field)
+
+    return weighing, frozenset([field])
 
 
 def _format(where: str, first: Record, config: DataSource) -> ModuleType:

@@ -53,7 +53,7 @@ NOT_IN_TOKENS = (
     "eval_share",
     "packing",
 )
-FORMAT = 5  # version of the layout of parts
+FORMAT = 6  # version of the layout of parts
 _CHUNK = 64  # records whose tokens are Python objects at a time
 _FEW = 2  # parts that are made here: other processes take seconds to begin
 FIRST_PLACES = 3  # that are named of what was left out
@@ -71,6 +71,7 @@ UNKNOWN = "hold text that the tokenizer does not know, and reads as its token fo
 OTHERWISE = "hold a reply after another prompt than the chat template asks with"
 UNUSED = "fields that are not used"
 UNREAD = "keys that the chat template does not read"
+WEIGHTED = "hold weights of tokens"
 # settings that nothing uses
 IDLE = "settings that are not used, because these records need no chat template"
 _OF_TEMPLATES = ("chat_template", "template_arguments")
@@ -111,7 +112,7 @@ class Report:
 class Samples:
     """Tokenised samples, memory-mapped."""
 
-    table: Dataset  # columns: input_ids, labels
+    table: Dataset  # columns: input_ids, labels, weights
     lengths: np.ndarray  # [samples] int64, tokens of each
     learned: np.ndarray  # [samples] int64, learned tokens of each
     records: np.ndarray  # [samples] int64, digest of what the record says that each is of
@@ -312,7 +313,7 @@ def _load(folders: Sequence[Path], key: str, path: str) -> tuple[Samples | None,
     lengths, learned, of_records = (table.column(name).to_numpy() for name in ("length", "learned", "record"))
     tokens, places = (
         datasets.Dataset(datasets.table.InMemoryTable(table.select(names)), fingerprint=f"{key}-{names[0]}")
-        for names in (["input_ids", "labels"], ["place"])
+        for names in (["input_ids", "labels", "weights"], ["place"])
     )
     return Samples(tokens, lengths, learned, of_records, report, key, path, places), report
 
@@ -347,6 +348,8 @@ def encode_all(
             report.add(UNKNOWN, place)
         if encoder.asked_otherwise:
             report.add(OTHERWISE, place)
+        if content.weights:
+            report.add(WEIGHTED, place)
         if not samples:
             report.add(NOTHING, place)
         if len(samples) > 1:
@@ -364,7 +367,7 @@ def encode_all(
     return rows, report
 
 
-def _kept(ids: list[int], learned: list[bool], config: DataConfig, report: Report, place: str) -> Row | None:
+def _kept(ids: list[int], learned: list[float], config: DataConfig, report: Report, place: str) -> Row | None:
     """A row for a sample, unless it is left out."""
     overlong = len(ids) > config.max_length
     if not any(learned[1:]):  # the first token is never predicted
@@ -379,5 +382,7 @@ def _kept(ids: list[int], learned: list[bool], config: DataConfig, report: Repor
         return None
     if overlong:
         report.add(TRUNCATED, place)
-    labels = [token if is_learned else IGNORED for token, is_learned in zip(ids, learned, strict=True)]
-    return {"input_ids": ids, "labels": labels, "length": len(ids), "learned": sum(learned[1:])}
+    labels = [token if weight else IGNORED for token, weight in zip(ids, learned, strict=True)]
+    weights = learned if any(weight not in (0, 1) for weight in learned) else None
+    count = sum(weight != 0 for weight in learned[1:])
+    return {"input_ids": ids, "labels": labels, "weights": weights, "length": len(ids), "learned": count}

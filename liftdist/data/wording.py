@@ -43,6 +43,11 @@ class Template:
     def fields(self) -> frozenset[str]:
         return frozenset(self.names)
 
+    @property
+    def only_field(self) -> str | None:
+        """The field that stands here alone; None if there is other text, or another field."""
+        return self.names[0] if self.texts == ("", "") else None
+
     def fill(self, record: Record) -> str:
         """The text of a record. Raises ``ValueError`` if it lacks a field, or one is not text."""
         filled = self.texts[0]

@@ -63,10 +63,12 @@ class Sample:
     ids: list[int]
     labels: list[int]  # the first is never learned: no token predicts it
     note: str = ""
+    weights: list[float] | None = None  # of the labels, if not all are 1
 
     @classmethod
     def of(cls, part: Part, row: Row, note: str = "") -> Sample:
-        return cls(part, part.source.where(row["place"]), row["input_ids"], [IGNORED, *row["labels"][1:]], note)
+        labels = [IGNORED, *row["labels"][1:]]
+        return cls(part, part.source.where(row["place"]), row["input_ids"], labels, note, row["weights"])
 
     @property
     def learned(self) -> list[bool]:
@@ -85,6 +87,7 @@ class Sample:
                 "held_out": self.part.held_out,
                 "input_ids": self.ids,
                 "labels": self.labels,
+                **({"weights": self.weights} if self.weights else {}),
                 "text": "".join(piece.text for piece in cut),
                 "learned": [piece.text for piece in cut if piece.learned],
                 **({"note": self.note} if self.note else {}),
@@ -164,8 +167,9 @@ def _all(parts: Sequence[Part]) -> Iterator[Sample]:
     for part in parts:
         tokens, places = part.samples.table.iter(_BATCH), part.samples.places.iter(_BATCH)
         for batch, at in zip(tokens, places, strict=True):
-            for ids, labels, place in zip(batch["input_ids"], batch["labels"], at["place"], strict=True):
-                yield Sample.of(part, {"input_ids": ids, "labels": labels, "place": place})
+            columns = {**batch, "place": at["place"]}
+            for row in zip(*columns.values(), strict=True):
+                yield Sample.of(part, dict(zip(columns, row, strict=True)))
 
 
 def _spread(part: Part, count: int) -> Iterator[Sample]:
