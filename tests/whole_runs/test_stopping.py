@@ -10,7 +10,7 @@ import hooks
 import ranks
 import torch
 
-from liftdist.engine.criteria import low_rank
+from liftdist.engine.criteria.low_rank import LowRank
 from liftdist.models import weights
 from liftdist.runs import saver
 from liftdist.training import objective
@@ -37,9 +37,7 @@ class Strike:
     def __enter__(self):
         around = self.hooks.enter_context
         around(hooks.around(objective, "token_losses", before=self.in_forward))
-        around(
-            hooks.around(low_rank, "select", before=lambda *_: self.hit("refresh" if self.forwards else "selection"))
-        )
+        around(hooks.around(LowRank, "scores", before=lambda *_: self.hit("refresh" if self.forwards else "selection")))
         around(hooks.around(saver, "_write_file", before=self.in_save))
         around(hooks.around(weights.ModelFolder, "rows", before=lambda *_: self.hit("loading")))
         return self

@@ -195,9 +195,9 @@ def test_select_keeps_what_train_then_uses(tiny_model, tmp_path):
 
 def counts(mesh, config, folder):
     """Principal weights on this rank when the selection comes from the cache: selecting itself must not run."""
-    from liftdist.engine.criteria import low_rank
+    from liftdist.engine.criteria.low_rank import LowRank
 
-    low_rank.select = None
+    LowRank.scores = None
     _, _, method = setup.model_and_method(
         RunContext(config, mesh, Console(False)), folder, weights.digest(folder, Path(config.cache_dir))
     )
