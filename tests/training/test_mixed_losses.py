@@ -75,7 +75,9 @@ def losses(mesh, model, folder):
                 batch = [sample for sequence in trainer.order.batch(trainer.consumed) for sample in sequence]
                 figures = trainer.run_step()
                 found[way].append((batch, {tag: value for tag, value in figures.items() if tag.endswith("loss")}))
-        evaluations.append(held_out_loss.run(RunContext(config, mesh, Console(False)), trainer.inputs, trainer.model))
+        evaluations.append(
+            held_out_loss.run(RunContext(config, mesh, Console(False)), trainer.inputs, trainer.model, trainer.method)
+        )
     return found, evaluations
 
 
@@ -141,7 +143,7 @@ def one_of_each(mesh, model, folder):
     config.data.sources, config.data.eval_sources = config.data.sources[:1], config.data.eval_sources[:1]
     trainer = builders.trainer(mesh, config)
     context = RunContext(config, mesh, Console(False))
-    figures = trainer.run_step() | held_out_loss.run(context, trainer.inputs, trainer.model)
+    figures = trainer.run_step() | held_out_loss.run(context, trainer.inputs, trainer.model, trainer.method)
     return {tag for tag in figures if tag.endswith("loss")}
 
 
