@@ -92,7 +92,7 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
 def _operations(model: torch.nn.Module, options: argparse.Namespace) -> int:
     config = measure.config()
     config.data.max_length = options.length
-    return footprint.operations(footprint.sizes(model, config.selection.modules), config)
+    return footprint.operations(footprint.sizes(model, config), config)
 
 
 def make_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:

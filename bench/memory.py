@@ -40,7 +40,7 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
         contender.forward_backward(next(given))
         contender.update()
     hf_config = AutoConfig.from_pretrained(folder)
-    size = footprint.sizes(contender.model, config.selection.modules)
+    size = footprint.sizes(contender.model, config)
     parts = footprint.memory(size, config, mesh.device_mesh.size(1), footprint.activations(hf_config, config, rows))
     parts |= {"selecting": 0, "previously selected": 0}  # not in the measured step
     return {"peak": live.peak, "held": held, "parts": parts, "planned": footprint.peak(parts)}

@@ -23,15 +23,19 @@ from transformers import AutoConfig
 
 from bench import measure
 from bench.traffic import Traffic
+from liftdist.console import Console
 from liftdist.distributed.mesh import Mesh
 from liftdist.engine import selection
-from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.principal import PrincipalWeights
+from liftdist.methods import full
+from liftdist.methods.lift import Lift
 from liftdist.models import build, head, names
 from liftdist.models.load import _fill, shard
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
+from liftdist.registry import METHODS
+from liftdist.runs.context import RunContext
 from liftdist.schema import Config
 from liftdist.training.losses.cross_entropy import per_token
 
@@ -109,40 +113,27 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
         mesh = Mesh(torch.device("cpu"), device_mesh)
         model = build.build(hf_config, config.model)
-        size = footprint.sizes(model, config.selection.modules)
+        size = footprint.sizes(model, config)
         folder = Folder(model)
+        stored = METHODS.load(config.method).prepare(config, model, names.same(build.tensors(model)))
         shard(model, config.model, mesh)
         live, traffic = LiveBytes(), Traffic()
         with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
-            _fill(model, folder, names.same(build.tensors(model)), lambda: None)
+            _fill(model, folder, stored, lambda: None)
             model.train()
-            principal = PrincipalWeights(
-                model,
-                density=config.selection.density,
-                modules=config.selection.modules,
-                replicate_group=mesh.replicate_group,
-                initial_indices=lambda principal: [
-                    torch.zeros(footprint.held(matrix.place, count, shards), dtype=torch.int32)
-                    for matrix, count in zip(principal.matrices, principal.counts, strict=True)
-                ],
-                sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
-            )
-            for reduction in [part.reduction for part in principal.parts]:
-                if reduction is not None:  # real ranks agree on it by a collective
-                    reduction._width = sum(indices.numel() for indices in reduction._indices.values())
-            optimizer = PrincipalAdamW(principal)
+            method = _lift(config, mesh, model) if config.method == "lift" else _full(config, mesh, model, stored)
             head.in_chunks(model)
             tokens = torch.zeros((config.train.micro_batch_size, config.data.max_length), dtype=torch.int64)
             places = torch.arange(config.data.max_length)
-            optimizer.step()  # creates its state
+            method.optimizer.step()  # creates its state
             live.peak = live.now
             with traffic:
                 for _ in range(footprint.micro_batches(config, ranks)):
                     model.chunked_loss(tokens, None, places, tokens, per_token).backward()
-                principal.reduce_gradients(1.0)
-                principal.clip_grad_norm_(None)
-                optimizer.step()
+                method.reduce(torch.ones(()))
+                method.clip()
+                method.step(1)
         groups = {device_mesh.get_group(axis).group_name: axis for axis in ("dp_replicate", "dp_shard")}
         measured = {
             f"{groups[name]} {operation}": counts
@@ -170,9 +161,34 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
     }
 
 
+def _lift(config: Config, mesh: Mesh, model: Any) -> Lift:
+    principal = PrincipalWeights(
+        model,
+        density=config.selection.density,
+        modules=config.selection.modules,
+        replicate_group=mesh.replicate_group,
+        initial_indices=lambda principal: [
+            torch.zeros(footprint.held(matrix.place, count, mesh.device_mesh.size(1)), dtype=torch.int32)
+            for matrix, count in zip(principal.matrices, principal.counts, strict=True)
+        ],
+        sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
+    )
+    for reduction in [part.reduction for part in principal.parts]:
+        if reduction is not None:  # real ranks agree on it by a collective
+            reduction._width = sum(indices.numel() for indices in reduction._indices.values())
+    return Lift(config, principal)
+
+
+def _full(config: Config, mesh: Mesh, model: Any, stored: names.NameMap) -> full.Full:
+    method = full.attach(RunContext(config, mesh, Console(False)), model, stored, "")
+    for value in method.dense.values:
+        value.grad = torch.zeros_like(value)
+    return method
+
+
 def balance(shape: dict, ranks: int) -> dict[str, float]:
     """Load balance of the factorisation: the largest load of a rank over max(mean load, largest matrix)."""
-    size = footprint.sizes(build.build(config_of(shape), Config(run_dir="none").model), ["*"])
+    size = footprint.sizes(build.build(config_of(shape), Config(run_dir="none").model), Config(run_dir="none"))
     costs = [low_rank.cost(m, n, 64, "fast") for m, n in size.trained.values()]
     loads = [0.0] * ranks
     for cost, owner in zip(costs, selection.assign_owners(costs, ranks), strict=True):

@@ -54,8 +54,15 @@ FORMATS = Registry(
     },
 )
 
-#: ``attach(context, model, base_digest, from_checkpoint)``: what is trained, see :class:`liftdist.methods.lift.Lift`.
-METHODS = Registry("method", "liftdist.methods", {"lift": "the principal weights of each matrix"})
+#: ``places``, ``prepare`` and ``attach``, which returns a :class:`liftdist.methods.base.Method`: see there.
+METHODS = Registry(
+    "method",
+    "liftdist.methods",
+    {
+        "lift": "the principal weights of each matrix, or those that another `selection.criterion` selects",
+        "full": "all weights of the modules that fit `selection.modules`, embedding and head too",
+    },
+)
 
 #: ``make(settings)``: a :class:`liftdist.engine.selection.Criterion`.
 CRITERIA = Registry(

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from typing import Any
 
@@ -92,10 +92,14 @@ class SelectionConfig:
         changes=STATE,
     )
     modules: list[str] = setting(
-        ["*"], "patterns (`*`, `?`, `[]`) of the linear modules to train", example='["*.mlp.*"]', changes=STATE
+        ["*"],
+        "patterns (`*`, `?`, `[]`) of the linear modules to train; with `method=full`, of all modules with parameters",
+        example='["*.mlp.*"]',
+        changes=STATE,
     )
 
-    def problems(self) -> Iterator[Problem]:
+    def conflicts(self) -> Iterator[Problem]:
+        """What is wrong if weights are selected by these settings."""
         if self.criterion in ("threshold", "file"):  # settings of the same names
             if getattr(self, self.criterion) is None:
                 yield self.criterion, f"must be given with selection.criterion={self.criterion}"
@@ -161,7 +165,9 @@ class OptimizerConfig:
         choices=("step", "entry"),
         changes=STATE,
     )
-    weight_decay: float = setting(0.0, "decoupled weight decay of the principal weights", at_least=0)
+    weight_decay: float = setting(
+        0.0, "decoupled weight decay of what is trained; with `method=full` not of vectors", at_least=0
+    )
     decay_towards: str = setting(
         "zero", "where weight decay pulls: to zero, or to the values of the base model", choices=("zero", "base")
     )
@@ -172,7 +178,7 @@ class OptimizerConfig:
         choices=("float32", "bfloat16"),
         changes=STATE,
     )
-    max_grad_norm: float | None = setting(None, "clip the principal gradient to this global norm", above=0)
+    max_grad_norm: float | None = setting(None, "clip the gradient of what is trained to this global norm", above=0)
     schedule: str = setting(
         "linear",
         "learning rate after the warm-up: decays to zero, or stays constant",
@@ -395,6 +401,12 @@ class Config:
         return self.optimizer.decay_towards == "base" or self.train.needs_base or self.train.eval_kl
 
     def problems(self) -> Iterator[Problem]:
+        if self.method == "lift":
+            yield from (
+                (f"selection.{name}" if name else "selection", found) for name, found in self.selection.conflicts()
+            )
+        else:
+            yield from self._lacking()
         if self.train.eval_kl and not (self.data.eval_path or self.data.eval_sources or self.data.eval_share):
             yield "train.eval_kl", "needs held-out data: give data.eval_path, data.eval_sources or data.eval_share"
         if self.optimizer.dtype == "bfloat16" and self.model.dtype == "float32":
@@ -406,3 +418,35 @@ class Config:
                 "must be 1 with data.packing and flash attention (raise data.max_length instead), "
                 f"got {self.train.micro_batch_size}",
             )
+
+    def _lacking(self) -> Iterator[Problem]:
+        """What methods that train whole parameters do not have."""
+        if self.optimizer.name != "adamw":
+            yield "optimizer.name", f"must be adamw with method={self.method}"
+        if self.optimizer.bias_correction != "step":
+            yield (
+                "optimizer.bias_correction",
+                f"must be step with method={self.method}: no weight is selected later than others",
+            )
+        for name, is_asked in (
+            ("optimizer.decay_towards", self.optimizer.decay_towards == "base"),
+            ("train.loss", self.train.needs_base),
+            ("train.eval_kl", self.train.eval_kl),
+        ):
+            if is_asked:
+                yield (
+                    name,
+                    f"needs the values of the base model, which method={self.method} does not keep; leave it out",
+                )
+
+    def unused(self) -> list[str]:
+        """Settings that say how weights are selected, and are not used as ``method`` selects none: ``KEY=VALUE`` of each."""
+        if self.method == "lift":
+            return []
+        default = SelectionConfig()
+        given = (
+            (leaf.name, getattr(self.selection, leaf.name))
+            for leaf in fields(SelectionConfig)
+            if leaf.name != "modules"
+        )
+        return [f"selection.{name}={value}" for name, value in given if value != getattr(default, name)]

@@ -133,15 +133,14 @@ def save(made: Trainer, checkpointer: saver.Checkpointer) -> saver.Saved | Excep
 
 def begin_to_save(made: Trainer, checkpointer: saver.Checkpointer, provenance=NOWHERE) -> None:
     """Hand a trainer's state to the thread that saves it. Collective."""
-    principal = made.method.principal
     snapshot = Snapshot(made.step, made.state(), provenance)
-    checkpointer.save(principal.state_dict(made.method.optimizer), principal.matrices, snapshot)
+    checkpointer.save(made.method.state_dict(), made.method.matrices, snapshot)
 
 
 def global_digest(made: Trainer) -> str:
     """sha256 of the state of all ranks, in the order of the whole matrices: the same on any world size. Collective."""
-    state = made.method.principal.state_dict(made.method.optimizer)
-    state |= {f"{m.name}/weights": m.rows_local.reshape(-1) for m in made.method.principal.matrices}
+    state = {key: tensor for key, tensor in made.method.state_dict().items() if not key.endswith("/first")}
+    state |= {f"{m.name}/weights": m.rows_local.reshape(-1) for m in made.method.matrices}
     mine = {key: tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes() for key, tensor in state.items()}
     shards = made.mesh.device_mesh.size(1)
     replicas = gather(mine)

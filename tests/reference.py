@@ -65,6 +65,47 @@ class DenseLift:
         return total
 
 
+class DenseFull:
+    """Full fine-tuning on one process: the gradient of all samples, and AdamW of torch on copies of the weights in ``dtype``."""
+
+    def __init__(self, model, names, lrs, betas, eps, weight_decay=0.0, max_norm=None, dtype=torch.float32):
+        self.model, self.lrs, self.max_norm = model, lrs, max_norm
+        self.weights = {name: model.get_parameter(name) for name in names}
+        self.masters = {name: weight.detach().to(dtype, copy=True) for name, weight in self.weights.items()}
+        decayed = [master for master in self.masters.values() if master.ndim > 1]
+        vectors = [master for master in self.masters.values() if master.ndim == 1]
+        groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=vectors, weight_decay=0.0)]
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
+        self.step = 0
+
+    def run_step(self, samples):
+        """Like :meth:`DenseLift.run_step`."""
+        self.step += 1
+        tokens = sum(sum(label != -100 for label in labels[1:]) for _, labels in samples)
+        total = 0.0
+        for master in self.masters.values():
+            master.grad = torch.zeros_like(master)
+        for ids, labels in samples:
+            self.model.zero_grad()
+            logits = self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, :-1].float()
+            loss = F.cross_entropy(logits, torch.tensor(labels[1:]), reduction="sum", ignore_index=-100)
+            loss.backward()
+            total += loss.item()
+            for name, master in self.masters.items():
+                master.grad += self.weights[name].grad.to(master.dtype)
+        for master in self.masters.values():
+            master.grad /= tokens
+        if self.max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.max_norm)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lrs[self.step - 1]
+        self.optimizer.step()
+        with torch.no_grad():
+            for name, master in self.masters.items():
+                self.weights[name].copy_(master)
+        return total / tokens
+
+
 def linear_of(model: nn.Module) -> list[str]:
     head = model.get_output_embeddings()
     return [f"{n}.weight" for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]

@@ -38,7 +38,8 @@ def of_run(step: Step, base_folder: Path) -> Delta:
             )
     matrices: dict[str, list[str]] = {}  # of each tensor
     for name, stored in names.items():
-        matrices.setdefault(stored, []).append(name)
+        for tensor in (stored, *step.manifest.snapshot.copies.get(stored, ())):
+            matrices.setdefault(tensor, []).append(name)
 
     def get(stored: str) -> Change:
         try:

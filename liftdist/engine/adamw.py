@@ -189,6 +189,17 @@ def _is_missing_toolchain(error: Exception) -> bool:
     )
 
 
+def reference_eps(settings: Any, number: int) -> float:
+    """Epsilon in the update ``number``, counted from 1, from the settings ``eps``, ``betas`` and ``reference_numerics``.
+
+    The LIFT authors add it to the uncorrected denominator: (sqrt(v) / sqrt(c) + eps / sqrt(c)) is their (sqrt(v) + eps) / sqrt(c)
+    with c = 1 - beta2^t.
+    """
+    return float(
+        settings.eps / (1 - settings.betas[1] ** number) ** 0.5 if settings.reference_numerics else settings.eps
+    )
+
+
 def make(principal: PrincipalWeights, settings: Any) -> PrincipalAdamW:
     """From the settings ``lr``, ``betas``, ``eps``, ``weight_decay``, ``decay_towards`` and ``bias_correction``."""
     return PrincipalAdamW(

@@ -45,6 +45,11 @@ class Place:
     def numel(self) -> int:
         return self.rows * self.columns
 
+    @property
+    def width(self) -> int:
+        """Entries in a row of the parameter; a vector is a column."""
+        return self.param.shape[-1] if self.param.ndim > 1 else 1
+
     def row_bounds(self, shards: int) -> tuple[int, ...]:
         """``[shards + 1]``: shard ``s`` holds rows ``bounds[s]`` to ``bounds[s + 1]`` of the matrix."""
         inner = self.param.shape[1:-1].numel()  # rows in each entry of the first dimension
@@ -67,46 +72,57 @@ def principal_matrices(model: nn.Module, patterns: Sequence[str] = ("*",)) -> di
         UserError: no module matches.
     """
     every = _linears(model)
-    found = {name: place for name, place in every.items() if _fits(name.removesuffix(".weight"), patterns)}
+    found = {name: place for name, place in every.items() if fits(name.removesuffix(".weight"), patterns)}
     if not found:
         example = f"; one module is named {next(iter(every)).removesuffix('.weight')}" if every else ""
         raise UserError(f"no linear module fits {', '.join(patterns)}{example}")
     return found
 
 
-def _fits(name: str, patterns: Sequence[str]) -> bool:
+def fits(name: str, patterns: Sequence[str]) -> bool:
+    """Whether the name of a module fits one of the patterns."""
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def routers(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by name that choose experts or weigh them, with an entry for each or one, or are of an indexer of tokens."""
+    experts = {  # their number, by the name of the module that holds them
+        name: len({key.partition(".")[0] for key in matrices})
+        for name, module in model.named_modules()
+        if (matrices := dict(_of_experts(module)))
+    }
+    beside = {name.rpartition(".")[0]: number for name, number in experts.items()}
+
+    def chooses(name: str, param: nn.Parameter) -> bool:
+        module = name.rpartition(".")[0]
+        if "indexer" in module.split("."):
+            return True
+        if module in experts or module.endswith("_proj") or param.ndim > 2:
+            return False
+        numbers = [number for holder, number in beside.items() if module.startswith(f"{holder}.")]
+        return any(param.shape[:1].numel() in (1, number) for number in numbers)
+
+    return {name: param for name, param in model.named_parameters() if chooses(name, param)}
 
 
 def _linears(model: nn.Module) -> dict[str, Place]:
     """All matrices that can be trained, by name."""
     left_out = {module for tower in towers(model) for module in tower.modules()} | {output_head(model)}
+    choosing = set(routers(model).values())
     names = {id(param): name for name, param in model.named_parameters()}
     found: dict[str, Place] = {}
-    experts: dict[str, int] = {}  # the number of experts, by the name of the module that holds them and their router
     for name, module in model.named_modules():
         if module in left_out:
             continue
         if matrices := dict(_of_experts(module)):
-            number = len({key.partition(".")[0] for key in matrices})
-            experts[name.rpartition(".")[0]] = number
             found |= {
                 f"{name}.{key}": Place(names[id(param)], param, *place) for key, (param, place) in matrices.items()
             }
-        elif is_linear(module):
+        elif is_linear(module) and module.weight not in choosing:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
             found[names[id(weight)]] = Place(names[id(weight)], weight, *weight.shape)
-    return {name: place for name, place in found.items() if not _chooses(name, place, experts)}
-
-
-def _chooses(name: str, place: Place, experts: dict[str, int]) -> bool:
-    """Whether a linear module chooses experts or weighs them, with an output for each or one, or is of an indexer of tokens."""
-    module = name.removesuffix(".weight")
-    if "indexer" in module.split("."):
-        return True
-    beside = [number for holder, number in experts.items() if module.startswith(f"{holder}.")]
-    return any(place.rows in (1, number) for number in beside) and not module.endswith("_proj")
+    return found
 
 
 def _of_experts(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[int, ...]]]]:
@@ -146,6 +162,7 @@ class Matrix:
     row_bounds: tuple[int, ...]  # [shards + 1] shard s holds rows row_bounds[s] to row_bounds[s + 1]
     shard: int  # this rank's position among the shards
     first_position: int  # of this rank's first entry
+    dtype: torch.dtype  # of the weights in the model; the parameter may be kept in a higher one
 
     @property
     def param(self) -> nn.Parameter:
@@ -160,10 +177,6 @@ class Matrix:
     def numel(self) -> int:
         """Weights of the whole matrix."""
         return self.place.numel
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.param.dtype
 
     @property
     def device(self) -> torch.device:
@@ -188,7 +201,7 @@ class Matrix:
         """``[m_local, n]``, this rank's rows; shares memory with the parameter."""
         if not self.numel_local:
             return self.memory[:0].view(0, self.columns)
-        width = self.param.shape[-1]
+        width = self.place.width
         shape = self.numel_local // self.columns, self.columns
         memory = self.memory
         return memory.as_strided(shape, (width, self.place.step), memory.storage_offset() + self.first_position)
@@ -210,14 +223,14 @@ class Matrix:
         if self.place.is_whole:
             return indices
         rows = indices // self.columns
-        return rows * self.param.shape[-1] + (indices - rows * self.columns) * self.place.step + self.first_position
+        return rows * self.place.width + (indices - rows * self.columns) * self.place.step + self.first_position
 
     def indices(self, positions: Tensor) -> Tensor:
         """The inverse of :meth:`positions`."""
         if self.place.is_whole:
             return positions
-        rows = (positions - self.first_position) // self.param.shape[-1]
-        offsets = positions - self.first_position - rows * self.param.shape[-1]
+        rows = (positions - self.first_position) // self.place.width
+        offsets = positions - self.first_position - rows * self.place.width
         return rows * self.columns + offsets // self.place.step
 
     def read(self, indices: Tensor) -> Tensor:
@@ -229,8 +242,12 @@ class Matrix:
         self.memory.index_copy_(0, self.positions(indices).long(), values.to(self.memory))
 
 
-def describe(name: str, place: Place) -> Matrix:
-    """The :class:`Matrix` at a place. Raises ``ValueError`` for a sharding other than by the first dimension over one axis."""
+def describe(name: str, place: Place, dtype: torch.dtype | None = None) -> Matrix:
+    """The :class:`Matrix` at a place, of weights in ``dtype``, by default that of the parameter.
+
+    Raises:
+        ValueError: a sharding other than by the first dimension over one axis.
+    """
     param = place.param
     if isinstance(param, DTensor):
         mesh, placements = param.device_mesh, param.placements
@@ -253,7 +270,7 @@ def describe(name: str, place: Place) -> Matrix:
         row_bounds(param.shape[0], shards)[shard] * param.shape[1:-1].numel()
     )  # the first row here, of the parameter
     first = place.first_row + bounds[shard] - begin
-    return Matrix(name, place, bounds, shard, first * param.shape[-1] + place.first_column)
+    return Matrix(name, place, bounds, shard, first * place.width + place.first_column, dtype or param.dtype)
 
 
 def check_alike(matrices: Sequence[Matrix]) -> None:

@@ -34,6 +34,7 @@ from liftdist.distributed.sharding import local_tensor
 from liftdist.engine import reductions, selection
 from liftdist.engine.base_values import BaseValues
 from liftdist.engine.budgets.per_matrix import PerMatrix
+from liftdist.engine.clip import clip_grad_norm_
 from liftdist.engine.criteria.low_rank import LowRank
 from liftdist.engine.flat import Part, Segment, former
 from liftdist.engine.matrices import (
@@ -231,19 +232,12 @@ class PrincipalWeights:
             divisor = 1 if self.replicate_group is None else self.replicate_group.size()
         grad.div_(divisor)
 
-    @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
         """Scale the gradient so that its norm over all shards is at most ``max_norm``; return the norm before.
 
         If the norm is not finite, the gradient is left unchanged for the caller to handle.
         """
-        grad = self._attached_grad()
-        squared = torch.linalg.vector_norm(grad, dtype=torch.float64).square()
-        norm = all_reduce_sum(squared, self.shard_group).sqrt().float()
-        if max_norm is not None:
-            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            grad.mul_(torch.where(norm.isfinite(), scale, 1.0))
-        return norm
+        return clip_grad_norm_([self._attached_grad()], max_norm, self.shard_group)
 
     @torch.no_grad()
     def write_back(self) -> None:

@@ -12,14 +12,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from liftdist.evaluation import held_out
-from liftdist.methods.lift import Lift
+from liftdist.methods.base import Method
 from liftdist.runs.context import RunContext
 from liftdist.training import objective
 from liftdist.training.inputs import Inputs
 from liftdist.training.losses import asft
 
 
-def run(context: RunContext, inputs: Inputs, model: PreTrainedModel, method: Lift) -> dict[str, float]:
+def run(context: RunContext, inputs: Inputs, model: PreTrainedModel, method: Method) -> dict[str, float]:
     """None without ``train.eval_kl``; else see :func:`liftdist.evaluation.held_out.means`. Collective."""
     if not context.config.train.eval_kl:
         return {}

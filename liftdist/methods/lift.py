@@ -2,7 +2,6 @@
 
     attach -> for each step: before_step, forward and backward, reduce, clip, step or skip
 
-The trainer drives a method. Another method implements the same members; the loop and the export do not depend on it.
 A checkpoint stores its state as tensors of each matrix, ``NAME/KEY``, among them sorted ``indices`` and ``dropped_indices``.
 """
 
@@ -16,15 +15,18 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from liftdist.console import GIB
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
-from liftdist.engine.matrices import Matrix
+from liftdist.engine.adamw import reference_eps
+from liftdist.engine.matrices import Matrix, Place, principal_matrices
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
 from liftdist.methods.named import Base, Excluded, Named
 from liftdist.models.hub import resolve_model
+from liftdist.models.names import NameMap
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
@@ -71,11 +73,8 @@ class Lift:
 
     def step(self, number: int) -> None:
         """Update the weights; ``number`` counts the updates from 1."""
-        settings = self._config.optimizer
-        if settings.reference_numerics:
-            # (sqrt(v) / sqrt(c) + eps / sqrt(c)) is the authors' (sqrt(v) + eps) / sqrt(c), c = 1 - beta2^t
-            correction = 1 - settings.betas[1] ** number
-            self.optimizer.param_groups[0]["eps"] = settings.eps / correction**0.5
+        if self._config.optimizer.reference_numerics:
+            self.optimizer.param_groups[0]["eps"] = reference_eps(self._config.optimizer, number)
         self.optimizer.step()
 
     def skip(self) -> None:
@@ -123,7 +122,22 @@ class Lift:
         return "\n".join(lines)
 
 
-def attach(context: RunContext, model: nn.Module, base_digest: str, from_checkpoint: bool = False) -> Lift:
+def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
+    """Freeze the parameters that hold no matrix to train. Raises ``UserError`` if no module fits ``selection.modules``."""
+    trained = {place.param for place in places(config, model).values()}
+    for param in model.parameters():
+        param.requires_grad_(param in trained)
+    return names
+
+
+def places(config: Config, model: PreTrainedModel) -> dict[str, Place]:
+    """The matrices to train, by name. Raises ``UserError`` like :func:`prepare`."""
+    return principal_matrices(model, config.selection.modules)
+
+
+def attach(
+    context: RunContext, model: nn.Module, names: NameMap, base_digest: str, from_checkpoint: bool = False
+) -> Lift:
     """Select the principal weights of ``model``, or read a cached selection. Collective.
 
     Args:

@@ -65,7 +65,8 @@ def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
         raise UserError(f"{setting}: the model cannot be built: {said}") from None
     model.tie_weights()
     model.config.use_cache = False
-    keep_in_float32(model, dtype)
+    for tensor in kept_in_float32(model, dtype).values():  # as on loading
+        tensor.data = tensor.data.float()
     decoder_layers(model)
     taken = inspect.signature(model.forward).parameters.items()
     if needed := [
@@ -124,14 +125,18 @@ def dropout(hf_config: Any) -> dict[str, float]:
     return {key: rate for key, rate in named.items() if isinstance(rate, float) and rate > 0}
 
 
-def keep_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Give float32 to the tensors for which transformers requires it in a model of a lower precision, as it does on loading."""
+def kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors for which transformers requires float32 in a model of a lower precision, by name."""
     patterns = set(model._keep_in_fp32_modules_strict or ()) if dtype != torch.float32 else set()
     if dtype == torch.float16:
         patterns |= set(model._keep_in_fp32_modules or ())
-    for name, tensor in tensors(model).items():
-        if any(re.search(pattern.replace("*", ".*"), name) for pattern in patterns):
-            tensor.data = tensor.data.float()
+    expressions = [re.compile(pattern.replace("*", ".*")) for pattern in patterns]
+    return {name: t for name, t in tensors(model).items() if any(e.search(name) for e in expressions)}
+
+
+def computing_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The dtype that the model computes in; trained parameters may be kept in a higher one."""
+    return getattr(model.config, "dtype", None) or model.dtype
 
 
 def class_name(model: PreTrainedModel) -> str:

@@ -1,10 +1,11 @@
 """The output head of a causal language model, and a loss over it that never holds all logits at once.
 
-    L = sum over labelled tokens t of  w_t loss(W h_t, y_t)     W [vocabulary, d] the frozen output head
+    L = sum over labelled tokens t of  w_t loss(W h_t, y_t)     W [vocabulary, d] the output head
 
-Tokens are processed in chunks. As ``W`` is frozen, ``dL/dh_t`` is all that backward needs: it is computed right after a chunk's
-logits, in forward, without recomputation. A loss that compares with the base model is given its logits too, chunk by chunk: they
-are ``W`` times the hidden states of the base model, kept for the labelled positions.
+Tokens are processed in chunks. ``dL/dh_t``, and ``dL/dW`` if ``W`` is trained, are all that backward needs: they are computed
+right after a chunk's logits, in forward, without recomputation; ``dL/dW`` is summed over the chunks in float32. A loss that
+compares with the base model is given its logits too, chunk by chunk: they are ``W`` times the hidden states of the base model,
+kept for the labelled positions.
 
 Some models also scale or cap their logits: :func:`is_plain` compares both ways on a few tokens.
 """
@@ -26,7 +27,7 @@ from transformers import PreTrainedModel
 
 from liftdist.engine.decoder import text_decoder
 from liftdist.errors import UserError
-from liftdist.models.build import class_name
+from liftdist.models.build import class_name, computing_dtype
 
 CHUNK_LOGITS = 2**25  # logits per chunk; about 14 B of memory for each
 
@@ -53,7 +54,9 @@ class Terms:
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """``(hidden [T, d], head [V, d], labels [T], loss, terms, base [T, d]) -> []`` float32, summed; ``hidden`` gets a gradient.
+    """``(hidden [T, d], head [V, d], labels [T], loss, terms, base [T, d]) -> []`` float32, summed.
+
+    ``hidden`` gets a gradient, and ``head`` if it is trained.
 
     ``base``: hidden states of the base model, for a loss that compares with it.
     """
@@ -70,23 +73,35 @@ class ChunkedLoss(torch.autograd.Function):
     ) -> Tensor:
         tokens = max(1, CHUNK_LOGITS // head.shape[0])
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        of_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         for begin in range(0, hidden.shape[0], tokens):
             chunk = slice(begin, begin + tokens)
             others = () if base is None else (F.linear(base[chunk], head),)
-            with torch.set_grad_enabled(gradient is not None):
-                part = hidden[chunk].detach().requires_grad_(gradient is not None)
-                summed = terms.add(loss(F.linear(part, head), labels[chunk], *others), chunk)
-            if gradient is not None:
-                gradient[chunk] = torch.autograd.grad(summed, part)[0]
+            logits = F.linear(hidden[chunk], head)
+            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
+                summed = terms.add(
+                    loss(logits.requires_grad_(any(ctx.needs_input_grad)), labels[chunk], *others), chunk
+                )
+            if any(ctx.needs_input_grad):
+                (of_logits,) = torch.autograd.grad(summed, logits)
+                if gradient is not None:
+                    gradient[chunk] = of_logits @ head
+                if of_head is not None:
+                    of_head += of_logits.T @ hidden[chunk]
             total += summed.detach()
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, of_head)
+        ctx.dtype = head.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient.float() * outer[0]).to(gradient.dtype), None, None, None, None, None
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None]:
+        gradient, of_head = ctx.saved_tensors
+        if gradient is not None:
+            gradient = (gradient.float() * outer[0]).to(gradient.dtype)
+        if of_head is not None:
+            of_head = of_head.mul_(outer[0]).to(ctx.dtype)
+        return gradient, of_head, None, None, None, None
 
 
 def in_chunks(model: PreTrainedModel) -> None:
@@ -158,7 +173,7 @@ def is_plain(model: PreTrainedModel, device: torch.device) -> bool:
         plain = model.plain_logits(tokens, positions)
     del model.plain_logits
     first, second = logits[:, :-1].float()
-    rounding = max(1e-4, 4 * torch.finfo(model.dtype).eps)  # which experts' batches may differ by
+    rounding = max(1e-4, 4 * torch.finfo(computing_dtype(model)).eps)  # which experts' batches may differ by
     if (first - second).abs().max() > rounding * first.abs().max():
         hint = ": set is_decoder to true in config.json" if getattr(model.config, "is_decoder", None) is False else ""
         raise UserError(
@@ -189,7 +204,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 def _plain_logits(model: PreTrainedModel, input_ids: Tensor, position_ids: Tensor) -> Tensor | None:
     head, decoder = model.get_output_embeddings(), text_decoder(model)
-    if not isinstance(head, nn.Linear) or head.bias is not None or head.weight.requires_grad:
+    if not isinstance(head, nn.Linear) or head.bias is not None:
         return None
     output = decoder(**text_inputs(decoder, model.config, input_ids, position_ids))
     hidden = getattr(output, "last_hidden_state", None)

@@ -12,7 +12,6 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -23,23 +22,37 @@ from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import rows_local
 from liftdist.engine.decoder import towers
-from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
-from liftdist.models.build import build, check_type, class_name, decoder_layers, own_embedding, recompute, tensors
+from liftdist.models.build import (
+    build,
+    check_type,
+    class_name,
+    decoder_layers,
+    kept_in_float32,
+    own_embedding,
+    recompute,
+    tensors,
+)
 from liftdist.models.names import NameMap, match
 from liftdist.models.weights import ModelFolder
 from liftdist.schema import ModelConfig
 
 
 def load(
-    folder: Path, config: ModelConfig, mesh: Mesh, check: Callable[[], None] = lambda: None
+    folder: Path,
+    config: ModelConfig,
+    mesh: Mesh,
+    check: Callable[[], None] = lambda: None,
+    prepare: Callable[[PreTrainedModel, NameMap], NameMap] = lambda _, names: names,
 ) -> tuple[PreTrainedModel, NameMap]:
     """The model, its parameters sharded by rows over ``mesh.shard_mesh`` and loaded, and the names of its tensors. Collective.
 
-    Freezing parameters is left to the caller. Gradients are summed over the shards in float32, not averaged.
+    Gradients are summed over the shards in float32, not averaged.
 
     Args:
         check: called after every tensor; may raise.
+        prepare: may change the model on the meta device, before it is sharded: freeze parameters, or keep them in float32, in
+            which case the model computes with them in ``config.dtype`` all the same. Returns the names after that.
 
     Raises:
         UserError: the checkpoint does not match the model name by name (the first mismatches are named).
@@ -48,7 +61,7 @@ def load(
         hf_config = check_type(folder, config)
         files = ModelFolder(folder)
         model = build(hf_config, config)
-        names = match(model, files)
+        names = prepare(model, match(model, files))
     shard(model, config, mesh)
     model.to_empty(device=mesh.device)
     model.tie_weights()
@@ -65,38 +78,55 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
     Units of their own are
 
     - what several layers share,
-    - a linear layer of another dtype than the model's: of a unit, what is trained must have one dtype,
+    - a module with parameters that the model computes with in another dtype than its own: of a unit, what is trained must have
+      one dtype, and all is gathered in one,
     - each tower, which is never gathered if only texts pass,
     - an embedding that shares no weight with the head: it is needed at the start of a forward, the head at the end.
 
     Scalars, which have no rows, are whole on every rank.
     """
     recompute(model, config)
-    options: dict[str, Any] = {
-        "mesh": mesh.shard_mesh,
-        "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
-        "ignored_params": {param for param in model.parameters() if not param.ndim},
-    }
+    dtype = getattr(torch, config.dtype)
+    kept = set(kept_in_float32(model, dtype).values())
+    masters = {p for p in model.parameters() if p.requires_grad and p.dtype != dtype and p not in kept}
+    scalars = {param for param in model.parameters() if not param.ndim}
+
+    def unit(*modules: nn.Module) -> None:
+        """Shard what is not sharded yet; parameters that are kept in another dtype than they are computed with, are cast."""
+        casts = any(param in masters for module in modules for param in module.parameters())
+        policy = MixedPrecisionPolicy(
+            param_dtype=dtype if casts else None, reduce_dtype=torch.float32, cast_forward_inputs=False
+        )
+        fully_shard(list(modules), mesh=mesh.shard_mesh, mp_policy=policy, ignored_params=scalars)
+
     layers = decoder_layers(model)
-    trained = {place.param for place in principal_matrices(model).values()}
-    for module in model.modules():
-        if any(p in trained and p.dtype != getattr(torch, config.dtype) for p in module.parameters(recurse=False)):
-            fully_shard(module, **options)
+    for name, module in model.named_modules():
+        own = list(module.parameters(recurse=False))
+        if any(p in kept and (p.requires_grad or masters) for p in own):
+            if any(p in masters for p in own):
+                raise UserError(
+                    f"{class_name(model)}: {name} has parameters that are computed with in float32 and in {config.dtype}, which "
+                    f"cannot both be trained; set model.dtype=float32, or leave it out of selection.modules"
+                )
+            for child in module.children() if masters else ():
+                if not isinstance(child, FSDPModule) and any(True for _ in child.parameters()):
+                    unit(child)
+            unit(module)
     for modules in shared_modules(layers):
-        fully_shard(modules, **options)
+        unit(*modules)
     for layer in layers:
         if config.compile:
             layer.compile()
         if not isinstance(layer, FSDPModule):  # nor one of which everything is shared
-            fully_shard(layer, **options)
+            unit(layer)
     for tower in towers(model):
         if not isinstance(tower, FSDPModule):  # nor a layer
-            fully_shard(tower, **options)
+            unit(tower)
     if (embedding := own_embedding(model)) is not None:
-        fully_shard(embedding, **options)
+        unit(embedding)
         # only itself, which prefetches nothing: by default FSDP would gather the embedding again
         layers[0].set_modules_to_backward_prefetch([layers[0]])  # type: ignore[operator]
-    fully_shard(model, **options)
+    unit(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

@@ -17,7 +17,7 @@ import bisect
 import copy
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +90,9 @@ class NameMap:
     stored: Mapping[
         str, str
     ]  # the name in the checkpoint, by the name in the model, of all that are stored as they are
+    copies: Mapping[str, tuple[str, ...]] = field(
+        default_factory=dict
+    )  # other tensors of the checkpoint that must be equal to one: of a head that is tied, but stored as well
 
     @cached_property
     def parameter(self) -> dict[str, str]:
@@ -101,9 +104,8 @@ class NameMap:
         pieces = self.pieces[place.parameter]
         piece = pieces[bisect.bisect(pieces, place.first_row, key=lambda piece: piece.row) - 1]
         if place.first_row + place.rows <= piece.row + piece.rows:
-            width = place.param.shape[-1]
             first = piece.source_row + place.first_row - piece.row
-            return piece.source, Part(first * width + place.first_column, width, place.step)
+            return piece.source, Part(first * place.width + place.first_column, place.width, place.step)
         parts = ", ".join(piece.source for piece in pieces)
         raise UserError(
             f"{name}: is stored in several tensors ({parts}): not supported; leave it out of selection.modules"
@@ -152,6 +154,7 @@ def match(model: PreTrainedModel, files: ModelFolder) -> NameMap:
     found = _Found(model, files)
     pieces: dict[str, tuple[Piece, ...]] = {}
     stored: dict[str, str] = {}
+    copies: dict[str, tuple[str, ...]] = {}
     problems = list(found.problems)
     for name, tensor in own.items():
         named = next(
@@ -164,6 +167,8 @@ def match(model: PreTrainedModel, files: ModelFolder) -> NameMap:
         else:
             stored[name] = found.whole[named]
             pieces[name] = (Piece(stored[name], 0, 0, rows_in(tensor.shape)),)
+            others = {found.whole[key] for key in found.names_of(tensor, name) if key in found.whole} - {stored[name]}
+            copies |= {stored[name]: tuple(sorted(others))} if others else {}
             if (shape := files.info(stored[name])["shape"]) != list(tensor.shape):
                 problems.append(f"{name} is {shape} in the checkpoint, {list(tensor.shape)} in the model")
     numbers = {name: found_pieces for name, found_pieces in pieces.items() if own[name].is_floating_point()}
@@ -177,7 +182,7 @@ def match(model: PreTrainedModel, files: ModelFolder) -> NameMap:
             + "; ".join(problems[:3])
             + more
         )
-    return NameMap(pieces, stored)
+    return NameMap(pieces, stored, copies)
 
 
 class _Found:

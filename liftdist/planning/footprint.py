@@ -6,6 +6,8 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
     principal            20 d N / S    values, gradient and two moments 4 B each, indices 4 B
                          14 d N / S    with optimizer.dtype=bfloat16: values and moments 2 B each
     previously selected  N / (8 S)     one bit per weight, from the first refresh on
+    trained              14 N / S      instead of these two, of weights that are trained whole: gradient and two moments 4 B each,
+                                       and a value of 4 B; 6 N / S with optimizer.dtype=bfloat16
     layers               one layer gathered, plus the gradient of another one and its copy in the reduce-scatter buffer
     activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
 
@@ -16,9 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -38,7 +41,7 @@ from liftdist.methods.lift import rules
 from liftdist.models import build
 from liftdist.models.head import in_chunks
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.registry import LOSSES
+from liftdist.registry import LOSSES, METHODS
 from liftdist.schema import Config
 
 
@@ -88,11 +91,15 @@ class Sizes:
         return *self.layers, self.embedding, self.root, self.towers
 
 
-def sizes(model: PreTrainedModel, patterns: Sequence[str]) -> Sizes:
-    """The sizes of a model, which may be on the meta device. Raises ``UserError`` if no module matches ``patterns``."""
+def sizes(model: PreTrainedModel, config: Config) -> Sizes:
+    """The sizes of a model, which may be on the meta device, for the method of ``config``.
+
+    Raises:
+        UserError: no module fits ``selection.modules``.
+    """
     every = principal_matrices(model)
     trained: dict[int, dict[str, Place]] = {}  # by parameter
-    for name, place in principal_matrices(model, patterns).items():
+    for name, place in METHODS.load(config.method).places(config, model).items():
         trained.setdefault(id(place.param), {})[name] = place
 
     seen: set[int] = set()  # what several units share is counted once
@@ -152,7 +159,7 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
         with FakeTensorMode(allow_non_fake_inputs=True), packed, grouped, live:
             model = build.build(_with_layers(hf_config, layers), config.model).to_empty(device="cpu").train()
             build.recompute(model, config.model)
-            trained = {id(param) for param in _trained(model, config.selection.modules)}
+            trained = {id(param) for param in _trained(model, config)}
             for param in model.parameters():
                 param.requires_grad_(id(param) in trained)
                 if param.requires_grad:
@@ -174,11 +181,13 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
     return Activations(kept[0] - layer, layer, losses[1], backwards[1])
 
 
-def _trained(model: PreTrainedModel, patterns: Sequence[str]) -> list[nn.Parameter]:
+def _trained(model: PreTrainedModel, config: Config) -> list[nn.Parameter]:
+    places = METHODS.load(config.method).places
     try:
-        found = principal_matrices(model, patterns)
+        found = places(config, model)
     except UserError:  # the patterns match later layers only
-        found = principal_matrices(model)
+        every = dataclasses.replace(config, selection=dataclasses.replace(config.selection, modules=["*"]))
+        found = places(every, model)
     return [place.param for place in found.values()]
 
 
@@ -227,19 +236,15 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
 
     gathered, embedding, root = max(map(unsharded, size.layers)), unsharded(size.embedding), unsharded(size.root)
     reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
-    largest = max(m * n for m, n in size.trained.values())
     counts = selected(size, config)
-    workspace = functools.partial(selection.workspace_of, criterion(config))
-    marked = bool(config.selection.exclude)  # one byte per weight
-    factoring = max(workspace(m, n, counts[name]) + marked * m * n for name, (m, n) in size.trained.items())
-    sent = size.itemsize if shards > 1 and config.mesh.sparse_reduce_scatter else 4  # bytes per gradient to be reduced
-    exchanged = max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 else 0
+    is_sparse = _is_sparse(config)
+    sent = size.itemsize if shards > 1 and is_sparse else 4  # bytes per gradient to be reduced
+    exchanged = (
+        max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 and is_sparse else 0
+    )
     return {
         "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units) + size.buffers,
-        "principal": _bytes_each(config, size.itemsize) * sum(_width(unit, counts, shards) for unit in size.units),
-        "previously selected": sum(unit.padded(shards, trained=True) for unit in size.units) // 8
-        if config.selection.refresh_interval
-        else 0,
+        **(_of_lift(size, config, shards, counts) if config.method == "lift" else _of_dense(size, config, shards)),
         "root, whole": root,
         # in the first forward, besides the root: a unit that is gathered is held twice, as all-gather buffer and as
         # parameters; FSDP keeps the buffer until the next unit is gathered
@@ -250,25 +255,66 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
         "loss": kept.loss,
-        # the matrix being factored, the next one being gathered, and the rows sent for it
-        "selecting": (3 * size.itemsize * largest if shards > 1 else 0) + factoring,
+        "selecting": _selecting(size, config, shards, counts) if config.method == "lift" else 0,
     }
+
+
+def _of_lift(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> dict[str, int]:
+    bits = sum(unit.padded(shards, trained=True) for unit in size.units) if config.selection.refresh_interval else 0
+    each = _bytes_each(config, size.itemsize)
+    return {
+        "principal": each * sum(_width(unit, counts, shards) for unit in size.units),
+        "previously selected": bits // 8,
+    }
+
+
+def _of_dense(size: Sizes, config: Config, shards: int) -> dict[str, int]:
+    """What trained parameters take beyond the weights: a higher dtype, gradient and two moments."""
+    each = 4 * _element(config) - size.itemsize
+    return {"trained": each * sum(unit.padded(shards, trained=True) for unit in size.units)}
+
+
+def _selecting(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> int:
+    """The matrix being factored, the next one being gathered, and the rows sent for it."""
+    workspace = functools.partial(selection.workspace_of, criterion(config))
+    marked = bool(config.selection.exclude)  # one byte per weight
+    factoring = max(workspace(m, n, counts[name]) + marked * m * n for name, (m, n) in size.trained.items())
+    return (3 * size.itemsize * max(m * n for m, n in size.trained.values()) if shards > 1 else 0) + factoring
+
+
+def _is_sparse(config: Config) -> bool:
+    """Whether gradients are reduced sparsely within a replica."""
+    return config.method == "lift" and config.mesh.sparse_reduce_scatter
+
+
+def _element(config: Config) -> int:
+    """Bytes of a trained value."""
+    return torch.finfo(getattr(torch, config.optimizer.dtype)).bits // 8
 
 
 def _bytes_each(config: Config, itemsize: int) -> int:
     """Bytes of a principal weight on the rank that holds it."""
-    settings = config.optimizer
-    element = torch.finfo(getattr(torch, settings.dtype)).bits // 8
-    states = {"adamw": 2 + (settings.bias_correction == "entry"), "sgd": int(settings.momentum != 0)}[settings.name]
     kept = (
         4 + 2 * itemsize if config.keeps_base else 0
     )  # where and what they were, and a copy while they are swapped in
-    return 8 + (1 + states) * element + kept  # index and gradient; value and states
+    return 8 + (1 + _states(config)) * _element(config) + kept  # index and gradient; value and states
+
+
+def saved_bytes(config: Config) -> int:
+    """Bytes of a trained weight in a checkpoint: index, value and states; no index where all are trained."""
+    element = _element(config)
+    return (4 + (1 + _states(config)) * element) if config.method == "lift" else 3 * element
+
+
+def _states(config: Config) -> int:
+    """Element-wise states of the optimizer."""
+    settings = config.optimizer
+    return {"adamw": 2 + (settings.bias_correction == "entry"), "sgd": int(settings.momentum != 0)}[settings.name]
 
 
 def peak(parts: dict[str, int]) -> int:
     """Peak bytes of a run, from the parts of :func:`memory`: of training, of its first forward, or of a selection."""
-    held = parts["weights"] + parts["principal"] + parts["previously selected"]
+    held = sum(parts.get(name, 0) for name in ("weights", "principal", "previously selected", "trained"))
     backward = parts["layers, whole"] + parts["computing"]
     training = parts["root, whole"] + parts["activations"] + max(backward, parts["loss"])
     gathering = parts["root, whole"] + parts["first all-gather buffers"]
@@ -286,6 +332,8 @@ def selected(size: Sizes, config: Config) -> Mapping[str, int]:
     Raises:
         UserError: the criterion decides it.
     """
+    if config.method != "lift":
+        return {name: math.prod(shape) for name, shape in size.trained.items()}
     chosen, budget = rules(config.selection)
     if selection.decides_number(chosen):
         raise UserError(
@@ -319,15 +367,16 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
     micro = micro_batches(config, replicas * shards)
     found = []
     if shards > 1:
-        once = [unit for unit in (size.embedding, size.root) if unit.shapes]
-        calls = 2 * len(size.layers) + len(once)
-        gathered = sum(unit.padded(shards) for unit in (*size.layers, *size.layers, *once))
+        twice = [*size.layers, *([size.embedding] if size.embedding.trained else [])]  # in forward and in backward
+        once = [unit for unit in (size.embedding, size.root) if unit.shapes and unit not in twice]
+        calls = 2 * len(twice) + len(once)
+        gathered = sum(unit.padded(shards) for unit in (*twice, *twice, *once))
         found.append(Collective("dp_shard", "all_gather", micro * calls, micro * size.itemsize * gathered))
         reduced = [unit for unit in size.units if unit.trained]
         counts = selected(size, config)
         widths = [_width(unit, counts, shards) for unit in reduced]
         dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
-        sparse = [config.mesh.sparse_reduce_scatter and 8 * w < d // shards for w, d in zip(widths, dense, strict=True)]
+        sparse = [_is_sparse(config) and 8 * w < d // shards for w, d in zip(widths, dense, strict=True)]
         indices = sum(4 * width for width, is_sparse in zip(widths, sparse, strict=True) if is_sparse)
         gradients = sum(
             4 * shards * w if is_sparse else d for w, d, is_sparse in zip(widths, dense, sparse, strict=True)
@@ -337,8 +386,12 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         found.append(Collective("dp_shard", "reduce_scatter", micro * len(reduced), micro * gradients))
     if replicas > 1:
         counts = selected(size, config)
-        flat = 4 * sum(_width(unit, counts, shards) for unit in size.units)
-        found.append(Collective("dp_replicate", "all_reduce", 1, flat))
+        if config.method == "lift":
+            flat = sum(_width(unit, counts, shards) for unit in size.units)
+            found.append(Collective("dp_replicate", "all_reduce", 1, 4 * flat))
+        else:  # one for each parameter
+            whole = sum(unit.padded(shards, trained=True) for unit in size.units)
+            found.append(Collective("dp_replicate", "all_reduce", len(size.trained), _element(config) * whole))
     return found
 
 

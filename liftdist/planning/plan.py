@@ -67,7 +67,7 @@ def plan(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
     hf_config = build.check_type(resolve_config(config.model.path, config.model.revision), config.model)
-    size = footprint.sizes(build.build(hf_config, config.model), config.selection.modules)
+    size = footprint.sizes(build.build(hf_config, config.model), config)
     probes: dict[int, footprint.Activations] = {}
 
     def memory_of(count: int) -> dict[str, int]:
@@ -78,12 +78,15 @@ def plan(
 
     parts = memory_of(shards)
     usable = round(USABLE * gpu.memory * GIB) if gpu else None
-    costs = [selection.cost_of(footprint.criterion(config), m, n) for m, n in size.trained.values()]
+    costs = [0.0]
+    if config.method == "lift":
+        costs = [selection.cost_of(footprint.criterion(config), m, n) for m, n in size.trained.values()]
     owners = selection.assign_owners(costs, replicas * shards)
     loads = [0.0] * (replicas * shards)
     for cost, owner in zip(costs, owners, strict=True):
         loads[owner] += cost
     selected = sum(footprint.selected(size, config).values())
+    saved = footprint.saved_bytes(config) * selected
     collectives = [
         dataclasses.asdict(one) | {"sent": one.sent(shards if one.axis == "dp_shard" else replicas)}
         for one in footprint.traffic(size, config, replicas, shards)
@@ -96,7 +99,7 @@ def plan(
         "usable": usable,
         "fits": None if usable is None else footprint.peak(parts) <= usable,
         "traffic": collectives,
-        "checkpoint": {"bytes": 16 * selected, "seconds": 16 * selected / shards / DISK_RATE},
+        "checkpoint": {"bytes": saved, "seconds": saved / shards / DISK_RATE},
         "selection": {"matrices": len(costs), "largest": max(costs), "fullest": max(loads), "all": sum(costs)},
         "step": {"tokens": config.train.batch_size * config.data.max_length},
         "smallest": None,
@@ -153,7 +156,8 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int) -> None:
     """Raises ``UserError`` if ``slurm.gpu_memory`` is set and the run does not fit in it."""
     if config.slurm.gpu_memory is None:
         return
-    decisive = (config.model, config.data, config.selection, config.train, config.mesh, config.slurm.gpu_memory)
+    parts = (config.model, config.data, config.selection, config.optimizer, config.train, config.mesh)
+    decisive = (config.method, *parts, config.slurm.gpu_memory)
     if (key := repr((decisive, nodes, gpus_per_node))) in _known_to_fit:  # checked for another task of an array
         return
     found = plan(config, nodes, gpus_per_node, Gpu(config.slurm.gpu_memory))
@@ -223,7 +227,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         f"{layout['nodes']} x {layout['gpus_per_node']} ranks: {layout['dp_replicate']} replicas of {layout['dp_shard']} shards"
     )
     counts = model["parameters"] / 1e9, model["principal"] / 1e6, model["matrices"]
-    yield "{:.2f} G parameters, {:.1f} M principal in {} matrices".format(*counts)
+    yield "{:.2f} G parameters, {:.1f} M trained in {} matrices".format(*counts)
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
         notes = {
@@ -245,5 +249,6 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
             f"overlapped with shards {step['dp_shard']:.2f} s; replicas {step['dp_replicate']:.2f} s, "
             f"update {step['updating']:.3f} s"
         )
-        yield f"select   about {found['selection']['seconds']:.0f} s"
+        if found["selection"]["all"]:
+            yield f"select   about {found['selection']['seconds']:.0f} s"
     yield f"save     {_gib(found['checkpoint']['bytes'])}, {found['checkpoint']['seconds']:.1f} s"

@@ -27,7 +27,13 @@ SettingChange = tuple[str, str]
 
 
 def refuse(found: Sequence[SettingChange], allowed: set[str], run_dir: Path) -> None:
-    """Raises ``UserError`` for changes of a kind that is not allowed; ``STATE`` changes are reported first."""
+    """Raises ``UserError`` for changes of a kind that is not allowed; ``STATE`` changes are reported first.
+
+    No flag allows another method: what one has trained, another cannot continue.
+    """
+    for key, text in ((text.partition(":")[0], redact(text)) for _, text in found):
+        if key == "method":
+            raise UserError(f"run_dir {run_dir}: {text}: cannot be changed; --fresh starts again in a new directory")
     for flag, (kind, _) in reversed(CONTINUATION_FLAGS.items()):
         refused = [redact(text) for found_kind, text in found if found_kind == kind]
         if refused and kind not in allowed:

@@ -1,4 +1,4 @@
-"""Sparse checkpoints: what a run holds beyond its base model, saved by all ranks, loaded on any number of them.
+"""Checkpoints: what a run holds beyond its base model, saved by all ranks, loaded on any number of them.
 
     checkpoints/step-00000100/
         shard-00000-of-00004.safetensors           rows [row_bounds[0], row_bounds[1]) of every trained matrix:
@@ -7,6 +7,10 @@
             NAME/optimizer.KEY     [k]             each element-wise state of the optimizer
             NAME/dropped_indices   [d] int32       the same for previously selected weights
             NAME/dropped_values    [d]             in the dtype of the model
+        or, of a matrix that is trained whole, all entries of these rows:
+            NAME/first             [1] int64       flat index of the first in the whole matrix
+            NAME/values            [k]             in optimizer.dtype
+            NAME/optimizer.KEY     [k]
         manifest.json                              the rest of the state, size and sha256 of each file, and its own sha256
 
 A save copies the state to the host, and a thread writes it. One rename makes the checkpoint visible, after every rank has
@@ -45,6 +49,7 @@ from liftdist.safetensors_io import TensorFile
 
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 22  # bytes
+FIRST = "first"  # key of a matrix of which all entries are held
 
 
 @dataclass(frozen=True)
@@ -91,9 +96,9 @@ class Step:
                 raise ValueError(f"{path} is damaged: its sha256 differs from {MANIFEST}")
 
     def read(self, matrices: Sequence[Matrix]) -> dict[str, Tensor]:
-        """The tensors of ``PrincipalWeights.state_dict``, cut to this rank's rows of ``matrices``. Reads only these slices.
+        """The tensors of a method's ``state_dict``, cut to this rank's rows of ``matrices``. Reads only these slices.
 
-        A matrix that is not in the checkpoint gets no principal weights.
+        Of a matrix that is not in the checkpoint they are empty.
 
         Raises:
             UserError: a matrix has another shape than in the checkpoint, or the checkpoint holds one that is not in
@@ -133,12 +138,16 @@ class Step:
         """Every weight of a matrix that the run has ever trained: ``[t]`` int64 sorted flat indices, and ``[t]`` values in the
         dtype of the model, rounded as in the run's model."""
         keys = self.manifest.parameters[name].keys
+        dtype = getattr(torch, self.manifest.parameters[name].dtype)
+        if FIRST in keys:
+            found = [file.read(f"{name}/values").to(dtype) for file in self._holding.get(name, ())]
+            whole = torch.cat(found)
+            return torch.arange(whole.numel()), whole
         parts = []
         for file in self._holding.get(name, ()):
             part = {key: file.read(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
             part["values"] = part["values"].to(part["dropped_values"].dtype)
             parts += [(part["indices"], part["values"]), (part["dropped_indices"], part["dropped_values"])]
-        dtype = getattr(torch, self.manifest.parameters[name].dtype)
         indices = torch.cat([torch.empty(0, dtype=torch.int64), *(indices.long() for indices, _ in parts)])
         order = indices.argsort()
         return indices[order], torch.cat([torch.empty(0, dtype=dtype), *(values for _, values in parts)])[order]
@@ -147,6 +156,10 @@ class Step:
 def _slices(file: TensorFile, name: str, keys: Iterable[str], begin: int, end: int) -> dict[str, Tensor]:
     """The entries of one matrix in one file with flat indices in ``[begin, end)``."""
     result = {}
+    if FIRST in keys:
+        first, (held,) = int(file.read(f"{name}/{FIRST}")), file.entries[f"{name}/values"]["shape"]
+        low, high = (min(max(end - first, 0), held) for end in (begin, end))
+        return {key: file.rows(f"{name}/{key}", low, high) for key in keys if key != FIRST}
     for prefix in ("", "dropped_"):
         indices = file.read(f"{name}/{prefix}indices")
         low, high = torch.searchsorted(indices, torch.tensor([begin, end], dtype=indices.dtype)).tolist()

@@ -43,6 +43,9 @@ class Snapshot:
     parts: Mapping[str, Sequence[int]] = field(
         default_factory=dict
     )  # matrix -> where it is in that tensor, see names.Part
+    copies: Mapping[str, Sequence[str]] = field(
+        default_factory=dict
+    )  # a trained tensor of these files -> others that must stay equal to it
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Parameter:
 
     shape: list[int]
     dtype: str
-    principal: int  # number of weights that are trained
+    principal: int  # number of weights that are trained; all, if it is trained whole
     dropped: int  # number of previously selected weights
     keys: dict[str, str]  # key of each of its tensors in a file -> dtype
 
@@ -123,7 +126,7 @@ def read(path: Path) -> Manifest:
     )
     return Manifest(
         Snapshot(
-            tree["step"], tree["state"], provenance, tree.get("names", {}), tree.get("parts", {})
+            tree["step"], tree["state"], provenance, *(tree.get(key, {}) for key in ("names", "parts", "copies"))
         ),  # absent in older ones
         tree["attempt"],
         tree["nonce"],

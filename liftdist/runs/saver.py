@@ -79,7 +79,7 @@ class Checkpointer:
         """Start a save, after waiting for the previous one to end. Collective.
 
         Args:
-            state: the tensors of this rank, as ``PrincipalWeights.state_dict`` gives them.
+            state: the tensors of this rank, as a method's ``state_dict`` gives them.
         """
         self.wait()
         self.last_step = snapshot.step
@@ -199,7 +199,11 @@ class Checkpointer:
         """The manifest's entry of every matrix, by name. Collective."""
         counts = torch.zeros(len(matrices), 2, dtype=torch.int64)  # principal and dropped weights, over all shards
         if self._rank < shards:  # count the first replica only
-            sizes = [[state[f"{m.name}/{key}"].numel() for key in ("indices", "dropped_indices")] for m in matrices]
+            empty = torch.empty(0)
+            sizes = [
+                [state[f"{m.name}/values"].numel(), state.get(f"{m.name}/dropped_values", empty).numel()]
+                for m in matrices
+            ]
             counts.copy_(torch.tensor(sizes))
         dist.all_reduce(counts, group=self._group)
         keys: dict[str, dict[str, str]] = {}

@@ -38,6 +38,7 @@ from liftdist.data.batches import pack, to_device
 from liftdist.data.tokenised import IGNORED
 from liftdist.distributed import collectives
 from liftdist.errors import UserError
+from liftdist.models.build import computing_dtype
 from liftdist.models.head import probing
 from liftdist.training import objective
 
@@ -97,7 +98,7 @@ def masks(model: PreTrainedModel, position_ids: Tensor) -> dict[str, Any]:
     """
     if not (position_ids[:, 1:] == 0).any():
         return {}
-    shaped = torch.empty((*position_ids.shape, 0), dtype=model.dtype, device=position_ids.device)
+    shaped = torch.empty((*position_ids.shape, 0), dtype=computing_dtype(model), device=position_ids.device)
     return {"attention_mask": create_masks_for_generate(model.config, shaped, None, None, position_ids)}
 
 
@@ -141,7 +142,7 @@ def _mixed(model: PreTrainedModel, device: torch.device, max_length: int, rows: 
     (first, third), (first_changed, third_changed) = (
         (found.split(counts)[::2], found.split(counts)[1::2]) for found in (reference, other)
     )
-    slack = max(2 * torch.finfo(model.dtype).eps, 1e-5)
+    slack = max(2 * torch.finfo(computing_dtype(model)).eps, 1e-5)
     noise = _distance(first, first_changed)
     leak = max(_distance(third, third_changed), _distance(third, third_changed, FIRST))
     rounding, moved = (

@@ -114,10 +114,11 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
     held = {matrix.name: names.holding(matrix.name, matrix.place) for matrix in method.matrices}
     trained = {name: stored for name, (stored, _) in held.items()}
+    copies = {stored: names.copies[stored] for stored in trained.values() if stored in names.copies}
     parts = {m.name: part for m in method.matrices if not (part := held[m.name][1]).is_whole(m.columns)}
 
     def snapshot() -> Snapshot:
-        return Snapshot(trainer.step, trainer.state(), provenance, trained, parts)
+        return Snapshot(trainer.step, trainer.state(), provenance, trained, parts, copies)
 
     loop = Loop(context, trainer, recorder, checkpointer, snapshot)
     try:
@@ -212,7 +213,7 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
             trained = of_run.of_run(step, base_folder)
             if trainer.mesh.is_main and target.exists():  # exported before the run was extended
                 target.rename(layout.next_free(target))
-        hf.write(trained, base_folder, target, trainer.model.dtype)
+        hf.write(trained, base_folder, target, getattr(torch, trainer.config.model.dtype))
         if trainer.mesh.is_main:
             attempt.note("export", step=trainer.step)
     console.say(f"fine-tuned model in {target}")

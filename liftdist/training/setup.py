@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
-from liftdist.methods.lift import Lift
+from liftdist.errors import UserError
+from liftdist.methods.base import Method
 from liftdist.models import build, weights
 from liftdist.models.head import in_chunks, is_plain
 from liftdist.models.hub import resolve_model
@@ -22,7 +24,7 @@ from liftdist.training.inputs import agree_on_commits
 
 def model_and_method(
     context: RunContext, folder: Path, base_digest: str, from_checkpoint: bool = False, training: bool = True
-) -> tuple[PreTrainedModel, NameMap, Lift]:
+) -> tuple[PreTrainedModel, NameMap, Method]:
     """The sharded model, the names of its tensors in the folder, and the attached method. Collective.
 
     Args:
@@ -34,11 +36,15 @@ def model_and_method(
         UserError: it does not.
     """
     config, mesh = context.config, context.mesh
-    model, names = load(folder, config.model, mesh, context.cancellation.check)
+    if unused := config.unused():
+        context.console.say(f"not used by method={config.method}, which selects no weights: {', '.join(unused)}")
+    chosen = METHODS.load(config.method)
+    prepare = functools.partial(chosen.prepare, config)
+    model, names = load(folder, config.model, mesh, context.cancellation.check, prepare)
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
         context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")
-    if build.is_emulated(model.dtype, mesh.device):
+    if build.is_emulated(build.computing_dtype(model), mesh.device):
         context.console.say(
             "this processor has no instructions for bfloat16, which makes it about ten times slower than model.dtype=float32"
         )
@@ -49,7 +55,7 @@ def model_and_method(
         )
     if training and config.data.packing:
         packing.keep_apart(model, mesh.device, config.data.max_length, config.train.micro_batch_size)
-    method: Lift = METHODS.load(config.method).attach(context, model, base_digest, from_checkpoint)
+    method: Method = chosen.attach(context, model, names, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
     return model, names, method
@@ -58,6 +64,8 @@ def model_and_method(
 def select_only(context: RunContext) -> None:
     """Select the principal weights and write the selection to the cache. Collective."""
     config = context.config
+    if config.method != "lift":
+        raise UserError(f"method={config.method} selects no weights")
     agree_on_commits(config, context.mesh, training=False)
     with together():
         folder = resolve_model(config.model.path, config.model.revision)

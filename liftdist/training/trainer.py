@@ -24,7 +24,7 @@ from liftdist.data.order import BatchOrder, split_micro_batches
 from liftdist.distributed.collectives import gather
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
-from liftdist.methods.lift import Lift
+from liftdist.methods.base import Method
 from liftdist.registry import LOSSES
 from liftdist.schema import Config
 from liftdist.training import objective
@@ -50,7 +50,7 @@ class Trainer:
         mesh: Mesh,
         inputs: Inputs,
         model: PreTrainedModel,
-        method: Lift,
+        method: Method,
         beat: Callable[[], None] = lambda: None,
     ) -> None:
         self.config, self.mesh, self.inputs, self.model, self.method = config, mesh, inputs, model, method

@@ -54,7 +54,7 @@ def test_planned_memory_is_within_a_tenth_of_what_a_rank_has(world, tmp_path):
 def test_bytes_of_a_principal_weight(dtype, each, tmp_path):
     config = Config()
     config.selection.density, config.optimizer.dtype = 0.1, dtype
-    size = footprint.sizes(builders.frozen_model(tmp_path, dtype=torch.bfloat16), ["*"])
+    size = footprint.sizes(builders.frozen_model(tmp_path, dtype=torch.bfloat16), config)
     planned = footprint.memory(size, config, 1, footprint.Activations(0, 0, 0, 0))["principal"]
     assert planned == each * sum(footprint.selected(size, config).values())
 
@@ -77,6 +77,17 @@ def test_collectives_and_memory_of_a_step_are_as_planned(world, replicas, mesh):
         assert found[key] == found[f"planned_{key}"]
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
     assert bool(found["collectives"]) == (world > 1)
+
+
+@pytest.mark.parametrize(("world", "replicas"), [(1024, 1), (8, 1), (12, 4), (4, 4), (1, 1)])
+@pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", True)])
+def test_a_step_of_full_fine_tuning_is_as_planned(world, replicas, dtype, tied):
+    config = scale.settings(world, replicas)
+    config.method, config.optimizer.dtype = "full", dtype
+    found = scale.step(SMALL | {"tie_word_embeddings": tied}, config, world)
+    for key in ("read", "collectives"):
+        assert found[key] == found[f"planned_{key}"]
+    assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
 
 
 EXPERTS = {
@@ -117,7 +128,7 @@ def test_tokens_reach_the_experts_that_published_figures_say():
     published = {"qwen3-30b-a3b": (30.5e9, 3.3e9), "mixtral-8x7b": (46.7e9, 12.9e9), "deepseek-v3": (671e9, 37e9)}
     for name, (all_of_them, active) in published.items():
         model = build.build(scale.config_of(scale.MODELS[name]), Config(run_dir="none").model)
-        size = footprint.sizes(model, ["*"])
+        size = footprint.sizes(model, Config(run_dir="none"))
         assert size.numel == pytest.approx(all_of_them, rel=0.005)
         assert size.numel - (1 - size.reached) * size.experts == pytest.approx(active, rel=0.02)
 

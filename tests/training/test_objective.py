@@ -75,3 +75,22 @@ def test_loss_and_gradient_are_those_of_whole_logits(dtype, tied, tmp_path, monk
         assert objective.token_losses(model, batch()).item() == pytest.approx(whole.item(), rel=1e-6)
     nothing = batch() | {"labels": torch.full((2, 200), IGNORED)}
     assert objective.token_losses(model, nothing).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_trained_head_gets_its_gradient(dtype, tied, tmp_path, monkeypatch):
+    monkeypatch.setattr(head, "CHUNK_LOGITS", 257 * 10)
+    model = builders.frozen_model(tmp_path, dtype=dtype, tie_word_embeddings=tied)
+    weight = model.get_output_embeddings().weight.requires_grad_()
+    found = []
+    for chunked in (False, True):
+        if chunked:
+            assert is_plain(model, torch.device("cpu"))
+            head.in_chunks(model)
+        weight.grad = None
+        (objective.token_losses(model, batch()) / 255).backward()
+        found.append(weight.grad)
+    whole, in_chunks = found
+    assert in_chunks.dtype == dtype
+    assert (in_chunks - whole).float().norm() <= (1e-6 if dtype == torch.float32 else 2e-2) * whole.float().norm()

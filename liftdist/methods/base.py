@@ -1,0 +1,73 @@
+"""What a method is: the part of a run that knows what is trained. The trainer drives it, the saver stores what it holds.
+
+    prepare -> the model is sharded and loaded -> attach
+    for each step: before_step -> forward and backward -> reduce -> clip -> step, or skip
+
+A module of :data:`liftdist.registry.METHODS` has ``places(config, model)``, what it trains by name; ``prepare(config, model,
+names)``, which makes a model on the meta device ready for that; and ``attach(context, model, names, base_digest,
+from_checkpoint)``, which returns a :class:`Method`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from liftdist.engine.matrices import Matrix
+
+
+class Method(Protocol):
+    """What is trained, and its optimizer."""
+
+    optimizer: torch.optim.Optimizer
+    selection: Path | None  # the cache folder of the first selection, if there is one
+
+    @property
+    def matrices(self) -> Sequence[Matrix]:
+        """What :meth:`state_dict` holds the state of, in its order."""
+
+    def before_step(self, step: int) -> dict[str, float]:
+        """What is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
+
+    def reselect(self) -> None:
+        """Choose again what is trained, after loading a state that was made with other settings. Collective."""
+
+    def reduce(self, divisor: Tensor) -> None:
+        """Sum the gradient over the replicas and divide it by the divisor of the global batch's loss. Collective."""
+
+    def clip(self) -> Tensor:
+        """Clip the gradient to ``optimizer.max_grad_norm``; return its norm before clipping, ``[]``. Collective."""
+
+    def step(self, number: int) -> None:
+        """Update the weights; ``number`` counts the updates from 1."""
+
+    def skip(self) -> None:
+        """Clear the gradient, as if there had been no backward."""
+
+    def non_finite(self) -> list[str]:
+        """Names of what has a gradient on this rank that is not finite."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What this rank holds beyond the base model, copied to the host: ``NAME/KEY`` of each of :attr:`matrices`.
+
+        Either entries of it, ``indices`` and what belongs to each, see :meth:`PrincipalWeights.state_dict`, or all of this rank's
+        rows: ``first`` ``[1]`` int64, the flat index of the first entry in the whole matrix, absent (``[0]``) if there are none,
+        ``values`` and other keys, one element for each entry.
+        """
+
+    def scalars(self) -> dict[str, float]:
+        """The scalar states of the optimizer, equal on all ranks."""
+
+    def load_state_dict(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
+        """Load :meth:`state_dict`, cut to this rank's rows, and :meth:`scalars` into a model that holds the base weights."""
+
+    def at_base(self) -> AbstractContextManager[None]:
+        """A context in which the model is the base model; used if ``config.keeps_base``."""
+
+    def describe(self, model: nn.Module) -> str:
+        """A summary of what is trained in plain text. Collective."""
