@@ -78,6 +78,8 @@ CRITERIA = Registry(
         "off_principal": "the smallest entries outside the principal ones",
         "threshold": "all entries below `threshold`, however many",
         "file": "the entries that `file` names: of a delta, another run, or a selection that was kept",
+        "gradient": "the entries of largest squared gradient, summed over batches",
+        "sensitivity": "the entries to which the loss is most sensitive, averaged over batches",
         "smallest": "the smallest entries",
         "low_rank_smallest": "the smallest entries after low-rank approximation",
     },

@@ -40,6 +40,9 @@ class ModelConfig:
     trust_remote_code: bool = setting(False, "run model code that comes with the weights", changes=NOTHING)
 
 
+BY_GRADIENTS = ("gradient", "sensitivity")  # criteria that need data
+
+
 @dataclass
 class SelectionConfig:
     density: float | None = setting(
@@ -68,6 +71,12 @@ class SelectionConfig:
     )
     threshold: float | None = setting(
         None, "absolute value below which `criterion=threshold` trains a weight", above=0, changes=STATE
+    )
+    gradient_batches: int | None = setting(
+        None,
+        "batches of `train.micro_batch_size` sequences whose gradients `criterion=gradient` and `sensitivity` gather; 8 if unset",
+        at_least=1,
+        changes=STATE,
     )
     file: str | None = setting(
         None,
@@ -127,6 +136,11 @@ class SelectionConfig:
         for name, of in (("block_size", "blocks"), ("threshold", "threshold"), ("file", "file")):
             if getattr(self, name) is not None and self.criterion != of:
                 yield name, f"is used by selection.criterion={of} alone; unset it: selection.{name}="
+        if self.gradient_batches is not None and self.criterion not in BY_GRADIENTS:
+            yield (
+                "gradient_batches",
+                f"is used by selection.criterion={' and '.join(BY_GRADIENTS)} alone; unset it: selection.gradient_batches=",
+            )
         if (
             self.seed is not None
             and self.criterion not in ("random", "channels")
@@ -402,6 +416,8 @@ class Config:
 
     def problems(self) -> Iterator[Problem]:
         if self.method == "lift":
+            if self.selection.criterion in BY_GRADIENTS and self.train.needs_base:
+                yield "train.loss", f"cannot be {self.train.loss} with selection.criterion={self.selection.criterion}"
             yield from (
                 (f"selection.{name}" if name else "selection", found) for name, found in self.selection.conflicts()
             )

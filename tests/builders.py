@@ -115,7 +115,11 @@ def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Tra
     inputs = _inputs(repr(settings), settings)
     base = weights.digest(inputs.folder, Path(settings.cache_dir))
     model, _, method = setup.model_and_method(
-        RunContext(settings, mesh, Console(False)), inputs.folder, base, from_checkpoint=saved is not None
+        RunContext(settings, mesh, Console(False)),
+        inputs.folder,
+        base,
+        from_checkpoint=saved is not None,
+        inputs=inputs,
     )
     model.train()
     made = Trainer(settings, mesh, inputs, model, method)

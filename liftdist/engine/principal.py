@@ -37,6 +37,7 @@ from liftdist.engine.budgets.per_matrix import PerMatrix
 from liftdist.engine.clip import clip_grad_norm_
 from liftdist.engine.criteria.low_rank import LowRank
 from liftdist.engine.flat import Part, Segment, former
+from liftdist.engine.gathered import Backwards, Gathered, gather
 from liftdist.engine.matrices import (
     Matrix,
     check_alike,
@@ -82,6 +83,7 @@ class PrincipalWeights:
         keep_base: keep the values that trained weights had in the model, for :attr:`base_values` and :meth:`at_base`.
         progress: called with the number of matrices selected and their total.
         on_selected: called in the first selection, on the rank that factored a matrix, with its name and all its indices.
+        backwards: for a criterion by gradients, see :data:`liftdist.engine.gathered.Backwards`.
 
     Raises:
         ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named), a model that
@@ -108,6 +110,7 @@ class PrincipalWeights:
         keep_base: bool = False,
         progress: Callable[[int, int], None] | None = None,
         on_selected: Callable[[str, Tensor], None] | None = None,
+        backwards: Backwards | None = None,
     ) -> None:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             raise ValueError(
@@ -149,6 +152,8 @@ class PrincipalWeights:
         self.shard_group = shard_group(self.matrices[0].param)
         self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
         self._progress = progress
+        self._backwards = backwards
+        self._is_gathering = False
         self._multiple_of = multiple_of
         self._base = BaseValues() if keep_base else None
         self._is_at_base = False
@@ -172,14 +177,26 @@ class PrincipalWeights:
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the current weights, ``[k_local]`` int32 for each matrix. Collective."""
         shared = self.shard_group, self.replicate_group, self._progress, self.excluded
-        counts = self.allotted
+        counts, matrices = self.allotted, self.matrices
+        if isinstance(self.criterion, Gathered):
+            matrices = self._gather(self.criterion)
         if self._compares:
             if not (isinstance(self.criterion, Scored) and self.criterion.are_magnitudes):
                 raise UserError(
                     f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
                 )
-            counts = selection.compare(self.matrices, counts, self.criterion, *shared)
-        return selection.select(self.matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
+            counts = selection.compare(matrices, counts, self.criterion, *shared)
+        return selection.select(matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
+
+    def _gather(self, criterion: Gathered) -> list[Matrix]:
+        """The matrices with the statistic of the criterion in place of their weights. Collective."""
+        if self._backwards is None:
+            raise ValueError(f"{criterion} needs gradients: pass backwards")
+        self._is_gathering = True
+        try:
+            return gather(criterion, self.matrices, set(self._reductions.values()), self._backwards)
+        finally:
+            self._is_gathering = False
 
     def _allot(self) -> list[int]:
         """Weights of each matrix to select now, as the budget says."""
@@ -463,6 +480,8 @@ class PrincipalWeights:
     @torch.no_grad()
     def _collect(self, number: int, param: Tensor) -> None:
         """Post-accumulate-grad hook of parameter ``number``: take the principal entries, drop the dense gradient."""
+        if self._is_gathering:
+            return
         part, dense = self.parts[number], param.grad
         param.grad = None
         if dense is None:

@@ -20,7 +20,8 @@ before the cast, and the parameter's own hook finds its part of it by that offse
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -56,11 +57,25 @@ class FSDPReduction:
             self._row += row_bounds(param.shape[0], shards)[1] * (param.numel() // param.shape[0])
         self._indices: dict[int, Tensor] = {}  # by id of the parameter, into this rank's rows
         self._width: int | None = None
+        self._is_dense = False
 
     def choose(self, param: nn.Parameter, indices: Tensor) -> None:
         """Set the principal weights of this rank's rows of ``param`` to ``indices``, ``[k_local]`` int32."""
         self._indices[id(param)] = indices
         self._width = None
+
+    def holds(self, param: nn.Parameter) -> bool:
+        """Whether this reduces the gradient of ``param``."""
+        return id(param) in self._offsets
+
+    @contextlib.contextmanager
+    def dense(self) -> Iterator[None]:
+        """A context in which whole gradients are reduced."""
+        self._is_dense = True
+        try:
+            yield
+        finally:
+            self._is_dense = False
 
     def keep(self, reduced: Tensor) -> None:
         """All-reduce hook: keep the buffer until every parameter has read its part."""
@@ -94,7 +109,7 @@ class FSDPReduction:
     def __call__(self, output_tensor: Tensor, input_tensor: Tensor, group: Any, op: Any, **_: Any) -> None:
         """``ReduceScatter``: principal entries of ``input_tensor [shards * row]`` to ``output_tensor [row]``, 0 elsewhere."""
         shards, row, size = group.size(), output_tensor.numel(), output_tensor.element_size()
-        width = self._widest(group, output_tensor.device)
+        width = row if self._is_dense else self._widest(group, output_tensor.device)
         # dense if a parameter took no part in the backward (the same on all ranks), or if sparse saves nothing
         if row != self._row or row >= 2**31 or width * (4 + size) >= row * size:
             reduce_scatter_single(output_tensor, input_tensor.to(output_tensor.dtype), op=op, group=group)

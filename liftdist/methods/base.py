@@ -5,7 +5,8 @@
 
 A module of :data:`liftdist.registry.METHODS` has ``places(config, model)``, what it trains by name; ``prepare(config, model,
 names)``, which makes a model on the meta device ready for that; and ``attach(context, model, names, base_digest,
-from_checkpoint)``, which returns a :class:`Method`.
+from_checkpoint, backwards)``, which returns a :class:`Method`; ``backwards`` runs batches of the data, see
+:data:`liftdist.engine.gathered.Backwards`.
 """
 
 from __future__ import annotations

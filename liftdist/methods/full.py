@@ -25,6 +25,7 @@ from liftdist.distributed import collectives
 from liftdist.engine.adamw import reference_eps
 from liftdist.engine.decoder import towers
 from liftdist.engine.dense import DenseWeights
+from liftdist.engine.gathered import Backwards
 from liftdist.engine.matrices import Matrix, Place, describe, fits, routers
 from liftdist.errors import UserError
 from liftdist.models import build
@@ -173,7 +174,12 @@ def places(config: Config, model: PreTrainedModel) -> dict[str, Place]:
 
 
 def attach(
-    context: RunContext, model: PreTrainedModel, names: NameMap, base_digest: str, from_checkpoint: bool = False
+    context: RunContext,
+    model: PreTrainedModel,
+    names: NameMap,
+    base_digest: str,
+    from_checkpoint: bool = False,
+    backwards: Backwards | None = None,
 ) -> Full:
     """Train the parameters that :func:`prepare` chose, each rank its rows. Collective."""
     dense = DenseWeights(model, context.mesh.replicate_group)

@@ -21,6 +21,7 @@ from liftdist.console import GIB
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
 from liftdist.engine.adamw import reference_eps
+from liftdist.engine.gathered import Backwards, Gathered
 from liftdist.engine.matrices import Matrix, Place, principal_matrices
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
@@ -136,13 +137,19 @@ def places(config: Config, model: PreTrainedModel) -> dict[str, Place]:
 
 
 def attach(
-    context: RunContext, model: nn.Module, names: NameMap, base_digest: str, from_checkpoint: bool = False
+    context: RunContext,
+    model: nn.Module,
+    names: NameMap,
+    base_digest: str,
+    from_checkpoint: bool = False,
+    backwards: Backwards | None = None,
 ) -> Lift:
     """Select the principal weights of ``model``, or read a cached selection. Collective.
 
     Args:
         base_digest: digest of the model's weights.
         from_checkpoint: select nothing, because a checkpoint will be loaded.
+        backwards: for criteria by gradients.
     """
     config, console, choice = context.config, context.console, context.config.selection
     named, excluded = _files(context, base_digest)
@@ -172,6 +179,7 @@ def attach(
             keep_base=config.keeps_base,
             progress=context.cancellation.at_boundaries(progress),
             on_selected=cached.add,
+            backwards=backwards,
         )
     cached.write()
     total = sum(matrix.numel for matrix in principal.matrices)
@@ -236,7 +244,12 @@ class _CachedSelection:
         self.folder: Path | None = None
 
     def read(self, principal: PrincipalWeights) -> list[Tensor] | None:
-        """For each matrix ``[k_local]`` int32; None, on all ranks, if there is no valid cached selection. Collective."""
+        """For each matrix ``[k_local]`` int32; None, on all ranks, if there is no valid cached selection. Collective.
+
+        A selection by gradients is not cached: it depends on the data as well.
+        """
+        if isinstance(principal.criterion, Gathered):
+            return None
         key = selections.key(
             self._base_digest,
             principal.criterion,
@@ -261,8 +274,8 @@ class _CachedSelection:
 
     def write(self) -> None:
         """Write the selection if one was made. Collective."""
-        if collectives.agree(bool(self._selected)):
-            assert self.folder is not None
-            if not selections.write(self.folder, self._selected):
-                cache_dir = self._context.config.cache_dir
-                self._context.console.say(f"selection not cached: cache_dir {cache_dir} is not shared by all ranks")
+        if self.folder is None or not collectives.agree(bool(self._selected)):
+            return
+        if not selections.write(self.folder, self._selected):
+            cache_dir = self._context.config.cache_dir
+            self._context.console.say(f"selection not cached: cache_dir {cache_dir} is not shared by all ranks")

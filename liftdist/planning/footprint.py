@@ -9,6 +9,7 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
     trained              14 N / S      instead of these two, of weights that are trained whole: gradient and two moments 4 B each,
                                        and a value of 4 B; 6 N / S with optimizer.dtype=bfloat16
     layers               one layer gathered, plus the gradient of another one and its copy in the reduce-scatter buffer
+    statistics           4 N / S       of selection.criterion=gradient, 8 N / S of sensitivity, while a selection is made
     activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
 
 Traffic is that of ring algorithms: n (S - 1) / S for an all-gather or reduce-scatter of n bytes, twice that for an all-reduce.
@@ -237,7 +238,8 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     gathered, embedding, root = max(map(unsharded, size.layers)), unsharded(size.embedding), unsharded(size.root)
     reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
     counts = selected(size, config)
-    is_sparse = _is_sparse(config)
+    states = getattr(criterion(config), "states", 0) if config.method == "lift" else 0
+    is_sparse = _is_sparse(config) and not states  # gradients that are gathered are reduced whole
     sent = size.itemsize if shards > 1 and is_sparse else 4  # bytes per gradient to be reduced
     exchanged = (
         max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 and is_sparse else 0
@@ -256,6 +258,10 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         "computing": kept.backward,
         "loss": kept.loss,
         "selecting": _selecting(size, config, shards, counts) if config.method == "lift" else 0,
+        # in a selection by gradients, besides activations and layers, and while matrices are gathered
+        **(
+            {"statistics": 4 * states * sum(unit.padded(shards, trained=True) for unit in size.units)} if states else {}
+        ),
     }
 
 
@@ -318,7 +324,8 @@ def peak(parts: dict[str, int]) -> int:
     backward = parts["layers, whole"] + parts["computing"]
     training = parts["root, whole"] + parts["activations"] + max(backward, parts["loss"])
     gathering = parts["root, whole"] + parts["first all-gather buffers"]
-    return held + max(training, gathering, parts["selecting"])
+    statistics = parts.get("statistics", 0)
+    return held + max(training + statistics, gathering, parts["selecting"] + statistics)
 
 
 def criterion(config: Config) -> Any:

@@ -104,7 +104,7 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     provenance = changes.provenance(config, text, base_digest, inputs.samples.digest, commits(config), contents)
     state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
     model, names, method = setup.model_and_method(
-        context, inputs.folder, base_digest, from_checkpoint=saved is not None
+        context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs
     )
     model.train()
     trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)

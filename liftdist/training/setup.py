@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from liftdist.distributed import collectives
@@ -18,22 +19,23 @@ from liftdist.models.load import load
 from liftdist.models.names import NameMap
 from liftdist.registry import METHODS
 from liftdist.runs.context import RunContext
-from liftdist.training import packing, routing
-from liftdist.training.inputs import agree_on_commits
+from liftdist.schema import BY_GRADIENTS
+from liftdist.training import gradients, packing, routing
+from liftdist.training.inputs import Inputs, agree_on_commits
 
 
 def model_and_method(
-    context: RunContext, folder: Path, base_digest: str, from_checkpoint: bool = False, training: bool = True
+    context: RunContext, folder: Path, base_digest: str, from_checkpoint: bool = False, inputs: Inputs | None = None
 ) -> tuple[PreTrainedModel, NameMap, Method]:
     """The sharded model, the names of its tensors in the folder, and the attached method. Collective.
 
     Args:
         base_digest: digest of the folder's weights.
         from_checkpoint: select nothing, because a checkpoint will be loaded.
-        training: with ``data.packing``, check that the model keeps packed samples apart.
+        inputs: the data to train on, if any: with ``data.packing``, it is checked that the model keeps packed samples apart.
 
     Raises:
-        UserError: it does not.
+        UserError: it does not, or weights are selected by gradients and there is no data.
     """
     config, mesh = context.config, context.mesh
     if unused := config.unused():
@@ -53,11 +55,15 @@ def model_and_method(
             "config.json of the model asks for the routers' auxiliary loss (output_router_logits): routers are frozen, and it is "
             "measured (experts/auxiliary_loss), not added"
         )
-    if training and config.data.packing:
+    if inputs is not None and config.data.packing:
         packing.keep_apart(model, mesh.device, config.data.max_length, config.train.micro_batch_size)
-    method: Method = chosen.attach(context, model, names, base_digest, from_checkpoint)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()  # what the trials above have gathered
+    backwards = None if inputs is None else gradients.of_batches(context, inputs, model)
+    method: Method = chosen.attach(context, model, names, base_digest, from_checkpoint, backwards)
     return model, names, method
 
 
@@ -66,10 +72,14 @@ def select_only(context: RunContext) -> None:
     config = context.config
     if config.method != "lift":
         raise UserError(f"method={config.method} selects no weights")
+    if config.selection.criterion in BY_GRADIENTS:
+        raise UserError(
+            f"selection.criterion={config.selection.criterion} selects by gradients, when a run starts, and keeps no selection"
+        )
     agree_on_commits(config, context.mesh, training=False)
     with together():
         folder = resolve_model(config.model.path, config.model.revision)
     _, _, method = model_and_method(
-        context, folder, weights.digest(folder, Path(config.cache_dir), context.cancellation.beat), training=False
+        context, folder, weights.digest(folder, Path(config.cache_dir), context.cancellation.beat)
     )
     context.console.say(f"selection kept in {method.selection}")

@@ -53,7 +53,8 @@ DENSE = {  # (weight [m, n] float32, k) -> sorted flat indices
     "threshold": lambda weight, k: (weight.abs() < 0.02).flatten().nonzero().squeeze(1),
 }
 DRAWN = {"random"}
-ELSEWHERE = {"file", "channels"}  # tests/methods/test_named.py, test_structured.py
+# tests/methods/test_named.py, test_structured.py, tests/whole_runs/test_by_gradients.py
+ELSEWHERE = {"file", "channels", "gradient", "sensitivity"}
 SETTINGS = {"blocks": dict(block_size=3), "threshold": dict(threshold=0.02), "random": dict(seed=5)}
 
 

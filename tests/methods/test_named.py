@@ -99,7 +99,7 @@ def attached(mesh, config):
     folder = Path(config.model.path)
     digest = weights.digest(folder, Path(config.cache_dir))
     try:
-        _, _, method = setup.model_and_method(RunContext(config, mesh, console), folder, digest, training=False)
+        _, _, method = setup.model_and_method(RunContext(config, mesh, console), folder, digest)
     except UserError as error:
         return str(error)
     return method, lines

@@ -1,5 +1,7 @@
 """Planned memory and traffic: against real ranks, and against a whole step on ranks that do not exist."""
 
+import math
+
 import builders
 import pytest
 import ranks
@@ -57,6 +59,18 @@ def test_bytes_of_a_principal_weight(dtype, each, tmp_path):
     size = footprint.sizes(builders.frozen_model(tmp_path, dtype=torch.bfloat16), config)
     planned = footprint.memory(size, config, 1, footprint.Activations(0, 0, 0, 0))["principal"]
     assert planned == each * sum(footprint.selected(size, config).values())
+
+
+def test_statistics_of_gradients_are_counted(tmp_path):
+    config = Config()
+    config.selection.density = 0.1
+    size = footprint.sizes(builders.frozen_model(tmp_path, dtype=torch.bfloat16), config)
+    plain = footprint.memory(size, config, 1, footprint.Activations(0, 0, 0, 0))
+    for name, each in (("gradient", 4), ("sensitivity", 8)):
+        config.selection.criterion = name
+        found = footprint.memory(size, config, 1, footprint.Activations(0, 0, 0, 0))
+        assert found["statistics"] == each * sum(math.prod(shape) for shape in size.trained.values())
+        assert footprint.peak(found) > footprint.peak(plain)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,114 @@
+"""Criteria by the gradients of several batches.
+
+    for each batch      backward; as soon as the gradient of a parameter is reduced, it is added to the statistic and dropped
+    then                the entries of largest statistic, gathered matrix by matrix as weights are
+
+No more dense gradient exists at a time than backward holds of one layer. A rank holds the statistic of its rows alone, float32.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from liftdist.distributed.collectives import together
+from liftdist.distributed.sharding import local_tensor
+from liftdist.engine.matrices import Matrix
+from liftdist.engine.reductions import FSDPReduction
+from liftdist.engine.scores import Scored, Scores
+from liftdist.errors import UserError
+
+#: Runs forward and backward for as many batches as asked for, each in one pass, and yields after each of them. Shards divide a
+#: batch, and its gradient is summed over them; replicas run the same batches.
+Backwards = Callable[[int], Iterable[None]]
+
+
+@dataclass(frozen=True)
+class Gathered(Scored):
+    """A criterion whose scores are a statistic of gradients.
+
+    Args:
+        batches: how many gradients are gathered.
+    """
+
+    batches: int = 8
+    are_magnitudes: ClassVar[bool] = True
+    states: ClassVar[int] = 1  # float32 tensors that a statistic takes
+
+    @abstractmethod
+    def add(self, states: Sequence[Tensor], gradient: Tensor, weight: Tensor) -> None:
+        """Add the gradient of a batch to the ``states``, in place, which are zero at the start. All are ``[p]`` float32."""
+
+    def statistic(self, states: Sequence[Tensor]) -> Tensor:
+        """``[p]``, none negative; may overwrite ``states``."""
+        return states[0]
+
+    def scores(self, weight: Tensor, num_selected: int, seed: int) -> Scores:  # noqa: ARG002
+        """Of the statistic of a matrix, which takes the place of its weights."""
+        return lambda rows: weight[rows]
+
+
+@torch.no_grad()
+def gather(
+    criterion: Gathered, matrices: Sequence[Matrix], reductions: Iterable[FSDPReduction], backwards: Backwards
+) -> list[Matrix]:
+    """The matrices with the statistic of ``criterion`` in place of their weights. Collective.
+
+    Raises:
+        UserError: a gradient is not finite.
+    """
+    params = list({id(matrix.param): matrix.param for matrix in matrices}.values())
+    reduction_of = {id(param): reduction for reduction in reductions for param in params if reduction.holds(param)}
+    states = {
+        id(param): [
+            torch.zeros(local_tensor(param).numel(), device=local_tensor(param).device) for _ in range(criterion.states)
+        ]
+        for param in params
+    }
+
+    def take(param: Tensor) -> None:
+        dense, param.grad = param.grad, None
+        if dense is None:
+            return
+        gradient = local_tensor(dense)
+        if (reduction := reduction_of.get(id(param))) is not None:
+            gradient = reduction.unrounded(gradient)
+        criterion.add(states[id(param)], gradient.reshape(-1).float(), local_tensor(param).view(-1).float())
+
+    with contextlib.ExitStack() as stack:
+        for reduction in dict.fromkeys(reduction_of.values()):
+            stack.enter_context(reduction.dense())
+        for param in params:
+            stack.callback(param.register_post_accumulate_grad_hook(take).remove)
+        with torch.enable_grad():
+            for _ in backwards(criterion.batches):
+                pass
+    with together():
+        for matrix in matrices:
+            if not all(state.isfinite().all() for state in states[id(matrix.param)]):
+                raise UserError(f"{matrix.name}: a gradient is not finite, so that weights cannot be selected by it")
+    shadows = {id(param): _like(param, criterion.statistic(states.pop(id(param)))) for param in params}
+    return [
+        dataclasses.replace(
+            matrix, place=dataclasses.replace(matrix.place, param=shadows[id(matrix.param)]), dtype=torch.float32
+        )
+        for matrix in matrices
+    ]
+
+
+def _like(param: nn.Parameter, local: Tensor) -> nn.Parameter:
+    """A parameter that is sharded as ``param`` is, with ``local`` as this rank's part."""
+    local = local.view(local_tensor(param).shape)
+    if isinstance(param, DTensor):
+        mesh, placements = param.device_mesh, param.placements
+        made = DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())
+        return nn.Parameter(made, requires_grad=False)
+    return nn.Parameter(local, requires_grad=False)
