@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
@@ -15,6 +18,24 @@ def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
     """``[shards + 1]``: shard ``s`` holds rows ``bounds[s]`` to ``bounds[s + 1]``, as ``torch.chunk`` splits them."""
     chunk = -(-rows // shards)
     return tuple(min(rows, chunk * shard) for shard in range(shards + 1))
+
+
+def padding(shapes: Iterable[Sequence[int]], shards: int) -> float:
+    """What is gathered of parameters of these shapes, in multiples of what they hold: each shard is padded to the largest."""
+    pairs = [(row_bounds(shape[0], shards)[1] * shards / shape[0], math.prod(shape)) for shape in shapes if len(shape)]
+    return sum(ratio * size for ratio, size in pairs) / sum(size for _, size in pairs)
+
+
+def advice_on_padding(shapes: Iterable[Sequence[int]], replicas: int, shards: int) -> str | None:
+    """What to say of parameters of these shapes that have too few rows for ``shards``, or None: experts are a row each."""
+    shapes = list(shapes)
+    if (gathered := padding(shapes, shards)) <= 1.25:
+        return None
+    fewer = max(n for n in range(1, shards + 1) if shards % n == 0 and padding(shapes, n) <= 1.25)
+    return (
+        f"{shards} shards: the weights of experts, a row each, are padded: {gathered:.1f} times the weights are gathered; "
+        f"mesh.dp_replicate={replicas * shards // fewer} has {fewer} shards"
+    )
 
 
 def rows_of(tensor: Tensor) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from liftdist import config as configs
 from liftdist.console import GIB
+from liftdist.distributed.sharding import advice_on_padding
 from liftdist.engine import selection
 from liftdist.errors import UserError
 from liftdist.models import build
@@ -104,6 +105,7 @@ def plan(
         "step": {"tokens": config.train.batch_size * config.data.max_length},
         "smallest": None,
         "advice": None,
+        "padding": advice_on_padding((shape for unit in size.units for shape in unit.shapes), replicas, shards),
     }
     if gpu is not None and usable is not None:
         if gpu.tflops:
@@ -112,7 +114,9 @@ def plan(
         fitting = (count for count in _shard_counts(gpus_per_node) if footprint.peak(memory_of(count)) <= usable)
         result["smallest"] = next(fitting, None)
         if not result["fits"]:
-            minimum = footprint.peak(memory_of(MOST_SHARDS)) if result["smallest"] is None else None
+            minimum = None
+            if result["smallest"] is None:  # experts are padded where there are more shards than of them
+                minimum = min(footprint.peak(memory_of(count)) for count in _shard_counts(gpus_per_node))
             result["advice"] = _advice(config, footprint.rows(config, replicas * shards), result, minimum)
     return result
 
@@ -226,6 +230,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     yield (
         f"{layout['nodes']} x {layout['gpus_per_node']} ranks: {layout['dp_replicate']} replicas of {layout['dp_shard']} shards"
     )
+    if found["padding"]:
+        yield found["padding"]
     counts = model["parameters"] / 1e9, model["principal"] / 1e6, model["matrices"]
     yield "{:.2f} G parameters, {:.1f} M trained in {} matrices".format(*counts)
     yield "memory of the fullest rank"

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
+from liftdist.distributed.sharding import advice_on_padding
 from liftdist.errors import UserError
 from liftdist.methods.base import Method
 from liftdist.models import build, weights
@@ -50,6 +51,9 @@ def model_and_method(
         context.console.say(
             "this processor has no instructions for bfloat16, which makes it about ten times slower than model.dtype=float32"
         )
+    replicas, shards = mesh.device_mesh.shape
+    if padded := advice_on_padding((param.shape for param in model.parameters()), replicas, shards):
+        context.console.say(padded)
     if routing.wants_auxiliary_loss(model):
         context.console.say(
             "config.json of the model asks for the routers' auxiliary loss (output_router_logits): routers are frozen, and it is "
