@@ -94,6 +94,7 @@ BUDGETS = Registry(
         "by_pattern": "the same in all, divided by `shares`",
         "half": "half of the matrices, whole, drawn anew at each refresh",
         "layers": "`layers` of the decoder layers, whole, drawn anew at each refresh",
+        "sensitivity": "the same in all, or less at each refresh, divided by the sums of the scores",
         "global_threshold": "the same in all, divided by one threshold for the scores of all matrices",
     },
 )

@@ -100,6 +100,16 @@ class SelectionConfig:
         example='["*.down_proj=0.1", "*.q_proj=0"]',
         changes=STATE,
     )
+    final_density: float | None = setting(
+        None,
+        "for `budget=sensitivity`, fraction of the weights to train from refresh `final_refresh` on; reached by a cubic curve",
+        above=0,
+        at_most=1,
+        changes=STATE,
+    )
+    final_refresh: int | None = setting(
+        None, "number of the refresh at which `final_density` is reached", at_least=1, changes=STATE
+    )
     modules: list[str] = setting(
         ["*"],
         "patterns (`*`, `?`, `[]`) of the linear modules to train; with `method=full`, of all modules with parameters",
@@ -136,6 +146,13 @@ class SelectionConfig:
         for name, of in (("block_size", "blocks"), ("threshold", "threshold"), ("file", "file")):
             if getattr(self, name) is not None and self.criterion != of:
                 yield name, f"is used by selection.criterion={of} alone; unset it: selection.{name}="
+        if self.final_density is not None and self.budget != "sensitivity":
+            yield "final_density", "is used by selection.budget=sensitivity alone; unset it: selection.final_density="
+        if (self.final_density is None) != (self.final_refresh is None):
+            missing = "final_density" if self.final_density is None else "final_refresh"
+            yield missing, "must be given where the other of selection.final_density and selection.final_refresh is"
+        if self.final_refresh is not None and not self.refresh_interval:
+            yield "final_refresh", "is not reached: selection.refresh_interval=0 selects once"
         if self.gradient_batches is not None and self.criterion not in BY_GRADIENTS:
             yield (
                 "gradient_batches",

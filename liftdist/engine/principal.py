@@ -185,7 +185,8 @@ class PrincipalWeights:
                 raise UserError(
                     f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
                 )
-            counts = selection.compare(matrices, counts, self.criterion, *shared)
+            divide = getattr(self.budget, "divide", selection.compare)
+            counts = divide(matrices, counts, self.criterion, *shared)
         return selection.select(matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
 
     def _gather(self, criterion: Gathered) -> list[Matrix]:

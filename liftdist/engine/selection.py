@@ -26,6 +26,7 @@ from liftdist.distributed.collectives import Group, all_reduce_sum, together
 from liftdist.engine.apportion import apportion
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.scores import BUCKETS, Scored, histogram
+from liftdist.engine.topk import blocks
 from liftdist.errors import UserError
 
 
@@ -53,8 +54,8 @@ class Budget(Protocol):
     def allot(self, shapes: Mapping[str, tuple[int, int]], /) -> Mapping[str, int]:
         """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name.
 
-        With a member ``compares`` that is true the sum is divided anew by the scores, see :func:`compare`. With one ``redraws``
-        that is true it differs from one selection to the next, and gets as a second argument how many there were before.
+        With a member ``compares`` that is true the sum is divided anew by the scores: by ``divide``, or :func:`compare`. With one
+        ``redraws`` that is true it differs from one selection to the next, and is given how many there were before.
         """
 
 
@@ -182,6 +183,39 @@ def compare(
         table[item, 0], table[item, 1] = one[one[:, 0] > bucket, 1].sum(), one[one[:, 0] == bucket, 1].sum()
     above, inside = over_ranks(table).T.tolist()
     return [one + more for one, more in zip(above, apportion(total - sum(above), inside, inside), strict=True)]
+
+
+def in_proportion(
+    matrices: Sequence[Matrix],
+    counts: Sequence[int],
+    criterion: Scored,
+    shard_group: Group = None,
+    replicate_group: Group = None,
+    progress: Callable[[int, int], None] | None = None,
+    excluded: Excluded | None = None,
+) -> list[int]:
+    """Divide the sum of ``counts`` among the matrices in proportion to the sums of their scores.
+
+    Arguments and errors are those of :func:`compare`. Collective over both groups.
+    """
+    found = torch.zeros(
+        len(matrices), 2, dtype=torch.float64
+    )  # the sum, and the number of weights that are not excluded
+
+    def score(item: int, whole: Tensor) -> None:
+        matrix = matrices[item]
+        left_out = None if excluded is None else excluded(matrix)
+        with criterion.scored(whole, counts[item], seed_of(matrix.name), left_out) as scores_of:
+            parts = (scores_of(slice(begin, begin + rows)) for begin, rows in blocks(*matrix.shape))
+            found[item, 0] = sum(float(part.clamp(min=0).double().sum()) for part in parts)
+        found[item, 1] = matrix.numel - (0 if left_out is None else left_out.numel())
+
+    costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
+    _visit(matrices, costs, score, shard_group, replicate_group, progress)
+    on_device = found.to(matrices[0].device)
+    sums, room = all_reduce_sum(all_reduce_sum(on_device, shard_group), replicate_group).cpu().T.tolist()
+    caps = [int(number) for number in room]
+    return apportion(min(sum(counts), sum(cap for cap, one in zip(caps, sums, strict=True) if one)), sums, caps)
 
 
 def _visit(

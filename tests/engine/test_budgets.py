@@ -11,6 +11,7 @@ from liftdist import PrincipalWeights
 from liftdist.engine.apportion import apportion
 from liftdist.engine.budgets.by_pattern import ByPattern
 from liftdist.engine.budgets.global_threshold import GlobalThreshold
+from liftdist.engine.budgets.sensitivity import Sensitivity
 from liftdist.engine.criteria.magnitude import Magnitude
 from liftdist.engine.criteria.smallest import Smallest
 from liftdist.errors import UserError
@@ -128,3 +129,41 @@ def test_one_threshold_for_all_matrices(world_size, replicas):
 def test_scores_that_cannot_be_compared_are_refused():
     with pytest.raises(UserError, match=r"the scores of Smallest\(\) are no magnitudes"):
         PrincipalWeights(seven_layers(), criterion=Smallest(), budget=GlobalThreshold(density=0.1))
+
+
+def in_proportion(mesh):
+    found = []
+    for excluded in (None, outliers):
+        principal = PrincipalWeights(
+            model_of_scales(mesh),
+            criterion=Magnitude(),
+            budget=Sensitivity(density=0.1, final_density=0.02, final_refresh=2),
+            excluded=excluded,
+            replicate_group=mesh.replicate_group,
+        )
+        counts = [principal.counts]
+        for _ in range(3):
+            principal.refresh()
+            counts.append(principal.counts)
+        found.append(counts)
+    return found
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (3, 1), (4, 2)])
+def test_in_proportion_to_sums_of_scores(world_size, replicas):
+    matrices = [param.detach().float().abs() for param in model_of_scales().parameters()]
+    sizes = [matrix.numel() for matrix in matrices]
+    first, last = (sum(round(density * size) for size in sizes) for density in (0.1, 0.02))
+    totals = [first, round(last + (first - last) / 8), last, last]
+    left_out = [100, sizes[1] - 20, *[0] * 5]
+    kept = [
+        m.double().flatten().sort().values[: size - out] for m, size, out in zip(matrices, sizes, left_out, strict=True)
+    ]
+    for plain, excluding in ranks.run(world_size, in_proportion, dp_replicate=replicas):
+        assert [sum(counts) for counts in plain] == [sum(counts) for counts in excluding] == totals
+        for total, counts, others in zip(totals, plain, excluding, strict=True):
+            expected = apportion(total, [matrix.double().sum().item() for matrix in matrices], sizes)
+            assert all(abs(a - b) <= 1 for a, b in zip(counts, expected, strict=True))
+            expected = apportion(total, [part.sum().item() for part in kept], [len(part) for part in kept])
+            assert all(abs(a - b) <= 1 for a, b in zip(others, expected, strict=True))
+        assert max(plain[0]) > 10 * min(plain[0])
