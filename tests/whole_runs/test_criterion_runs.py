@@ -16,6 +16,7 @@ CHOICES = {
     "threshold": dict(criterion="threshold", threshold=0.01, density=None),
     "global": dict(criterion="residual", budget="global_threshold"),
     "pattern": dict(criterion="blocks", budget="by_pattern", shares=["*.down_proj=0.2", "*.q_proj=0"]),
+    "shrinking": dict(criterion="residual", budget="sensitivity", final_density=0.02, final_refresh=2),
     "random": dict(criterion="random"),
     "excluding": dict(criterion="magnitude", budget="global_threshold", exclude=["first.delta"]),
     "file": dict(criterion="file", file="first.delta", density=None),
@@ -92,7 +93,10 @@ def test_they_continue(tiny_model, records, tmp_path):
         assert more[name][1][0] == counts[3], name
         assert all(sum(one) > 0 for one in counts)
     changing = {name for name, (_, counts, _) in whole.items() if counts[0] != counts[-1]}
-    assert {"threshold", "global"} <= changing <= {"threshold", "global", "excluding"}
+    assert {"threshold", "global", "shrinking"} <= changing <= {"threshold", "global", "shrinking", "excluding"}
+    totals = [sum(one) for one in whole["shrinking"][1]]
+    assert totals == sorted(totals, reverse=True)
+    assert totals[-1] == pytest.approx(0.4 * totals[0], rel=0.01)
     assert {sum(one) for one in whole["global"][1]} == {sum(whole["random"][1][0])}
 
 
@@ -107,6 +111,8 @@ def test_they_continue(tiny_model, records, tmp_path):
         (["density=0.1", "budget=by_pattern", "shares=['*=-1']"], "selection.shares: is not of a form that this setting takes"),
         (["density=0.1", "criterion=lowrank"], "did you mean low_rank"),
         (["density=0.1", "budget=half"], "selection.density: is not used: selection.budget=half trains whole matrices"),
+        (["density=0.1", "final_density=0.1"], "selection.final_density: is used by selection.budget=sensitivity alone"),
+        (["density=0.1", "budget=sensitivity", "final_density=0.1"], "selection.final_refresh: must be given"),
         (["budget=layers"], "selection.layers: must be given with selection.budget=layers"),
         (["budget=half", "criterion=random"], "selection.criterion: is not used: selection.budget=half trains"),
     ],
