@@ -99,7 +99,8 @@ BUDGETS = Registry(
     },
 )
 
-#: ``make(principal, settings)``: a torch optimizer of ``principal.values`` whose step writes them back, with ``element_states``.
+#: ``make(principal, settings)``: a torch optimizer of ``principal.values`` whose step writes them back;
+#: ``element_states(settings)``: the names of its states with one element for each value.
 OPTIMIZERS = Registry("optimizer", "liftdist.engine", {"adamw": "AdamW", "sgd": "SGD with momentum"})
 
 #: ``make(settings)``: a :class:`liftdist.training.losses.Loss`.

@@ -5,15 +5,18 @@ cleared gradient and the weight in the model. Where the kernel does not run, tor
 :meth:`PrincipalWeights.write_back` does the same in several passes over memory.
 
 Values in bf16 are stepped by torch's AdamW alone: their gradient is rounded to bf16, once, and value and moments are read,
-computed in float32, and rounded, as for any bf16 parameter.
+computed in float32, and rounded, as for any bf16 parameter. Where decay pulls towards the base model or moments are corrected by
+entry, which torch's does not do, arithmetic of this module takes its place; it rounds once as well, and not the gradient.
 
 Moments are corrected for the number of steps: that of the optimizer, or that of each entry. An entry that a refresh selects
 late has moments of zero. Corrected for all steps its first one is lr (1 - beta1) / sqrt(1 - beta2): 0.447 lr with betas 0.9 and
-0.95, 3.16 lr with 0.9 and 0.999. Corrected for its own it is lr, as it is for every entry at the start.
+0.95, 3.16 lr with 0.9 and 0.999. Corrected for its own it is lr, as it is for every entry at the start. With beta2 near 1 the
+correction 1 - beta2^t has no digits left in float32 if the power is rounded first: it is computed as -expm1(t log beta2).
 """
 
 from __future__ import annotations
 
+import math
 import subprocess
 import traceback
 import warnings
@@ -25,11 +28,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from liftdist.engine.decay import Decay
+from liftdist.engine.elementwise import decay_target, in_float32
 from liftdist.engine.principal import PrincipalWeights
 
 BLOCK = 1024  # entries per program of the kernel
-CHUNK = 2**24  # entries at a time, where intermediate results are whole tensors
 
 
 class PrincipalAdamW(torch.optim.AdamW):
@@ -58,37 +60,32 @@ class PrincipalAdamW(torch.optim.AdamW):
     ) -> None:
         if by_age and principal.dtype != torch.float32:
             raise ValueError("by_age needs values in float32")
-        self._decay_to_base = Decay(principal, weight_decay, to_base=True) if decay_to_base else None
-        own_decay = 0.0 if decay_to_base else weight_decay
-        super().__init__([principal.values], lr=lr, betas=betas, eps=eps, weight_decay=own_decay, fused=True)
-        self.by_age = by_age
+        decay_target(principal, decay_to_base)  # raises
+        super().__init__([principal.values], lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self.by_age, self.decay_to_base = by_age, decay_to_base
         self._step_supports_amp_scaling = False  # GradScaler must unscale gradients and skip steps itself
         self.principal = principal
-        in_float32 = principal.dtype == torch.float32
-        self.in_one_kernel = in_float32 and not by_age and principal.values.is_cuda and self._compiles_everywhere()
-
-    @property
-    def element_states(self) -> set[str]:
-        """Names of the states with one element per principal weight."""
-        return {"exp_avg", "exp_avg_sq"} | ({"age"} if self.by_age else set())
+        fits = principal.dtype == torch.float32 and not (by_age or decay_to_base)
+        self.in_one_kernel = fits and principal.values.is_cuda and self._compiles_everywhere()
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the values, write them into the model, rounded, and clear the gradient. Returns the result of ``closure``."""
+        self.principal.check_not_at_base()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         values, gradient = self.principal.values, self.principal.values.grad
-        if self._decay_to_base is not None and gradient is not None:
-            self._decay_to_base.step(self.param_groups[0]["lr"])
         unsupported = len(self.param_groups) > 1 or any(self.param_groups[0][key] for key in ("amsgrad", "maximize"))
+        if (self.by_age or self.decay_to_base) and unsupported:
+            raise ValueError("by_age and decay_to_base: not with amsgrad, maximize or several parameter groups")
         if self.in_one_kernel and not unsupported and gradient is not None and self.state[values] and values.numel():
             self._step_in_one_kernel(gradient)
             self.principal.written_back()
-        elif self.by_age:
+        elif self.by_age or self.decay_to_base:
             if gradient is not None:
-                self._step_by_age(gradient)
+                self._step_by_own_arithmetic(gradient)
             self.principal.write_back()
         else:  # also the first step, which creates the state
             values.grad = gradient.to(values.dtype) if gradient is not None else None
@@ -97,21 +94,22 @@ class PrincipalAdamW(torch.optim.AdamW):
             self.principal.write_back()
         return loss
 
-    def _step_by_age(self, gradient: Tensor) -> None:
+    def _step_by_own_arithmetic(self, gradient: Tensor) -> None:
         group, values = self.param_groups[0], self.principal.values.detach()
-        (beta1, beta2), lr = group["betas"], group["lr"]
+        (beta1, beta2), lr, eps = group["betas"], group["lr"], group["eps"]
         state = self.state[self.principal.values]
-        for key in self.element_states - set(state):
+        for key in _element_states(self.by_age) - set(state):
             state[key] = torch.zeros_like(values)
         state["step"] = state.get("step", torch.tensor(0.0)) + 1  # torch expects it in a state that is loaded
-        tensors = (values, gradient, state["exp_avg"], state["exp_avg_sq"], state["age"])
-        for x, g, m, v, age in zip(*(tensor.split(CHUNK) for tensor in tensors), strict=True):
-            age += 1
+        age = state["age"].add_(1) if self.by_age else state["step"].to(values.device).expand_as(values)
+        target = decay_target(self.principal, self.decay_to_base)
+        vectors = values, gradient, state["exp_avg"], state["exp_avg_sq"], age, target
+        for x, g, m, v, t, x0 in in_float32(*vectors):
             m.lerp_(g, 1 - beta1)
             v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
-            x.mul_(1 - lr * group["weight_decay"])
-            root = (v / (1 - beta2**age)).sqrt_().add_(group["eps"])
-            x.sub_(lr * m / (1 - beta1**age) / root)
+            x.lerp_(x0, lr * group["weight_decay"])
+            root = (v / _correction(beta2, t)).sqrt_().add_(eps)
+            x.sub_(lr * m / _correction(beta1, t) / root)
 
     def _step_in_one_kernel(self, gradient: Tensor) -> None:
         group, state = self.param_groups[0], self.state[self.principal.values]
@@ -189,6 +187,11 @@ def _is_missing_toolchain(error: Exception) -> bool:
     )
 
 
+def _correction(beta: float, steps: Tensor) -> Tensor:
+    """``1 - beta^steps`` in float32, of whole numbers of steps from 1 on, to its last digits."""
+    return torch.expm1(steps * (math.log(beta) if beta else -math.inf)).neg_()
+
+
 def reference_eps(settings: Any, number: int) -> float:
     """Epsilon in the update ``number``, counted from 1, from the settings ``eps``, ``betas`` and ``reference_numerics``.
 
@@ -198,6 +201,15 @@ def reference_eps(settings: Any, number: int) -> float:
     return float(
         settings.eps / (1 - settings.betas[1] ** number) ** 0.5 if settings.reference_numerics else settings.eps
     )
+
+
+def _element_states(by_age: bool) -> set[str]:
+    return {"exp_avg", "exp_avg_sq"} | ({"age"} if by_age else set())
+
+
+def element_states(settings: Any) -> set[str]:
+    """Names of the optimizer's states with one element for each value, in its dtype."""
+    return _element_states(settings.bias_correction == "entry")
 
 
 def make(principal: PrincipalWeights, settings: Any) -> PrincipalAdamW:

@@ -40,15 +40,17 @@ class BaseValues:
 
     @contextlib.contextmanager
     def swapped_in(self, parts: Sequence[Part]) -> Iterator[None]:
-        """Within the context the memory of the parameters holds the base values; afterwards what it held, to the bit."""
-        places = [positions.long() for positions in self._positions]
-        with torch.no_grad():
-            trained = [part.memory.index_select(0, place) for part, place in zip(parts, places, strict=True)]
-            for part, place, values in zip(parts, places, self._values, strict=True):
-                part.memory.index_copy_(0, place, values)
+        """Within the context the memory of the parameters holds the base values, and this object what they held; afterwards the
+        other way round again, to the bit."""
+        self._swap(parts)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for part, place, values in zip(parts, places, trained, strict=True):
-                    part.memory.index_copy_(0, place, values)
+            self._swap(parts)
+
+    @torch.no_grad()
+    def _swap(self, parts: Sequence[Part]) -> None:
+        for part, positions, values in zip(parts, self._positions, self._values, strict=True):
+            held = part.memory.index_select(0, positions)
+            part.memory.index_copy_(0, positions.long(), values)
+            values.copy_(held)

@@ -260,10 +260,11 @@ class PrincipalWeights:
     @torch.no_grad()
     def write_back(self) -> None:
         """Write the values into the model's weights, rounded to their dtype, and clear the flat gradient."""
+        gradient = self._attached_grad()
         for part in self.parts:
             memory = part.memory
             memory.index_copy_(0, part.positions.long(), self.values[part.span].to(memory))
-        self._attached_grad().zero_()
+        gradient.zero_()
         self.written_back()
 
     def written_back(self) -> None:
@@ -284,14 +285,12 @@ class PrincipalWeights:
     def at_base(self) -> Iterator[None]:
         """Within the context the model is the base model; afterwards the trained one again, to the bit. Gradients stay.
 
-        For forwards without gradients, between backwards; there must be no step or refresh in it.
+        For forwards without gradients. What reads or changes the trained weights, their gradient or :attr:`base_values` raises
+        ``RuntimeError`` there: a backward, a step, :meth:`refresh`, :meth:`state_dict`, another ``at_base``, ...
 
         Raises:
             ValueError: ``keep_base`` was not set.
-            RuntimeError: the model is the base model already.
         """
-        if self._is_at_base:
-            raise RuntimeError("at_base() within at_base()")
         base, self._is_at_base = self._kept_base(), True
         try:
             with base.swapped_in(self.parts):
@@ -301,7 +300,13 @@ class PrincipalWeights:
             self._is_at_base = False
             self.written_back()
 
+    def check_not_at_base(self) -> None:
+        """To be called by code that is about to step the values. Raises ``RuntimeError`` within :meth:`at_base`."""
+        if self._is_at_base:
+            raise RuntimeError("the model is the base model within at_base(): leave it to train, refresh, save or load")
+
     def _kept_base(self) -> BaseValues:
+        self.check_not_at_base()
         if self._base is None:
             raise ValueError("base values are kept with PrincipalWeights(keep_base=True) only")
         return self._base
@@ -324,6 +329,7 @@ class PrincipalWeights:
             ValueError: the optimizer holds state that is neither a scalar nor of the shape of ``values``.
             UserError: nothing is left to train.
         """
+        self.check_not_at_base()
         states = self._element_states(optimizer)
         old_segments, old_values = self._segments, self.values.detach()
         self.refreshes = self.refreshes + 1 if number is None else number
@@ -360,6 +366,7 @@ class PrincipalWeights:
             element-wise state of the optimizer; ``NAME/dropped_indices`` ``[d]``, sorted, and ``NAME/dropped_values``
             ``[d]`` in the dtype of the model, for previously selected weights.
         """
+        self.check_not_at_base()
         flat = {"values": self.values.detach()}
         flat |= {f"optimizer.{key}": _dense(state[key]) for state, key in self._element_states(optimizer)}
         flat = {key: tensor.to("cpu", copy=True) for key, tensor in flat.items()}
@@ -393,6 +400,7 @@ class PrincipalWeights:
         def local(matrix: Matrix, key: str) -> Tensor:
             return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
 
+        self.check_not_at_base()
         if self._base is not None:
             self._base = BaseValues()
             self._lay_out([local(matrix, "dropped_indices") for matrix in self.matrices])
@@ -473,6 +481,7 @@ class PrincipalWeights:
         return nn.functional.pad(flat, (0, -flat.numel() % self._multiple_of), value=padding)
 
     def _attached_grad(self) -> Tensor:
+        self.check_not_at_base()
         if self.values.grad is None:  # cleared by optimizer.zero_grad(set_to_none=True)
             self._grad.zero_()
             self.values.grad = self._grad

@@ -1,6 +1,9 @@
-"""SGD with momentum on the principal weights: a state of 4 B an entry.
+"""SGD with momentum on the principal weights: a state of 4 B an entry, or of 2 B with values in bf16.
 
-b = mu b + g        x = x - lr b        an entry that a refresh selects has b = 0
+b = mu b + g        x = x - lr d (x - x_0) - lr b        an entry that a refresh selects has b = 0
+
+That is ``torch.optim.SGD`` without dampening, with decoupled weight decay ``d`` towards ``x_0``. Values and momentum in bf16 are
+computed in float32 and rounded once; the gradient is not rounded.
 """
 
 from __future__ import annotations
@@ -10,15 +13,18 @@ from typing import Any
 
 import torch
 
-from liftdist.engine.decay import Decay
+from liftdist.engine.elementwise import decay_target, in_float32
 from liftdist.engine.principal import PrincipalWeights
 
 
-class PrincipalSGD(torch.optim.SGD):
-    """``torch.optim.SGD`` on ``principal.values`` whose ``step()`` includes ``principal.write_back()``; decoupled weight decay.
+class PrincipalSGD(torch.optim.Optimizer):
+    """SGD on ``principal.values`` whose ``step()`` includes ``principal.write_back()``.
 
     Args:
         decay_to_base: let weight decay pull towards :attr:`PrincipalWeights.base_values` instead of zero.
+
+    Raises:
+        ValueError: ``decay_to_base`` without base values.
     """
 
     def __init__(
@@ -29,30 +35,36 @@ class PrincipalSGD(torch.optim.SGD):
         weight_decay: float = 0.0,
         decay_to_base: bool = False,
     ) -> None:
-        super().__init__([principal.values], lr=lr, momentum=momentum)
-        self.principal = principal
-        self._decay = Decay(principal, weight_decay, decay_to_base)
-
-    @property
-    def element_states(self) -> set[str]:
-        """Names of the states with one element per principal weight."""
-        return {"momentum_buffer"} if self.param_groups[0]["momentum"] else set()
+        super().__init__([principal.values], {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.principal, self.decay_to_base = principal, decay_to_base
+        decay_target(principal, decay_to_base)  # raises
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Step the values, write them into the model, rounded, and clear the gradient. Returns the result of ``closure``."""
+        self.principal.check_not_at_base()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        values, gradient = self.principal.values, self.principal.values.grad
+        values, gradient = self.principal.values.detach(), self.principal.values.grad
         if gradient is not None:
-            self._decay.step(self.param_groups[0]["lr"])
-        values.grad = gradient.to(values.dtype) if gradient is not None else None
-        super().step()
-        values.grad = gradient  # float32, to accumulate the next one
+            lr, momentum, decay = (self.param_groups[0][key] for key in ("lr", "momentum", "weight_decay"))
+            state, target = self.state[self.principal.values], decay_target(self.principal, self.decay_to_base)
+            if momentum and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(values)
+            buffer = state["momentum_buffer"] if momentum else gradient
+            for x, g, b, x0 in in_float32(values, gradient, buffer, target):
+                if momentum:
+                    b.mul_(momentum).add_(g)
+                x.lerp_(x0, lr * decay).sub_(b, alpha=lr)
         self.principal.write_back()
         return loss
+
+
+def element_states(settings: Any) -> set[str]:
+    """Names of the optimizer's states with one element for each value, in its dtype."""
+    return set() if settings.momentum == 0 else {"momentum_buffer"}
 
 
 def make(principal: PrincipalWeights, settings: Any) -> PrincipalSGD:

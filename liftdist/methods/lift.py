@@ -41,7 +41,9 @@ class Lift:
         self._config = config
         self.selection = selection  # the cache folder of the first selection
         self.principal = principal
-        self.optimizer = OPTIMIZERS.load(config.optimizer.name).make(principal, config.optimizer)
+        stepping = OPTIMIZERS.load(config.optimizer.name)
+        self.optimizer = stepping.make(principal, config.optimizer)
+        self._states: set[str] = stepping.element_states(config.optimizer)
 
     @property
     def matrices(self) -> list[Matrix]:
@@ -73,9 +75,10 @@ class Lift:
         return self.principal.clip_grad_norm_(self._config.optimizer.max_grad_norm)
 
     def step(self, number: int) -> None:
-        """Update the weights; ``number`` counts the updates from 1."""
+        """Update the weights. Epsilon depends on the optimizer's own count of updates, which may begin later than the run's."""
         if self._config.optimizer.reference_numerics:
-            self.optimizer.param_groups[0]["eps"] = reference_eps(self._config.optimizer, number)
+            own = 1 + int(self.scalars().get("step", 0))
+            self.optimizer.param_groups[0]["eps"] = reference_eps(self._config.optimizer, own)
         self.optimizer.step()
 
     def skip(self) -> None:
@@ -100,7 +103,7 @@ class Lift:
         The state of another optimizer is left out: this one starts anew.
         """
         saved = {key.partition("/optimizer.")[2] for key in tensors if "/optimizer." in key}
-        if saved and saved != self.optimizer.element_states:
+        if saved and saved != self._states:
             tensors, scalars = {key: tensor for key, tensor in tensors.items() if "/optimizer." not in key}, {}
         self.principal.load_state_dict(tensors, self.optimizer, scalars)
 
@@ -112,11 +115,11 @@ class Lift:
         """A summary of the trained weights in plain text. Collective."""
         everything = sum(param.numel() for param in model.parameters())
         fullest = max(collectives.gather(self.principal.values.numel()))
-        each = 8 + 3 * self.principal.values.element_size()
+        each = 8 + (1 + len(self._states)) * self.principal.values.element_size()
         lines = [
             f"weights of the model      {everything}",
             f"principal weights         {self.principal.num_selected} ({self.principal.num_selected / everything:.2%})",
-            f"on the fullest rank       {fullest} ({fullest * each / GIB:.3f} GiB of values, gradient, moments and indices)",
+            f"on the fullest rank       {fullest} ({fullest * each / GIB:.3f} GiB of values, gradient, states and indices)",
         ]
         for matrix, count in zip(self.matrices, self.principal.counts, strict=True):
             lines.append(f"{matrix.name}  {list(matrix.shape)}  {count}")

@@ -8,6 +8,8 @@ from torch.distributed.fsdp import fully_shard
 
 from liftdist.distributed.sharding import local_tensor
 from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.sgd import PrincipalSGD
+from liftdist.planning.live_bytes import LiveBytes
 
 
 def sharded(mesh, dtype):
@@ -84,6 +86,46 @@ def train(mesh, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_base_model_is_there_at_any_time(world_size, replicas, dtype):
     ranks.run(world_size, train, dtype, dp_replicate=replicas)
+
+
+def test_what_trains_or_saves_is_refused_at_the_base_model_and_changes_nothing():
+    model = mlp()
+    principal = make(model, keep_base=True)
+    optimizers = [PrincipalAdamW(principal), PrincipalSGD(principal)]
+    for number in range(2):
+        loss_of(model, number).backward()
+        optimizers[number].step()
+    loss_of(model, 2).backward()
+    state, gradient = principal.state_dict(optimizers[0]), principal.values.grad.clone()
+    trained = local(model)
+    refused = [optimizer.step for optimizer in optimizers]
+    refused += [principal.refresh, principal.state_dict, principal.write_back, lambda: principal.load_state_dict(state)]
+    refused += [principal.reduce_gradients, principal.drop_gradients, lambda: principal.clip_grad_norm_(1e-9)]
+    refused += [lambda: loss_of(model, 3).backward(), lambda: principal.base_values]
+    with principal.at_base():
+        for attempt in refused:
+            with pytest.raises(RuntimeError, match=r"within at_base\(\)"):
+                attempt()
+        assert same(local(model), local(mlp()))
+    assert same(local(model), trained)
+    assert torch.equal(principal.values.grad, gradient)
+    after = principal.state_dict(optimizers[0])
+    assert all(torch.equal(tensor, after[key]) for key, tensor in state.items())
+    assert all(param.grad is None for param in (model[0].weight, model[2].weight))
+    loss_of(model, 3).backward()  # it goes on
+    optimizers[0].step()
+    assert not same(local(model), trained)
+
+
+def test_no_third_copy_is_held():
+    """Base values and trained values change places."""
+    principal = make(mlp(torch.bfloat16), keep_base=True)
+    with LiveBytes() as live:
+        for held in (*(part.memory for part in principal.parts), *principal._base._values):
+            live.add(held)
+        before = live.now
+        with principal.at_base():
+            assert live.now == before > 0
 
 
 def test_it_must_be_asked_for():

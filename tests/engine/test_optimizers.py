@@ -22,6 +22,9 @@ CASES = {
 }
 
 
+MODULES = {"adamw": adamw, "sgd": sgd}
+
+
 def settings_of(case):
     return OptimizerConfig(**(dict(lr=LR, eps=1e-6) | CASES[case]))
 
@@ -88,7 +91,7 @@ def prepared(mesh, settings):
     principal = make(
         model, criterion=Magnitude(), keep_base=settings.decay_towards == "base", replicate_group=mesh.replicate_group
     )
-    return model, principal, {"adamw": adamw, "sgd": sgd}[settings.name].make(principal, settings)
+    return model, principal, MODULES[settings.name].make(principal, settings)
 
 
 def train(mesh):
@@ -103,7 +106,7 @@ def train(mesh):
                 state, scalars = principal.state_dict(optimizer), principal.scalar_states(optimizer)
                 model, principal, optimizer = prepared(mesh, settings)
                 keys = {key.partition("/optimizer.")[2] for key in state if "/optimizer." in key}
-                assert keys == optimizer.element_states
+                assert keys == MODULES[settings.name].element_states(settings)
                 principal.load_state_dict(state, optimizer, scalars)
             loss_of(model, number).backward()
             principal.reduce_gradients()
@@ -161,3 +164,41 @@ def test_decay_alone_leads_back_to_the_base_model():
         sgd.PrincipalSGD(make(mlp()), decay_to_base=True)
     with pytest.raises(ValueError, match="by_age needs values in float32"):
         adamw.PrincipalAdamW(make(mlp(torch.bfloat16), dtype=torch.bfloat16), by_age=True)
+
+
+@pytest.mark.parametrize("to_base", [False, True])
+@pytest.mark.parametrize("make_optimizer", [sgd.PrincipalSGD, adamw.PrincipalAdamW])
+def test_decay_and_update_of_bf16_values_are_rounded_together(make_optimizer, to_base):
+    """Each is less than half of the last digit of a value, and would be lost by itself."""
+    model = mlp(torch.bfloat16)
+    for layer in (model[0], model[2]):
+        torch.nn.init.constant_(layer.weight, 0.25)
+    everywhere = lambda weight, count, seed: torch.arange(count)  # noqa: E731
+    principal = make(model, criterion=everywhere, dtype=torch.bfloat16, keep_base=True)
+    torch.nn.init.constant_(principal.values, 1.25)
+    principal.write_back()
+    digit, distance = 2**-7, 1.0 if to_base else 1.25
+    lr = 0.3 * digit
+    optimizer = make_optimizer(principal, lr=lr, weight_decay=1 / distance, decay_to_base=to_base)
+    principal.values.grad.fill_(1.0)
+    optimizer.step()
+    assert (principal.values == 1.25 - digit).all()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.9, 0.999, 0.99999, 1 - 1e-7])
+def test_the_first_steps_of_an_entry_have_the_length_of_the_learning_rate(beta):
+    """Of gradients that do not change, with moments corrected by entry, for any beta2."""
+    principal = make(mlp())
+    optimizer = adamw.PrincipalAdamW(principal, lr=1.0, betas=(0.9, beta), eps=1e-30, by_age=True)
+    principal.values.data.zero_()
+    for step in range(1, 4):
+        principal.values.grad.fill_(1e-3)
+        optimizer.step()
+        assert torch.allclose(principal.values, torch.tensor(-float(step)), rtol=2e-6, atol=0)
+
+
+def test_a_setting_of_torch_that_own_arithmetic_lacks_is_refused():
+    optimizer = adamw.PrincipalAdamW(make(mlp()), by_age=True)
+    optimizer.param_groups[0]["maximize"] = True
+    with pytest.raises(ValueError, match="not with amsgrad, maximize"):
+        optimizer.step()

@@ -195,6 +195,26 @@ def test_an_optimizer_that_cannot_round_the_gradient_does_not_step_silently():
     assert (flat(model) != before).any()
 
 
+def test_epsilon_follows_the_steps_of_the_optimizer_not_of_the_run():
+    """An optimizer that takes over in the middle of a run has moments of no step, as at the start."""
+    lift = trained(model := mlp(), make_lift(model, "float32", name="sgd", lr=1e-2))
+    other, fresh = mlp(), mlp()
+    after = make_lift(other, "float32", reference_numerics=True, eps=1e-2)
+    after.load_state_dict(lift.state_dict(), lift.scalars())
+    epsilons = []
+    for number in range(STEPS + 1, STEPS + 4):
+        loss_of(other, number).backward()
+        after.reduce(1)
+        after.step(number)
+        epsilons.append(after.optimizer.param_groups[0]["eps"])
+    assert epsilons == pytest.approx([1e-2 / (1 - 0.95**own) ** 0.5 for own in (1, 2, 3)])
+    again = make_lift(fresh, "float32", reference_numerics=True, eps=1e-2)
+    again.load_state_dict(after.state_dict(), after.scalars())
+    again.reduce(1)
+    again.step(STEPS + 4)
+    assert again.optimizer.param_groups[0]["eps"] == pytest.approx(1e-2 / (1 - 0.95**4) ** 0.5)
+
+
 def test_the_state_of_another_optimizer_is_left_out():
     """A run may continue with another optimizer if the change is allowed: values go on, moments begin anew."""
     model, other = mlp(), mlp()
