@@ -3,8 +3,9 @@
 For S shards, R replicas, P parameters, N of them in trained matrices, density d; bytes on the fullest rank:
 
     weights              2 P / S       plus the unsharded root: head, last norm, and an embedding tied to the head
-    principal            20 d N / S    values, gradient and two moments 4 B each, indices 4 B
+    principal            20 d N / S    values, gradient and two moments 4 B each, indices 4 B; other optimizers: their states
                          14 d N / S    with optimizer.dtype=bfloat16: values and moments 2 B each
+    base values           6 d N / S    where they are kept: 2 B each, indices 4 B; a refresh adds those of weights new to it
     previously selected  N / (8 S)     one bit per weight, from the first refresh on
     trained              14 N / S      instead of these two, of weights that are trained whole: gradient and two moments 4 B each,
                                        and a value of 4 B; 6 N / S with optimizer.dtype=bfloat16
@@ -42,7 +43,7 @@ from liftdist.methods.lift import rules
 from liftdist.models import build
 from liftdist.models.head import in_chunks
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.registry import LOSSES, METHODS
+from liftdist.registry import LOSSES, METHODS, OPTIMIZERS
 from liftdist.schema import Config
 
 
@@ -267,11 +268,9 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
 
 def _of_lift(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> dict[str, int]:
     bits = sum(unit.padded(shards, trained=True) for unit in size.units) if config.selection.refresh_interval else 0
-    each = _bytes_each(config, size.itemsize)
-    return {
-        "principal": each * sum(_width(unit, counts, shards) for unit in size.units),
-        "previously selected": bits // 8,
-    }
+    held = sum(_width(unit, counts, shards) for unit in size.units)
+    base = {"base values": (4 + size.itemsize) * held} if config.keeps_base else {}
+    return {"principal": _bytes_each(config) * held, **base, "previously selected": bits // 8}
 
 
 def _of_dense(size: Sizes, config: Config, shards: int) -> dict[str, int]:
@@ -298,12 +297,9 @@ def _element(config: Config) -> int:
     return torch.finfo(getattr(torch, config.optimizer.dtype)).bits // 8
 
 
-def _bytes_each(config: Config, itemsize: int) -> int:
-    """Bytes of a principal weight on the rank that holds it."""
-    kept = (
-        4 + 2 * itemsize if config.keeps_base else 0
-    )  # where and what they were, and a copy while they are swapped in
-    return 8 + (1 + _states(config)) * _element(config) + kept  # index and gradient; value and states
+def _bytes_each(config: Config) -> int:
+    """Bytes of a principal weight on the rank that holds it: index and gradient; value and states."""
+    return 8 + (1 + _states(config)) * _element(config)
 
 
 def saved_bytes(config: Config) -> int:
@@ -314,13 +310,12 @@ def saved_bytes(config: Config) -> int:
 
 def _states(config: Config) -> int:
     """Element-wise states of the optimizer."""
-    settings = config.optimizer
-    return {"adamw": 2 + (settings.bias_correction == "entry"), "sgd": int(settings.momentum != 0)}[settings.name]
+    return len(OPTIMIZERS.load(config.optimizer.name).element_states(config.optimizer))
 
 
 def peak(parts: dict[str, int]) -> int:
     """Peak bytes of a run, from the parts of :func:`memory`: of training, of its first forward, or of a selection."""
-    held = sum(parts.get(name, 0) for name in ("weights", "principal", "previously selected", "trained"))
+    held = sum(parts.get(name, 0) for name in ("weights", "principal", "base values", "previously selected", "trained"))
     backward = parts["layers, whole"] + parts["computing"]
     training = parts["root, whole"] + parts["activations"] + max(backward, parts["loss"])
     gathering = parts["root, whole"] + parts["first all-gather buffers"]

@@ -237,6 +237,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
         notes = {
+            "base values": "at first; a refresh adds those of weights that were not selected before",
             "first all-gather buffers": "in the first forward, instead of the lines below",
             "loss": "instead of layers and computing",
             "selecting": "instead of root and the lines below it",

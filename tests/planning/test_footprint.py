@@ -10,10 +10,12 @@ import torch
 from bench import contenders, memory, scale
 from liftdist.engine import topk
 from liftdist.engine.criteria import low_rank
+from liftdist.engine.principal import PrincipalWeights
+from liftdist.methods.lift import Lift, rules
 from liftdist.models import build
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.schema import Config
+from liftdist.schema import Config, OptimizerConfig
 
 SMALL = dict(
     vocab_size=1000, hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5,
@@ -71,6 +73,47 @@ def test_statistics_of_gradients_are_counted(tmp_path):
         found = footprint.memory(size, config, 1, footprint.Activations(0, 0, 0, 0))
         assert found["statistics"] == each * sum(math.prod(shape) for shape in size.trained.values())
         assert footprint.peak(found) > footprint.peak(plain)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"dtype": "bfloat16"},
+        {"bias_correction": "entry"},
+        {"name": "sgd"},
+        {"name": "sgd", "momentum": 0.0},
+        {"name": "sgd", "dtype": "bfloat16"},
+        {"weight_decay": 0.1, "decay_towards": "base"},
+    ],
+)
+def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
+    model = builders.frozen_model(tmp_path, dtype=torch.bfloat16)
+    config = Config(optimizer=OptimizerConfig(**settings))
+    config.selection.density, config.selection.criterion, config.selection.refresh_interval = 0.1, "magnitude", 1
+    size = footprint.sizes(model, config)
+    planned = footprint.memory(size, config, 1, footprint.Activations(0, 0, 0, 0))
+    criterion, budget = rules(config.selection)
+    dtype = getattr(torch, config.optimizer.dtype)
+    principal = PrincipalWeights(model, criterion=criterion, budget=budget, dtype=dtype, keep_base=config.keeps_base)
+    lift = Lift(config, principal)
+    principal.values.grad.fill_(1.0)
+    lift.step(1)
+    held = [principal.values, principal.values.grad, *(part.positions for part in principal.parts)]
+    held += [state for state in lift.optimizer.state[principal.values].values() if state.ndim]
+    assert planned["principal"] == sum(tensor.nbytes for tensor in held)
+    saved = {key: tensor for key, tensor in lift.state_dict().items() if "/dropped" not in key}
+    assert footprint.saved_bytes(config) * principal.num_selected == sum(tensor.nbytes for tensor in saved.values())
+    kept = [*principal._base._positions, *principal._base._values] if config.keeps_base else []
+    assert planned.get("base values", 0) == sum(tensor.nbytes for tensor in kept)
+    if kept:
+        for part in principal.parts:  # others become the largest
+            torch.nn.init.normal_(part.param)
+        survived = principal.refresh(lift.optimizer)
+        kept = [*principal._base._positions, *principal._base._values]
+        grown = sum(tensor.nbytes for tensor in kept) / planned["base values"]
+        assert grown == pytest.approx(2 - survived)
+        assert grown > 1.8
 
 
 @pytest.mark.parametrize(
