@@ -38,6 +38,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 NOWHERE = Provenance(config="", from_environment={}, base="", data="")  # where only the state matters
 
 STEPS, REFRESH = 20, 7
+BEFORE, AFTER = REFRESH + 1, REFRESH  # steps around a save, each with a refresh among them
 SETTINGS = {
     "optimizer": dict(lr=5e-3, warmup_ratio=0.1, max_grad_norm=5.0),
     "selection": dict(refresh_interval=REFRESH),
@@ -139,6 +140,22 @@ def begin_to_save(made: Trainer, checkpointer: saver.Checkpointer, provenance=NO
     """Hand a trainer's state to the thread that saves it. Collective."""
     snapshot = Snapshot(made.step, made.state(), provenance)
     checkpointer.save(made.method.state_dict(), made.method.matrices, snapshot)
+
+
+def save_and_go_on(mesh, config, run_dir):
+    """The state at a save and some steps later, once in one go and once from the checkpoint. Collective."""
+    attempt = claimed_by_all(mesh, run_dir)
+    made = trainer(mesh, config)
+    for _ in range(BEFORE):
+        made.run_step()
+    assert isinstance(save(made, saver.Checkpointer(attempt, mesh, 1, None)), saver.Saved)
+    digests = [[], []]
+    for found in digests:
+        found.append(global_digest(made))
+        losses = [made.run_step()["train/loss"] for _ in range(AFTER)]
+        found += [losses, global_digest(made)]
+        made = trainer(mesh, config, checkpoint.open_step(run_dir / f"checkpoints/step-{BEFORE:08d}"))
+    return digests
 
 
 def global_digest(made: Trainer) -> str:

@@ -9,27 +9,9 @@ from safetensors.torch import load_file
 
 from liftdist import config as configs
 from liftdist import schema_tree
-from liftdist.runs import checkpoint
-from liftdist.runs.saver import Checkpointer, Saved
 
 STATE = {schema_tree.COURSE, schema_tree.STATE}
-BEFORE, AFTER = builders.REFRESH + 1, builders.REFRESH  # a refresh before the save and one after it
-
-
-def save_and_go_on(mesh, config, run_dir):
-    """The state at a save and some steps later, once in one go and once from the checkpoint. Collective."""
-    attempt = builders.claimed_by_all(mesh, run_dir)
-    trainer = builders.trainer(mesh, config)
-    for _ in range(BEFORE):
-        trainer.run_step()
-    assert isinstance(builders.save(trainer, Checkpointer(attempt, mesh, 1, None)), Saved)
-    digests = [[], []]
-    for found in digests:
-        found.append(builders.global_digest(trainer))
-        losses = [trainer.run_step()["train/loss"] for _ in range(AFTER)]
-        found += [losses, builders.global_digest(trainer)]
-        trainer = builders.trainer(mesh, config, checkpoint.open_step(run_dir / f"checkpoints/step-{BEFORE:08d}"))
-    return digests
+BEFORE = builders.BEFORE
 
 
 def load(mesh, config, run_dir):
@@ -48,7 +30,7 @@ def test_a_run_continues_to_the_bit_and_loads_on_any_ranks(tiny_model, records, 
     settings["optimizer"] |= dict(dtype="bfloat16", reference_numerics=True)
     settings["train"] |= dict(loss_reduction="sequence")
     config = builders.config(tiny_model, records, tmp_path, model=dict(dtype="bfloat16"), **settings)
-    for straight, resumed in ranks.run(3, save_and_go_on, config, tmp_path / "run"):
+    for straight, resumed in ranks.run(3, builders.save_and_go_on, config, tmp_path / "run"):
         assert straight == resumed
     keys = builders.verified(tmp_path / f"run/checkpoints/step-{BEFORE:08d}").manifest.parameters.values()
     for parameter in keys:
