@@ -26,12 +26,11 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from liftdist.distributed.collectives import Group, all_reduce_sum, together
 from liftdist.distributed.sharding import local_tensor
-from liftdist.engine import reductions, selection
+from liftdist.engine import optimizer_states, reductions, selection
 from liftdist.engine.base_values import BaseValues
 from liftdist.engine.budgets.per_matrix import PerMatrix
 from liftdist.engine.clip import clip_grad_norm_
@@ -330,7 +329,7 @@ class PrincipalWeights:
             UserError: nothing is left to train.
         """
         self.check_not_at_base()
-        states = self._element_states(optimizer)
+        states = optimizer_states.of_elements(optimizer, self.values)
         old_segments, old_values = self._segments, self.values.detach()
         self.refreshes = self.refreshes + 1 if number is None else number
         self.allotted = self._allot()
@@ -346,10 +345,10 @@ class PrincipalWeights:
         values[stayed] = old_values[source[stayed]]
         self._replace_values(values)
         for state, key in states:
-            before = _dense(state[key])
+            before = optimizer_states.dense(state[key])
             moved = torch.zeros_like(values, dtype=before.dtype)
             moved[stayed] = before[source[stayed]]
-            state[key] = _in_own_format(optimizer, key, self.values, moved)
+            state[key] = optimizer_states.in_own_format(optimizer, key, self.values, moved)
         selected = sum(indices.numel() for indices in self.indices)
         count = torch.stack([stayed.sum(), torch.tensor(selected, device=stayed.device)])
         kept, total = all_reduce_sum(count, self.shard_group).tolist()
@@ -368,7 +367,10 @@ class PrincipalWeights:
         """
         self.check_not_at_base()
         flat = {"values": self.values.detach()}
-        flat |= {f"optimizer.{key}": _dense(state[key]) for state, key in self._element_states(optimizer)}
+        flat |= {
+            f"optimizer.{key}": optimizer_states.dense(state[key])
+            for state, key in optimizer_states.of_elements(optimizer, self.values)
+        }
         flat = {key: tensor.to("cpu", copy=True) for key, tensor in flat.items()}
         result: dict[str, Tensor] = {}
         for segment in self._segments:
@@ -425,12 +427,11 @@ class PrincipalWeights:
             settings = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {0: elements | own}, "param_groups": settings})
             kept = optimizer.state[self.values]
-            kept |= {key: _in_own_format(optimizer, key, self.values, kept[key]) for key in keys}
+            kept |= {key: optimizer_states.in_own_format(optimizer, key, self.values, kept[key]) for key in keys}
 
     def scalar_states(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
         """The optimizer's scalar states, equal on all ranks: the ``scalars`` of :meth:`load_state_dict`."""
-        state = optimizer.state.get(self.values, {})
-        return {key: float(value) for key, value in state.items() if not isinstance(value, Tensor) or value.ndim == 0}
+        return optimizer_states.scalars(optimizer, self.values)
 
     def non_finite(self) -> list[str]:
         """Names of the matrices whose principal gradient on this rank is not finite."""
@@ -501,21 +502,6 @@ class PrincipalWeights:
             source = part.reduction.unrounded(source)
         self._attached_grad()[part.span] += source.reshape(-1).index_select(0, part.positions)
 
-    def _element_states(self, optimizer: torch.optim.Optimizer | None) -> list[tuple[dict, str]]:
-        """``(state, key)`` of each tensor of optimizer state with one element per principal weight."""
-        state = optimizer.state.get(self.values, {}) if optimizer is not None else {}
-        found = []
-        for key, value in state.items():
-            if not isinstance(value, Tensor) or value.ndim == 0:
-                continue
-            if value.shape != self.values.shape:
-                raise ValueError(
-                    f"optimizer state {key!r} has shape {tuple(value.shape)}; a refresh can carry over scalars and "
-                    f"tensors of shape {tuple(self.values.shape)}"
-                )
-            found.append((state, key))
-        return found
-
 
 def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
     """Holds ``principal`` weakly: Python's garbage collector does not see a cycle through a parameter and its hook."""
@@ -527,14 +513,3 @@ def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
             alive._collect(number, param)
 
     return hook
-
-
-def _dense(state: Tensor) -> Tensor:
-    """An optimizer state, dequantised to float32 if it is quantised."""
-    return state.dequantize() if is_traceable_wrapper_subclass(state) else state
-
-
-def _in_own_format(optimizer: torch.optim.Optimizer | None, key: str, values: Tensor, state: Tensor) -> Tensor:
-    """``state`` in the optimizer's own format: torchao's optimizers quantise it, ``exp_avg`` as signed."""
-    make = getattr(optimizer, "_new_buffer", None)
-    return make(values, key == "exp_avg").copy_(state) if make is not None else state
