@@ -28,7 +28,7 @@ from liftdist.distributed.mesh import Mesh
 from liftdist.engine import selection
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.principal import PrincipalWeights
-from liftdist.methods import full
+from liftdist.methods.full import Full
 from liftdist.methods.lift import Lift
 from liftdist.models import build, head, names
 from liftdist.models.load import _fill, shard
@@ -113,16 +113,17 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
         mesh = Mesh(torch.device("cpu"), device_mesh)
         model = build.build(hf_config, config.model)
+        chosen, folder, stored = METHODS.load(config.method), Folder(model), names.same(build.tensors(model))
+        chosen.extend(config, model)
         size = footprint.sizes(model, config)
-        folder = Folder(model)
-        stored = METHODS.load(config.method).prepare(config, model, names.same(build.tensors(model)))
+        stored = chosen.prepare(config, model, stored)
         shard(model, config.model, mesh)
         live, traffic = LiveBytes(), Traffic()
         with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
             model.to_empty(device="cpu")
             _fill(model, folder, stored, lambda: None)
             model.train()
-            method = _lift(config, mesh, model) if config.method == "lift" else _full(config, mesh, model, stored)
+            method = _lift(config, mesh, model) if config.method == "lift" else _dense(config, mesh, model, stored)
             head.in_chunks(model)
             tokens = torch.zeros((config.train.micro_batch_size, config.data.max_length), dtype=torch.int64)
             places = torch.arange(config.data.max_length)
@@ -179,8 +180,9 @@ def _lift(config: Config, mesh: Mesh, model: Any) -> Lift:
     return Lift(config, principal)
 
 
-def _full(config: Config, mesh: Mesh, model: Any, stored: names.NameMap) -> full.Full:
-    method = full.attach(RunContext(config, mesh, Console(False)), model, stored, "")
+def _dense(config: Config, mesh: Mesh, model: Any, stored: names.NameMap) -> Full:
+    context = RunContext(config, mesh, Console(False))
+    method: Full = METHODS.load(config.method).attach(context, model, stored, "", from_checkpoint=True)
     for value in method.dense.values:
         value.grad = torch.zeros_like(value)
     return method

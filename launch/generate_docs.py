@@ -21,6 +21,7 @@ ON_RESUME = {
     schema_tree.NOTHING: "",
     schema_tree.COURSE: "`--allow-changes`",
     schema_tree.STATE: "`--allow-state-changes`",
+    schema_tree.FIXED: "`--fresh`",
 }
 
 #: Variables of other software. What the launcher sets gives way to what is set already.

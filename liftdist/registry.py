@@ -54,13 +54,14 @@ FORMATS = Registry(
     },
 )
 
-#: ``places``, ``prepare`` and ``attach``, which returns a :class:`liftdist.methods.base.Method`: see there.
+#: ``extend``, ``places``, ``prepare`` and ``attach``, which returns a :class:`liftdist.methods.base.Method`: see there.
 METHODS = Registry(
     "method",
     "liftdist.methods",
     {
         "lift": "the principal weights of each matrix, or those that another `selection.criterion` selects",
         "full": "all weights of the modules that fit `selection.modules`, embedding and head too",
+        "lora": "low-rank adapters of the linear modules that fit `lora.modules`, by the library peft",
     },
 )
 
@@ -140,6 +141,7 @@ EXPORT_FORMATS = Registry(
         "hf": "the fine-tuned model as a Hugging Face folder",
         "delta": "changed weights and their base values",
         "shira": "an adapter for peft",
+        "peft": "the adapters of a run with `method=lora`, for peft and for servers",
         "patch": "flat indices and absolute values",
     },
 )

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
@@ -15,7 +16,7 @@ from omegaconf import MISSING
 from liftdist.data_settings import DataConfig
 from liftdist.errors import UserError
 from liftdist.registry import BUDGETS, CRITERIA, LOSSES, METHODS, OPTIMIZERS
-from liftdist.schema_tree import NOTHING, STATE, Problem, setting
+from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
 from liftdist.signals import STOP_SIGNALS
 
 
@@ -170,6 +171,49 @@ class SelectionConfig:
             yield "shares", "must be given with selection.budget=by_pattern, and with no other budget"
 
 
+NEEDS_PEFT = "lora needs the library peft: pip install 'liftdist[lora]'"
+
+
+@dataclass
+class LoraConfig:
+    rank: int = setting(8, "rank of the adapters, peft's `r`", at_least=1, changes=FIXED)
+    alpha: int = setting(
+        8,
+        "peft's `lora_alpha`: adapters are multiplied by alpha / rank, with `variant=rslora` by alpha / sqrt(rank)",
+        at_least=1,
+        changes=FIXED,
+    )
+    dropout: float = setting(0.0, "probability of dropout before the adapters", at_least=0, below=1)
+    modules: list[str] = setting(
+        [],
+        "patterns (`*`, `?`, `[]`) of the linear modules that get adapters; `selection.modules` if empty",
+        example='["*.q_proj", "*.v_proj"]',
+        changes=FIXED,
+    )
+    variant: str = setting(
+        "lora",
+        "LoRA; with learned magnitudes (`dora`); scaled for high ranks (`rslora`); or of the principal components (`pissa`)",
+        choices=("lora", "dora", "rslora", "pissa"),
+        refused={
+            "adalora": "moves rank between modules by scores of whole matrices, of which a rank has its rows",
+            "eva": "starts from the inputs of every module, which must be collected on the whole model first",
+            "miss": "has no factors that servers know; use one of these",
+            "shira": "trains single weights: use method=lift with selection.criterion=random, and export to shira",
+        },
+        changes=FIXED,
+    )
+    pissa_niter: int | None = setting(
+        None,
+        "iterations of a randomised factorisation for `variant=pissa`; a full SVD if unset",
+        at_least=1,
+        changes=FIXED,
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if self.pissa_niter is not None and self.variant != "pissa":
+            yield "pissa_niter", "is used by lora.variant=pissa alone; unset it: lora.pissa_niter="
+
+
 @dataclass
 class OptimizerConfig:
     name: str = setting(
@@ -197,7 +241,7 @@ class OptimizerConfig:
         changes=STATE,
     )
     weight_decay: float = setting(
-        0.0, "decoupled weight decay of what is trained; with `method=full` not of vectors", at_least=0
+        0.0, "decoupled weight decay of what is trained; with `method=full` and `lora` not of vectors", at_least=0
     )
     decay_towards: str = setting(
         "zero", "where weight decay pulls: to zero, or to the values of the base model", choices=("zero", "base")
@@ -416,10 +460,11 @@ class Config:
     cache_dir: str = setting(
         "~/.cache/liftdist", "folder for tokenised data, selections and digests, shared by runs", changes=NOTHING
     )
-    method: str = setting("lift", "what is trained, and how", choices=tuple(METHODS), changes=STATE)
+    method: str = setting("lift", "what is trained, and how", choices=tuple(METHODS), changes=FIXED)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     selection: SelectionConfig = field(default_factory=SelectionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -440,6 +485,8 @@ class Config:
             )
         else:
             yield from self._lacking()
+        if self.method == "lora" and importlib.util.find_spec("peft") is None:
+            yield "method", NEEDS_PEFT
         if self.train.eval_kl and not (self.data.eval_path or self.data.eval_sources or self.data.eval_share):
             yield "train.eval_kl", "needs held-out data: give data.eval_path, data.eval_sources or data.eval_share"
         if self.optimizer.dtype == "bfloat16" and self.model.dtype == "float32":
@@ -461,25 +508,34 @@ class Config:
                 "optimizer.bias_correction",
                 f"must be step with method={self.method}: no weight is selected later than others",
             )
+        is_lora = self.method == "lora"
+        has_base = is_lora and self.lora.variant != "pissa"  # without its adapters
+        if is_lora and self.optimizer.decay_towards == "base":
+            yield (
+                "optimizer.decay_towards",
+                "must be zero with method=lora: without adapters the model is the base model",
+            )
         for name, is_asked in (
-            ("optimizer.decay_towards", self.optimizer.decay_towards == "base"),
-            ("train.loss", self.train.needs_base),
-            ("train.eval_kl", self.train.eval_kl),
+            ("optimizer.decay_towards", self.optimizer.decay_towards == "base" and not is_lora),
+            ("train.loss", self.train.needs_base and not has_base),
+            ("train.eval_kl", self.train.eval_kl and not has_base),
         ):
             if is_asked:
-                yield (
-                    name,
-                    f"needs the values of the base model, which method={self.method} does not keep; leave it out",
-                )
+                what = f"lora.variant={self.lora.variant}" if is_lora else f"method={self.method}"
+                yield name, f"needs the values of the base model, which {what} does not keep; leave it out"
+        if is_lora and self.lora.modules and self.selection.modules != ["*"]:
+            yield "lora.modules", "is given, and selection.modules, too; leave one of them out"
 
     def unused(self) -> list[str]:
-        """Settings that say how weights are selected, and are not used as ``method`` selects none: ``KEY=VALUE`` of each."""
-        if self.method == "lift":
-            return []
-        default = SelectionConfig()
-        given = (
-            (leaf.name, getattr(self.selection, leaf.name))
-            for leaf in fields(SelectionConfig)
-            if leaf.name != "modules"
-        )
-        return [f"selection.{name}={value}" for name, value in given if value != getattr(default, name)]
+        """Settings of what ``method`` does not do, ``KEY=VALUE`` of each: how weights are selected, what adapters are like."""
+        of = {"lift": "selection", "lora": "lora"}
+        sections = [name for method, name in of.items() if method != self.method]
+        default = Config()
+        keys = [(name, leaf.name) for name in sections for leaf in fields(getattr(self, name))]
+        given = {
+            f"{section}.{name}": value
+            for section, name in keys
+            if (value := getattr(getattr(self, section), name)) != getattr(getattr(default, section), name)
+        }
+        given.pop("selection.modules", None)  # of all methods
+        return [f"{key}={value}" for key, value in given.items()]

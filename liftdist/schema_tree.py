@@ -24,6 +24,7 @@ Problem = tuple[str, str]  # (key of a setting within its section, or "", what i
 NOTHING = "nothing"  # no effect on the losses, except for the order of summation
 COURSE = "course"  # how training continues
 STATE = "state"  # the meaning of the saved state
+FIXED = "fixed"  # what the saved state is of: cannot be changed
 
 
 def setting(
@@ -48,7 +49,7 @@ def setting(
         pattern: regular expression that the whole text must match.
         taken_by: who takes nothing else, for error messages.
         example: example of a list or of names and texts, for error messages.
-        changes: what a change affects in a run that continues: ``NOTHING``, ``COURSE`` or ``STATE``.
+        changes: what a change affects in a run that continues: ``NOTHING``, ``COURSE``, ``STATE`` or ``FIXED``.
     """
     metadata: dict[str, Any] = dict(
         help=help, choices=choices, at_least=at_least, at_most=at_most, above=above, below=below

@@ -19,12 +19,16 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from liftdist import __version__
 from liftdist.errors import UserError
+
+if TYPE_CHECKING:  # imports transformers
+    from liftdist.deltas.adapter import Adapters
 
 ABOUT = "liftdist.json"  # file of an exported model that holds Delta.about
 ORIGIN = ("base_model", "base_commit")
@@ -67,6 +71,7 @@ class Delta:
     names: list[str]
     get: Callable[[str], Change]
     origin: Mapping[str, str] = field(default_factory=dict)  # base_model and base_commit, if known: its name on the hub
+    adapters: Adapters | None = None  # that, merged, are what changed
 
     @cached_property
     def known(self) -> frozenset[str]:

@@ -24,6 +24,11 @@ def export(
         UserError: an unknown format; ``base_folder`` is not the base model; ``target`` exists or cannot be written.
     """
     write = EXPORT_FORMATS.load(format).write
+    if delta.adapters is not None and format not in ("hf", "peft"):
+        raise UserError(
+            f"--format {format}: holds changed weights one by one, and adapters change all of their modules; use --format peft "
+            f"for the adapters, or hf for the model that they are merged into"
+        )
     if weights.digest(base_folder, cache_dir) != delta.base_digest:
         raise UserError(f"{base_folder}: is not the base model of {delta.location}; --base must name its folder")
     write(delta, base_folder, target, dtype)

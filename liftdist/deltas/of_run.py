@@ -10,6 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
 
+from liftdist.deltas import adapter
+from liftdist.deltas.adapter import Adapters
 from liftdist.deltas.delta import ORIGIN, Change, Delta, bits, check_fits
 from liftdist.errors import UserError
 from liftdist.models import names as tensor_names
@@ -28,10 +30,11 @@ def of_run(step: Step, base_folder: Path) -> Delta:
     """
     stored_files = ModelFolder(base_folder)
     trained, names = step.manifest.parameters, step.manifest.snapshot.names
+    adapters = adapter.of_step(step)
     if not names:  # a checkpoint of a version that did not save the map
         prefix = next(iter(trained)).partition(".")[0]
         names = tensor_names.between(trained, stored_files.file_of, prefix)
-    for name in trained:
+    for name in names if adapters else trained:
         if names.get(name) not in stored_files.file_of:
             raise UserError(
                 f"{base_folder}: has no {name}, which the run trained; --base must name the model it started from"
@@ -42,23 +45,21 @@ def of_run(step: Step, base_folder: Path) -> Delta:
             matrices.setdefault(tensor, []).append(name)
 
     def get(stored: str) -> Change:
+        tensor = stored_files.read(stored)
         try:
-            found = [_touched(step, name) for name in matrices[stored]]
+            found = [_merged(adapters, name, tensor) if adapters else _touched(step, name) for name in matrices[stored]]
         except FileNotFoundError:
-            raise UserError(
-                f"{step.folder}: was removed during the export; a file named keep in a checkpoint prevents that"
-            ) from None
+            raise adapter.removed(step) from None
         indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = indices.argsort()
         indices, values = indices[order], values[order]
-        tensor = stored_files.read(stored)
         dtype = torch.promote_types(tensor.dtype, values.dtype)
         check_fits(stored, indices, tensor.numel())
         before, after = tensor.flatten()[indices].to(dtype), values.to(dtype)
         changed = bits(before) != bits(after)
         return Change(tuple(tensor.shape), tensor.dtype, indices[changed], after[changed], before[changed])
 
-    return Delta(step.folder, step.manifest.provenance.base, list(matrices), get, _origin(step))
+    return Delta(step.folder, step.manifest.provenance.base, list(matrices), get, _origin(step), adapters)
 
 
 def _touched(step: Step, name: str) -> tuple[Tensor, Tensor]:
@@ -66,6 +67,18 @@ def _touched(step: Step, name: str) -> tuple[Tensor, Tensor]:
     indices, values = step.touched(name)
     part = step.manifest.snapshot.parts.get(name)
     return (indices if part is None else Part(*part).indices(indices, step.manifest.parameters[name].shape[1])), values
+
+
+def _merged(adapters: Adapters, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The same of a matrix with an adapter: all of it, as it is after merging, from the tensor of the base that holds it."""
+    module, manifest = name.removesuffix(".weight"), adapters.step.manifest
+    rows, columns = adapters.shape(module)
+    indices, part = torch.arange(rows * columns), manifest.snapshot.parts.get(name)
+    if part is not None:
+        indices = Part(*part).indices(indices, columns)
+    dtype = getattr(torch, next(iter(manifest.parameters.values())).dtype)
+    weight = tensor.flatten()[indices].to(dtype).view(rows, columns)  # as the run loaded it
+    return indices, adapters.merged(module, weight).to(dtype).flatten()
 
 
 def _origin(step: Step) -> dict[str, str]:

@@ -1,12 +1,12 @@
 """What a method is: the part of a run that knows what is trained. The trainer drives it, the saver stores what it holds.
 
-    prepare -> the model is sharded and loaded -> attach
+    extend, prepare -> the model is sharded and loaded -> attach
     for each step: before_step -> forward and backward -> reduce -> clip -> step, or skip
 
-A module of :data:`liftdist.registry.METHODS` has ``places(config, model)``, what it trains by name; ``prepare(config, model,
-names)``, which makes a model on the meta device ready for that; and ``attach(context, model, names, base_digest,
-from_checkpoint, backwards)``, which returns a :class:`Method`; ``backwards`` runs batches of the data, see
-:data:`liftdist.engine.gathered.Backwards`.
+A module of :data:`liftdist.registry.METHODS` has ``extend(config, model)``, which adds to a model on the meta device what is not
+in its files; ``places(config, model)``, what it trains, by name; ``prepare(config, model, names)``, which makes the model ready
+for that; and ``attach(context, model, names, base_digest, from_checkpoint, backwards)``, which returns a :class:`Method`;
+``backwards`` runs batches of the data, see :data:`liftdist.engine.gathered.Backwards`.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from liftdist.engine.matrices import Matrix
+from liftdist.models.names import NameMap, Part
 
 
 class Method(Protocol):
@@ -31,6 +32,10 @@ class Method(Protocol):
     @property
     def matrices(self) -> Sequence[Matrix]:
         """What :meth:`state_dict` holds the state of, in its order."""
+
+    def changes(self, names: NameMap) -> dict[str, tuple[str, Part | None]]:
+        """The matrices of the base model that a run changes, by name: the tensor in its files that holds each, and where, unless
+        it is the whole tensor. Raises ``UserError`` for one that is stored in several."""
 
     def before_step(self, step: int) -> dict[str, float]:
         """What is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""

@@ -11,7 +11,7 @@ biases) have no weight decay.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from liftdist.engine.gathered import Backwards
 from liftdist.engine.matrices import Matrix, Place, describe, fits, routers
 from liftdist.errors import UserError
 from liftdist.models import build
-from liftdist.models.names import NameMap
+from liftdist.models.names import NameMap, Part
 from liftdist.runs.context import RunContext
 from liftdist.schema import Config
 
@@ -39,11 +39,10 @@ class Full:
 
     selection: Path | None = None
 
-    def __init__(self, config: Config, dense: DenseWeights, names: NameMap, dtypes: Mapping[str, torch.dtype]) -> None:
+    def __init__(self, config: Config, dense: DenseWeights, held: Sequence[list[Matrix]]) -> None:
         """
         Args:
-            names: of the parameters in the base model's files.
-            dtypes: that the model computes with them in, by name.
+            held: the matrices that each parameter of ``dense`` holds.
         """
         self._config, self.dense = config, dense
         settings = config.optimizer
@@ -58,12 +57,15 @@ class Full:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self._held = [_matrices(name, param, names, dtypes[name]) for name, param in dense.params.items()]
+        self._held = held
 
     @property
     def matrices(self) -> list[Matrix]:
         """The tensors of the base model's files that are trained, or the parts of parameters that are stored apart."""
         return [matrix for held in self._held for matrix in held]
+
+    def changes(self, names: NameMap) -> dict[str, tuple[str, Part | None]]:
+        return {matrix.name: names.changed(matrix.name, matrix.place) for matrix in self.matrices}
 
     def before_step(self, step: int) -> dict[str, float]:
         return {}
@@ -142,6 +144,10 @@ class Full:
         return {key: tensor for key, tensor in self.optimizer.state.get(value, {}).items() if key != "step"}
 
 
+def extend(config: Config, model: PreTrainedModel) -> None:
+    """Nothing is added."""
+
+
 def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
     """Freeze what is not trained; keep the trained parameters in ``optimizer.dtype``. The model is on the meta device.
 
@@ -170,7 +176,7 @@ def places(config: Config, model: PreTrainedModel) -> dict[str, Place]:
         if not any(fits(name.rpartition(".")[0], [pattern]) for name in own):
             example = next(iter(own)).rpartition(".")[0]
             raise UserError(f"selection.modules: no module with parameters fits {pattern}; one is named {example}")
-    return {name: _place(name, param) for name, param in own.items() if fits(name.rpartition(".")[0], patterns)}
+    return {name: place_of(name, param) for name, param in own.items() if fits(name.rpartition(".")[0], patterns)}
 
 
 def attach(
@@ -194,13 +200,15 @@ def attach(
     config = context.config
     dtype = getattr(torch, config.model.dtype)
     kept = build.kept_in_float32(model, dtype)
-    dtypes = {name: torch.float32 if name in kept else dtype for name in dense.params}
-    return Full(config, dense, names, dtypes)
+    held = [
+        _matrices(name, param, names, torch.float32 if name in kept else dtype) for name, param in dense.params.items()
+    ]
+    return Full(config, dense, held)
 
 
 def _matrices(name: str, param: nn.Parameter, names: NameMap, dtype: torch.dtype) -> list[Matrix]:
     """A parameter as the base model's files hold it: whole, or in tensors of their own, such as the matrices of experts."""
-    pieces, whole = names.pieces[name], _place(name, param)
+    pieces, whole = names.pieces[name], place_of(name, param)
     called = [name] if len(pieces) == 1 else [piece.source for piece in pieces]
     return [
         describe(label, dataclasses.replace(whole, rows=piece.rows, first_row=piece.row), dtype)
@@ -208,7 +216,7 @@ def _matrices(name: str, param: nn.Parameter, names: NameMap, dtype: torch.dtype
     ]
 
 
-def _place(name: str, param: nn.Parameter) -> Place:
+def place_of(name: str, param: nn.Parameter) -> Place:
     """A whole parameter as a matrix, a vector as a column."""
     columns = param.shape[-1] if param.ndim > 1 else 1
     return Place(name, param, param.numel() // columns, columns)

@@ -27,7 +27,7 @@ from liftdist.engine.principal import PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
 from liftdist.methods.named import Base, Excluded, Named
 from liftdist.models.hub import resolve_model
-from liftdist.models.names import NameMap
+from liftdist.models.names import NameMap, Part
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
@@ -49,6 +49,9 @@ class Lift:
     def matrices(self) -> list[Matrix]:
         """The trained matrices, in the order of the state."""
         return self.principal.matrices
+
+    def changes(self, names: NameMap) -> dict[str, tuple[str, Part | None]]:
+        return {matrix.name: names.changed(matrix.name, matrix.place) for matrix in self.matrices}
 
     def before_step(self, step: int) -> dict[str, float]:
         """Refresh the selection if it is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
@@ -124,6 +127,10 @@ class Lift:
         for matrix, count in zip(self.matrices, self.principal.counts, strict=True):
             lines.append(f"{matrix.name}  {list(matrix.shape)}  {count}")
         return "\n".join(lines)
+
+
+def extend(config: Config, model: PreTrainedModel) -> None:
+    """Nothing is added."""
 
 
 def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:

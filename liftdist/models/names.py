@@ -81,7 +81,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class NameMap:
-    """The pieces of tensors of the checkpoint that each tensor of the model consists of.
+    """The pieces of tensors of the checkpoint that each tensor of the model consists of; of what was added to the model, none.
 
     Made when a model is loaded; what it says of trained matrices is kept with the run.
     """
@@ -110,6 +110,11 @@ class NameMap:
         raise UserError(
             f"{name}: is stored in several tensors ({parts}): not supported; leave it out of selection.modules"
         )
+
+    def changed(self, name: str, place: Place) -> tuple[str, Part | None]:
+        """:meth:`holding`, without a part if the matrix has the indices that it has in the tensor."""
+        stored, part = self.holding(name, place)
+        return stored, None if part.is_whole(place.columns) else part
 
 
 def between(own: Iterable[str], stored: Iterable[str], prefix: str) -> dict[str, str]:

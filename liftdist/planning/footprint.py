@@ -158,12 +158,13 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
     for layers in (1, 2):
         live = LiveBytes()
         packed, grouped = packing_known(config.data.packing), grouped_products_known()
+        model = build.build(_with_layers(hf_config, layers), config.model)
+        trained = _trained(model, config)
         with FakeTensorMode(allow_non_fake_inputs=True), packed, grouped, live:
-            model = build.build(_with_layers(hf_config, layers), config.model).to_empty(device="cpu").train()
+            model.to_empty(device="cpu").train()
             build.recompute(model, config.model)
-            trained = {id(param) for param in _trained(model, config)}
-            for param in model.parameters():
-                param.requires_grad_(id(param) in trained)
+            for name, param in model.named_parameters():
+                param.requires_grad_(name in trained)
                 if param.requires_grad:
                     param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
             shape = (rows, config.data.max_length)
@@ -183,14 +184,17 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
     return Activations(kept[0] - layer, layer, losses[1], backwards[1])
 
 
-def _trained(model: PreTrainedModel, config: Config) -> list[nn.Parameter]:
-    places = METHODS.load(config.method).places
+def _trained(model: PreTrainedModel, config: Config) -> set[str]:
+    """The names of the parameters that are trained, after adding to the model what is not in its files."""
+    method = METHODS.load(config.method)
     try:
-        found = places(config, model)
+        method.extend(config, model)
+        found = method.places(config, model)
     except UserError:  # the patterns match later layers only
-        every = dataclasses.replace(config, selection=dataclasses.replace(config.selection, modules=["*"]))
-        found = places(every, model)
-    return [place.param for place in found.values()]
+        every = dataclasses.replace(config.selection, modules=["*"])
+        adapted = dataclasses.replace(config.lora, modules=[])
+        return _trained(model, dataclasses.replace(config, selection=every, lora=adapted))
+    return {place.parameter for place in found.values()}
 
 
 def packing_known(packing: bool) -> contextlib.AbstractContextManager:
@@ -258,7 +262,9 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
         "loss": kept.loss,
-        "selecting": _selecting(size, config, shards, counts) if config.method == "lift" else 0,
+        "selecting": _selecting(size, config, shards, counts)
+        if config.method == "lift"
+        else _initialising(size, config),
         # in a selection by gradients, besides activations and layers, and while matrices are gathered
         **(
             {"statistics": 4 * states * sum(unit.padded(shards, trained=True) for unit in size.units)} if states else {}
@@ -287,6 +293,16 @@ def _selecting(size: Sizes, config: Config, shards: int, counts: Mapping[str, in
     return (3 * size.itemsize * max(m * n for m, n in size.trained.values()) if shards > 1 else 0) + factoring
 
 
+def _initialising(size: Sizes, config: Config) -> int:
+    """A whole matrix, and what peft makes of it in float32 for the initial values of DoRA (16 B a weight) or PiSSA (20 B)."""
+    if config.method != "lora" or config.lora.variant not in ("dora", "pissa"):
+        return 0
+    each = size.itemsize + (16 if config.lora.variant == "dora" else 20)
+    columns = {name.partition(".lora_A.")[0]: shape[1] for name, shape in size.trained.items() if ".lora_A." in name}
+    rows = {name.partition(".lora_B.")[0]: shape[0] for name, shape in size.trained.items() if ".lora_B." in name}
+    return each * max(rows[name] * columns[name] for name in rows)
+
+
 def _is_sparse(config: Config) -> bool:
     """Whether gradients are reduced sparsely within a replica."""
     return config.method == "lift" and config.mesh.sparse_reduce_scatter
@@ -303,9 +319,10 @@ def _bytes_each(config: Config) -> int:
 
 
 def saved_bytes(config: Config) -> int:
-    """Bytes of a trained weight in a checkpoint: index, value and states; no index where all are trained."""
+    """Bytes of a trained weight in a file: index, value and states; no index where all are trained, but PiSSA's initial value."""
     element = _element(config)
-    return (4 + (1 + _states(config)) * element) if config.method == "lift" else 3 * element
+    initial = 4 * (config.method == "lora" and config.lora.variant == "pissa")
+    return (4 + (1 + _states(config)) * element) if config.method == "lift" else 3 * element + initial
 
 
 def _states(config: Config) -> int:

@@ -23,6 +23,7 @@ from liftdist.models import build
 from liftdist.models.hub import resolve_config
 from liftdist.planning import footprint
 from liftdist.planning.footprint import Sizes
+from liftdist.registry import METHODS
 from liftdist.schema import Config
 
 
@@ -68,7 +69,9 @@ def plan(
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
     hf_config = build.check_type(resolve_config(config.model.path, config.model.revision), config.model)
-    size = footprint.sizes(build.build(hf_config, config.model), config)
+    model = build.build(hf_config, config.model)
+    METHODS.load(config.method).extend(config, model)
+    size = footprint.sizes(model, config)
     probes: dict[int, footprint.Activations] = {}
 
     def memory_of(count: int) -> dict[str, int]:
@@ -160,7 +163,7 @@ def check_fits(config: Config, nodes: int, gpus_per_node: int) -> None:
     """Raises ``UserError`` if ``slurm.gpu_memory`` is set and the run does not fit in it."""
     if config.slurm.gpu_memory is None:
         return
-    parts = (config.model, config.data, config.selection, config.optimizer, config.train, config.mesh)
+    parts = (config.model, config.data, config.selection, config.lora, config.optimizer, config.train, config.mesh)
     decisive = (config.method, *parts, config.slurm.gpu_memory)
     if (key := repr((decisive, nodes, gpus_per_node))) in _known_to_fit:  # checked for another task of an array
         return

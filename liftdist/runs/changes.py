@@ -1,6 +1,6 @@
 """Differences between a checkpoint and the command that continues from it, and whether they are allowed.
 
-change = (kind, text), where kind is the effect of the change: schema_tree.NOTHING, COURSE or STATE
+change = (kind, text), where kind is the effect of the change: schema_tree.NOTHING, COURSE, STATE or FIXED
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from liftdist.redaction import redact
 from liftdist.runs import claims, layout, manifest
 from liftdist.runs.manifest import Provenance
 from liftdist.schema import Config
-from liftdist.schema_tree import COURSE, NOTHING, STATE
+from liftdist.schema_tree import COURSE, FIXED, NOTHING, STATE
 
 SettingChange = tuple[str, str]
 
@@ -29,11 +29,12 @@ SettingChange = tuple[str, str]
 def refuse(found: Sequence[SettingChange], allowed: set[str], run_dir: Path) -> None:
     """Raises ``UserError`` for changes of a kind that is not allowed; ``STATE`` changes are reported first.
 
-    No flag allows another method: what one has trained, another cannot continue.
+    No flag allows ``FIXED`` ones, such as another method: what one has trained, another cannot continue.
     """
-    for key, text in ((text.partition(":")[0], redact(text)) for _, text in found):
-        if key == "method":
-            raise UserError(f"run_dir {run_dir}: {text}: cannot be changed; --fresh starts again in a new directory")
+    if fixed := [redact(text) for kind, text in found if kind == FIXED]:
+        raise UserError(
+            f"run_dir {run_dir}: {'; '.join(fixed)}: cannot be changed; --fresh starts again in a new directory"
+        )
     for flag, (kind, _) in reversed(CONTINUATION_FLAGS.items()):
         refused = [redact(text) for found_kind, text in found if found_kind == kind]
         if refused and kind not in allowed:

@@ -134,14 +134,17 @@ class Step:
             for key, dtype in keys.items()
         }
 
+    def whole(self, name: str, key: str) -> Tensor:
+        """``[numel]``, what is kept under a key of a matrix that is trained whole."""
+        return torch.cat([file.read(f"{name}/{key}") for file in self._holding[name]])
+
     def touched(self, name: str) -> tuple[Tensor, Tensor]:
         """Every weight of a matrix that the run has ever trained: ``[t]`` int64 sorted flat indices, and ``[t]`` values in the
         dtype of the model, rounded as in the run's model."""
         keys = self.manifest.parameters[name].keys
         dtype = getattr(torch, self.manifest.parameters[name].dtype)
         if FIRST in keys:
-            found = [file.read(f"{name}/values").to(dtype) for file in self._holding.get(name, ())]
-            whole = torch.cat(found)
+            whole = self.whole(name, "values").to(dtype)
             return torch.arange(whole.numel()), whole
         parts = []
         for file in self._holding.get(name, ()):

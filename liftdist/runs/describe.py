@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -18,7 +19,7 @@ from liftdist import __version__, environment, files
 from liftdist.distributed.mesh import Mesh
 from liftdist.redaction import redact
 
-SHOWN_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy")
+SHOWN_PACKAGES = ("torch", "transformers", "datasets", "safetensors", "numpy", "peft")
 SHOWN_ENVIRONMENT = (
     "CUDA_VISIBLE_DEVICES",
     "OMP_NUM_THREADS",
@@ -41,7 +42,7 @@ def describe_run(run_dir: Path, text: str, mesh: Mesh, commits: Mapping[str, str
     facts = {
         "liftdist": __version__,
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in SHOWN_PACKAGES},
+        "packages": {name: metadata.version(name) for name in SHOWN_PACKAGES if importlib.util.find_spec(name)},
         "git": _git_state(),
         "hub": dict(commits),
         "host": platform.node(),

@@ -112,10 +112,10 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         _resume(context, trainer, saved, attempt, state_changed)
     checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
     recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
-    held = {matrix.name: names.holding(matrix.name, matrix.place) for matrix in method.matrices}
-    trained = {name: stored for name, (stored, _) in held.items()}
+    changed = method.changes(names)
+    trained = {name: stored for name, (stored, _) in changed.items()}
     copies = {stored: names.copies[stored] for stored in trained.values() if stored in names.copies}
-    parts = {m.name: part for m in method.matrices if not (part := held[m.name][1]).is_whole(m.columns)}
+    parts = {name: part for name, (_, part) in changed.items() if part is not None}
 
     def snapshot() -> Snapshot:
         return Snapshot(trainer.step, trainer.state(), provenance, trained, parts, copies)

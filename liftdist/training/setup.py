@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 from torch.distributed.fsdp import FSDPModule
@@ -40,9 +39,13 @@ def model_and_method(
     """
     config, mesh = context.config, context.mesh
     if unused := config.unused():
-        context.console.say(f"not used by method={config.method}, which selects no weights: {', '.join(unused)}")
+        context.console.say(f"not used by method={config.method}: {', '.join(unused)}")
     chosen = METHODS.load(config.method)
-    prepare = functools.partial(chosen.prepare, config)
+
+    def prepare(model: PreTrainedModel, names: NameMap) -> NameMap:
+        chosen.extend(config, model)
+        return chosen.prepare(config, model, names)
+
     model, names = load(folder, config.model, mesh, context.cancellation.check, prepare)
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())

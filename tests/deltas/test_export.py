@@ -24,7 +24,7 @@ from liftdist.registry import EXPORT_FORMATS
 def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     folder, parameters = trained
     cache = ("--cache-dir", folder / "cache")
-    for form in EXPORT_FORMATS:
+    for form in set(EXPORT_FORMATS) - {"peft"}:  # which holds adapters
         liftdist("export", folder / "run", "--format", form, "--output", tmp_path / form, *cache)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert merged.dtype == torch.bfloat16
@@ -152,10 +152,29 @@ def test_an_adapter_finds_its_modules_where_the_files_lack_the_prefix(folders, t
     assert torch.equal(adapted, merged)
 
 
+def test_adapters_are_of_runs_that_have_some(deltas, folders, tmp_path):
+    one, _, cache = deltas
+    said = liftdist(
+        "export",
+        one,
+        "--base",
+        folders[0],
+        "--format",
+        "peft",
+        "--output",
+        tmp_path / "x",
+        "--cache-dir",
+        cache,
+        code=2,
+    )
+    assert f"{one}: holds no adapters, which --format peft writes; use --format shira, hf or delta" in said
+    assert not (tmp_path / "x").exists()
+
+
 def test_an_unknown_format_is_an_error(deltas, folders, tmp_path):
     given = delta_file.read(deltas[0])
     with pytest.raises(
-        UserError, match="export format 'shiar': must be one of hf, delta, shira, patch; did you mean shira"
+        UserError, match="export format 'shiar': must be one of hf, delta, shira, peft, patch; did you mean shira"
     ):
         export(given, folders[0], tmp_path / "x", "shiar", tmp_path / "cache")
     assert not (tmp_path / "x").exists()

@@ -11,8 +11,9 @@ from bench import contenders, memory, scale
 from liftdist.engine import topk
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.principal import PrincipalWeights
+from liftdist.methods import lora
 from liftdist.methods.lift import Lift, rules
-from liftdist.models import build
+from liftdist.models import adapters, build
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config, OptimizerConfig
@@ -147,6 +148,21 @@ def test_a_step_of_full_fine_tuning_is_as_planned(world, replicas, dtype, tied):
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
 
 
+@pytest.mark.parametrize(("world", "replicas"), [(64, 1), (8, 1), (12, 4), (1, 1)])
+@pytest.mark.parametrize(("dtype", "variant"), [("float32", "lora"), ("bfloat16", "dora")])
+def test_a_step_of_adapters_is_as_planned(world, replicas, dtype, variant):
+    config = scale.settings(world, replicas)
+    config.method, config.optimizer.dtype = "lora", dtype
+    config.lora.rank, config.lora.variant = 16, variant
+    found = scale.step(SMALL, config, world)
+    assert found["collectives"] == found["planned_collectives"]
+    model, shards = build.build(scale.config_of(SMALL), config.model), world // replicas
+    lora.extend(config, model)
+    rows = {name: place.row_bounds(shards)[1] * place.columns for name, place in lora.places(config, model).items()}
+    assert found["planned_read"] - found["read"] == 2 * sum(rows.values())  # adapters are in no file
+    assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
+
+
 EXPERTS = {
     "qwen3_moe": dict(num_experts=32, head_dim=32),
     "deepseek_v3": dict(
@@ -201,6 +217,22 @@ def test_memory_of_a_selection(shape, filter_rank, method, monkeypatch):
     with LiveBytes() as live:
         low_rank.select(weight, count, filter_rank, method)
     assert live.peak <= 1.05 * low_rank.workspace(*shape, count, filter_rank, method)
+
+
+@pytest.mark.parametrize(("variant", "niter"), [("dora", None), ("pissa", None), ("pissa", 4)])
+@pytest.mark.parametrize("shape", [(300, 200), (200, 300), (256, 256)])
+def test_memory_of_the_initial_values_of_adapters(shape, variant, niter):
+    config = Config()
+    config.method, config.lora.variant, config.lora.pissa_niter = "lora", variant, niter
+    model = torch.nn.ModuleDict({"q": torch.nn.Linear(shape[1], shape[0], bias=False).bfloat16()})
+    with LiveBytes() as live:
+        weight = model["q"].weight.detach().clone().float()
+        adapters.alone(config.lora, weight, "seed")
+    adapters.inject(model.to("meta"), config.lora, ["*"])
+    unit = footprint.FSDPUnit((), lora.places(config, model))
+    empty = footprint.FSDPUnit((), {})
+    planned = footprint._initialising(footprint.Sizes((unit,), empty, empty, empty, 2, 0), config)
+    assert planned / 2 < live.peak <= 1.05 * planned
 
 
 def test_nothing_grows_with_the_number_of_replicas():
