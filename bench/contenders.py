@@ -1,7 +1,7 @@
 """Ways to fine-tune the same model on the same batch under the same FSDP2 sharding.
 
-full      all weights: float32 shards, bf16 compute, fused AdamW; 16 B per parameter
-lora      peft adapters on all linear modules, with as many trained weights as the others
+full      this library's method=full: all weights, float32 shards, bf16 compute, fused AdamW; 16 B per parameter
+lora      this library's method=lora: adapters on all linear modules, with as many trained weights as the others
 masked    LIFT as in its authors' code for one device: a full SVD of each matrix, a bool mask and a dense gradient per matrix,
           Adam on the masked entries in a loop over parameters
 dense     liftdist's trained matrices with dense gradients and no hooks: the baseline for the cost of the hooks
@@ -10,6 +10,7 @@ liftdist  this library
 
 from __future__ import annotations
 
+import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -21,15 +22,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from liftdist.console import Console
 from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import local_tensor, rows_of
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
-from liftdist.models import build
+from liftdist.models import build, names
 from liftdist.models.head import in_chunks
-from liftdist.models.load import compute_buffers
+from liftdist.models.load import compute_buffers, shard
+from liftdist.registry import METHODS
+from liftdist.runs.context import RunContext
 from liftdist.schema import Config
 from liftdist.training import objective
 from liftdist.training.losses.cross_entropy import per_token
@@ -58,8 +62,7 @@ class Contender(ABC):
     def shard(self, model: nn.Module, policy: MixedPrecisionPolicy | None = None) -> nn.Module:
         if self.sharded:
             return model
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        for layer in build.decoder_layers(base):
+        for layer in build.decoder_layers(model):
             fully_shard(layer, mesh=self.shard_mesh(), mp_policy=policy or self.policy)
         return fully_shard(model, mesh=self.shard_mesh(), mp_policy=policy or self.policy)
 
@@ -87,28 +90,57 @@ class Contender(ABC):
         return self.state_bytes() + sum(local_tensor(p).nbytes for p in self.model.parameters() if p.requires_grad)
 
 
-class Full(Contender):
-    def prepare(self, model: nn.Module) -> nn.Module:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        model = self.shard(model if self.bf16 else model.float(), policy)
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0, fused=True)
+class OfMethod(Contender):
+    """A method of this library that trains whole parameters, as a run attaches it."""
+
+    name: str
+
+    def settings(self, model: nn.Module) -> Config:  # noqa: ARG002
+        config = copy.deepcopy(self.config)
+        config.method, config.optimizer.lr = self.name, LR
+        return config
+
+    def prepare(self, model: Any) -> nn.Module:
+        config, chosen = self.settings(model), METHODS.load(self.name)
+        stored = names.same(build.tensors(model))
+        chosen.extend(config, model)
+        for module in model.modules():
+            if any(param.is_meta for param in module.parameters(recurse=False)):
+                module.to_empty(device=self.mesh.device, recurse=False)
+        stored = chosen.prepare(config, model, stored)
+        shard(model, config.model, self.mesh)
+        self.method = chosen.attach(RunContext(config, self.mesh, Console(False)), model, stored, "")
+        in_chunks(model)
+        self.optimizer = self.method.optimizer
         return model
 
+    def losses(self, batch: dict[str, Tensor]) -> Tensor:
+        return objective.token_losses(self.model, batch)
 
-class Lora(Contender):
-    def prepare(self, model: nn.Module) -> nn.Module:
-        import peft
+    def update(self) -> None:
+        self.method.reduce(torch.ones((), device=self.mesh.device))
+        self.method.step(1)
 
+
+class Full(OfMethod):
+    name = "full"
+
+    def settings(self, model: nn.Module) -> Config:
+        config = super().settings(model)
+        config.optimizer.dtype = "bfloat16" if self.bf16 else "float32"
+        return config
+
+
+class Lora(OfMethod):
+    name = "lora"
+
+    def settings(self, model: nn.Module) -> Config:
+        config = super().settings(model)
         shapes = [place.shape for place in principal_matrices(model).values()]
-        budget = sum(round(self.config.selection.density * m * n) for m, n in shapes)
-        rank = round(budget / sum(m + n for m, n in shapes))
-        names = sorted({name.split(".")[-2] for name in principal_matrices(model)})
-        settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=names, task_type="CAUSAL_LM")
-        # FSDP gathers a layer's parameters in one dtype
-        model = self.shard(peft.get_peft_model(model, settings, autocast_adapter_dtype=False))
-        trained = [param for param in model.parameters() if param.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=LR, weight_decay=0.0, fused=True)
-        return model
+        budget = sum(round(config.selection.density * m * n) for m, n in shapes)
+        config.lora.rank = round(budget / sum(m + n for m, n in shapes))
+        config.lora.alpha = 2 * config.lora.rank
+        return config
 
 
 class Dense(Contender):
