@@ -11,6 +11,7 @@
             NAME/first             [1] int64       flat index of the first in the whole matrix
             NAME/values            [k]             in optimizer.dtype
             NAME/optimizer.KEY     [k]
+            NAME/initial           [k] float32     of PiSSA alone: the values that it started from
         manifest.json                              the rest of the state, size and sha256 of each file, and its own sha256
 
 A save copies the state to the host, and a thread writes it. One rename makes the checkpoint visible, after every rank has
