@@ -119,7 +119,7 @@ class OfMethod(Contender):
 
     def update(self) -> None:
         self.method.reduce(torch.ones((), device=self.mesh.device))
-        self.method.step(1)
+        self.method.step()
 
 
 class Full(OfMethod):

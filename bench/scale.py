@@ -134,7 +134,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
                     model.chunked_loss(tokens, None, places, tokens, per_token).backward()
                 method.reduce(torch.ones(()))
                 method.clip()
-                method.step(1)
+                method.step()
         groups = {device_mesh.get_group(axis).group_name: axis for axis in ("dp_replicate", "dp_shard")}
         measured = {
             f"{groups[name]} {operation}": counts

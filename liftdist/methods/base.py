@@ -49,8 +49,8 @@ class Method(Protocol):
     def clip(self) -> Tensor:
         """Clip the gradient to ``optimizer.max_grad_norm``; return its norm before clipping, ``[]``. Collective."""
 
-    def step(self, number: int) -> None:
-        """Update the weights; ``number`` counts the updates from 1."""
+    def step(self) -> None:
+        """Update the weights, and clear the gradient."""
 
     def skip(self) -> None:
         """Clear the gradient, as if there had been no backward."""

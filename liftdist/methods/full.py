@@ -79,9 +79,11 @@ class Full:
     def clip(self) -> Tensor:
         return self.dense.clip_grad_norm_(self._config.optimizer.max_grad_norm)
 
-    def step(self, number: int) -> None:
-        for group in self.optimizer.param_groups:
-            group["eps"] = reference_eps(self._config.optimizer, number)
+    def step(self) -> None:
+        if self._config.optimizer.reference_numerics:
+            eps = reference_eps(self._config.optimizer, 1 + int(self.scalars().get("step", 0)))
+            for group in self.optimizer.param_groups:
+                group["eps"] = eps
         self.optimizer.step()
         self.dense.drop_gradients()
         self.dense.written()

@@ -77,7 +77,7 @@ class Lift:
         """Clip the gradient to ``optimizer.max_grad_norm``; return its norm before clipping. Collective."""
         return self.principal.clip_grad_norm_(self._config.optimizer.max_grad_norm)
 
-    def step(self, number: int) -> None:
+    def step(self) -> None:
         """Update the weights. Epsilon depends on the optimizer's own count of updates, which may begin later than the run's."""
         if self._config.optimizer.reference_numerics:
             own = 1 + int(self.scalars().get("step", 0))

@@ -78,17 +78,16 @@ class ChunkedLoss(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], tokens):
             chunk = slice(begin, begin + tokens)
             others = () if base is None else (F.linear(base[chunk], head),)
-            logits = F.linear(hidden[chunk], head)
-            with torch.set_grad_enabled(any(ctx.needs_input_grad)):
-                summed = terms.add(
-                    loss(logits.requires_grad_(any(ctx.needs_input_grad)), labels[chunk], *others), chunk
-                )
-            if any(ctx.needs_input_grad):
-                (of_logits,) = torch.autograd.grad(summed, logits)
-                if gradient is not None:
-                    gradient[chunk] = of_logits @ head
-                if of_head is not None:
-                    of_head += of_logits.T @ hidden[chunk]
+            part = hidden[chunk].detach().requires_grad_(gradient is not None)
+            weight = head.detach().requires_grad_(of_head is not None)
+            wanted = [tensor for tensor in (part, weight) if tensor.requires_grad]
+            with torch.set_grad_enabled(bool(wanted)):
+                summed = terms.add(loss(F.linear(part, weight), labels[chunk], *others), chunk)
+            found = list(torch.autograd.grad(summed, wanted)) if wanted else []
+            if of_head is not None:
+                of_head += found.pop()
+            if gradient is not None:
+                gradient[chunk] = found.pop()
             total += summed.detach()
         ctx.save_for_backward(gradient, of_head)
         ctx.dtype = head.dtype

@@ -149,7 +149,7 @@ class Trainer:
         if finite:
             self.skipped_in_a_row = 0
             with self.watch("update"):
-                self.method.step(step - self.skipped)
+                self.method.step()
         else:
             self._skip(step, figures, micro_batches, micro_losses)
         self.schedule.step()

@@ -29,7 +29,7 @@ def trained(model, lift, gradients=None, micro_batches=1):
         lift.clip()
         if gradients is not None:
             gradients.append(lift.principal.values.grad.clone())
-        lift.step(number)
+        lift.step()
     return lift
 
 
@@ -205,13 +205,13 @@ def test_epsilon_follows_the_steps_of_the_optimizer_not_of_the_run():
     for number in range(STEPS + 1, STEPS + 4):
         loss_of(other, number).backward()
         after.reduce(1)
-        after.step(number)
+        after.step()
         epsilons.append(after.optimizer.param_groups[0]["eps"])
     assert epsilons == pytest.approx([1e-2 / (1 - 0.95**own) ** 0.5 for own in (1, 2, 3)])
     again = make_lift(fresh, "float32", reference_numerics=True, eps=1e-2)
     again.load_state_dict(after.state_dict(), after.scalars())
     again.reduce(1)
-    again.step(STEPS + 4)
+    again.step()
     assert again.optimizer.param_groups[0]["eps"] == pytest.approx(1e-2 / (1 - 0.95**4) ** 0.5)
 
 
@@ -224,7 +224,7 @@ def test_the_state_of_another_optimizer_is_left_out():
     assert torch.equal(flat(other), flat(model))
     loss_of(other, 0).backward()
     after.reduce(1)
-    after.step(STEPS + 1)
+    after.step()
     assert not torch.equal(flat(other), flat(model))
     assert {key.partition("/optimizer.")[2] for key in after.state_dict() if "/optimizer." in key} == {
         "momentum_buffer"

@@ -99,7 +99,7 @@ def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
     principal = PrincipalWeights(model, criterion=criterion, budget=budget, dtype=dtype, keep_base=config.keeps_base)
     lift = Lift(config, principal)
     principal.values.grad.fill_(1.0)
-    lift.step(1)
+    lift.step()
     held = [principal.values, principal.values.grad, *(part.positions for part in principal.parts)]
     held += [state for state in lift.optimizer.state[principal.values].values() if state.ndim]
     assert planned["principal"] == sum(tensor.nbytes for tensor in held)

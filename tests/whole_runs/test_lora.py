@@ -6,6 +6,7 @@ from pathlib import Path
 
 import builders
 import commands
+import hooks
 import peft
 import pytest
 import ranks
@@ -19,6 +20,7 @@ from liftdist import config as configs
 from liftdist.console import Console
 from liftdist.data.order import BatchOrder
 from liftdist.errors import UserError
+from liftdist.models import adapters
 from liftdist.runs.saver import Checkpointer
 from liftdist.training.inputs import prepare_inputs
 
@@ -368,3 +370,32 @@ def test_as_a_user_runs_it(folder, records, tmp_path):
         commands.run_command(*train, "lora.rank=8", "lora.variant=dora", "lora.alpha=9", "--allow-state-changes")
     )
     assert "lora.rank: 4 -> 8; lora.alpha: 8 -> 9; lora.variant: lora -> dora: cannot be changed" in refused
+
+
+def packed(mesh, folder):
+    """Without values, adapters would be what memory holds when the run tries out whether packing leaks."""
+    found = []
+    for variant in ("lora", "dora"):
+        settings = settings_of("lora", folder, variant=variant)
+        settings.data.packing = True
+        with hooks.around(adapters, "inject", after=lambda _, model, *others: fill(model)):
+            made = builders.trainer(mesh, settings)
+        found.append((hasattr(made.model, "chunked_loss"), made.run_step()["train/loss"]))
+    return found
+
+
+def fill(model):
+    """Let parameters that get memory later hold NaN, as what they are made of may."""
+    to_empty = model.to_empty
+
+    def and_fill(**options):
+        to_empty(**options)
+        for param in adapters.parameters(model).values():
+            param.data.fill_(float("nan"))
+
+    model.to_empty = and_fill
+
+
+def test_trials_before_the_first_step_are_those_of_the_base_model(folder):
+    (first, second), *_ = ranks.run(2, packed, folder)
+    assert first == second == (True, pytest.approx(first[1]))
