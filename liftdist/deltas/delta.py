@@ -71,6 +71,9 @@ class Delta:
     names: list[str]
     get: Callable[[str], Change]
     origin: Mapping[str, str] = field(default_factory=dict)  # base_model and base_commit, if known: its name on the hub
+    whole: Callable[[str, Tensor], Tensor] | None = (
+        None  # the new tensor from the base's, where all of its weights may change
+    )
     adapters: Adapters | None = None  # that, merged, are what changed
 
     @cached_property

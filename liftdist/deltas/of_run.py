@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,7 +21,7 @@ from liftdist.models.hub import resolve_model
 from liftdist.models.names import Part
 from liftdist.models.weights import ModelFolder
 from liftdist.runs import checkpoint, claims
-from liftdist.runs.checkpoint import Step
+from liftdist.runs.checkpoint import FIRST, Step
 
 
 def of_run(step: Step, base_folder: Path) -> Delta:
@@ -46,10 +48,10 @@ def of_run(step: Step, base_folder: Path) -> Delta:
 
     def get(stored: str) -> Change:
         tensor = stored_files.read(stored)
-        try:
-            found = [_merged(adapters, name, tensor) if adapters else _touched(step, name) for name in matrices[stored]]
-        except FileNotFoundError:
-            raise adapter.removed(step) from None
+        if whole is not None:
+            return _difference(tensor, whole(stored, tensor))
+        with _held(step):
+            found = [_touched(step, name) for name in matrices[stored]]
         indices, values = (torch.cat(parts) for parts in zip(*found, strict=True))
         order = indices.argsort()
         indices, values = indices[order], values[order]
@@ -59,7 +61,22 @@ def of_run(step: Step, base_folder: Path) -> Delta:
         changed = bits(before) != bits(after)
         return Change(tuple(tensor.shape), tensor.dtype, indices[changed], after[changed], before[changed])
 
-    return Delta(step.folder, step.manifest.provenance.base, list(matrices), get, _origin(step), adapters)
+    def replaced(stored: str, tensor: Tensor) -> Tensor:
+        with _held(step):
+            return _replaced(step, adapters, matrices[stored], tensor)
+
+    is_whole = adapters is not None or any(FIRST in entry.keys for entry in trained.values())
+    whole = replaced if is_whole else None
+    return Delta(step.folder, step.manifest.provenance.base, list(matrices), get, _origin(step), whole, adapters)
+
+
+@contextlib.contextmanager
+def _held(step: Step) -> Iterator[None]:
+    """Raises ``UserError`` where a file of the checkpoint is not there any more."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise adapter.removed(step) from None
 
 
 def _touched(step: Step, name: str) -> tuple[Tensor, Tensor]:
@@ -69,16 +86,30 @@ def _touched(step: Step, name: str) -> tuple[Tensor, Tensor]:
     return (indices if part is None else Part(*part).indices(indices, step.manifest.parameters[name].shape[1])), values
 
 
-def _merged(adapters: Adapters, name: str, tensor: Tensor) -> tuple[Tensor, Tensor]:
-    """The same of a matrix with an adapter: all of it, as it is after merging, from the tensor of the base that holds it."""
-    module, manifest = name.removesuffix(".weight"), adapters.step.manifest
-    rows, columns = adapters.shape(module)
-    indices, part = torch.arange(rows * columns), manifest.snapshot.parts.get(name)
-    if part is not None:
-        indices = Part(*part).indices(indices, columns)
-    dtype = getattr(torch, next(iter(manifest.parameters.values())).dtype)
-    weight = tensor.flatten()[indices].to(dtype).view(rows, columns)  # as the run loaded it
-    return indices, adapters.merged(module, weight).to(dtype).flatten()
+def _replaced(step: Step, adapters: Adapters | None, names: Sequence[str], tensor: Tensor) -> Tensor:
+    """A tensor of the base model with the matrices in it as they are after training, in a dtype that holds both."""
+    entries, parts = step.manifest.parameters, step.manifest.snapshot.parts
+    dtype = getattr(torch, next(iter(entries.values())).dtype)
+    held = [dtype] if adapters else [getattr(torch, entries[name].dtype) for name in names]
+    flat = tensor.flatten().to(functools.reduce(torch.promote_types, held, tensor.dtype), copy=True)
+    for name in names:
+        module = name.removesuffix(".weight")
+        rows, columns = adapters.shape(module) if adapters else entries[name].shape
+        offset, row, column = parts.get(name) or (0, columns, 1)
+        matrix = flat.as_strided((rows, columns), (row, column), offset)
+        if adapters:
+            matrix.copy_(adapters.merged(module, matrix.to(dtype)).to(dtype))  # from the weights as the run loaded them
+        else:
+            matrix.copy_(step.whole(name, "values").to(getattr(torch, entries[name].dtype)).view(rows, columns))
+    return flat.view(tensor.shape)
+
+
+def _difference(before: Tensor, after: Tensor) -> Change:
+    """The entries that differ, to the bit."""
+    dtype = torch.promote_types(before.dtype, after.dtype)
+    first, second = before.flatten().to(dtype), after.flatten().to(dtype)
+    indices = (bits(first) != bits(second)).nonzero().squeeze(1)
+    return Change(tuple(before.shape), before.dtype, indices, second[indices], first[indices])
 
 
 def _origin(step: Step) -> dict[str, str]:
@@ -110,11 +141,7 @@ def between(before: Path, after: Path, base_digest: str) -> Delta:
             raise UserError(f"{name} is {old.info(name)['shape']} in {before}, {new.info(name)['shape']} in {after}")
 
     def get(name: str) -> Change:
-        first, second = old.read(name), new.read(name)
-        dtype = torch.promote_types(first.dtype, second.dtype)
-        flat, other = first.flatten().to(dtype), second.flatten().to(dtype)
-        indices = (bits(flat) != bits(other)).nonzero().squeeze(1)
-        return Change(tuple(first.shape), first.dtype, indices, other[indices], flat[indices])
+        return _difference(old.read(name), new.read(name))
 
     return Delta(after, base_digest, sorted(old.file_of), get)
 

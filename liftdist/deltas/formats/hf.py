@@ -39,7 +39,10 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     main = _main_dtype(stored)
 
     def edit(name: str, tensor: Tensor) -> Tensor:
-        edited = deltas.edit(name, tensor, None, deltas.by_name(name, delta))
+        if delta.whole is not None and name in delta.known:  # as it is, without a list of what changed
+            edited = delta.whole(name, tensor)
+        else:
+            edited = deltas.edit(name, tensor, None, deltas.by_name(name, delta))
         return edited.to(dtype) if dtype is not None and tensor.dtype == main else edited
 
     def finish(temporary: Path) -> None:
