@@ -187,7 +187,7 @@ class LoraConfig:
     modules: list[str] = setting(
         [],
         "patterns (`*`, `?`, `[]`) of the linear modules that get adapters; `selection.modules` if empty",
-        example='["*.q_proj", "*.v_proj"]',
+        example='["*.mlp.*"]',
         changes=FIXED,
     )
     variant: str = setting(
