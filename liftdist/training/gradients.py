@@ -38,8 +38,9 @@ def of_batches(context: RunContext, inputs: Inputs, model: nn.Module) -> Backwar
             samples.shares,
         )
         sequences = order.batch(0)
-        training = [module for module in model.modules() if module.training]
-        model.eval()
+        modes = {module: module.training for module in model.modules()}
+        for module in modes:  # layers are recomputed in training alone, by their own flag
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
         for begin in range(0, len(sequences), size):
             context.cancellation.beat()
             batch = sequences[begin : begin + size]
@@ -49,7 +50,7 @@ def of_batches(context: RunContext, inputs: Inputs, model: nn.Module) -> Backwar
             total = objective.token_losses(model, to_device(mine, mesh.device), loss.per_token, weights)
             (total / (divisor or 1)).backward()  # a batch without labels has a loss of 0
             yield
-        for module in training:
-            module.training = True
+        for module, training in modes.items():
+            module.training = training
 
     return backwards

@@ -50,6 +50,15 @@ def model_and_method(
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
         context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")
+        if (
+            config.method == "lift"
+            and config.selection.criterion in BY_GRADIENTS
+            and config.model.activation_checkpointing
+        ):
+            raise UserError(
+                f"selection.criterion={config.selection.criterion} gathers gradients without dropout, which layers that are "
+                f"recomputed would have; set model.activation_checkpointing=false, or the rates in config.json to 0"
+            )
     if build.is_emulated(build.computing_dtype(model), mesh.device):
         context.console.say(
             "this processor has no instructions for bfloat16, which makes it about ten times slower than model.dtype=float32"

@@ -165,3 +165,36 @@ def test_it_is_not_selected_ahead(tiny_model, records, tmp_path):
     config = commands.write_config(tmp_path, tiny_model, records, selection=dict(criterion="gradient"))
     refused = commands.user_error(commands.run_command("select", config))
     assert "selection.criterion=gradient selects by gradients, when a run starts, and keeps no selection" in refused
+
+
+def recomputing(mesh, folder):
+    """The selection with and without activations that are kept, and how often a layer ran for it."""
+    found = []
+    for recomputed in (False, True):
+        settings = settings_of("gradient", folder)
+        settings.model.activation_checkpointing = recomputed
+        made = builders.trainer(mesh, settings)
+        calls = []
+        made.model.model.layers[0].self_attn.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        made.method.principal.refresh()
+        found.append((global_masks(made.method.principal), len(calls), made.model.training))
+    return found
+
+
+def test_layers_are_recomputed_as_in_training(folder):
+    ((kept, calls, before), (recomputed, more, after)), *_ = ranks.run(2, recomputing, folder)
+    assert recomputed == kept
+    assert (calls, more) == (BATCHES, 2 * BATCHES)
+    assert before
+    assert after
+
+
+def test_dropout_in_recomputed_layers_is_refused(tiny_model, tmp_path):
+    model = builders.llama(tmp_path / "model", tiny_model, "gpt2", n_embd=48, n_head=4)
+    builders.write_records(tmp_path / "records.jsonl")
+    settings = builders.config(model, tmp_path / "records.jsonl", tmp_path, selection=dict(criterion="gradient"))
+    settings.model.activation_checkpointing = True
+    with pytest.raises(
+        AssertionError, match="gathers gradients without dropout, which layers that are recomputed would have"
+    ):
+        ranks.run(1, builders.trainer, settings)
