@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from liftdist.errors import UserError
+from liftdist.method_settings import LoraConfig
 from liftdist.models import adapters
 from liftdist.runs.checkpoint import Step
-from liftdist.schema import LoraConfig
 
 
 @dataclass(frozen=True)

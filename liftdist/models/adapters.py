@@ -29,8 +29,8 @@ from transformers import PreTrainedModel
 
 from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
+from liftdist.method_settings import NEEDS_PEFT, LoraConfig
 from liftdist.models.names import NameMap
-from liftdist.schema import NEEDS_PEFT, LoraConfig
 
 ADAPTER = "default"  # peft's name of an adapter that is given none
 

@@ -10,8 +10,8 @@ from plain_models import seven_layers
 from liftdist import PrincipalWeights
 from liftdist.engine.selection import seed_of
 from liftdist.errors import UserError
+from liftdist.method_settings import SelectionConfig
 from liftdist.registry import CRITERIA
-from liftdist.schema import SelectionConfig
 
 RANK = 4
 

@@ -8,7 +8,7 @@ from torch.distributed.fsdp import fully_shard
 
 from liftdist.engine import adamw, sgd
 from liftdist.engine.criteria.magnitude import Magnitude
-from liftdist.schema import OptimizerConfig
+from liftdist.method_settings import OptimizerConfig
 
 LR, DECAY, STEPS, REFRESH = 0.03, 0.1, 7, 3
 CASES = {

@@ -10,9 +10,10 @@ from torch import nn
 
 from liftdist.engine.dense import DenseWeights
 from liftdist.errors import UserError
+from liftdist.method_settings import LoraConfig
 from liftdist.methods import lora
 from liftdist.models import adapters, build, names
-from liftdist.schema import Config, LoraConfig, ModelConfig
+from liftdist.schema import Config, ModelConfig
 
 
 def injected(family, patterns=("*",)):

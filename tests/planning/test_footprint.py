@@ -11,12 +11,13 @@ from bench import contenders, memory, scale
 from liftdist.engine import topk
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.principal import PrincipalWeights
+from liftdist.method_settings import OptimizerConfig
 from liftdist.methods import lora
 from liftdist.methods.lift import Lift, rules
 from liftdist.models import adapters, build
 from liftdist.planning import footprint
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.schema import Config, OptimizerConfig
+from liftdist.schema import Config
 
 SMALL = dict(
     vocab_size=1000, hidden_size=130, intermediate_size=301, num_hidden_layers=3, num_attention_heads=5,
