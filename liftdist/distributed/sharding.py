@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
 
@@ -20,6 +21,17 @@ def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
     return tuple(min(rows, chunk * shard) for shard in range(shards + 1))
 
 
+def fsdp_modules(model: nn.Module) -> list[FSDPModule]:
+    """The units of a model that FSDP2 shards; none of a plain one."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def reshard(modules: Iterable[FSDPModule]) -> None:
+    """Free the whole parameters that FSDP2 has gathered: copies that are stale once weights are changed."""
+    for module in modules:
+        module.reshard()
+
+
 def padding(shapes: Iterable[Sequence[int]], shards: int) -> float:
     """What is gathered of parameters of these shapes, in multiples of what they hold: each shard is padded to the largest."""
     pairs = [(row_bounds(shape[0], shards)[1] * shards / shape[0], math.prod(shape)) for shape in shapes if len(shape)]
@@ -27,13 +39,13 @@ def padding(shapes: Iterable[Sequence[int]], shards: int) -> float:
 
 
 def advice_on_padding(shapes: Iterable[Sequence[int]], replicas: int, shards: int) -> str | None:
-    """What to say of parameters of these shapes that have too few rows for ``shards``, or None: experts are a row each."""
+    """What to say of parameters of these shapes that have too few rows for ``shards``, or None. Experts are a row each."""
     shapes = list(shapes)
     if (gathered := padding(shapes, shards)) <= 1.25:
         return None
     fewer = max(n for n in range(1, shards + 1) if shards % n == 0 and padding(shapes, n) <= 1.25)
     return (
-        f"{shards} shards: the weights of experts, a row each, are padded: {gathered:.1f} times the weights are gathered; "
+        f"{shards} shards: parameters of fewer rows, such as experts, are padded: {gathered:.1f} times the weights are gathered; "
         f"mesh.dp_replicate={replicas * shards // fewer} has {fewer} shards"
     )
 

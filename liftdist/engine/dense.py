@@ -12,10 +12,9 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from liftdist.distributed.collectives import Group
-from liftdist.distributed.sharding import local_tensor
+from liftdist.distributed.sharding import fsdp_modules, local_tensor, reshard
 from liftdist.engine.clip import clip_grad_norm_
 from liftdist.engine.matrices import default_replicate_group, shard_group
 
@@ -30,7 +29,7 @@ class DenseWeights:
 
     def __init__(self, model: nn.Module, replicate_group: Group = None) -> None:
         self.params = {name: param for name, param in model.named_parameters() if param.requires_grad}
-        self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._fsdp_modules = fsdp_modules(model)
         first = next(iter(self.params.values()))
         self.shard_group = shard_group(first)
         self.replicate_group = replicate_group or default_replicate_group(first)
@@ -62,8 +61,7 @@ class DenseWeights:
 
     def written(self) -> None:
         """To be called when values have been changed: whole parameters that were gathered earlier, are stale."""
-        for module in self._fsdp_modules:
-            module.reshard()
+        reshard(self._fsdp_modules)
 
     def drop_gradients(self) -> None:
         """Clear the gradients, as if there had been no backward."""

@@ -7,6 +7,8 @@ The matrices of a parameter have adjacent segments, so that one pass over the me
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +77,31 @@ class Part:
     @property
     def span(self) -> slice:
         return slice(self.begin, self.begin + self.positions.numel())
+
+
+def lay_out(
+    matrices: Sequence[Matrix], indices: Sequence[Tensor], reductions: Mapping[int, FSDPReduction]
+) -> tuple[list[Segment], list[Part]]:
+    """The segments of matrices, and those of the parameters that hold them.
+
+    Args:
+        matrices: those of a parameter adjacent.
+        indices: of each, ``[k_local]`` into this rank's rows, sorted.
+        reductions: how the gradient of each parameter is reduced, by its ``id``.
+    """
+    segments: list[Segment] = []
+    parts: list[Part] = []
+    begin = 0
+    for _, group in itertools.groupby(zip(matrices, indices, strict=True), lambda pair: id(pair[0].param)):
+        pairs = list(group)
+        param, device = pairs[0][0].param, pairs[0][0].device
+        found = [matrix.positions(chosen.to(device, torch.int32)).contiguous() for matrix, chosen in pairs]
+        whole = torch.cat(found) if len(found) > 1 else found[0]
+        parts.append(Part(param, whole, begin, reductions.get(id(param))))
+        for (matrix, _), own in zip(pairs, whole.split([part.numel() for part in found]), strict=True):
+            segments.append(Segment(matrix, own, begin))
+            begin += own.numel()
+    return segments, parts
 
 
 def former(old: Segment, new: Segment) -> Tensor:

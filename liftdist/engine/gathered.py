@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -58,15 +58,18 @@ class Gathered(Scored):
 
 @torch.no_grad()
 def gather(
-    criterion: Gathered, matrices: Sequence[Matrix], reductions: Iterable[FSDPReduction], backwards: Backwards
+    criterion: Gathered, matrices: Sequence[Matrix], reductions: Mapping[int, FSDPReduction], backwards: Backwards
 ) -> list[Matrix]:
     """The matrices with the statistic of ``criterion`` in place of their weights. Collective.
+
+    Args:
+        reductions: how the gradient of each parameter is reduced, by its ``id``.
 
     Raises:
         UserError: a gradient is not finite.
     """
-    params = list({id(matrix.param): matrix.param for matrix in matrices}.values())
-    reduction_of = {id(param): reduction for reduction in reductions for param in params if reduction.holds(param)}
+    first = {id(matrix.param): matrix for matrix in reversed(matrices)}  # of each parameter
+    params = [matrix.param for matrix in first.values()]
     states = {
         id(param): [
             torch.zeros(local_tensor(param).numel(), device=local_tensor(param).device) for _ in range(criterion.states)
@@ -79,12 +82,12 @@ def gather(
         if dense is None:
             return
         gradient = local_tensor(dense)
-        if (reduction := reduction_of.get(id(param))) is not None:
+        if (reduction := reductions.get(id(param))) is not None:
             gradient = reduction.unrounded(gradient)
         criterion.add(states[id(param)], gradient.reshape(-1).float(), local_tensor(param).view(-1).float())
 
     with contextlib.ExitStack() as stack:
-        for reduction in dict.fromkeys(reduction_of.values()):
+        for reduction in dict.fromkeys(reductions.values()):
             stack.enter_context(reduction.dense())
         for param in params:
             stack.callback(param.register_post_accumulate_grad_hook(take).remove)
@@ -92,8 +95,8 @@ def gather(
             for _ in backwards(criterion.batches):
                 pass
     with together():
-        for matrix in matrices:
-            if not all(state.isfinite().all() for state in states[id(matrix.param)]):
+        for key, matrix in first.items():
+            if not all(state.isfinite().all() for state in states[key]):
                 raise UserError(f"{matrix.name}: a gradient is not finite, so that weights cannot be selected by it")
     shadows = {id(param): _like(param, criterion.statistic(states.pop(id(param)))) for param in params}
     return [

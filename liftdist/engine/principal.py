@@ -19,24 +19,22 @@ the trained matrices marks previously selected weights: they are part of what a 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from liftdist.distributed.collectives import Group, all_reduce_sum, together
-from liftdist.distributed.sharding import local_tensor
-from liftdist.engine import optimizer_states, reductions, selection
+from liftdist.distributed.sharding import fsdp_modules, local_tensor, reshard
+from liftdist.engine import optimizer_states, reductions
 from liftdist.engine.base_values import BaseValues
 from liftdist.engine.budgets.per_matrix import PerMatrix
 from liftdist.engine.clip import clip_grad_norm_
 from liftdist.engine.criteria.low_rank import LowRank
-from liftdist.engine.flat import Part, Segment, former
-from liftdist.engine.gathered import Backwards, Gathered, gather
+from liftdist.engine.flat import Segment, former, lay_out
+from liftdist.engine.gathered import Backwards
 from liftdist.engine.matrices import (
     Matrix,
     check_alike,
@@ -45,8 +43,8 @@ from liftdist.engine.matrices import (
     principal_matrices,
     shard_group,
 )
-from liftdist.engine.scores import Scored
 from liftdist.engine.selection import Budget, Criterion, Excluded
+from liftdist.engine.selector import Selector
 from liftdist.errors import UserError
 
 #: The instance whose hook takes the gradient of a parameter. Keeps neither alive.
@@ -125,17 +123,10 @@ class PrincipalWeights:
         order = {id(param): number for number, param in enumerate(trained)}
         found = sorted(places.items(), key=lambda item: order[id(item[1].param)])
         self.matrices = [describe(name, place) for name, place in found]
-        self.criterion = criterion or LowRank(filter_rank, method)
-        self.budget = budget or PerMatrix(density, budget_rank)
-        self.excluded = excluded
-        self.num_excluded = [0] * len(self.matrices)
-        if excluded is not None:
-            with together():  # what is excluded may come from files
-                self.num_excluded = [excluded(matrix).numel() for matrix in self.matrices]
-        self.refreshes = 0  # how many times the weights have been selected before
-        self.allotted = self._allot()
-        self.counts = self.allotted  # principal weights of each whole matrix
-        if not sum(self.allotted) and self.is_known:
+        rules = criterion or LowRank(filter_rank, method), budget or PerMatrix(density, budget_rank)
+        self.selector = Selector(self.matrices, *rules, excluded, progress, backwards)
+        self.counts = self.selector.allotted  # principal weights of each whole matrix
+        if not sum(self.counts) and self.selector.is_known:
             share = f"budget rank {budget_rank}" if density is None else f"density {density}"
             asked = share if budget is None else f"the budget {budget}"
             raise UserError(f"nothing to train: {asked} selects no weight of any matrix; ask for more")
@@ -150,13 +141,10 @@ class PrincipalWeights:
             param.requires_grad_(id(param) in kept)
         self.shard_group = shard_group(self.matrices[0].param)
         self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
-        self._progress = progress
-        self._backwards = backwards
-        self._is_gathering = False
         self._multiple_of = multiple_of
         self._base = BaseValues() if keep_base else None
         self._is_at_base = False
-        self._fsdp_modules = [module for module in model.modules() if isinstance(module, FSDPModule)]
+        self._fsdp_modules = fsdp_modules(model)
 
         self._reductions = reductions.watch(
             self._fsdp_modules, trained, sparse_reduce_scatter
@@ -164,7 +152,7 @@ class PrincipalWeights:
         indices = initial_indices(self) if initial_indices else None
         self._lay_out(indices if indices is not None else self.select(on_selected))
         if indices is None and not self.num_selected:
-            raise UserError(f"nothing to train: {self.criterion} selects no weight of any matrix")
+            raise UserError(f"nothing to train: {self.selector.criterion} selects no weight of any matrix")
         self.values = nn.Parameter(self._read_shards())
         self.values.grad_dtype = None  # float32, whatever the dtype of the values is
         self._grad = torch.zeros_like(self.values, dtype=torch.float32)
@@ -175,58 +163,16 @@ class PrincipalWeights:
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the current weights, ``[k_local]`` int32 for each matrix. Collective."""
-        shared = self.shard_group, self.replicate_group, self._progress, self.excluded
-        counts, matrices = self.allotted, self.matrices
-        if isinstance(self.criterion, Gathered):
-            matrices = self._gather(self.criterion)
-        if self._compares:
-            if not (isinstance(self.criterion, Scored) and self.criterion.are_magnitudes):
-                raise UserError(
-                    f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
-                )
-            divide = getattr(self.budget, "divide", selection.compare)
-            counts = divide(matrices, counts, self.criterion, *shared)
-        return selection.select(matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
-
-    def _gather(self, criterion: Gathered) -> list[Matrix]:
-        """The matrices with the statistic of the criterion in place of their weights. Collective."""
-        if self._backwards is None:
-            raise ValueError(f"{criterion} needs gradients: pass backwards")
-        self._is_gathering = True
-        try:
-            return gather(criterion, self.matrices, set(self._reductions.values()), self._backwards)
-        finally:
-            self._is_gathering = False
-
-    def _allot(self) -> list[int]:
-        """Weights of each matrix to select now, as the budget says."""
-        shapes = {matrix.name: matrix.shape for matrix in self.matrices}
-        redrawn = (self.refreshes,) if self._redraws else ()
-        allotted = self.budget.allot(shapes, *redrawn)
-        room = [matrix.numel - number for matrix, number in zip(self.matrices, self.num_excluded, strict=True)]
-        counts = [allotted[matrix.name] for matrix in self.matrices]
-        return counts if self._compares else [min(pair) for pair in zip(counts, room, strict=True)]
-
-    @property
-    def is_known(self) -> bool:
-        """Whether the same number of weights of a matrix is selected each time, as the budget alone says."""
-        return not (self._compares or self._redraws or selection.decides_number(self.criterion))
-
-    @property
-    def _redraws(self) -> bool:
-        return bool(getattr(self.budget, "redraws", False))
-
-    @property
-    def _compares(self) -> bool:
-        return bool(getattr(self.budget, "compares", False))
+        return self.selector.select(self.shard_group, self.replicate_group, self._reductions, on_selected)
 
     def check_excluded(self) -> None:
         """Raises ``UserError`` if a weight that must not be selected was, before it was excluded. Collective."""
+        excluded = self.selector.excluded
         with together():
-            for segment in self._segments if self.excluded is not None else ():
-                assert self.excluded is not None
+            for segment in self._segments if excluded is not None else ():
+                assert excluded is not None
                 matrix = segment.matrix
-                if segment.selected_ever()[matrix.cut(self.excluded(matrix))].any():
+                if segment.selected_ever()[matrix.cut(excluded(matrix))].any():
                     raise UserError(f"{matrix.name}: weights that are to be excluded have been trained already")
 
     @property
@@ -268,8 +214,7 @@ class PrincipalWeights:
 
     def written_back(self) -> None:
         """To be called by code that wrote the values into the model's weights and cleared the flat gradient itself."""
-        for module in self._fsdp_modules:
-            module.reshard()  # copies gathered earlier, for example by an evaluation, are stale
+        reshard(self._fsdp_modules)  # copies gathered earlier, for example by an evaluation, are stale
 
     @property
     def base_values(self) -> Tensor:
@@ -331,11 +276,10 @@ class PrincipalWeights:
         self.check_not_at_base()
         states = optimizer_states.of_elements(optimizer, self.values)
         old_segments, old_values = self._segments, self.values.detach()
-        self.refreshes = self.refreshes + 1 if number is None else number
-        self.allotted = self._allot()
+        self.selector.advance(number)
         self._lay_out(self.select())
         if not self.num_selected:
-            raise UserError(f"nothing is left to train: {self.criterion} selects no weight of any matrix")
+            raise UserError(f"nothing is left to train: {self.selector.criterion} selects no weight of any matrix")
         for old, new in zip(old_segments, self._segments, strict=True):
             new.past = old.past_and_present()
         # [k_local] place of each new entry in the old vector, -1 if it was not selected
@@ -450,25 +394,13 @@ class PrincipalWeights:
 
     def _lay_out(self, indices: Sequence[Tensor]) -> None:
         """Make the segments of matrices and parameters from the local indices of each matrix."""
-        self._segments: list[Segment] = []
-        self.parts: list[Part] = []
-        begin = 0
-        for _, group in itertools.groupby(zip(self.matrices, indices, strict=True), lambda pair: id(pair[0].param)):
-            pairs = list(group)
-            param, device = pairs[0][0].param, pairs[0][0].device
-            # initial_indices may return others
-            found = [matrix.positions(chosen.to(device, torch.int32)).contiguous() for matrix, chosen in pairs]
-            whole = torch.cat(found) if len(found) > 1 else found[0]
-            part = Part(param, whole, begin, self._reductions.get(id(param)))
+        self._segments, self.parts = lay_out(self.matrices, indices, self._reductions)
+        for part in self.parts:
             if part.reduction is not None:
-                part.reduction.choose(param, whole)
-            self.parts.append(part)
-            for (matrix, _), own in zip(pairs, whole.split([part.numel() for part in found]), strict=True):
-                self._segments.append(Segment(matrix, own, begin))
-                begin += own.numel()
+                part.reduction.choose(part.param, part.positions)
         if self._base is not None:
             self._base.add(self.parts)
-        if not self.is_known:
+        if not self.selector.is_known:
             sizes = torch.tensor([segment.positions.numel() for segment in self._segments])
             self.counts = all_reduce_sum(sizes.to(self.matrices[0].device), self.shard_group).tolist()
 
@@ -491,7 +423,7 @@ class PrincipalWeights:
     @torch.no_grad()
     def _collect(self, number: int, param: Tensor) -> None:
         """Post-accumulate-grad hook of parameter ``number``: take the principal entries, drop the dense gradient."""
-        if self._is_gathering:
+        if self.selector.is_gathering:
             return
         part, dense = self.parts[number], param.grad
         param.grad = None

@@ -64,10 +64,6 @@ class FSDPReduction:
         self._indices[id(param)] = indices
         self._width = None
 
-    def holds(self, param: nn.Parameter) -> bool:
-        """Whether this reduces the gradient of ``param``."""
-        return id(param) in self._offsets
-
     @contextlib.contextmanager
     def dense(self) -> Iterator[None]:
         """A context in which whole gradients are reduced."""

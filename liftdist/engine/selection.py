@@ -25,7 +25,7 @@ from torch import Tensor
 from liftdist.distributed.collectives import Group, all_reduce_sum, together
 from liftdist.engine.apportion import apportion
 from liftdist.engine.matrices import Matrix
-from liftdist.engine.scores import BUCKETS, Scored, histogram
+from liftdist.engine.scores import BUCKETS, Scored, Scores, histogram
 from liftdist.engine.topk import blocks
 from liftdist.errors import UserError
 
@@ -159,14 +159,10 @@ def compare(
     """
     found: dict[int, Tensor] = {}
 
-    def score(item: int, whole: Tensor) -> None:
-        matrix = matrices[item]
-        left_out = None if excluded is None else excluded(matrix)
-        with criterion.scored(whole, counts[item], seed_of(matrix.name), left_out) as scores_of:
-            found[item] = histogram(scores_of, matrix.shape)
+    def count(item: int, scores_of: Scores) -> None:
+        found[item] = histogram(scores_of, matrices[item].shape)
 
-    costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
-    _visit(matrices, costs, score, shard_group, replicate_group, progress)
+    _visit_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded, count)
 
     def over_ranks(numbers: Tensor) -> Tensor:
         numbers = numbers.to(matrices[0].device)
@@ -198,24 +194,43 @@ def in_proportion(
 
     Arguments and errors are those of :func:`compare`. Collective over both groups.
     """
-    found = torch.zeros(
+    sums = torch.zeros(
         len(matrices), 2, dtype=torch.float64
-    )  # the sum, and the number of weights that are not excluded
+    )  # of the scores; how many are of weights that may be selected
+
+    def add(item: int, scores_of: Scores) -> None:
+        for begin, rows in blocks(*matrices[item].shape):
+            scores = scores_of(slice(begin, begin + rows))
+            sums[item, 0] += float(scores.clamp(min=0).double().sum())
+            sums[item, 1] += int((scores >= 0).sum())
+
+    _visit_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded, add)
+    over_ranks = all_reduce_sum(all_reduce_sum(sums.to(matrices[0].device), shard_group), replicate_group).cpu()
+    weights, caps = over_ranks[:, 0].tolist(), over_ranks[:, 1].long().tolist()
+    room = sum(cap for cap, weight in zip(caps, weights, strict=True) if weight)
+    return apportion(min(sum(counts), room), weights, caps)
+
+
+def _visit_scores(
+    matrices: Sequence[Matrix],
+    counts: Sequence[int],
+    criterion: Scored,
+    shard_group: Group,
+    replicate_group: Group,
+    progress: Callable[[int, int], None] | None,
+    excluded: Excluded | None,
+    take: Callable[[int, Scores], None],
+) -> None:
+    """Call ``take`` with the place of each matrix and its scores, -1 for what is excluded, on its owner. Collective."""
 
     def score(item: int, whole: Tensor) -> None:
         matrix = matrices[item]
         left_out = None if excluded is None else excluded(matrix)
         with criterion.scored(whole, counts[item], seed_of(matrix.name), left_out) as scores_of:
-            parts = (scores_of(slice(begin, begin + rows)) for begin, rows in blocks(*matrix.shape))
-            found[item, 0] = sum(float(part.clamp(min=0).double().sum()) for part in parts)
-        found[item, 1] = matrix.numel - (0 if left_out is None else left_out.numel())
+            take(item, scores_of)
 
     costs = [cost_of(criterion, *matrix.shape) for matrix in matrices]
     _visit(matrices, costs, score, shard_group, replicate_group, progress)
-    on_device = found.to(matrices[0].device)
-    sums, room = all_reduce_sum(all_reduce_sum(on_device, shard_group), replicate_group).cpu().T.tolist()
-    caps = [int(number) for number in room]
-    return apportion(min(sum(counts), sum(cap for cap, one in zip(caps, sums, strict=True) if one)), sums, caps)
 
 
 def _visit(

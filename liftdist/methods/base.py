@@ -40,8 +40,8 @@ class Method(Protocol):
     def before_step(self, step: int) -> dict[str, float]:
         """What is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
 
-    def reselect(self) -> None:
-        """Choose again what is trained, after loading a state that was made with other settings. Collective."""
+    def reselect(self, step: int) -> None:
+        """Choose again what is trained, after loading a state of ``step`` that was made with other settings. Collective."""
 
     def reduce(self, divisor: Tensor) -> None:
         """Sum the gradient over the replicas and divide it by the divisor of the global batch's loss. Collective."""

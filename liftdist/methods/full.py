@@ -70,7 +70,7 @@ class Full:
     def before_step(self, step: int) -> dict[str, float]:
         return {}
 
-    def reselect(self) -> None:
+    def reselect(self, step: int) -> None:
         """Nothing is selected."""
 
     def reduce(self, divisor: Tensor) -> None:
@@ -128,7 +128,7 @@ class Full:
         self.dense.written()
 
     def at_base(self) -> AbstractContextManager[None]:
-        raise NotImplementedError("the values of the base model are not kept")
+        raise RuntimeError("the values of the base model are not kept: the settings that need them are refused")
 
     def describe(self, model: nn.Module) -> str:
         everything, trained = (
@@ -190,11 +190,7 @@ def attach(
     backwards: Backwards | None = None,
 ) -> Full:
     """Train the parameters that :func:`prepare` chose, each rank its rows. Collective."""
-    dense = DenseWeights(model, context.mesh.replicate_group)
-    trained, everything = (sum(p.numel() for p in found) for found in (dense.params.values(), model.parameters()))
-    context.console.say(
-        f"trained: {trained} weights in {len(dense.params)} parameters, {trained / everything:.2%} of the model's {everything}"
-    )
+    dense = weights_of(context, model, "{} parameters")
     apart = {param for tower in towers(model) for param in tower.parameters()}
     for what, frozen in (("routers", set(routers(model).values())), ("towers", apart)):
         if frozen:
@@ -206,6 +202,19 @@ def attach(
         _matrices(name, param, names, torch.float32 if name in kept else dtype) for name, param in dense.params.items()
     ]
     return Full(config, dense, held)
+
+
+def weights_of(context: RunContext, model: PreTrainedModel, where: str) -> DenseWeights:
+    """What requires gradients, to train it. Says how much that is.
+
+    Args:
+        where: what it is in, with ``{}`` for the number of parameters.
+    """
+    dense = DenseWeights(model, context.mesh.replicate_group)
+    trained, everything = (sum(p.numel() for p in found) for found in (dense.params.values(), model.parameters()))
+    share = f"{trained / everything:.2%} of the model's {everything}"
+    context.console.say(f"trained: {trained} weights in {where.format(len(dense.params))}, {share}")
+    return dense
 
 
 def _matrices(name: str, param: nn.Parameter, names: NameMap, dtype: torch.dtype) -> list[Matrix]:

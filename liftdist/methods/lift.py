@@ -25,13 +25,16 @@ from liftdist.engine.gathered import Backwards, Gathered
 from liftdist.engine.matrices import Matrix, Place, principal_matrices
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
+from liftdist.errors import UserError
+from liftdist.method_settings import BY_GRADIENTS, SelectionConfig
 from liftdist.methods.named import Base, Excluded, Named
+from liftdist.models import build
 from liftdist.models.hub import resolve_model
 from liftdist.models.names import NameMap, Part
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
-from liftdist.schema import Config, SelectionConfig
+from liftdist.schema import Config
 
 
 class Lift:
@@ -56,18 +59,19 @@ class Lift:
     def before_step(self, step: int) -> dict[str, float]:
         """Refresh the selection if it is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
         interval = self._config.selection.refresh_interval
-        if not interval or step % interval or getattr(self.principal.criterion, "stays", False):
+        if not interval or step % interval or getattr(self.principal.selector.criterion, "stays", False):
             return {}
         return {"selection/survived": self.principal.refresh(self.optimizer, number=step // interval)}
 
-    def reselect(self) -> None:
-        """Select again after loading a state that was made with other selection settings. Collective.
+    def reselect(self, step: int) -> None:
+        """Select again after loading a state of ``step`` that was made with other selection settings. Collective.
 
         Raises:
             UserError: a weight has been trained that is excluded now.
         """
         self.principal.check_excluded()
-        self.principal.refresh(self.optimizer)
+        interval = self._config.selection.refresh_interval
+        self.principal.refresh(self.optimizer, number=step // interval if interval else None)
 
     def reduce(self, divisor: Tensor) -> None:
         """Sum the gradient over the replicas and divide it by the divisor of the global batch's loss. Collective."""
@@ -134,7 +138,17 @@ def extend(config: Config, model: PreTrainedModel) -> None:
 
 
 def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
-    """Freeze the parameters that hold no matrix to train. Raises ``UserError`` if no module fits ``selection.modules``."""
+    """Freeze the parameters that hold no matrix to train.
+
+    Raises:
+        UserError: no module fits ``selection.modules``, or gradients cannot be gathered without dropout.
+    """
+    choice = config.selection
+    if choice.criterion in BY_GRADIENTS and config.model.activation_checkpointing and build.dropout(model.config):
+        raise UserError(
+            f"selection.criterion={choice.criterion} gathers gradients without dropout, which layers that are recomputed would "
+            f"have; set model.activation_checkpointing=false, or the rates in config.json to 0"
+        )
     trained = {place.param for place in places(config, model).values()}
     for param in model.parameters():
         param.requires_grad_(param in trained)
@@ -201,7 +215,7 @@ def attach(
     )
     if excluded is not None:
         console.say(
-            f"left out: {sum(principal.num_excluded)} weights of {len(choice.exclude)} deltas (selection.exclude)"
+            f"left out: {sum(principal.selector.num_excluded)} weights of {len(choice.exclude)} deltas (selection.exclude)"
         )
     kinds = Counter(map(_kind, principal.matrices))
     console.say("trained: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items()))
@@ -258,20 +272,20 @@ class _CachedSelection:
 
         A selection by gradients is not cached: it depends on the data as well.
         """
-        if isinstance(principal.criterion, Gathered):
+        if isinstance(principal.selector.criterion, Gathered):
             return None
         key = selections.key(
             self._base_digest,
-            principal.criterion,
-            principal.budget,
+            principal.selector.criterion,
+            principal.selector.budget,
             principal.matrices,
-            principal.allotted,
+            principal.selector.allotted,
             self._excluded,
         )
         self.folder = Path(self._context.config.cache_dir).expanduser() / "selections" / key
         indices = None
         try:
-            known = principal.allotted if principal.is_known else None
+            known = principal.selector.allotted if principal.selector.is_known else None
             indices = selections.read(self.folder, principal.matrices, known)
         except FileNotFoundError:
             pass

@@ -26,7 +26,7 @@ from liftdist.engine.dense import DenseWeights
 from liftdist.engine.gathered import Backwards
 from liftdist.engine.matrices import Matrix, Place, describe, fits, principal_matrices
 from liftdist.errors import UserError
-from liftdist.methods.full import Full, place_of
+from liftdist.methods.full import Full, place_of, weights_of
 from liftdist.models import adapters
 from liftdist.models.names import NameMap, Part
 from liftdist.runs.context import RunContext
@@ -209,15 +209,11 @@ def attach(
 ) -> Lora:
     """Train the adapters that :func:`prepare` added. Collective."""
     config = context.config
-    dense = DenseWeights(model, context.mesh.replicate_group)
+    layers = adapters.layers(model)
+    dense = weights_of(context, model, f"adapters of {len(layers)} modules")
     dtype = getattr(torch, config.model.dtype)
     held = [[describe(adapters.exported(name), place_of(name, param), dtype)] for name, param in dense.params.items()]
-    layers = adapters.layers(model)
     lora = Lora(config, dense, held, layers, context.console.say)
-    trained, everything = (sum(p.numel() for p in found) for found in (dense.params.values(), model.parameters()))
-    context.console.say(
-        f"trained: {trained} weights in adapters of {len(layers)} modules, {trained / everything:.2%} of the model's {everything}"
-    )
     shared = [name for name, place in principal_matrices(model, ["*"]).items() if name != place.parameter]
     if left := sum(fits(name.removesuffix(".weight"), patterns(config)) for name in shared):
         context.console.say(f"without adapters: {left} matrices of experts, which share their parameters")

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
-from liftdist.distributed.sharding import rows_local
+from liftdist.distributed.sharding import fsdp_modules, rows_local
 from liftdist.engine.decoder import towers
 from liftdist.errors import UserError
 from liftdist.models.build import (
@@ -127,10 +127,9 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
         # only itself, which prefetches nothing: by default FSDP would gather the embedding again
         layers[0].set_modules_to_backward_prefetch([layers[0]])  # type: ignore[operator]
     unit(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
+    for module in fsdp_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
 
 
 def shared_modules(layers: Sequence[nn.Module]) -> list[list[nn.Module]]:

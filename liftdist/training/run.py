@@ -176,7 +176,7 @@ def _resume(context: RunContext, trainer: Trainer, saved: Step, attempt: Attempt
         tensors = saved.read(trainer.method.matrices)
     trainer.restore(saved.manifest.snapshot.state, tensors)
     if state_changed:
-        trainer.method.reselect()
+        trainer.method.reselect(trainer.step)
     context.console.say(
         f"continuing after step {trainer.step} of {trainer.steps} ({saved.folder}, attempt {attempt.number}), "
         f"learning rate {trainer.schedule.get_last_lr()[0]:.3g}"

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
-from liftdist.distributed.sharding import advice_on_padding
+from liftdist.distributed.sharding import advice_on_padding, fsdp_modules, reshard
 from liftdist.errors import UserError
+from liftdist.method_settings import BY_GRADIENTS
 from liftdist.methods.base import Method
 from liftdist.models import build, weights
 from liftdist.models.head import in_chunks, is_plain
@@ -19,7 +19,6 @@ from liftdist.models.load import load
 from liftdist.models.names import NameMap
 from liftdist.registry import METHODS
 from liftdist.runs.context import RunContext
-from liftdist.schema import BY_GRADIENTS
 from liftdist.training import gradients, packing, routing
 from liftdist.training.inputs import Inputs, agree_on_commits
 
@@ -50,15 +49,6 @@ def model_and_method(
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
         context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")
-        if (
-            config.method == "lift"
-            and config.selection.criterion in BY_GRADIENTS
-            and config.model.activation_checkpointing
-        ):
-            raise UserError(
-                f"selection.criterion={config.selection.criterion} gathers gradients without dropout, which layers that are "
-                f"recomputed would have; set model.activation_checkpointing=false, or the rates in config.json to 0"
-            )
     if build.is_emulated(build.computing_dtype(model), mesh.device):
         context.console.say(
             "this processor has no instructions for bfloat16, which makes it about ten times slower than model.dtype=float32"
@@ -75,9 +65,7 @@ def model_and_method(
         packing.keep_apart(model, mesh.device, config.data.max_length, config.train.micro_batch_size)
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()  # what the trials above have gathered
+    reshard(fsdp_modules(model))  # what the trials above have gathered
     backwards = None if inputs is None else gradients.of_batches(context, inputs, model)
     method: Method = chosen.attach(context, model, names, base_digest, from_checkpoint, backwards)
     return model, names, method

@@ -284,7 +284,7 @@ def test_a_model_that_a_delta_was_applied_to(models, tmp_path):
 def then_exclude(mesh, folder):
     made, _ = attached(mesh, settings(folder, criterion="file", file=str(folder / "delta")))
     later, _ = attached(mesh, settings(folder, density=0.1, exclude=[str(folder / "delta")]))
-    made.principal.excluded = later.principal.excluded
+    made.principal.selector.excluded = later.principal.selector.excluded
     with pytest.raises(UserError, match="weights that are to be excluded have been trained already"):
         made.reselect()
 

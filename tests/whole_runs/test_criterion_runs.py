@@ -54,7 +54,7 @@ def stopped_after_three(mesh, model, records, folder):
             if made.step == 3:
                 builders.save(made, Checkpointer(attempt, mesh, 1, None))
         made.method.principal.check_excluded()
-        found[name] = builders.global_digest(made), counts, made.method.principal.refreshes
+        found[name] = builders.global_digest(made), counts, made.method.principal.selector.refreshes
     return found
 
 
@@ -69,7 +69,7 @@ def continued(mesh, model, records, folder):
         while made.step < STEPS:
             made.run_step()
         principal = made.method.principal
-        found[name] = builders.global_digest(made), [*counts, principal.counts], principal.refreshes
+        found[name] = builders.global_digest(made), [*counts, principal.counts], principal.selector.refreshes
     return found
 
 

@@ -1,0 +1,108 @@
+"""Which weights of a model's matrices are trained: chosen by a criterion and a budget, and chosen anew at each refresh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from torch import Tensor
+
+from liftdist.distributed.collectives import Group, together
+from liftdist.engine import selection
+from liftdist.engine.gathered import Backwards, Gathered, gather
+from liftdist.engine.matrices import Matrix
+from liftdist.engine.reductions import FSDPReduction
+from liftdist.engine.scores import Scored
+from liftdist.engine.selection import Budget, Criterion, Excluded
+from liftdist.errors import UserError
+
+
+class Selector:
+    """The rules of a selection, and how often it has been made.
+
+    Args:
+        excluded: weights that are never selected.
+        progress: called with the number of matrices selected and their total.
+        backwards: for a criterion by gradients.
+    """
+
+    def __init__(
+        self,
+        matrices: Sequence[Matrix],
+        criterion: Criterion,
+        budget: Budget,
+        excluded: Excluded | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        backwards: Backwards | None = None,
+    ) -> None:
+        self._matrices = matrices
+        self.criterion, self.budget, self.excluded = criterion, budget, excluded
+        self._progress, self._backwards = progress, backwards
+        self.num_excluded = [0] * len(matrices)
+        if excluded is not None:
+            with together():  # what is excluded may come from files
+                self.num_excluded = [excluded(matrix).numel() for matrix in matrices]
+        self.is_gathering = False  # gradients for a selection, which are not to be trained with
+        self.refreshes = 0  # how many times the weights have been selected before
+        self.allotted = self._allot()  # weights of each matrix to select, as the budget says
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the same number of weights of a matrix is selected each time, as the budget alone says."""
+        return not (self._compares or self._redraws or selection.decides_number(self.criterion))
+
+    def advance(self, number: int | None = None) -> None:
+        """Go on to the next refresh, or to the one with this number, counted from 1."""
+        self.refreshes = self.refreshes + 1 if number is None else number
+        self.allotted = self._allot()
+
+    def select(
+        self,
+        shard_group: Group,
+        replicate_group: Group,
+        reductions: Mapping[int, FSDPReduction],
+        on_selected: Callable[[str, Tensor], None] | None = None,
+    ) -> list[Tensor]:
+        """Indices by the current weights, ``[k_local]`` int32 for each matrix. Collective.
+
+        Args:
+            reductions: how the gradient of each parameter is reduced, by its ``id``.
+            on_selected: see :func:`liftdist.engine.selection.select`.
+        """
+        shared = shard_group, replicate_group, self._progress, self.excluded
+        counts, matrices = self.allotted, self._matrices
+        if isinstance(self.criterion, Gathered):
+            matrices = self._gather(self.criterion, reductions)
+        if self._compares:
+            if not (isinstance(self.criterion, Scored) and self.criterion.are_magnitudes):
+                raise UserError(
+                    f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
+                )
+            divide = getattr(self.budget, "divide", selection.compare)
+            counts = divide(matrices, counts, self.criterion, *shared)
+        return selection.select(matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
+
+    def _gather(self, criterion: Gathered, reductions: Mapping[int, FSDPReduction]) -> list[Matrix]:
+        """The matrices with the statistic of the criterion in place of their weights. Collective."""
+        if self._backwards is None:
+            raise ValueError(f"{criterion} needs gradients: pass backwards")
+        self.is_gathering = True
+        try:
+            return gather(criterion, self._matrices, reductions, self._backwards)
+        finally:
+            self.is_gathering = False
+
+    def _allot(self) -> list[int]:
+        shapes = {matrix.name: matrix.shape for matrix in self._matrices}
+        redrawn = (self.refreshes,) if self._redraws else ()
+        allotted = self.budget.allot(shapes, *redrawn)
+        room = [matrix.numel - number for matrix, number in zip(self._matrices, self.num_excluded, strict=True)]
+        counts = [allotted[matrix.name] for matrix in self._matrices]
+        return counts if self._compares else [min(pair) for pair in zip(counts, room, strict=True)]
+
+    @property
+    def _redraws(self) -> bool:
+        return bool(getattr(self.budget, "redraws", False))
+
+    @property
+    def _compares(self) -> bool:
+        return bool(getattr(self.budget, "compares", False))
