@@ -203,7 +203,9 @@ def test_too_few_entries_that_are_not_excluded():
     with pytest.raises(UserError, match=r"m1.weight: only a criterion with scores"):
         PrincipalWeights(seven_layers(), density=0.1, criterion=lambda w, k, s: rule(w, k, s), excluded=but_ten)
     first = PrincipalWeights(seven_layers(), density=0.1, criterion=rule)
-    first.excluded = lambda matrix: torch.tensor([int(first.indices[2][0])] if matrix.name == "m2.weight" else [0])[:1]
+    first.selector.excluded = lambda matrix: torch.tensor(
+        [int(first.indices[2][0])] if matrix.name == "m2.weight" else [0]
+    )[:1]
     with pytest.raises(UserError, match="weights that are to be excluded have been trained already"):
         first.check_excluded()
 

@@ -286,7 +286,7 @@ def then_exclude(mesh, folder):
     later, _ = attached(mesh, settings(folder, density=0.1, exclude=[str(folder / "delta")]))
     made.principal.selector.excluded = later.principal.selector.excluded
     with pytest.raises(UserError, match="weights that are to be excluded have been trained already"):
-        made.reselect()
+        made.reselect(1)
 
 
 def test_weights_that_were_trained_are_not_excluded_later(models):
