@@ -11,6 +11,6 @@ from liftdist.training import objective
 from liftdist.training.inputs import Inputs
 
 
-def run(context: RunContext, inputs: Inputs, model: PreTrainedModel, method: Method) -> dict[str, float]:
+def run(context: RunContext, inputs: Inputs, model: PreTrainedModel, method: Method, step: int) -> dict[str, float]:
     """See :func:`liftdist.evaluation.held_out.means`. Collective."""
     return held_out.means(context, inputs, model, "loss", lambda batch: objective.token_losses(model, batch))

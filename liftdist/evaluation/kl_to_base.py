@@ -19,7 +19,7 @@ from liftdist.training.inputs import Inputs
 from liftdist.training.losses import asft
 
 
-def run(context: RunContext, inputs: Inputs, model: PreTrainedModel, method: Method) -> dict[str, float]:
+def run(context: RunContext, inputs: Inputs, model: PreTrainedModel, method: Method, step: int) -> dict[str, float]:
     """None without ``train.eval_kl``; else see :func:`liftdist.evaluation.held_out.means`. Collective."""
     if not context.config.train.eval_kl:
         return {}

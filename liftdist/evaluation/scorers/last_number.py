@@ -1,0 +1,69 @@
+"""The last number of an answer, compared with the expected one within ``tolerance``.
+
+The rule of LLM-Adapters (``evaluate.py``) and of LIFT's authors (``run_math_parallel.py``), who drop commas and take the last
+``-?\\d+\\.?\\d*``, within 0.001. What they misread is read as it is meant:
+
+- ``3/4`` and ``\\frac{3}{4}`` are one number, not 4;
+- ``10-3`` ends with 3, not -3: after a digit, a letter or a closing bracket a minus sign is a subtraction;
+- ``.5`` is a half, not 5; ``1e-3`` a thousandth; the minus sign of typography (U+2212) is one;
+- a comma belongs to ``1,234``, but stands between two numbers in ``1, 234``.
+
+Units, currencies and percent signs are left aside: ``$1,234.50`` is 1234.5, and ``50%`` is 50.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from typing import Any
+
+from liftdist.evaluation.scorers import Scored
+from liftdist.evaluation_settings import TaskConfig
+
+_SIGN = r"(?P<sign>(?:(?<![\w)\]}])-\$?|\$-)?)"
+_DECIMAL = r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][+-]?\d{1,2}(?!\w))?"
+_DIVISOR = rf"(?=[\d.,]*[1-9]){_DECIMAL}"  # not zero
+_NUMBER = re.compile(
+    rf"{_SIGN}(?:\\[dt]?frac\{{(?P<above>-?{_DECIMAL})\}}\{{(?P<below>{_DIVISOR})\}}"
+    rf"|(?P<over>{_DECIMAL})(?:/(?P<under>{_DIVISOR}))?)"
+)
+
+
+@dataclass(frozen=True)
+class LastNumber:
+    tolerance: float
+
+    def extract(self, answer: str) -> str | None:
+        """The last number, a decimal without commas or a fraction of two."""
+        found = list(_NUMBER.finditer(answer.replace("\u2212", "-")))
+        return _plain(found[-1]) if found else None
+
+    def expected(self, text: str) -> str:
+        if (number := self.extract(text)) is None:
+            raise ValueError("holds no number")
+        return number
+
+    def score(self, answer: str, expected: Sequence[str], record: Mapping[str, Any]) -> Scored:
+        number = self.extract(answer)
+        if number is None:
+            return Scored(0.0, None)
+        tolerance = Decimal(str(self.tolerance))
+        return Scored(float(any(abs(_value(number) - _value(one)) <= tolerance for one in expected)), number)
+
+
+def make(task: TaskConfig) -> LastNumber:
+    return LastNumber(task.tolerance)
+
+
+def _plain(match: re.Match[str]) -> str:
+    over, under = match["over"] or match["above"], match["under"] or match["below"]
+    number = f"{over}/{under}" if under else over
+    return (f"-{number}" if "-" in match["sign"] else number).replace(",", "").replace("--", "")
+
+
+def _value(number: str) -> Decimal:
+    """With floats, what differs by the tolerance might seem to differ by more."""
+    over, _, under = number.partition("/")
+    return Decimal(over) / Decimal(under or 1)
