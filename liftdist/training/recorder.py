@@ -1,8 +1,8 @@
-"""Records metrics and texts of a run with every tracker of :data:`liftdist.registry.TRACKERS`."""
+"""Records metrics and texts of a run in ``metrics.jsonl`` and with the trackers that it names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -19,19 +19,24 @@ class Tracker(Protocol):
 
 
 class Recorder:
-    """Records with all trackers, on the main rank only.
+    """Records with trackers of :data:`liftdist.registry.TRACKERS`, on the main rank only.
 
     Args:
+        names: trackers besides ``jsonl``; None on ranks that record nothing.
         after: the last step to keep of what earlier attempts recorded; later entries are removed. None keeps everything.
         say: called with a message when recording fails; training continues without metrics.
     """
 
     def __init__(
-        self, run_dir: Path, enabled: bool, after: int | None = None, say: Callable[[str], None] = lambda _: None
+        self,
+        run_dir: Path,
+        names: Sequence[str] | None,
+        after: int | None = None,
+        say: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._say, self._failed = say, False
-        names = TRACKERS if enabled else ()
-        self._trackers: list[Tracker] = [TRACKERS.load(name).start(run_dir, after) for name in names]
+        started = () if names is None else (*names, "jsonl")  # the last, as the others read what it had recorded
+        self._trackers: list[Tracker] = [TRACKERS.load(name).start(run_dir, after) for name in started]
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         if self._each(lambda tracker: tracker.scalars(step, values)):

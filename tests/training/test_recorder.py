@@ -11,7 +11,7 @@ from liftdist.training.recorder import Recorder
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_full_disk_costs_curves_and_no_more(small_disk):
     said = []
-    recorder = Recorder(small_disk, True, None, said.append)
+    recorder = Recorder(small_disk, ["tensorboard"], None, said.append)
     for step in range(1, 4):
         recorder.scalars(step, {"train/loss": 1.0})
     filler = builders.fill(small_disk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from liftdist import files
@@ -33,6 +34,10 @@ class TensorBoard:
 
     def text(self, tag: str, text: str) -> None:
         self._open().add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()))
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """``pixels`` ``[height, width, 3]`` uint8."""
+        self._open().add_image(tag, pixels, step, dataformats="HWC")
 
     def close(self) -> None:
         if self._writer is not None:
