@@ -8,12 +8,12 @@ Imports no torch.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.schema_tree import FIXED, STATE, Problem, setting
 
-BY_GRADIENTS = ("gradient", "sensitivity")  # criteria that need data
+BY_GRADIENTS = ("gradient", "sensitivity", "spiel")  # criteria that need data
 
 
 @dataclass
@@ -40,14 +40,19 @@ class SelectionConfig:
         "fast", "how a matrix is factored; `exact` is a full SVD", choices=("fast", "exact"), changes=STATE
     )
     block_size: int | None = setting(
-        None, "side of the blocks of `criterion=blocks`; 4 if unset", at_least=1, changes=STATE
+        None,
+        "side of the blocks of `criterion=blocks`, 4 if unset; with `channels` the size of a head, of which channels are drawn "
+        "together, 1 if unset",
+        at_least=1,
+        changes=STATE,
     )
     threshold: float | None = setting(
         None, "absolute value below which `criterion=threshold` trains a weight", above=0, changes=STATE
     )
     gradient_batches: int | None = setting(
         None,
-        "batches of `train.micro_batch_size` sequences whose gradients `criterion=gradient` and `sensitivity` gather; 8 if unset",
+        "batches of `train.micro_batch_size` sequences whose gradients `criterion=gradient`, `sensitivity` and `spiel` gather; 8 "
+        "if unset, 5 with `spiel`",
         at_least=1,
         changes=STATE,
     )
@@ -65,12 +70,21 @@ class SelectionConfig:
     seed: int | None = setting(
         None, "seeds what is drawn at random; 0 if unset", at_least=0, at_most=2**32 - 1, changes=STATE
     )
-    layers: int | None = setting(None, "decoder layers that `budget=layers` trains", at_least=1, changes=STATE)
+    layers: int | None = setting(
+        None, "decoder layers that `budget=layers` and `ist` train at a time", at_least=1, changes=STATE
+    )
     shares: list[str] = setting(
         [],
         "for `budget=by_pattern`, `PATTERN=SHARE` of module names: the first that fits counts, others keep their share",
         pattern=r".+=(\d+\.?\d*|\.\d+)(e-?\d+)?",
         example='["*.down_proj=0.1", "*.q_proj=0"]',
+        changes=STATE,
+    )
+    backward_flops: float | None = setting(
+        None,
+        "for `budget=greentrainer`, operations of a backward, of those of one that trains all matrices",
+        above=0,
+        at_most=1,
         changes=STATE,
     )
     final_density: float | None = setting(
@@ -81,7 +95,10 @@ class SelectionConfig:
         changes=STATE,
     )
     final_refresh: int | None = setting(
-        None, "number of the refresh at which `final_density` is reached", at_least=1, changes=STATE
+        None,
+        "number of the refresh at which `final_density` is reached, or from which on `criterion=spiel` replaces nothing",
+        at_least=1,
+        changes=STATE,
     )
     modules: list[str] = setting(
         ["*"],
@@ -89,6 +106,13 @@ class SelectionConfig:
         example='["*.mlp.*"]',
         changes=STATE,
     )
+
+    @property
+    def needs_data(self) -> str | None:
+        """The setting, as ``KEY=VALUE``, by which a selection runs batches of data, if one does."""
+        if self.criterion in BY_GRADIENTS:
+            return f"criterion={self.criterion}"
+        return f"budget={self.budget}" if self.budget == "ist" else None
 
     def conflicts(self) -> Iterator[Problem]:
         """What is wrong if weights are selected by these settings."""
@@ -101,14 +125,16 @@ class SelectionConfig:
                     yield name, f"{decides}; unset it: selection.{name}="
             if self.budget != "per_matrix":
                 yield "budget", f"{decides}; leave it out"
-        elif self.budget in ("half", "layers"):
+        elif self.budget in ("half", "layers", "greentrainer"):
             for name in ("density", "budget_rank"):
                 if getattr(self, name) is not None:
                     yield (
                         name,
                         f"is not used: selection.budget={self.budget} trains whole matrices; unset it: selection.{name}=",
                     )
-            if self.criterion != "low_rank":
+            if self.budget == "greentrainer" and self.criterion != "gradient":
+                yield "criterion", "must be gradient with selection.budget=greentrainer, which goes by gradients"
+            elif self.budget != "greentrainer" and self.criterion != "low_rank":
                 yield "criterion", f"is not used: selection.budget={self.budget} trains whole matrices; leave it out"
         elif (self.density is None) == (self.budget_rank is None):
             given = "neither" if self.density is None else "both"
@@ -116,12 +142,18 @@ class SelectionConfig:
             yield key, f"set exactly one of selection.density and selection.budget_rank, got {given}"
         if not self.modules:
             yield "modules", "must name at least one pattern"
-        for name, of in (("block_size", "blocks"), ("threshold", "threshold"), ("file", "file")):
-            if getattr(self, name) is not None and self.criterion != of:
-                yield name, f"is used by selection.criterion={of} alone; unset it: selection.{name}="
+        for name, of in (("block_size", ("blocks", "channels")), ("threshold", ("threshold",)), ("file", ("file",))):
+            if getattr(self, name) is not None and self.criterion not in of:
+                yield name, f"is used by selection.criterion={' and '.join(of)} alone; unset it: selection.{name}="
         if self.final_density is not None and self.budget != "sensitivity":
             yield "final_density", "is used by selection.budget=sensitivity alone; unset it: selection.final_density="
-        if (self.final_density is None) != (self.final_refresh is None):
+        if self.criterion == "spiel":
+            if self.final_refresh is None:
+                yield (
+                    "final_refresh",
+                    "must be given with selection.criterion=spiel, which replaces fewer weights each time",
+                )
+        elif (self.final_density is None) != (self.final_refresh is None):
             missing = "final_density" if self.final_density is None else "final_refresh"
             yield missing, "must be given where the other of selection.final_density and selection.final_refresh is"
         if self.final_refresh is not None and not self.refresh_interval:
@@ -129,21 +161,55 @@ class SelectionConfig:
         if self.gradient_batches is not None and self.criterion not in BY_GRADIENTS:
             yield (
                 "gradient_batches",
-                f"is used by selection.criterion={' and '.join(BY_GRADIENTS)} alone; unset it: selection.gradient_batches=",
+                f"is used by selection.criterion={', '.join(BY_GRADIENTS)} alone; unset it: selection.gradient_batches=",
             )
         if (
             self.seed is not None
             and self.criterion not in ("random", "channels")
-            and self.budget not in ("half", "layers")
+            and self.budget not in ("half", "layers", "ist")
         ):
             yield "seed", "is used by what is drawn at random alone; unset it: selection.seed="
-        if (self.layers is None) == (self.budget == "layers"):
-            yield "layers", "must be given with selection.budget=layers, and with no other budget"
+        if (self.layers is None) == (self.budget in ("layers", "ist")):
+            yield "layers", "must be given with selection.budget=layers and ist, and with no other budget"
+        if (self.backward_flops is None) == (self.budget == "greentrainer"):
+            yield "backward_flops", "must be given with selection.budget=greentrainer, and with no other budget"
         if bool(self.shares) != (self.budget == "by_pattern"):
             yield "shares", "must be given with selection.budget=by_pattern, and with no other budget"
 
 
 NEEDS_PEFT = "lora needs the library peft: pip install 'liftdist[lora]'"
+
+
+@dataclass
+class AdaLoraConfig:
+    target_r: int | None = setting(
+        None,
+        "average rank that is kept, peft's `target_r`; two thirds of `lora.rank` if unset, as in the paper",
+        at_least=1,
+        changes=FIXED,
+    )
+    tinit: int = setting(0, "steps before ranks are dropped", at_least=0, changes=FIXED)
+    tfinal: int = setting(0, "steps after the last are dropped", at_least=0, changes=FIXED)
+    delta_t: int = setting(1, "steps between two drops, peft's `deltaT`", at_least=1, changes=FIXED)
+    beta1: float = setting(0.85, "decay rate of importances", above=0, below=1, changes=FIXED)
+    beta2: float = setting(0.85, "decay rate of how uncertain they are", above=0, below=1, changes=FIXED)
+    orth_reg_weight: float = setting(0.5, "weight of the orthogonal regularisation in the loss", at_least=0)
+
+
+@dataclass
+class EvaConfig:
+    rho: float = setting(
+        2.0,
+        "a module gets up to this many times `lora.rank`, by the variance that its ranks explain; 1 leaves all at `lora.rank`",
+        at_least=1,
+        changes=FIXED,
+    )
+    tau: float = setting(
+        0.99, "cosine between two passes at which a vector has converged", at_least=0, at_most=1, changes=FIXED
+    )
+    batches: int = setting(
+        8, "batches of `train.micro_batch_size` sequences whose inputs are decomposed", at_least=1, changes=FIXED
+    )
 
 
 @dataclass
@@ -164,13 +230,12 @@ class LoraConfig:
     )
     variant: str = setting(
         "lora",
-        "LoRA; with learned magnitudes (`dora`); scaled for high ranks (`rslora`); or of the principal components (`pissa`)",
-        choices=("lora", "dora", "rslora", "pissa"),
+        "LoRA; with learned magnitudes (`dora`); scaled for high ranks (`rslora`); of the principal components (`pissa`); one "
+        "block for all parts of the input (`miss`); as many single weights at random places (`shira`); with ranks "
+        "that are dropped where they matter least (`adalora`); or that start from the inputs of each module (`eva`)",
+        choices=("lora", "dora", "rslora", "pissa", "adalora", "miss", "shira", "eva"),
         refused={
-            "adalora": "moves rank between modules by scores of whole matrices, of which a rank has its rows",
-            "eva": "starts from the inputs of every module, which must be collected on the whole model first",
-            "miss": "has no factors that servers know; use one of these",
-            "shira": "trains single weights: use method=lift with selection.criterion=random, and export to shira",
+            "supertuning": "trains single weights: use method=lift with selection.criterion=magnitude, and export to shira",
         },
         changes=FIXED,
     )
@@ -181,9 +246,46 @@ class LoraConfig:
         changes=FIXED,
     )
 
+    miss_init: str | None = setting(
+        None,
+        "peft's `init_weights` of `variant=miss`: blocks that multiply the weights, too (`bat`), or that repeat `mini_r` columns "
+        "(`mini`)",
+        choices=("bat", "mini"),
+        changes=FIXED,
+    )
+    mini_r: int | None = setting(
+        None, "columns of the block of `miss_init=mini`, which needs them", at_least=1, changes=FIXED
+    )
+
+    adalora: AdaLoraConfig = field(default_factory=AdaLoraConfig)
+    eva: EvaConfig = field(default_factory=EvaConfig)
+
+    @property
+    def places(self) -> int:
+        """The highest rank that a module may get, for which its adapter is made."""
+        return round(self.rank * self.eva.rho) if self.variant == "eva" else self.rank
+
+    @property
+    def final_rank(self) -> int:
+        """The average rank that AdaLoRA keeps."""
+        return max(1, 2 * self.rank // 3) if self.adalora.target_r is None else self.adalora.target_r
+
     def problems(self) -> Iterator[Problem]:
-        if self.pissa_niter is not None and self.variant != "pissa":
-            yield "pissa_niter", "is used by lora.variant=pissa alone; unset it: lora.pissa_niter="
+        if self.variant != "adalora" and self.adalora != AdaLoraConfig():
+            yield "adalora", "is used by lora.variant=adalora alone; leave it out"
+        if self.variant != "eva" and self.eva != EvaConfig():
+            yield "eva", "is used by lora.variant=eva alone; leave it out"
+        if self.variant == "adalora" and self.final_rank >= self.rank:
+            yield "adalora.target_r", f"must be less than lora.rank={self.rank}, got {self.final_rank}"
+        for name, of in (("pissa_niter", "pissa"), ("miss_init", "miss")):
+            if getattr(self, name) is not None and self.variant != of:
+                yield name, f"is used by lora.variant={of} alone; unset it: lora.{name}="
+        if (self.mini_r is None) == (self.miss_init == "mini"):
+            yield "mini_r", "must be given with lora.miss_init=mini, and with nothing else"
+        if self.variant in ("miss", "shira") and self.alpha != LoraConfig.alpha:
+            yield "alpha", f"is not used by lora.variant={self.variant}; leave it out"
+        if self.dropout and (self.variant == "shira" or self.miss_init == "bat"):
+            yield "dropout", f"is not used by {self.miss_init or self.variant}, which changes weights; leave it out"
 
 
 @dataclass

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from liftdist.engine.matrices import Matrix
-from liftdist.models.names import NameMap, Part
+from liftdist.models.names import NameMap
+from liftdist.models.part import Part
 
 
 class Method(Protocol):
@@ -37,8 +38,8 @@ class Method(Protocol):
         """The matrices of the base model that a run changes, by name: the tensor in its files that holds each, and where, unless
         it is the whole tensor. Raises ``UserError`` for one that is stored in several."""
 
-    def before_step(self, step: int) -> dict[str, float]:
-        """What is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
+    def before_step(self, step: int, steps: int) -> dict[str, float]:
+        """What is due before the forward of ``step``, counted from 1, of the run's ``steps``; metrics by tag. Collective."""
 
     def reselect(self, step: int) -> None:
         """Choose again what is trained, after loading a state of ``step`` that was made with other settings. Collective."""
@@ -65,6 +66,9 @@ class Method(Protocol):
         rows: ``first`` ``[1]`` int64, the flat index of the first entry in the whole matrix, absent (``[0]``) if there are none,
         ``values`` and other keys, one element for each entry.
         """
+
+    def weights(self) -> dict[str, Tensor]:
+        """:meth:`state_dict` without the optimizer's state."""
 
     def scalars(self) -> dict[str, float]:
         """The scalar states of the optimizer, equal on all ranks."""

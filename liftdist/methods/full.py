@@ -29,7 +29,8 @@ from liftdist.engine.gathered import Backwards
 from liftdist.engine.matrices import Matrix, Place, describe, fits, routers
 from liftdist.errors import UserError
 from liftdist.models import build
-from liftdist.models.names import NameMap, Part
+from liftdist.models.names import NameMap
+from liftdist.models.part import Part
 from liftdist.runs.context import RunContext
 from liftdist.schema import Config
 
@@ -67,7 +68,7 @@ class Full:
     def changes(self, names: NameMap) -> dict[str, tuple[str, Part | None]]:
         return {matrix.name: names.changed(matrix.name, matrix.place) for matrix in self.matrices}
 
-    def before_step(self, step: int) -> dict[str, float]:
+    def before_step(self, step: int, steps: int) -> dict[str, float]:
         return {}
 
     def reselect(self, step: int) -> None:
@@ -85,8 +86,12 @@ class Full:
             for group in self.optimizer.param_groups:
                 group["eps"] = eps
         self.optimizer.step()
+        self.stepped()
         self.dense.drop_gradients()
         self.dense.written()
+
+    def stepped(self) -> None:
+        """What follows the optimizer's step, while the gradient is there: nothing."""
 
     def skip(self) -> None:
         self.dense.drop_gradients()
@@ -107,6 +112,9 @@ class Full:
                 ).long()
                 result |= {f"{matrix.name}/{key}": tensor[held] for key, tensor in flat.items()}
         return result
+
+    def weights(self) -> dict[str, Tensor]:
+        return {key: tensor for key, tensor in self.state_dict().items() if "/optimizer." not in key}
 
     def scalars(self) -> dict[str, float]:
         state = self.optimizer.state.get(self.dense.values[0], {})

@@ -23,14 +23,15 @@ from liftdist.distributed.collectives import together
 from liftdist.engine.adamw import reference_eps
 from liftdist.engine.gathered import Backwards, Gathered
 from liftdist.engine.matrices import Matrix, Place, principal_matrices
-from liftdist.engine.principal import PrincipalWeights
+from liftdist.engine.principal import IMPORTANCE, PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
 from liftdist.errors import UserError
-from liftdist.method_settings import BY_GRADIENTS, SelectionConfig
+from liftdist.method_settings import SelectionConfig
 from liftdist.methods.named import Base, Excluded, Named
 from liftdist.models import build
 from liftdist.models.hub import resolve_model
-from liftdist.models.names import NameMap, Part
+from liftdist.models.names import NameMap
+from liftdist.models.part import Part
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.runs import selections
 from liftdist.runs.context import RunContext
@@ -56,7 +57,7 @@ class Lift:
     def changes(self, names: NameMap) -> dict[str, tuple[str, Part | None]]:
         return {matrix.name: names.changed(matrix.name, matrix.place) for matrix in self.matrices}
 
-    def before_step(self, step: int) -> dict[str, float]:
+    def before_step(self, step: int, steps: int) -> dict[str, float]:
         """Refresh the selection if it is due before the forward of ``step``, counted from 1; metrics by tag. Collective."""
         interval = self._config.selection.refresh_interval
         if not interval or step % interval or getattr(self.principal.selector.criterion, "stays", False):
@@ -100,6 +101,10 @@ class Lift:
         """What this rank holds beyond the base model, copied to the host: see :meth:`PrincipalWeights.state_dict`."""
         return self.principal.state_dict(self.optimizer)
 
+    def weights(self) -> dict[str, Tensor]:
+        """:meth:`state_dict` without the optimizer's state."""
+        return self.principal.state_dict()
+
     def scalars(self) -> dict[str, float]:
         """The scalar states of the optimizer, equal on all ranks."""
         return self.principal.scalar_states(self.optimizer)
@@ -111,7 +116,8 @@ class Lift:
         """
         saved = {key.partition("/optimizer.")[2] for key in tensors if "/optimizer." in key}
         if saved and saved != self._states:
-            tensors, scalars = {key: tensor for key, tensor in tensors.items() if "/optimizer." not in key}, {}
+            tensors = {key: tensor for key, tensor in tensors.items() if "/optimizer." not in key}
+            scalars = {key: value for key, value in scalars.items() if key.startswith(IMPORTANCE)}
         self.principal.load_state_dict(tensors, self.optimizer, scalars)
 
     def at_base(self) -> AbstractContextManager[None]:
@@ -144,9 +150,9 @@ def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
         UserError: no module fits ``selection.modules``, or gradients cannot be gathered without dropout.
     """
     choice = config.selection
-    if choice.criterion in BY_GRADIENTS and config.model.activation_checkpointing and build.dropout(model.config):
+    if choice.needs_data and config.model.activation_checkpointing and build.dropout(model.config):
         raise UserError(
-            f"selection.criterion={choice.criterion} gathers gradients without dropout, which layers that are recomputed would "
+            f"selection.{choice.needs_data} gathers gradients without dropout, which layers that are recomputed would "
             f"have; set model.activation_checkpointing=false, or the rates in config.json to 0"
         )
     trained = {place.param for place in places(config, model).values()}
@@ -262,7 +268,8 @@ class _CachedSelection:
     """The first selection of a run in the cache: read if it is there, otherwise collected while it is made, and written."""
 
     def __init__(self, context: RunContext, base_digest: str, excluded: Excluded | None) -> None:
-        self._context, self._base_digest = context, base_digest
+        rounded = context.config.model.base_dtype  # selected by what it is rounded to
+        self._context, self._base_digest = context, f"{base_digest} in {rounded}" if rounded else base_digest
         self._excluded = None if excluded is None else excluded.digest
         self._selected: dict[str, Tensor] = {}  # whole selections of the matrices that this rank owned
         self.folder: Path | None = None

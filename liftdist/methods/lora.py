@@ -1,4 +1,4 @@
-"""LoRA and its variants DoRA, rsLoRA and PiSSA, as the library peft computes them: see :mod:`liftdist.models.adapters`.
+"""LoRA and its variants, as the library peft computes them: see :mod:`liftdist.models.adapters`.
 
 The base weights are frozen and sharded. An adapter is sharded with its layer, each matrix by rows, and trained as whole
 parameters are: float32 masters, gathered in ``model.dtype``, AdamW. With ``optimizer.dtype=bfloat16`` they are bfloat16 too.
@@ -6,6 +6,10 @@ parameters are: float32 masters, gathered in ``model.dtype``, AdamW. With ``opti
 Initial values are those of peft for a seed made of ``train.seed`` and the module's name, so they are the same on any ranks.
 For DoRA and PiSSA peft looks at the whole base weight: every rank does so for its share of the modules, and sends what it finds.
 PiSSA's base weights, ``W - s B_0 A_0``, are computed again whenever a run continues, from ``A_0`` and ``B_0`` in the checkpoint.
+
+The places of SHiRA's values are those that peft draws for ``random_seed=train.seed``: the same in all matrices of a shape, so a
+rank keeps them once for each shape. The values are sharded; they are entries of a matrix, and decay as such.
+AdaLoRA's ranks are dropped by :mod:`liftdist.methods.allocation`. EVA's initial values are those of :mod:`liftdist.methods.eva`.
 """
 
 from __future__ import annotations
@@ -21,18 +25,21 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from liftdist.distributed.collectives import together
-from liftdist.distributed.sharding import local_tensor, rows_local, rows_of
+from liftdist.distributed.sharding import local_tensor, rows_local, rows_of, whole_tensor
 from liftdist.engine.dense import DenseWeights
-from liftdist.engine.gathered import Backwards
 from liftdist.engine.matrices import Matrix, Place, describe, fits, principal_matrices
 from liftdist.errors import UserError
+from liftdist.methods import eva
+from liftdist.methods.allocation import STATES, RankAllocation
 from liftdist.methods.full import Full, place_of, weights_of
 from liftdist.models import adapters
-from liftdist.models.names import NameMap, Part
+from liftdist.models.names import NameMap
+from liftdist.models.part import Part
 from liftdist.runs.context import RunContext
 from liftdist.schema import Config
 
 INITIAL = "initial"  # key of A_0 and B_0 in a checkpoint
+PLACES = "places"  # key of the flat indices of SHiRA's values in a checkpoint
 
 
 class Lora(Full):
@@ -50,21 +57,29 @@ class Lora(Full):
         self.layers = layers  # of peft, by module
         self._say: Callable[[str], None] | None = say  # until the first gradient has been looked at
         self.initial: dict[str, Tensor] = {}  # this rank's rows of A_0 and B_0 of PiSSA on the host, by parameter
+        if config.lora.variant == "shira":
+            for group in self.optimizer.param_groups:
+                group["weight_decay"] = config.optimizer.weight_decay
+        self._ranks = RankAllocation(config.lora, dense) if config.lora.variant == "adalora" else None
+        self._step = 0
 
     def changes(self, names: NameMap) -> dict[str, tuple[str, Part | None]]:
         found: dict[str, tuple[str, Part | None]] = {}
         for name, layer in self.layers.items():
             place = Place(f"{name}.base_layer.weight", layer.base_layer.weight, *layer.base_layer.weight.shape)
             found[f"{name}.weight"] = names.changed(name, place)
-            if layer.fan_in_fan_out:
+            if adapters.is_transposed(layer):
                 stored, part = names.holding(name, place)
                 found[f"{name}.weight"] = stored, Part(part.offset, part.column, part.row)
         return found
 
-    def initialise(self, rank: int, ranks: int, progress: Callable[[int, int], None]) -> None:
+    def initialise(
+        self, rank: int, ranks: int, progress: Callable[[int, int], None], directions: dict[str, Tensor]
+    ) -> None:
         """Give all adapters their initial values. Collective.
 
         Args:
+            directions: the first rows of each module's A with EVA, by module; empty otherwise.
             progress: called on every rank with the number of modules done and their total.
 
         Raises:
@@ -75,26 +90,42 @@ class Lora(Full):
             share = modules[first : first + ranks]
             mine = None
             for owner, (_, layer) in enumerate(share if self._config.lora.variant in ("dora", "pissa") else ()):
-                whole = _whole(layer.base_layer.weight)
+                whole = whole_tensor(layer.base_layer.weight)
                 if owner == rank:
                     mine = adapters.matrix(layer, whole).float().contiguous()
             made: dict[str, Tensor] = {}
             with together():
                 if rank < len(share):
-                    made = self._made(*share[rank], mine)
+                    made = self._made(*share[rank], mine, directions)
             for owner, (name, layer) in enumerate(share):
                 self._receive(name, layer, made, owner, owner == rank)
             progress(first + len(share), len(modules))
+        if self._config.lora.variant == "shira":
+            self._place(lambda _, shape: adapters.drawn(self._config.lora, shape[0], shape[1], self._config.train.seed))
         self.dense.written()
 
-    def _made(self, name: str, layer: Any, weight: Tensor | None) -> dict[str, Tensor]:
+    def _place(self, places: Callable[[str, torch.Size], Tensor]) -> None:
+        """Set the places of SHiRA's values, ``[2, k]`` int32 of a module and its shape, once for each shape."""
+        found: dict[torch.Size, Tensor] = {}
+        for name, layer in self.layers.items():
+            weight = layer.base_layer.weight
+            if weight.shape not in found:
+                found[weight.shape] = places(name, weight.shape).to(weight.device)
+            layer.shira_indices[adapters.ADAPTER] = found[weight.shape]
+
+    def _made(self, name: str, layer: Any, weight: Tensor | None, directions: dict[str, Tensor]) -> dict[str, Tensor]:
         """The initial values of a module's adapter, by the parameter's name in the module, from ``weight [m, n]`` float32."""
         if weight is None:
             weight = torch.empty(layer.out_features, layer.in_features)  # of which nothing is read
         elif not weight.isfinite().all():
             raise UserError(f"{name}.weight of the base model holds a value that is not finite")
         alone = adapters.alone(self._config.lora, weight, f"{self._config.train.seed} {name}")
-        return {key: param.detach() for key, param in alone.named_parameters() if not key.startswith("base_layer.")}
+        made = {key: param.detach() for key, param in alone.named_parameters() if not key.startswith("base_layer.")}
+        if name in directions:
+            rows = directions[name]
+            a = made[f"lora_A.{adapters.ADAPTER}.weight"]
+            a.zero_()[: len(rows)] = rows
+        return made
 
     def _receive(self, name: str, layer: Any, made: dict[str, Tensor], owner: int, is_owner: bool) -> None:
         """Take the initial values of a module's adapter from the rank that made them. Collective."""
@@ -127,6 +158,12 @@ class Lora(Full):
         product = (b[held].double() @ a.double()) if not layer.fan_in_fan_out else (b.double() @ a[:, held].double()).T
         rows.copy_(rows.double() - layer.scaling[adapters.ADAPTER] * product)
 
+    def before_step(self, step: int, steps: int) -> dict[str, float]:
+        self._step = step
+        if self._ranks is not None:
+            self._ranks.schedule(steps)
+        return {}
+
     def reduce(self, divisor: Tensor) -> None:
         if self._say is not None:
             layers = self.layers.items()
@@ -138,11 +175,31 @@ class Lora(Full):
                 )
             self._say = None
         super().reduce(divisor)
+        if self._ranks is not None:
+            self._ranks.regularise()
+
+    def stepped(self) -> None:
+        if self._ranks is not None:
+            self._ranks.allocate(self._step)
+
+    def scalars(self) -> dict[str, float]:
+        is_final = self._ranks is not None and bool(self._ranks.kept)
+        return super().scalars() | ({"ranks_final": 1.0} if is_final else {})
 
     def state_dict(self) -> dict[str, Tensor]:
         state = super().state_dict()
         for matrix in self.matrices if self.initial else ():
             state[f"{matrix.name}/{INITIAL}"] = self.initial[matrix.place.parameter].flatten()
+        if self._config.lora.variant == "shira":
+            for matrix, layer in zip(self.matrices, self.layers.values(), strict=True):
+                rows, columns = layer.shira_indices[adapters.ADAPTER][
+                    :, matrix.offset_local : matrix.offset_local + matrix.numel_local
+                ]
+                state[f"{matrix.name}/{PLACES}"] = (rows * layer.in_features + columns).cpu()
+        if self._ranks is not None:
+            for matrix in self.matrices:
+                found = self._ranks.state(matrix.place.parameter)
+                state |= {f"{matrix.name}/{key}": tensor for key, tensor in found.items()}
         return state
 
     def load_state_dict(self, tensors: dict[str, Tensor], scalars: dict[str, float]) -> None:
@@ -160,6 +217,18 @@ class Lora(Full):
             for name, layer in self.layers.items():
                 self._subtract(name, layer)
             self.dense.written()
+        if self._config.lora.variant == "shira":
+            self._place(lambda name, shape: self._saved_places(tensors, name, shape))
+        if self._ranks is not None:
+            for matrix in self.matrices:
+                saved = {key: tensors[f"{matrix.name}/{key}"] for key in STATES if f"{matrix.name}/{key}" in tensors}
+                self._ranks.load(matrix.place.parameter, saved, bool(scalars.get("ranks_final")))
+
+    def _saved_places(self, tensors: dict[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+        """The places of a module's values in a checkpoint. Collective."""
+        param = self.layers[name].shira_weight[adapters.ADAPTER]
+        flat = _gathered(tensors[f"{name}.shira_weight/{PLACES}"], param)
+        return torch.stack([flat // shape[1], flat % shape[1]])
 
     @contextlib.contextmanager
     def at_base(self) -> Iterator[None]:
@@ -205,7 +274,7 @@ def attach(
     names: NameMap,
     base_digest: str,
     from_checkpoint: bool = False,
-    backwards: Backwards | None = None,
+    backwards: eva.Passes | None = None,
 ) -> Lora:
     """Train the adapters that :func:`prepare` added. Collective."""
     config = context.config
@@ -218,16 +287,20 @@ def attach(
     if left := sum(fits(name.removesuffix(".weight"), patterns(config)) for name in shared):
         context.console.say(f"without adapters: {left} matrices of experts, which share their parameters")
     if not from_checkpoint:
+        directions: dict[str, Tensor] = {}
+        if config.lora.variant == "eva":
+            assert backwards is not None
+            group = context.mesh.device_mesh.get_group("dp_shard")
+            directions = eva.directions(model, layers, config.lora, backwards, group)
+            dense.written()  # the passes have gathered parameters: what is written into copies would be lost
+            given = [len(rows) for rows in directions.values()]
+            context.console.say(f"ranks by what they explain of the inputs: {min(given)} to {max(given)}")
         with context.console.progress("initialising", "modules") as progress:
-            lora.initialise(context.mesh.rank, context.mesh.world_size, context.cancellation.at_boundaries(progress))
+            lora.initialise(
+                context.mesh.rank, context.mesh.world_size, context.cancellation.at_boundaries(progress), directions
+            )
     adapters.enable(layers.values(), True)
     return lora
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """A tensor of which this rank holds rows, without autograd. Collective."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _gathered(rows: Tensor, like: Tensor) -> Tensor:

@@ -47,8 +47,8 @@ class Base:
     def files(self) -> ModelFolder:
         return ModelFolder(self.folder)
 
-    def change(self, delta: Delta, matrix: Matrix, setting: str) -> tuple[Tensor, Tensor] | None:
-        """What a delta changes in a matrix: ``[k]`` int64 sorted flat indices in it, and ``[k]`` new values.
+    def change(self, delta: Delta, matrix: Matrix, setting: str) -> tuple[Tensor, Tensor | None] | None:
+        """What a delta changes in a matrix: ``[k]`` int64 flat indices in it, and ``[k]`` new values; None of a compressed delta.
 
         Raises:
             UserError: naming ``setting``: the matrix has another shape.
@@ -63,7 +63,7 @@ class Base:
                 f"{setting} {delta.location}: {stored} is {list(change.shape)} there, {shape} in model.path"
             )
         inside, indices = part.inside(change.indices, *matrix.shape)
-        return indices, change.values[inside]
+        return indices, change.values[inside] if isinstance(change, deltas.Change) else None
 
 
 class Named:
@@ -203,7 +203,12 @@ class Excluded:
             found.append(change[0])
         return torch.cat(found).unique()
 
-    def _check_applied(self, delta: Delta, matrix: Matrix, indices: Tensor, values: Tensor) -> None:
+    def _check_applied(self, delta: Delta, matrix: Matrix, indices: Tensor, values: Tensor | None) -> None:
+        if values is None:
+            raise UserError(
+                f"selection.exclude {delta.location}: is compressed, so that model.path, which is not its base model, cannot be "
+                "checked for it; export it with --format delta"
+            )
         local = matrix.cut(indices)
         first = int(torch.searchsorted(indices, matrix.offset_local))
         held = matrix.read(local.to(matrix.device)).cpu()

@@ -54,7 +54,7 @@ DENSE = {  # (weight [m, n] float32, k) -> sorted flat indices
 }
 DRAWN = {"random"}
 # tests/methods/test_named.py, test_structured.py, tests/whole_runs/test_by_gradients.py
-ELSEWHERE = {"file", "channels", "gradient", "sensitivity"}
+ELSEWHERE = {"file", "channels", "gradient", "sensitivity", "spiel"}
 SETTINGS = {"blocks": dict(block_size=3), "threshold": dict(threshold=0.02), "random": dict(seed=5)}
 
 

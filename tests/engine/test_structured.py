@@ -76,12 +76,43 @@ def test_channels_are_whole_and_shared_by_a_module(folder):
     assert found["0", "up_proj"] != found["1", "up_proj"]
 
 
+def test_heads_are_drawn_whole_and_the_same_for_readers(tmp_path):
+    """Of grouped queries: q and o have six heads, k and v three."""
+    heads = dict(hidden_size=48, num_attention_heads=6, num_key_value_heads=3, head_dim=8, num_hidden_layers=2)
+    model = AutoModelForCausalLM.from_pretrained(builders.llama(tmp_path, **heads))
+    principal = PrincipalWeights(model, density=0.4, criterion=Channels(seed=1, block_size=8))
+    found = {}
+    for matrix, indices in zip(principal.matrices, principal.indices, strict=True):
+        places = torch.zeros(matrix.shape, dtype=torch.bool)
+        places.view(-1)[indices.long()] = True
+        layer, kind = matrix.name.split(".")[2], matrix.name.split(".")[-2]
+        along = (places.T if kind in ("down_proj", "o_proj") else places).sum(1)
+        found[layer, kind] = along
+        if "attn" in matrix.name:
+            touched, whole = along.view(-1, 8) > 0, along.view(-1, 8) == places.numel() // len(along)
+            assert int(touched.any(1).sum()) == int(whole.all(1).sum()) + 1  # 2.4 or 1.2 heads
+            assert (touched.int().diff(dim=1) <= 0).all()  # of the last one the first channels
+        else:
+            assert (along > 0).int().diff().count_nonzero() > 10  # singly
+    for layer in ("0", "1"):
+        for one, other in (("q_proj", "o_proj"), ("k_proj", "v_proj"), ("up_proj", "down_proj")):
+            assert torch.equal(found[layer, one], found[layer, other])
+    assert not torch.equal(found["0", "q_proj"], found["1", "q_proj"])
+
+
+def test_runs_that_are_no_heads_are_refused(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(UserError, match=r"_proj.weight: selection.block_size must divide its \d+ channels, got 5"):
+        PrincipalWeights(model, density=0.1, criterion=Channels(block_size=5))
+
+
 def train(mesh, folder):
     found = []
     for settings in (
         dict(budget=Half()),
         dict(budget=Layers(layers=1)),
         dict(density=0.1, criterion=Channels(seed=1)),
+        dict(density=0.3, criterion=Channels(seed=1, block_size=2)),
     ):
         model, _ = load(folder, ModelConfig(path=str(folder), dtype="float32"), mesh)
         principal = PrincipalWeights(model, replicate_group=mesh.replicate_group, **settings)
@@ -108,4 +139,4 @@ def test_they_are_drawn_alike_on_any_mesh(folder):
             assert sums == pytest.approx(own_sums, rel=1e-4)
     for counts, _ in alone[:2]:
         assert len({tuple(one) for one in counts}) >= 3
-    assert len({tuple(one) for one in alone[2][0]}) == 1
+    assert all(len({tuple(one) for one in counts}) == 1 for counts, _ in alone[2:])

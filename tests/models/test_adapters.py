@@ -50,10 +50,37 @@ def test_modules_that_cannot_have_adapters_are_refused(family, patterns, problem
     assert problem in str(caught.value)
 
 
-def test_pissa_has_no_more_components_than_a_matrix():
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        (dict(rank=17, variant="pissa"), r"lora.rank=17: must be at most the sides of .*k_proj, \[16, 32\], with pissa"),
+        (dict(rank=33, variant="miss"), r"lora.rank=33: must be at most the columns of .*q_proj, \[32, 32\], with miss"),
+        (dict(rank=6, variant="miss", miss_init="bat"), r"lora.rank=6: must divide the sides of .*q_proj, .* with bat"),
+        (dict(variant="miss", miss_init="mini", mini_r=5), r"lora.mini_r=5: must divide the rows of .*q_proj, .* with mini"),
+        (dict(rank=17, variant="eva"), r"lora.rank=17 with lora.eva.rho=2: must give at most as many ranks as the columns"),
+        (dict(rank=11, variant="shira"), r"lora.rank=11: must be at most m n / \(m \+ n\) of .*k_proj, .*, with shira"),
+    ],
+)  # fmt: skip
+def test_a_matrix_that_is_too_small_is_refused(settings, problem):
     model = build.build(families.config("llama"), ModelConfig(path="none"))
-    with pytest.raises(UserError, match=r"lora.rank=17: must be at most the sides of .*k_proj, \[16, 32\], with pissa"):
-        adapters.inject(model, LoraConfig(rank=17, variant="pissa"), ["*"])
+    with pytest.raises(UserError, match=problem):
+        adapters.inject(model, LoraConfig(**settings), ["*"])
+
+
+@pytest.mark.parametrize("variant", ["miss", "shira"])
+def test_a_transposed_module_is_refused_where_peft_has_none(variant):
+    model = build.build(families.config("gpt2"), ModelConfig(path="none"))
+    with pytest.raises(UserError, match=r"lora.modules: Target module Conv1D\(.*\) is not supported"):
+        adapters.inject(model, LoraConfig(variant=variant, rank=2), ["*"])
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(7, 12), (12, 7)])
+def test_places_are_those_that_peft_draws(rows, columns):
+    model = nn.ModuleDict({"linear": nn.Linear(columns, rows)})
+    peft.inject_adapter_in_model(peft.ShiraConfig(r=2, random_seed=5, target_modules=["linear"]), model)
+    found = adapters.drawn(LoraConfig(rank=2, variant="shira"), rows, columns, 5)
+    assert torch.equal(found, model["linear"].shira_indices["default"])
+    assert not torch.equal(found, adapters.drawn(LoraConfig(rank=2, variant="shira"), rows, columns, 6))
 
 
 def test_what_is_refused_by_default_can_be_left_out():
@@ -92,6 +119,19 @@ def test_adapters_that_take_no_part_are_named_once():
         "adapters of used took no part in the first step: where a model uses weights in its own way, leave such modules out of "
         "lora.modules"
     ]
+
+
+@pytest.mark.parametrize("variant", ["dora", "shira"])
+def test_all_but_magnitudes_decay(variant):
+    model = nn.ModuleDict({"linear": nn.Linear(5, 5)}).to("meta")
+    adapters.inject(model, LoraConfig(rank=2, variant=variant), ["*"])
+    model.to_empty(device="cpu")
+    config = Config(method="lora", lora=LoraConfig(rank=2, variant=variant))
+    config.optimizer.weight_decay = 0.1
+    method = lora.Lora(config, DenseWeights(model), [], adapters.layers(model), print)
+    found = {param.shape: group["weight_decay"] for group in method.optimizer.param_groups for param in group["params"]}
+    expected = {(20,): 0.1} if variant == "shira" else {(2, 5): 0.1, (5, 2): 0.1, (5,): 0.0}
+    assert found == expected
 
 
 @pytest.mark.parametrize("names", [["model.a.q"], ["model.a.q", "model.b.q"], ["model.a.q", "tower.model.a.q"]])

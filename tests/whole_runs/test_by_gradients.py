@@ -19,7 +19,6 @@ from liftdist.data.order import BatchOrder
 from liftdist.engine.criteria.gradient import Gradient
 from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
-from liftdist.runs.saver import Checkpointer
 from liftdist.training.inputs import prepare_inputs
 
 BATCHES, ROWS = 3, 4
@@ -75,24 +74,11 @@ def dense(kind, folder):
     settings = settings_of(kind, folder)
     samples = prepare_inputs(settings, Console(False)).samples
     model = AutoModelForCausalLM.from_pretrained(settings.model.path, dtype=torch.float32)
-    sequences = BatchOrder(samples.lengths, 3, False, 64, BATCHES * ROWS).batch(0)
     places = principal_matrices(model)
     mean, spread = (dict.fromkeys(places, 0.0) for _ in range(2))
-    for begin in range(0, len(sequences), ROWS):
-        model.zero_grad()
-        rows = [samples.table[sample] for sequence in sequences[begin : begin + ROWS] for sample in sequence]
-        total, labels = 0.0, 0
-        for row in rows:
-            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
-            targets = torch.tensor(row["labels"][1:])
-            total = total + F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
-            labels += int((targets != -100).sum())
-        (total / labels).backward()
-        for name, place in places.items():
-            gradient, weight = (
-                tensor.detach().view(-1, place.columns)[place.first_row : place.first_row + place.rows]
-                for tensor in (place.param.grad, place.param)
-            )
+    for gradients in batches_of_gradients(samples, model):
+        for name, gradient in gradients.items():
+            weight = part_of(places[name].param, places[name])
             if settings.selection.criterion == "gradient":
                 mean[name], spread[name] = mean[name] + gradient**2, 1.0
             else:
@@ -107,12 +93,33 @@ def dense(kind, folder):
     return {name: sorted(s.flatten().topk(round(0.05 * s.numel())).indices.tolist()) for name, s in scores.items()}
 
 
+def part_of(tensor, place):
+    return tensor.detach().view(-1, place.columns)[place.first_row : place.first_row + place.rows]
+
+
+def batches_of_gradients(samples, model):
+    """The gradient of each matrix, by name, of each batch."""
+    sequences = BatchOrder(samples.lengths, 3, False, 64, BATCHES * ROWS).batch(0)
+    places = principal_matrices(model)
+    for begin in range(0, len(sequences), ROWS):
+        model.zero_grad()
+        rows = [samples.table[sample] for sequence in sequences[begin : begin + ROWS] for sample in sequence]
+        total, labels = 0.0, 0
+        for row in rows:
+            logits = model(input_ids=torch.tensor([row["input_ids"]])).logits[0, :-1]
+            targets = torch.tensor(row["labels"][1:])
+            total = total + F.cross_entropy(logits, targets, reduction="sum", ignore_index=-100)
+            labels += int((targets != -100).sum())
+        (total / labels).backward()
+        yield {name: part_of(place.param.grad, place).clone() for name, place in places.items()}
+
+
 @pytest.fixture(scope="module")
 def expected(folder):
     return {kind: dense(kind, folder) for kind in KINDS}
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", ["2", *(pytest.param(world, marks=pytest.mark.slow) for world in ("1", "3", "2x2"))])
 def test_sets_are_those_of_the_dense_gradients(world, folder, expected):
     size, replicas = WORLDS[world]
     (first, alive), *others = ranks.run(size, selected, folder, dp_replicate=replicas)
@@ -125,32 +132,23 @@ def test_sets_are_those_of_the_dense_gradients(world, folder, expected):
     assert all(other[0] == first for other in others)
 
 
-def stopped_after_one(mesh, folder):
-    settings = settings_of("sensitivity", folder)
-    made = builders.trainer(mesh, settings)
-    made.run_step()
-    builders.save(made, Checkpointer(builders.claimed_by_all(mesh, Path(settings.run_dir)), mesh, 1, None))
-    return [made.run_step()["selection/survived"], made.run_step()["train/loss"], builders.global_digest(made)]
-
-
-def continued(mesh, folder):
-    settings = settings_of("sensitivity", folder)
-    run_dir = Path(settings.run_dir)
-    made = builders.trainer(mesh, settings, builders.newest(mesh, run_dir, builders.accepted_in(run_dir)))
+def refreshed(made):
     return [made.run_step()["selection/survived"], made.run_step()["train/loss"], builders.global_digest(made)]
 
 
 def test_it_continues_over_a_refresh(folder):
-    (survived, loss, digest), *_ = ranks.run(2, stopped_after_one, folder)
-    assert 0.2 < survived < 1
-    assert ranks.run(2, continued, folder)[0] == [survived, loss, digest]
-    assert ranks.run(3, continued, folder)[0][:2] == pytest.approx([survived, loss], rel=1e-2)
+    settings = settings_of("sensitivity", folder)
+    (expected, found), *_ = ranks.run(2, builders.stop_and_continue, settings, 1, refreshed)
+    assert 0.2 < expected[0] < 1
+    assert found == expected
+    (on_one,) = ranks.run(1, builders.continued, settings, refreshed)
+    assert on_one[:2] == pytest.approx(expected[:2], rel=1e-2)
 
 
 @pytest.mark.parametrize(
     ("overrides", "problem"),
     [
-        (["selection.gradient_batches=4"], "selection.gradient_batches: is used by selection.criterion=gradient and sensitivity"),
+        (["selection.gradient_batches=4"], "selection.gradient_batches: is used by selection.criterion=gradient, sensitivity"),
         (["selection.criterion=gradient", "train.loss=asft"], "train.loss: cannot be asft with selection.criterion=gradient"),
     ],
 )  # fmt: skip

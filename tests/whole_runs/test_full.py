@@ -20,7 +20,6 @@ from liftdist.data.order import BatchOrder
 from liftdist.errors import UserError
 from liftdist.methods import full
 from liftdist.models import build
-from liftdist.runs.saver import Checkpointer
 from liftdist.training.inputs import prepare_inputs
 
 STEPS = 5
@@ -122,38 +121,26 @@ def test_it_is_adamw(world, folder, references):
         assert max(shares) <= 1.1 * sum(shares) / len(shares)
 
 
-def stopped_after_two(mesh, folder, kind):
-    """The state at a save, and after two steps more with the loss of a third."""
-    settings = settings_of(kind, folder)
-    made = builders.trainer(mesh, settings)
-    checkpointer = Checkpointer(builders.claimed_by_all(mesh, Path(settings.run_dir)), mesh, 1, None)
+def three_more(made):
+    """The state, and after two steps more with the loss of a third."""
+    saved = builders.global_digest(made)
     for _ in range(2):
         made.run_step()
-    assert builders.save(made, checkpointer).bytes > 0
-    return [builders.global_digest(made), *two_more(made)]
+    return saved, builders.global_digest(made), made.run_step()["train/loss"]
 
 
-def continued(mesh, folder, kind):
+@pytest.mark.parametrize(
+    ("kind", "size", "replicas"),
+    [("masters", 3, 1), pytest.param("masters", 4, 2, marks=pytest.mark.slow), ("experts", 1, 1)],
+)
+def test_it_continues_to_the_bit_and_from_the_same_state_on_other_ranks(kind, size, replicas, folder, tmp_path):
     settings = settings_of(kind, folder)
-    run_dir = Path(settings.run_dir)
-    made = builders.trainer(mesh, settings, builders.newest(mesh, run_dir, builders.accepted_in(run_dir)))
-    return [builders.global_digest(made), *two_more(made)]
-
-
-def two_more(made):
-    for _ in range(2):
-        made.run_step()
-    return builders.global_digest(made), made.run_step()["train/loss"]
-
-
-@pytest.mark.parametrize(("kind", "worlds"), [("masters", [(3, 1), (4, 2)]), ("experts", [(1, 1)])])
-def test_it_continues_to_the_bit_and_from_the_same_state_on_other_ranks(kind, worlds, folder):
-    saved, later, loss = ranks.run(2, stopped_after_two, folder, kind)[0]
-    assert ranks.run(2, continued, folder, kind)[0] == [saved, later, loss]
-    for size, replicas in worlds:
-        loaded, _, near = ranks.run(size, continued, folder, kind, dp_replicate=replicas)[0]
-        assert loaded == saved
-        assert near == pytest.approx(loss, rel=1e-2)
+    settings.run_dir = str(tmp_path / "run")
+    (expected, found), *_ = ranks.run(2, builders.stop_and_continue, settings, 2, three_more)
+    assert found == expected
+    loaded, _, near = ranks.run(size, builders.continued, settings, three_more, dp_replicate=replicas)[0]
+    assert loaded == expected[0]
+    assert near == pytest.approx(expected[2], rel=1e-2)
 
 
 def run_and_load(mesh, settings, text):

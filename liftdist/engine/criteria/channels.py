@@ -3,8 +3,10 @@
 C = channels, in random order: rows of the matrices that make them, columns of those that read them; the same for all of a module
 S = the first channels until there are k entries; of the last one the first entries         (S2FT, arXiv 2412.06289)
 
-S2FT draws whole heads in attention, and permutes weights so that what is trained is one dense slice. Here channels of attention
-are drawn singly, and the entries stay where they are.
+S2FT draws whole heads in attention, which `block_size`, the size of a head, does here: runs of that many adjacent channels are in
+random order, the channels of a run in their own. q and o have the same heads, and k and v, of which grouped queries have fewer. A
+module is attention if its name says so (self_attn, attention, ...). S2FT permutes weights so that what is trained is one dense
+slice; here the entries stay where they are.
 """
 
 from __future__ import annotations
@@ -29,14 +31,17 @@ class Channels:
     """
     Args:
         seed: another seed draws other channels.
+        block_size: how many adjacent channels of attention are drawn together.
     """
 
     seed: int = 0
+    block_size: int = 1
 
     def of(self, matrix: Matrix, refreshes: int) -> Scored:
         """The criterion of a matrix: its module and its kind decide."""
         module, _, kind = matrix.name.removesuffix(".weight").rpartition(".")
-        return _Shuffled(self.seed, seed_of(module), kind in READERS)
+        is_attention = any(name in module.rpartition(".")[2].lower() for name in ("attn", "attention"))
+        return _Shuffled(self.seed, seed_of(module), kind in READERS, self.block_size if is_attention else 1)
 
 
 @dataclass(frozen=True)
@@ -44,15 +49,21 @@ class _Shuffled(Scored):
     seed: int
     module: int
     is_reader: bool
+    block_size: int
 
     def scores(self, weight: Tensor, num_selected: int, seed: int) -> Scores:
-        axis = int(self.is_reader)
-        order = np.random.default_rng([self.seed, self.module]).permutation(weight.shape[axis])
-        ranks = torch.from_numpy(order + 1.0).float().to(weight.device)
+        channels, size = weight.shape[int(self.is_reader)], self.block_size
+        if channels % size:
+            raise ValueError(
+                f"selection.block_size must divide its {channels} channels, got {size}; give the size of a head, or unset it"
+            )
+        order = np.random.default_rng([self.seed, self.module]).permutation(channels // size)
+        places = size * order[:, None] + np.arange(size, 0, -1)  # the first of a run before the others
+        ranks = torch.from_numpy(places).flatten().float().to(weight.device)
         scores = (ranks if self.is_reader else ranks[:, None]).expand(weight.shape)
         return lambda rows: scores[rows]
 
 
 def make(settings: Any) -> Channels:
-    """From the setting ``seed``."""
-    return Channels(settings.seed or 0)
+    """From the settings ``seed`` and ``block_size``."""
+    return Channels(settings.seed or 0, settings.block_size or 1)
