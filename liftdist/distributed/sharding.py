@@ -1,4 +1,4 @@
-"""How rows are sharded over ranks: like ``torch.chunk``, so that the last ranks may hold fewer rows, or none."""
+"""What a rank holds of a model that FSDP2 shards by rows, as :mod:`liftdist.distributed.rows` says."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
 
+from liftdist.distributed.rows import row_bounds
+
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of a sharded tensor, or the tensor itself; no copy, no autograd."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def row_bounds(rows: int, shards: int) -> tuple[int, ...]:
-    """``[shards + 1]``: shard ``s`` holds rows ``bounds[s]`` to ``bounds[s + 1]``, as ``torch.chunk`` splits them."""
-    chunk = -(-rows // shards)
-    return tuple(min(rows, chunk * shard) for shard in range(shards + 1))
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A tensor of which this rank may hold rows, without autograd. Collective."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def fsdp_modules(model: nn.Module) -> list[FSDPModule]:

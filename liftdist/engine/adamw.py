@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from liftdist.distributed.sharding import local_tensor
 from liftdist.engine.elementwise import decay_target, in_float32
 from liftdist.engine.principal import PrincipalWeights
 
@@ -118,7 +119,11 @@ class PrincipalAdamW(torch.optim.AdamW):
         step = state["step"].to(gradient.device, torch.float64)
         scales = torch.stack([group["lr"] / (1 - beta1**step), (1 - beta2**step).rsqrt()])
         parts = self.principal.parts
-        segments = [[p.begin, p.positions.numel(), p.positions.data_ptr(), p.memory.data_ptr()] for p in parts]
+        memory = [local_tensor(part.param).data_ptr() for part in parts]
+        segments = [
+            [part.begin, part.positions.numel(), part.positions.data_ptr(), begin]
+            for part, begin in zip(parts, memory, strict=True)
+        ]
         values = self.principal.values.detach()
         self._launch(segments, scales.float(), values, gradient, state["exp_avg"], state["exp_avg_sq"])
 
@@ -158,8 +163,8 @@ class PrincipalAdamW(torch.optim.AdamW):
 
     def _compiles(self) -> bool:
         """Whether the kernel runs here; False if Triton is absent or lacks a compiler or a driver. Any other error is raised."""
-        if len({matrix.dtype for matrix in self.principal.matrices}) > 1:
-            return False  # the kernel writes weights of one dtype
+        if self.principal.is_quantised or len({matrix.dtype for matrix in self.principal.matrices}) > 1:
+            return False  # the kernel writes weights of one dtype, at their positions
         dummy = torch.zeros(2, device=self.principal.values.device)
         try:
             self._launch([[0, 0, 0, 0]], dummy, dummy, dummy, dummy, dummy)

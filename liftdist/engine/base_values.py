@@ -25,13 +25,13 @@ class BaseValues:
         """Read the values at the positions that are new. The model must not have trained them yet."""
         if not self._positions:
             self._positions = [part.positions[:0] for part in parts]
-            self._values = [part.memory[:0].clone() for part in parts]
+            self._values = [part.read(part.positions[:0]) for part in parts]
         for number, part in enumerate(parts):
             known, values = self._positions[number], self._values[number]
             new = part.positions[~torch.isin(part.positions, known)]
             merged, order = torch.cat([known, new]).sort()
             self._positions[number] = merged
-            self._values[number] = torch.cat([values, part.memory.index_select(0, new)])[order]
+            self._values[number] = torch.cat([values, part.read(new)])[order]
 
     def of(self, parts: Sequence[Part]) -> list[Tensor]:
         """``[k_local]`` for each parameter: the base values of the selected weights."""
@@ -48,9 +48,23 @@ class BaseValues:
         finally:
             self._swap(parts)
 
+    @contextlib.contextmanager
+    def scaled(self, parts: Sequence[Part], factors: Sequence[float]) -> Iterator[None]:
+        """Within the context what each part has learned is multiplied by its factor; afterwards it is as before, to the bit."""
+        before = [part.read(held) for part, held in zip(parts, self._positions, strict=True)]
+        for part, where, base, learned, factor in zip(
+            parts, self._positions, self._values, before, factors, strict=True
+        ):
+            part.write(where, learned if factor == 1 else base.lerp(learned, factor))
+        try:
+            yield
+        finally:
+            for part, where, learned in zip(parts, self._positions, before, strict=True):
+                part.write(where, learned)
+
     @torch.no_grad()
     def _swap(self, parts: Sequence[Part]) -> None:
         for part, positions, values in zip(parts, self._positions, self._values, strict=True):
-            held = part.memory.index_select(0, positions)
-            part.memory.index_copy_(0, positions.long(), values)
+            held = part.read(positions)
+            part.write(positions, values)
             values.copy_(held)

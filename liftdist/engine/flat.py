@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liftdist.distributed.sharding import local_tensor
+from liftdist.engine import memory
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.reductions import FSDPReduction
 
@@ -65,14 +65,17 @@ class Part:
     """A parameter that holds trained matrices, and its segment of the flat vector."""
 
     param: nn.Parameter
-    positions: Tensor  # [k_local] int32, into :attr:`memory`
+    positions: Tensor  # [k_local] int32, into this rank's part of the parameter
     begin: int
     reduction: FSDPReduction | None
 
-    @property
-    def memory(self) -> Tensor:
-        """``[p]``, this rank's part of the parameter, flat; shares memory with it."""
-        return local_tensor(self.param).view(-1)
+    def read(self, positions: Tensor) -> Tensor:
+        """``[k]`` in the dtype of the parameter: its weights at ``positions [k]``."""
+        return memory.read(self.param, positions)
+
+    def write(self, positions: Tensor, weights: Tensor) -> None:
+        """Set the weights at ``positions [k]`` to ``weights [k]``, rounded to the dtype of the parameter."""
+        memory.write(self.param, positions, weights)
 
     @property
     def span(self) -> slice:

@@ -20,15 +20,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from liftdist.distributed.collectives import together
-from liftdist.distributed.sharding import local_tensor
+from liftdist.distributed.sharding import local_tensor, rows_of
+from liftdist.engine import memory
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.reductions import FSDPReduction
 from liftdist.engine.scores import Scored, Scores
 from liftdist.errors import UserError
 
-#: Runs forward and backward for as many batches as asked for, each in one pass, and yields after each of them. Shards divide a
-#: batch, and its gradient is summed over them; replicas run the same batches.
-Backwards = Callable[[int], Iterable[None]]
+#: Runs forward and backward for as many batches as asked for, each in one pass, and yields after each this rank's part of the
+#: loss. Shards divide a batch, and its gradient is summed over them; replicas run the same batches. Without gradients
+#: (``torch.no_grad()``) there is no backward.
+Backwards = Callable[[int], Iterable[Tensor]]
+
+#: Of each parameter, by its ``id``: the positions of what is trained, ``[k_local]``, and how far that is from the base model.
+Movements = Mapping[int, tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,10 @@ class Gathered(Scored):
     batches: int = 8
     are_magnitudes: ClassVar[bool] = True
     states: ClassVar[int] = 1  # float32 tensors that a statistic takes
+    #: Whether entries that are trained are marked in the statistic: minus how far they are from the base model. What a refresh
+    #: deselects gets its base value back then, and the moments of what it selects are those of the gathered gradients, of which
+    #: the first two states are the sum and the sum of squares.
+    replaces: ClassVar[bool] = False
 
     @abstractmethod
     def add(self, states: Sequence[Tensor], gradient: Tensor, weight: Tensor) -> None:
@@ -58,12 +67,20 @@ class Gathered(Scored):
 
 @torch.no_grad()
 def gather(
-    criterion: Gathered, matrices: Sequence[Matrix], reductions: Mapping[int, FSDPReduction], backwards: Backwards
-) -> list[Matrix]:
+    criterion: Gathered,
+    matrices: Sequence[Matrix],
+    reductions: Mapping[int, FSDPReduction],
+    backwards: Backwards,
+    trained: Movements | None = None,
+) -> tuple[list[Matrix], dict[int, list[Tensor]]]:
     """The matrices with the statistic of ``criterion`` in place of their weights. Collective.
 
     Args:
         reductions: how the gradient of each parameter is reduced, by its ``id``.
+        trained: to be marked, for a criterion that replaces some.
+
+    Returns:
+        The matrices; with ``trained`` the states of each parameter, by its ``id``.
 
     Raises:
         UserError: a gradient is not finite.
@@ -72,7 +89,7 @@ def gather(
     params = [matrix.param for matrix in first.values()]
     states = {
         id(param): [
-            torch.zeros(local_tensor(param).numel(), device=local_tensor(param).device) for _ in range(criterion.states)
+            torch.zeros(memory.numel(param), device=local_tensor(param).device) for _ in range(criterion.states)
         ]
         for param in params
     }
@@ -84,7 +101,7 @@ def gather(
         gradient = local_tensor(dense)
         if (reduction := reductions.get(id(param))) is not None:
             gradient = reduction.unrounded(gradient)
-        criterion.add(states[id(param)], gradient.reshape(-1).float(), local_tensor(param).view(-1).float())
+        criterion.add(states[id(param)], gradient.reshape(-1).float(), memory.dense(param).float())
 
     with contextlib.ExitStack() as stack:
         for reduction in dict.fromkeys(reductions.values()):
@@ -98,18 +115,26 @@ def gather(
         for key, matrix in first.items():
             if not all(state.isfinite().all() for state in states[key]):
                 raise UserError(f"{matrix.name}: a gradient is not finite, so that weights cannot be selected by it")
-    shadows = {id(param): _like(param, criterion.statistic(states.pop(id(param)))) for param in params}
-    return [
+    shadows: dict[int, nn.Parameter] = {}
+    for param in params:
+        statistic = criterion.statistic(states.pop(id(param)) if trained is None else states[id(param)])
+        if trained is not None:
+            positions, movement = trained[id(param)]
+            statistic[positions] = -movement.abs()
+        shadows[id(param)] = _like(param, statistic)
+    found = [
         dataclasses.replace(
             matrix, place=dataclasses.replace(matrix.place, param=shadows[id(matrix.param)]), dtype=torch.float32
         )
         for matrix in matrices
     ]
+    return found, states
 
 
 def _like(param: nn.Parameter, local: Tensor) -> nn.Parameter:
     """A parameter that is sharded as ``param`` is, with ``local`` as this rank's part."""
-    local = local.view(local_tensor(param).shape)
+    begin, end = rows_of(param)
+    local = local.view(end - begin, *param.shape[1:])
     if isinstance(param, DTensor):
         mesh, placements = param.device_mesh, param.placements
         made = DTensor.from_local(local, mesh, placements, run_check=False, shape=param.shape, stride=param.stride())

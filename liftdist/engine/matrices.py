@@ -20,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from liftdist.distributed.collectives import Group
-from liftdist.distributed.sharding import local_tensor, row_bounds
+from liftdist.distributed.rows import row_bounds
+from liftdist.distributed.sharding import local_tensor
+from liftdist.engine import memory
 from liftdist.engine.decoder import is_linear, output_head, towers
 from liftdist.errors import UserError
 
@@ -180,7 +182,7 @@ class Matrix:
 
     @property
     def device(self) -> torch.device:
-        return self.memory.device
+        return local_tensor(self.param).device
 
     @property
     def numel_local(self) -> int:
@@ -192,19 +194,12 @@ class Matrix:
         return self.place.columns
 
     @property
-    def memory(self) -> Tensor:
-        """``[p]``, this rank's part of the parameter, flat; shares memory with it."""
-        return local_tensor(self.param).view(-1)
-
-    @property
     def rows_local(self) -> Tensor:
-        """``[m_local, n]``, this rank's rows; shares memory with the parameter."""
-        if not self.numel_local:
-            return self.memory[:0].view(0, self.columns)
-        width = self.place.width
-        shape = self.numel_local // self.columns, self.columns
-        memory = self.memory
-        return memory.as_strided(shape, (width, self.place.step), memory.storage_offset() + self.first_position)
+        """``[m_local, n]``, this rank's rows; shares memory with the parameter, unless that is quantised."""
+        begin = self.first_position // self.place.width if self.numel_local else 0
+        rows = memory.rows(self.param, begin, begin + self.numel_local // self.columns)
+        first, step = self.place.first_column, self.place.step
+        return rows[:, first : first + (self.columns - 1) * step + 1 : step]
 
     @property
     def offset_local(self) -> int:
@@ -219,7 +214,7 @@ class Matrix:
         return indices[low:high] - begin
 
     def positions(self, indices: Tensor) -> Tensor:
-        """Where flat local ``indices`` are in :attr:`memory`, in the same dtype."""
+        """Where flat local ``indices`` are in this rank's part of the parameter, in the same dtype."""
         if self.place.is_whole:
             return indices
         rows = indices // self.columns
@@ -235,11 +230,11 @@ class Matrix:
 
     def read(self, indices: Tensor) -> Tensor:
         """``[k]`` in the dtype of the model: the weights at flat local ``indices``."""
-        return self.memory.index_select(0, self.positions(indices))
+        return memory.read(self.param, self.positions(indices))
 
     def write(self, indices: Tensor, values: Tensor) -> None:
         """Set the weights at flat local ``indices`` to ``values [k]``, rounded to the dtype of the model."""
-        self.memory.index_copy_(0, self.positions(indices).long(), values.to(self.memory))
+        memory.write(self.param, self.positions(indices), values)
 
 
 def describe(name: str, place: Place, dtype: torch.dtype | None = None) -> Matrix:

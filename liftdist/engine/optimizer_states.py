@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -43,6 +44,26 @@ def in_own_format(optimizer: torch.optim.Optimizer | None, key: str, values: Ten
     """``state`` in the optimizer's own format: torchao's optimizers quantise it, ``exp_avg`` as signed."""
     make = getattr(optimizer, "_new_buffer", None)
     return make(values, key == "exp_avg").copy_(state) if make is not None else state
+
+
+def gathered(
+    optimizer: torch.optim.Optimizer | None, values: Tensor, mean: Tensor, square: Tensor, number: int
+) -> dict[str, Tensor]:
+    """Adam's states that, corrected, are the mean of ``number`` gradients and that of their squares; none of other optimizers.
+
+    Args:
+        mean: ``[k_local]``, as ``square``, the mean of squares.
+    """
+    state = optimizer.state.get(values, {}) if optimizer is not None else {}
+    if optimizer is None or not {"exp_avg", "exp_avg_sq"} <= set(state):
+        return {}
+    beta1, beta2 = optimizer.param_groups[0]["betas"]
+    steps = number if "age" in state else float(state["step"])
+    return {
+        "exp_avg": mean * -math.expm1(steps * math.log(beta1)) if beta1 else mean,
+        "exp_avg_sq": square * -math.expm1(steps * math.log(beta2)) if beta2 else square,
+        "age": torch.full_like(mean, number),
+    }
 
 
 def _is_scalar(value: Any) -> bool:

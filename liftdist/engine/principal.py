@@ -9,6 +9,9 @@ For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorte
 With ``dtype=torch.bfloat16`` the values and the moments take 2 B each: updates that bf16 rounds away are lost, as where
 bf16 weights are trained without master values.
 
+A parameter none of whose weights are selected requires no gradient until a refresh selects some: autograd computes none for it,
+and stops below the lowest that does.
+
 Backward: as soon as the gradient of a layer is reduced, a hook adds its principal entries to ``values.grad`` and drops
 the dense gradient. Step: any optimizer on ``values``, then ``write_back`` rounds the values into the model's weights.
 
@@ -28,12 +31,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from liftdist.distributed.collectives import Group, all_reduce_sum, together
 from liftdist.distributed.sharding import fsdp_modules, local_tensor, reshard
-from liftdist.engine import optimizer_states, reductions
+from liftdist.engine import optimizer_states, quantised, reductions
 from liftdist.engine.base_values import BaseValues
 from liftdist.engine.budgets.per_matrix import PerMatrix
 from liftdist.engine.clip import clip_grad_norm_
 from liftdist.engine.criteria.low_rank import LowRank
-from liftdist.engine.flat import Segment, former, lay_out
+from liftdist.engine.flat import Part, Segment, former, lay_out
 from liftdist.engine.gathered import Backwards
 from liftdist.engine.matrices import (
     Matrix,
@@ -46,6 +49,9 @@ from liftdist.engine.matrices import (
 from liftdist.engine.selection import Budget, Criterion, Excluded
 from liftdist.engine.selector import Selector
 from liftdist.errors import UserError
+
+IMPORTANCE = "importance."  # of a layer: scalar states that are the budget's
+TRIAL_BATCHES = 8  # by which a budget learns
 
 #: The instance whose hook takes the gradient of a parameter. Keeps neither alive.
 _taken: MutableMapping[Tensor, weakref.ref[PrincipalWeights]] = WeakTensorKeyDictionary()
@@ -149,6 +155,7 @@ class PrincipalWeights:
         self._reductions = reductions.watch(
             self._fsdp_modules, trained, sparse_reduce_scatter
         )  # by id of the parameter
+        reductions.renew(self._fsdp_modules)
         indices = initial_indices(self) if initial_indices else None
         self._lay_out(indices if indices is not None else self.select(on_selected))
         if indices is None and not self.num_selected:
@@ -160,10 +167,20 @@ class PrincipalWeights:
         for number, part in enumerate(self.parts):
             part.param.register_post_accumulate_grad_hook(_hook(self, number))
             _taken[part.param] = weakref.ref(self)
+        self._require_gradients(self.counts)
 
     def select(self, on_selected: Callable[[str, Tensor], None] | None = None) -> list[Tensor]:
         """Principal indices of the current weights, ``[k_local]`` int32 for each matrix. Collective."""
-        return self.selector.select(self.shard_group, self.replicate_group, self._reductions, on_selected)
+        is_first = not hasattr(self, "values")
+        trained = self._movements() if self.selector.replaces and not is_first else None
+        if not is_first:  # a criterion may gather gradients
+            self._require_gradients([1] * len(self.matrices))
+        return self.selector.select(self.shard_group, self.replicate_group, self._reductions, on_selected, trained)
+
+    def _movements(self) -> dict[int, tuple[Tensor, Tensor]]:
+        base, values = self._kept_base().of(self.parts), self.values.detach().float()
+        pairs = zip(self.parts, base, strict=True)
+        return {id(part.param): (part.positions, values[part.span] - before.float()) for part, before in pairs}
 
     def check_excluded(self) -> None:
         """Raises ``UserError`` if a weight that must not be selected was, before it was excluded. Collective."""
@@ -174,6 +191,11 @@ class PrincipalWeights:
                 matrix = segment.matrix
                 if segment.selected_ever()[matrix.cut(excluded(matrix))].any():
                     raise UserError(f"{matrix.name}: weights that are to be excluded have been trained already")
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether the model keeps weights that are not trained in fewer bits."""
+        return any(quantised.held_by(matrix.param) is not None for matrix in self.matrices)
 
     @property
     def num_selected(self) -> int:
@@ -207,8 +229,7 @@ class PrincipalWeights:
         """Write the values into the model's weights, rounded to their dtype, and clear the flat gradient."""
         gradient = self._attached_grad()
         for part in self.parts:
-            memory = part.memory
-            memory.index_copy_(0, part.positions.long(), self.values[part.span].to(memory))
+            part.write(part.positions, self.values[part.span])
         gradient.zero_()
         self.written_back()
 
@@ -275,28 +296,64 @@ class PrincipalWeights:
         """
         self.check_not_at_base()
         states = optimizer_states.of_elements(optimizer, self.values)
-        old_segments, old_values = self._segments, self.values.detach()
-        self.selector.advance(number)
+        old_segments, old_parts, old_values = self._segments, self.parts, self.values.detach()
+        self.selector.advance(number, self._loss_of if self.selector.learns else None)
         self._lay_out(self.select())
         if not self.num_selected:
             raise UserError(f"nothing is left to train: {self.selector.criterion} selects no weight of any matrix")
         for old, new in zip(old_segments, self._segments, strict=True):
             new.past = old.past_and_present()
+        if self.selector.replaces:
+            self._restore_base(old_parts)
         # [k_local] place of each new entry in the old vector, -1 if it was not selected
         source = self._flat([former(old, new) for old, new in zip(old_segments, self._segments, strict=True)], -1)
         stayed = source >= 0
         values = self._read_shards()
         values[stayed] = old_values[source[stayed]]
         self._replace_values(values)
+        begun = self._gathered_states(optimizer)
         for state, key in states:
             before = optimizer_states.dense(state[key])
-            moved = torch.zeros_like(values, dtype=before.dtype)
+            moved = begun.get(key, torch.zeros_like(values)).to(before.dtype)
             moved[stayed] = before[source[stayed]]
             state[key] = optimizer_states.in_own_format(optimizer, key, self.values, moved)
         selected = sum(indices.numel() for indices in self.indices)
         count = torch.stack([stayed.sum(), torch.tensor(selected, device=stayed.device)])
         kept, total = all_reduce_sum(count, self.shard_group).tolist()
         return kept / max(total, 1)
+
+    def _loss_of(self, factor_of: Callable[[str], float]) -> float:
+        """The mean loss over batches where what each matrix has learned is multiplied by its factor. Equal on all ranks."""
+        assert self.selector.backwards is not None
+        names = {id(matrix.param): matrix.name for matrix in self.matrices}
+        with self._kept_base().scaled(self.parts, [factor_of(names[id(part.param)]) for part in self.parts]):
+            self.written_back()
+            parts = list(self.selector.backwards(TRIAL_BATCHES))
+        self.written_back()
+        total = all_reduce_sum(
+            all_reduce_sum(torch.stack(parts).double().sum(), self.shard_group), self.replicate_group
+        )
+        replicas = 1 if self.replicate_group is None else self.replicate_group.size()
+        return total.item() / len(parts) / replicas
+
+    def _restore_base(self, former: Sequence[Part]) -> None:
+        """Give weights of ``former`` that are not selected now their base values back."""
+        for old, new, values in zip(former, self.parts, self._kept_base().of(former), strict=True):
+            left = ~torch.isin(old.positions, new.positions)
+            old.write(old.positions[left], values[left])
+        self.written_back()
+
+    def _gathered_states(self, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+        """Optimizer states ``[k_local]`` from the gradients that a criterion that replaces has gathered, which are freed."""
+        sums, self.selector.gathered = self.selector.gathered, {}
+        if not sums:
+            return {}
+        number = self.selector.criterion.batches  # type: ignore[attr-defined]
+        pairs = [(sums[id(part.param)], part.positions) for part in self.parts]
+        mean, square = (
+            self._flat([states[place].index_select(0, where) for states, where in pairs]) / number for place in (0, 1)
+        )
+        return optimizer_states.gathered(optimizer, self.values, mean, square, number)
 
     @torch.no_grad()
     def state_dict(self, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Tensor]:
@@ -347,8 +404,12 @@ class PrincipalWeights:
             return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
 
         self.check_not_at_base()
+        self.selector.importance = {
+            key.removeprefix(IMPORTANCE): value for key, value in (scalars or {}).items() if key.startswith(IMPORTANCE)
+        }
         if self._base is not None:
             self._base = BaseValues()
+        if self._base is not None or self.is_quantised:
             self._lay_out([local(matrix, "dropped_indices") for matrix in self.matrices])
         self._lay_out([local(matrix, "indices") for matrix in self.matrices])
         for segment in self._segments:
@@ -367,15 +428,16 @@ class PrincipalWeights:
         keys = {key.partition("/optimizer.")[2] for key in state if "/optimizer." in key}
         if optimizer is not None and (keys or scalars):
             elements = {key: flat(f"optimizer.{key}") for key in keys}
-            own = {key: torch.tensor(value) for key, value in (scalars or {}).items()}
+            own = {k: torch.tensor(value) for k, value in (scalars or {}).items() if not k.startswith(IMPORTANCE)}
             settings = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {0: elements | own}, "param_groups": settings})
             kept = optimizer.state[self.values]
             kept |= {key: optimizer_states.in_own_format(optimizer, key, self.values, kept[key]) for key in keys}
 
     def scalar_states(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """The optimizer's scalar states, equal on all ranks: the ``scalars`` of :meth:`load_state_dict`."""
-        return optimizer_states.scalars(optimizer, self.values)
+        """The optimizer's scalar states and the budget's, equal on all ranks: the ``scalars`` of :meth:`load_state_dict`."""
+        learned = {f"{IMPORTANCE}{layer}": value for layer, value in self.selector.importance.items()}
+        return optimizer_states.scalars(optimizer, self.values) | learned
 
     def non_finite(self) -> list[str]:
         """Names of the matrices whose principal gradient on this rank is not finite."""
@@ -391,6 +453,14 @@ class PrincipalWeights:
         self.values.data = values
         self._grad = torch.zeros_like(values, dtype=torch.float32)
         self.values.grad = self._grad
+        self._require_gradients(self.counts)
+
+    def _require_gradients(self, counts: Sequence[int]) -> None:
+        """Let those parameters alone require gradients of whose matrices some count is not zero, the same on all ranks."""
+        needed = {id(matrix.param) for matrix, count in zip(self.matrices, counts, strict=True) if count}
+        for part in self.parts:
+            part.param.requires_grad_(id(part.param) in needed)
+        reductions.renew(self._fsdp_modules)
 
     def _lay_out(self, indices: Sequence[Tensor]) -> None:
         """Make the segments of matrices and parameters from the local indices of each matrix."""
@@ -398,6 +468,9 @@ class PrincipalWeights:
         for part in self.parts:
             if part.reduction is not None:
                 part.reduction.choose(part.param, part.positions)
+        quantised.make_exact(
+            [part.param for part in self.parts], [part.positions for part in self.parts], self.shard_group
+        )
         if self._base is not None:
             self._base.add(self.parts)
         if not self.selector.is_known:
@@ -406,7 +479,7 @@ class PrincipalWeights:
 
     def _read_shards(self) -> Tensor:
         """``[k_local]`` in :attr:`dtype`, the principal weights as the model holds them."""
-        return self._flat([part.memory.index_select(0, part.positions).to(self.dtype) for part in self.parts])
+        return self._flat([part.read(part.positions).to(self.dtype) for part in self.parts])
 
     def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
         """The concatenation of vectors, padded as ``values`` is."""

@@ -1,7 +1,7 @@
 """How FSDP2 reduces the gradients of trained matrices: exchanged sparsely, and read before they are rounded.
 
 A unit, one FSDP module, reduces the gradients of its parameters together. Each rank holds them unsharded, in one buffer with a
-row for each shard; row s concatenates, over the parameters, the padded rows that shard s owns:
+row for each shard; row s concatenates, over the parameters that require gradients now, the padded rows that shard s owns:
 
     dense    [shards, row] --reduce-scatter--> [row]          4 B per weight, float32
 
@@ -21,6 +21,7 @@ before the cast, and the parameter's own hook finds its part of it by that offse
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultReduceS
 from torch.distributed.tensor import DTensor, Shard
 
 from liftdist.distributed.collectives import all_gather_single, reduce_scatter_single
-from liftdist.distributed.sharding import row_bounds
+from liftdist.distributed.rows import row_bounds
+from liftdist.distributed.sharding import reshard
 
 
 class FSDPReduction:
@@ -45,19 +47,26 @@ class FSDPReduction:
         gradient_dtype: torch.dtype,
         previous_hook: Callable[[Tensor], None] | None,
     ) -> None:
+        self._params = params  # the trained ones, in the order of the buffer
         self._shards = shards
         self._gradient_dtype = gradient_dtype  # as backward produces them
         self._previous_hook = previous_hook  # an all-reduce hook that was installed before
         self.reduced: Tensor | None = None  # [row] in the reduction's dtype
         self._waiting = 0  # parameters that have not read their part yet
-        self._offsets: dict[int, int] = {}  # where each trained parameter begins in a row, by id
-        self._row = 0  # elements of a row
-        for param in params:
-            self._offsets[id(param)] = self._row
-            self._row += row_bounds(param.shape[0], shards)[1] * (param.numel() // param.shape[0])
         self._indices: dict[int, Tensor] = {}  # by id of the parameter, into this rank's rows
         self._width: int | None = None
         self._is_dense = False
+
+    @property
+    def _sizes(self) -> dict[int, int]:
+        """Elements in a row of each parameter that requires a gradient now, by id."""
+        needed = [param for param in self._params if param.requires_grad]
+        return {id(p): row_bounds(p.shape[0], self._shards)[1] * (p.numel() // p.shape[0]) for p in needed}
+
+    @property
+    def _row(self) -> int:
+        """Elements of a row."""
+        return sum(self._sizes.values())
 
     def choose(self, param: nn.Parameter, indices: Tensor) -> None:
         """Set the principal weights of this rank's rows of ``param`` to ``indices``, ``[k_local]`` int32."""
@@ -80,7 +89,7 @@ class FSDPReduction:
         # FSDP casts the buffer right after this hook, then fires the parameters' own hooks
         if reduced.is_cuda:
             reduced.record_stream(torch.cuda.current_stream(reduced.device))
-        self.reduced, self._waiting = reduced, len(self._offsets)
+        self.reduced, self._waiting = reduced, len(self._sizes)
 
     def unrounded(self, gradient: Tensor) -> Tensor:
         """``gradient`` before rounding, ``[numel]``, or ``gradient`` itself if the reduction did not round it."""
@@ -113,7 +122,9 @@ class FSDPReduction:
         output_tensor.zero_()
         if width == 0:
             return
-        mine = torch.cat([self._indices[key] + offset for key, offset in self._offsets.items()])
+        sizes = self._sizes
+        offsets = itertools.accumulate(sizes.values(), initial=0)
+        mine = torch.cat([self._indices[key] + offset for key, offset in zip(sizes, offsets, strict=False)])
         where = mine.new_empty(shards * width)
         all_gather_single(where, nn.functional.pad(mine, (0, width - mine.numel())), group=group)
         rows = torch.arange(shards, device=where.device).mul_(row).repeat_interleave(width)
@@ -163,3 +174,15 @@ def watch(
             module.set_custom_reduce_scatter(reduction if sparse else DefaultReduceScatter())  # type: ignore[arg-type]
         of_param.update(dict.fromkeys(map(id, owned), reduction))
     return of_param
+
+
+def renew(modules: Sequence[FSDPModule]) -> None:
+    """To be called when other parameters require gradients than before.
+
+    FSDP copies the flag when it gathers a parameter, and takes the dtype in which a unit is reduced from the parameters that
+    required gradients in its first forward: it would reduce in bf16 where none did.
+    """
+    reshard(modules)
+    for module in modules:
+        if (group := module._get_fsdp_state()._fsdp_param_group) is not None:
+            group._init_mp_dtypes()

@@ -22,7 +22,7 @@ THREADS = 1  # fixed: another number of threads rounds differently and changes a
 #: Scores of a slice of rows: [rows, n] float32, none negative but those of entries that are excluded.
 Scores = Callable[[slice], Tensor]
 
-_LARGEST = torch.finfo(torch.float32).max
+LARGEST = torch.finfo(torch.float32).max
 
 
 class Scored(ABC):
@@ -121,7 +121,7 @@ def histogram(scores_of: Scores, shape: Sequence[int]) -> Tensor:
 def inverted(magnitudes: Tensor) -> Tensor:
     """Scores in the exact opposite order: the smallest of ``magnitudes``, float32 and none negative, becomes the largest."""
     bits = magnitudes.contiguous().abs().view(torch.int32)
-    return (torch.tensor(_LARGEST).view(torch.int32).to(bits.device) - bits).view(torch.float32)
+    return (torch.tensor(LARGEST).view(torch.int32).to(bits.device) - bits).view(torch.float32)
 
 
 @contextlib.contextmanager

@@ -55,7 +55,8 @@ class Budget(Protocol):
         """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name.
 
         With a member ``compares`` that is true the sum is divided anew by the scores: by ``divide``, or :func:`compare`. With one
-        ``redraws`` that is true it differs from one selection to the next, and is given how many there were before.
+        ``redraws`` that is true it differs from one selection to the next, and is given how many there were before. One that also
+        has ``learn`` is given what that has returned last, see :mod:`liftdist.engine.budgets.ist`.
         """
 
 
@@ -194,6 +195,25 @@ def in_proportion(
 
     Arguments and errors are those of :func:`compare`. Collective over both groups.
     """
+    sums = sums_of_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded)
+    weights, caps = sums[:, 0].tolist(), sums[:, 1].long().tolist()
+    room = sum(cap for cap, weight in zip(caps, weights, strict=True) if weight)
+    return apportion(min(sum(counts), room), weights, caps)
+
+
+def sums_of_scores(
+    matrices: Sequence[Matrix],
+    counts: Sequence[int],
+    criterion: Scored,
+    shard_group: Group = None,
+    replicate_group: Group = None,
+    progress: Callable[[int, int], None] | None = None,
+    excluded: Excluded | None = None,
+) -> Tensor:
+    """``[matrices, 2]`` float64 on the host: the sum of the scores of each, and how many are of weights that may be selected.
+
+    Arguments and errors are those of :func:`compare`. Collective over both groups.
+    """
     sums = torch.zeros(
         len(matrices), 2, dtype=torch.float64
     )  # of the scores; how many are of weights that may be selected
@@ -205,10 +225,7 @@ def in_proportion(
             sums[item, 1] += int((scores >= 0).sum())
 
     _visit_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded, add)
-    over_ranks = all_reduce_sum(all_reduce_sum(sums.to(matrices[0].device), shard_group), replicate_group).cpu()
-    weights, caps = over_ranks[:, 0].tolist(), over_ranks[:, 1].long().tolist()
-    room = sum(cap for cap, weight in zip(caps, weights, strict=True) if weight)
-    return apportion(min(sum(counts), room), weights, caps)
+    return all_reduce_sum(all_reduce_sum(sums.to(matrices[0].device), shard_group), replicate_group).cpu()
 
 
 def _visit_scores(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from liftdist.distributed.collectives import Group, together
 from liftdist.engine import selection
-from liftdist.engine.gathered import Backwards, Gathered, gather
+from liftdist.engine.gathered import Backwards, Gathered, Movements, gather
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.reductions import FSDPReduction
 from liftdist.engine.scores import Scored
 from liftdist.engine.selection import Budget, Criterion, Excluded
 from liftdist.errors import UserError
+
+#: The loss where a factor, a function of the name of a matrix, scales what each matrix has learned. Collective.
+LossOf = Callable[[Callable[[str], float]], float]
 
 
 class Selector:
@@ -36,12 +40,16 @@ class Selector:
     ) -> None:
         self._matrices = matrices
         self.criterion, self.budget, self.excluded = criterion, budget, excluded
-        self._progress, self._backwards = progress, backwards
+        self._progress, self.backwards = progress, backwards
         self.num_excluded = [0] * len(matrices)
         if excluded is not None:
             with together():  # what is excluded may come from files
                 self.num_excluded = [excluded(matrix).numel() for matrix in matrices]
         self.is_gathering = False  # gradients for a selection, which are not to be trained with
+        self.gathered: dict[
+            int, list[Tensor]
+        ] = {}  # what a criterion that replaces has gathered, by id of the parameter
+        self.importance: dict[str, float] = {}  # what a budget has learned, which is part of a checkpoint
         self.refreshes = 0  # how many times the weights have been selected before
         self.allotted = self._allot()  # weights of each matrix to select, as the budget says
 
@@ -50,9 +58,21 @@ class Selector:
         """Whether the same number of weights of a matrix is selected each time, as the budget alone says."""
         return not (self._compares or self._redraws or selection.decides_number(self.criterion))
 
-    def advance(self, number: int | None = None) -> None:
-        """Go on to the next refresh, or to the one with this number, counted from 1."""
+    @property
+    def learns(self) -> bool:
+        """Whether the budget learns from what the model does."""
+        return hasattr(self.budget, "learn")
+
+    def advance(self, number: int | None = None, loss_of: LossOf | None = None) -> None:
+        """Go on to the next refresh, or to the one with this number, counted from 1.
+
+        Args:
+            loss_of: for a budget that learns.
+        """
         self.refreshes = self.refreshes + 1 if number is None else number
+        if self.learns and loss_of is not None:
+            shapes = {matrix.name: matrix.shape for matrix in self._matrices}
+            self.importance = self.budget.learn(self.importance, shapes, self.refreshes, loss_of)  # type: ignore[attr-defined]
         self.allotted = self._allot()
 
     def select(
@@ -61,17 +81,19 @@ class Selector:
         replicate_group: Group,
         reductions: Mapping[int, FSDPReduction],
         on_selected: Callable[[str, Tensor], None] | None = None,
+        trained: Movements | None = None,
     ) -> list[Tensor]:
         """Indices by the current weights, ``[k_local]`` int32 for each matrix. Collective.
 
         Args:
             reductions: how the gradient of each parameter is reduced, by its ``id``.
             on_selected: see :func:`liftdist.engine.selection.select`.
+            trained: what is trained now, for a criterion that replaces some of it.
         """
         shared = shard_group, replicate_group, self._progress, self.excluded
         counts, matrices = self.allotted, self._matrices
         if isinstance(self.criterion, Gathered):
-            matrices = self._gather(self.criterion, reductions)
+            matrices, self.gathered = self._gather(self.criterion, reductions, trained)
         if self._compares:
             if not (isinstance(self.criterion, Scored) and self.criterion.are_magnitudes):
                 raise UserError(
@@ -81,19 +103,28 @@ class Selector:
             counts = divide(matrices, counts, self.criterion, *shared)
         return selection.select(matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
 
-    def _gather(self, criterion: Gathered, reductions: Mapping[int, FSDPReduction]) -> list[Matrix]:
-        """The matrices with the statistic of the criterion in place of their weights. Collective."""
-        if self._backwards is None:
+    @property
+    def replaces(self) -> bool:
+        """See :attr:`liftdist.engine.gathered.Gathered.replaces`."""
+        return bool(getattr(self.criterion, "replaces", False))
+
+    def _gather(
+        self, criterion: Gathered, reductions: Mapping[int, FSDPReduction], trained: Movements | None
+    ) -> tuple[list[Matrix], dict[int, list[Tensor]]]:
+        """The matrices with the statistic of the criterion in place of their weights; what it has gathered. Collective."""
+        if self.backwards is None:
             raise ValueError(f"{criterion} needs gradients: pass backwards")
         self.is_gathering = True
         try:
-            return gather(criterion, self._matrices, reductions, self._backwards)
+            return gather(criterion, self._matrices, reductions, self.backwards, trained)
         finally:
             self.is_gathering = False
 
     def _allot(self) -> list[int]:
         shapes = {matrix.name: matrix.shape for matrix in self._matrices}
-        redrawn = (self.refreshes,) if self._redraws else ()
+        redrawn: tuple[Any, ...] = (self.refreshes,) if self._redraws else ()
+        if self.learns:
+            redrawn = *redrawn, self.importance
         allotted = self.budget.allot(shapes, *redrawn)
         room = [matrix.numel - number for matrix, number in zip(self._matrices, self.num_excluded, strict=True)]
         counts = [allotted[matrix.name] for matrix in self._matrices]

@@ -1,7 +1,8 @@
-"""Checks of a model folder before weights are read, and what weights look like. Imports no torch."""
+"""Checks of a model folder before weights are read, and what weights look like. Imports torch only to say why one is refused."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 from pathlib import Path
@@ -62,6 +63,8 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown method")
         raise UserError(f"{file}: quantised weights ({method}) cannot be trained; use the unquantised model")
+    if _is_listed(model_type):
+        return raw
     from transformers.models.auto import configuration_auto, modeling_auto  # slow to import
 
     known = {**modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
@@ -76,3 +79,19 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             f"{file}: model_type {model_type!r} is not a causal language model known to transformers; {hint}"
         )
     return raw
+
+
+def _is_listed(model_type: str) -> bool:
+    """Whether the source of transformers lists a type as that of a causal language model; False may mean another layout.
+
+    Read as text, because its import brings torch with it, and takes ten times as long as all other checks.
+    """
+    package = importlib.util.find_spec("transformers")
+    if package is None or package.origin is None:
+        return False
+    source = Path(package.origin).parent / "models" / "auto" / "modeling_auto.py"
+    if not source.is_file():
+        return False
+    table = r"^MODEL_FOR_(?:CAUSAL|MULTIMODAL)_LM_MAPPING_NAMES = OrderedDict\($(.*?)^\)"
+    tables = re.findall(table, source.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    return any(f'("{model_type}", ' in table for table in tables)

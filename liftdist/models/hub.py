@@ -29,12 +29,59 @@ def resolve_model(path: str, revision: str | None = None, weights: bool = True) 
     return _resolve(path, revision, HUB_FILES if weights else [p for p in HUB_FILES if "safetensors" not in p])
 
 
+def model_of(text: str, setting: str) -> tuple[Path, Repository | None]:
+    """The folder of a model that is given as ``FOLDER`` or, on the hub, ``NAME[@REVISION]``; its repository, if it is there.
+
+    Args:
+        setting: what gives it, for messages.
+
+    Raises:
+        UserError: as :func:`resolve_model`.
+    """
+    folder = Path(text).expanduser()
+    name, _, revision = text.partition("@")
+    repo = None if folder.is_dir() else repository(name, revision or None, setting)
+    return (folder if repo is None else _fetch(repo, HUB_FILES)), repo
+
+
+def file_of(text: str, file: str, setting: str) -> Path:
+    """The path of a file that is given as such or, on the hub, by the ``NAME[@REVISION]`` of the repository that holds ``file``.
+
+    Raises:
+        UserError: as :func:`resolve_model`, or the repository holds no such file. A path may be of nothing.
+    """
+    path = Path(text).expanduser()
+    name, _, revision = text.partition("@")
+    if path.exists() or not re.fullmatch(hub.FULL_NAME, name):
+        return path
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import RemoteEntryNotFoundError
+
+    repo = Repository(setting, hub.MODEL, name, revision or None, local="file")
+    with repo.reading() as (commit, offline):
+        try:
+            return Path(hf_hub_download(name, file, revision=commit, local_files_only=offline))
+        except RemoteEntryNotFoundError:
+            raise UserError(f"{repo}: the repository holds no {file}") from None
+
+
+def cached_model(name: str, commit: str) -> Path:
+    """The folder of a model in the hub's cache. Raises ``UserError`` if it is not there; uses no network."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, revision=commit, local_files_only=True))
+    except LocalEntryNotFoundError:
+        raise UserError(f"{name}: commit {commit} is not in the hub's cache") from None
+
+
 def resolve_config(path: str, revision: str | None = None) -> Path:
     """Like :func:`resolve_model`, but for ``config.json`` and code files only."""
     return _resolve(path, revision, CONFIG_FILES)
 
 
-def repository(path: str, revision: str | None = None) -> Repository | None:
+def repository(path: str, revision: str | None = None, setting: str = "model.path") -> Repository | None:
     """The repository that ``path`` names; None if it is a local folder. Raises ``UserError`` if it can be neither."""
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -44,33 +91,28 @@ def repository(path: str, revision: str | None = None) -> Repository | None:
             )
         return None
     if path.startswith((".", "/", "~")) or not re.fullmatch(hub.NAME, path):
-        raise UserError(
-            f"model.path {path}: " + ("is a file; name its folder" if folder.exists() else "no such folder")
-        )
-    return Repository("model.path", hub.MODEL, path, revision)
+        raise UserError(f"{setting} {path}: " + ("is a file; name its folder" if folder.exists() else "no such folder"))
+    return Repository(setting, hub.MODEL, path, revision)
 
 
 def _resolve(path: str, revision: str | None, patterns: Sequence[str]) -> Path:
     repo = repository(path, revision)
-    if repo is None:
-        return Path(path).expanduser()
+    return Path(path).expanduser() if repo is None else _fetch(repo, patterns)
+
+
+def _fetch(repo: Repository, patterns: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    commit, unreachable = repo.commit(), hub.why_unreachable()
-    try:
+    with repo.reading() as (commit, offline):
         folder = Path(
             snapshot_download(
-                path,
-                revision=commit or revision,
+                repo.name,
+                revision=commit,
                 allow_patterns=list(patterns),
                 ignore_patterns=HUB_DUPLICATES,
-                local_files_only=unreachable is not None,
+                local_files_only=offline,
             )
         )
-    except Exception as error:  # the library raises errors of many kinds
-        if unreachable is not None:
-            raise repo.unreachable(unreachable) from None
-        raise repo.error(error) from None
     if not (folder / "config.json").exists():
         adapter = (folder / "adapter_config.json").exists()
         raise UserError(

@@ -3,7 +3,8 @@
     meta model -> fully_shard(each decoder layer), fully_shard(root) -> empty shards -> this rank's rows of every tensor
 
 Each rank reads only its own rows. A checkpoint is accepted only if each row of the model's tensors is a row of one of its own,
-see ``names``; quantised weights are rejected. Loaded rows are checked against the files.
+see ``names``; quantised weights are rejected. Loaded rows are checked against the files. With ``model.base_dtype`` the matrices
+of the decoder are quantised as they are read.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from transformers import PreTrainedModel
 
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
-from liftdist.distributed.sharding import fsdp_modules, rows_local
+from liftdist.distributed.sharding import fsdp_modules
+from liftdist.engine import quantised
 from liftdist.engine.decoder import towers
+from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
 from liftdist.models.build import (
     build,
@@ -33,6 +36,7 @@ from liftdist.models.build import (
     recompute,
     tensors,
 )
+from liftdist.models.fill import fill, verify
 from liftdist.models.names import NameMap, match
 from liftdist.models.weights import ModelFolder
 from liftdist.schema import ModelConfig
@@ -63,12 +67,15 @@ def load(
         model = build(hf_config, config)
         names = prepare(model, match(model, files))
     shard(model, config, mesh)
+    if config.base_dtype is not None:
+        matrices = {place.param for place in principal_matrices(model).values()}
+        quantised.quantise(fsdp_modules(model), matrices, config.base_dtype, mesh.device)
     model.to_empty(device=mesh.device)
     model.tie_weights()
     with together():
         compute_buffers(model)
-        _fill(model, files, names, check)
-        _verify(model, files, names, random.Random(mesh.rank))
+        fill(model, files, names, check)
+        verify(model, files, names, random.Random(mesh.rank))
     return model, names
 
 
@@ -187,29 +194,3 @@ def _compute_buffers(module: nn.Module, name: str, enclosing: PreTrainedModel, o
         _compute_buffers(child, prefix + child_name, enclosing, owners)
     if name in owners or any(owner.startswith(prefix) for owner in owners):
         enclosing._init_weights(module)
-
-
-@torch.no_grad()
-def _fill(model: PreTrainedModel, files: ModelFolder, names: NameMap, check: Callable[[], None]) -> None:
-    for name, tensor in tensors(model).items():
-        first, rows = rows_local(tensor)
-        for piece in names.pieces[name]:
-            begin, end = max(piece.row - first, 0), min(piece.row + piece.rows - first, len(rows))
-            if begin < end:
-                stored = first + begin - piece.row + piece.source_row
-                rows[begin:end].copy_(files.rows(piece.source, stored, stored + end - begin))
-                check()
-
-
-@torch.no_grad()
-def _verify(model: PreTrainedModel, files: ModelFolder, names: NameMap, rng: random.Random) -> None:
-    """Compare a random row of every tensor in the model with that of its file. Catches misplaced rows."""
-    for name, tensor in tensors(model).items():
-        first, rows = rows_local(tensor)
-        if not rows.numel() or not names.pieces[name]:
-            continue
-        row = rng.randrange(len(rows))
-        piece = next(p for p in names.pieces[name] if p.row <= first + row < p.row + p.rows)
-        expected = files.row(piece.source, first + row - piece.row + piece.source_row).to(rows.dtype)
-        if not torch.equal(rows[row].cpu().flatten(), expected):
-            raise RuntimeError(f"{name}: row {first + row} is not what {files.file_of[piece.source]} holds")

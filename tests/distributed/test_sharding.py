@@ -4,7 +4,8 @@ import itertools
 
 import torch
 
-from liftdist.distributed.sharding import advice_on_padding, padding, row_bounds
+from liftdist.distributed.rows import row_bounds
+from liftdist.distributed.sharding import advice_on_padding, padding
 
 
 def test_rows_are_dealt_as_torch_does():

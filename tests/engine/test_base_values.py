@@ -121,7 +121,7 @@ def test_no_third_copy_is_held():
     """Base values and trained values change places."""
     principal = make(mlp(torch.bfloat16), keep_base=True)
     with LiveBytes() as live:
-        for held in (*(part.memory for part in principal.parts), *principal._base._values):
+        for held in (*(local_tensor(part.param) for part in principal.parts), *principal._base._values):
             live.add(held)
         before = live.now
         with principal.at_base():

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from liftdist.deltas import delta as deltas
 from liftdist.deltas.formats import hf
 from liftdist.models import build, check, weights
-from liftdist.models.load import _verify, load
+from liftdist.models.fill import verify
+from liftdist.models.load import load
 from liftdist.schema import ModelConfig
 
 FAMILIES = {
@@ -116,11 +117,11 @@ def misplaced_rows(mesh, folder):
         kept = local.clone()
         local.copy_(kept.roll(1, 0))
         try:
-            _verify(model, checkpoint, names, random.Random(0))
+            verify(model, checkpoint, names, random.Random(0))
         except RuntimeError as error:
             caught += "is not what model.safetensors holds" in str(error)
         local.copy_(kept)
-    _verify(model, checkpoint, names, random.Random(0))
+    verify(model, checkpoint, names, random.Random(0))
     return caught
 
 
