@@ -29,14 +29,17 @@ def decode(coded: Tensor, count: int) -> Tensor:
     ends = np.flatnonzero(raw < 128)[:count] + 1
     if len(ends) != count or len(raw) - (int(ends[-1]) if count else 0) >= 8:
         raise ValueError(f"the number of indices is not {count}, as the metadata states")
-    starts = np.concatenate([[0], ends[:-1]])
-    gaps = np.zeros(count, dtype=np.int64)
-    lengths = ends - starts
-    if lengths.max(initial=0) > 9:
-        raise ValueError("an index is out of range")
-    for place in range(int(lengths.max(initial=0))):
-        chosen = lengths > place
-        gaps[chosen] |= (raw[starts[chosen] + place].astype(np.int64) & 127) << (7 * place)
+    if count == 0 or int(ends[-1]) == count:  # of one byte each
+        gaps = raw[:count].astype(np.int64)
+    else:
+        starts = np.concatenate([[0], ends[:-1]])
+        gaps = raw[starts].astype(np.int64) & 127
+        lengths = ends - starts
+        if lengths.max(initial=0) > 9:
+            raise ValueError("an index is out of range")
+        for place in range(1, int(lengths.max(initial=0))):  # few numbers have so many
+            longer = np.flatnonzero(lengths > place)
+            gaps[longer] |= (raw[starts[longer] + place].astype(np.int64) & 127) << (7 * place)
     indices = np.cumsum(gaps)
     if count and (indices[0] < 0 or (count > 1 and (indices[1:] <= indices[:-1]).any())):
         raise ValueError("indices do not ascend")

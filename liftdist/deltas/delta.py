@@ -4,8 +4,8 @@
         NAME.gaps      [bytes] uint8   k sorted flat indices: the first, then each less the one before, as LEB128 numbers
         NAME.values    [k]             new values
         NAME.base      [k]             base values; may be left out
-    metadata: digest of the base model, its name and commit if it is from the hub, shape and dtypes of every tensor,
-              sha256 of the contents
+    metadata: digest of the base model, its name and commit if it is from the hub, how the delta was made, shape and dtypes of
+              every tensor, sha256 of the contents
 
     apply: t[indices] = values, where t[indices] was base          undo: t[indices] = base, where t[indices] was values
 
@@ -15,11 +15,12 @@ takes about 5 bytes per changed weight, 3 without base values.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from torch import Tensor
 from liftdist import __version__
 from liftdist.errors import UserError
 
-if TYPE_CHECKING:  # imports transformers
-    from liftdist.deltas.adapter import Adapters
+if TYPE_CHECKING:
+    from liftdist.deltas.adapter import Adapters  # imports transformers
+    from liftdist.deltas.difference import Difference  # imports this
 
-ABOUT = "liftdist.json"  # file of an exported model that holds Delta.about
+ABOUT = "liftdist.json"  # file of an exported model or adapter that holds Delta.about
 ORIGIN = ("base_model", "base_commit")
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -44,6 +46,14 @@ class Change:
     indices: Tensor  # [k] int64, flat, sorted
     values: Tensor  # [k], in the dtype that represents both base and trained values exactly
     base: Tensor | None  # [k], the base values in the same dtype
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def undoable(self) -> bool:
+        return self.base is not None
 
     def rows(self, begin: int, end: int) -> Change:
         """The part in rows ``[begin, end)`` of the tensor ``[..., n]`` seen as ``[all, n]``, with indices into them."""
@@ -69,31 +79,45 @@ class Delta:
     location: Path  # the file or folder that it was read from
     base_digest: str  # digest of the base model
     names: list[str]
-    get: Callable[[str], Change]
+    get: Callable[[str], Change | Difference]  # differences of a compressed one, see liftdist.deltas.difference.on
     origin: Mapping[str, str] = field(default_factory=dict)  # base_model and base_commit, if known: its name on the hub
     whole: Callable[[str, Tensor], Tensor] | None = (
         None  # the new tensor from the base's, where all of its weights may change
     )
     adapters: Adapters | None = None  # that, merged, are what changed
+    made: Mapping[str, Any] = field(default_factory=dict)  # how, if it is known: what JSON can hold
+    sha256: str = ""  # of the contents of the file or checkpoint
 
     @cached_property
     def known(self) -> frozenset[str]:
         """:attr:`names`, to look one up."""
         return frozenset(self.names)
 
-    def about(self) -> dict[str, str]:
-        """What a result says of where it comes from: the base model, its digest, and the version of liftdist."""
-        return {**self.origin, "base_digest": self.base_digest, "liftdist": __version__}
+    def about(self) -> dict[str, Any]:
+        """What a result says of where it comes from: the base model, its digest, how it was made, and the version of liftdist."""
+        made = {"made": dict(self.made)} if self.made else {}
+        return {**self.origin, "base_digest": self.base_digest, **made, "liftdist": __version__}
+
+    def write_about(self, folder: Path) -> None:
+        """Write :meth:`about` into a folder of a result."""
+        (folder / ABOUT).write_text(json.dumps(self.about(), indent=2) + "\n")
 
 
 def changed(delta: Delta) -> Iterator[tuple[str, Change]]:
-    """The tensors that differ from the base. Raises ``UserError`` for a value that is not finite."""
+    """The tensors that differ from the base. Raises ``UserError`` for a value that is not finite, or differences alone."""
     for name in delta.names:
         change = delta.get(name)
+        if not isinstance(change, Change):
+            raise no_values(delta)
         if change.indices.numel():
             if not is_finite(change.values):
                 raise UserError(f"{delta.location}: {name} holds a value that is not finite")
             yield name, change
+
+
+def no_values(delta: Delta) -> UserError:
+    """Says that a compressed delta is used where values are needed."""
+    return UserError(f"{delta.location}: is compressed, so that its values depend on the base model; give --base")
 
 
 def is_finite(values: Tensor) -> bool:
@@ -112,37 +136,81 @@ def bits(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(_BITS[tensor.element_size()])
 
 
-def edit(name: str, tensor: Tensor, undo: Change | None, apply: Change | None) -> Tensor:
-    """A new tensor: ``tensor`` with ``undo`` undone and ``apply`` applied. Raises ``UserError`` for unexpected values."""
-    for change in (undo, apply):
-        if change is not None and tuple(tensor.shape) != change.shape:
+def edit(
+    name: str,
+    tensor: Tensor,
+    undo: Sequence[Change | Difference],
+    apply: Sequence[Change | Difference],
+    in_place: bool = False,
+) -> Tensor:
+    """``tensor`` with all of ``undo`` undone, then all of ``apply`` applied; those of either are disjoint.
+
+    Args:
+        in_place: whether ``tensor`` may be written to; else the result is a new one.
+
+    Raises ``UserError`` for unexpected values."""
+    for change in (*undo, *apply):
+        if tuple(tensor.shape) != change.shape:
             raise UserError(f"{name} is {list(tensor.shape)}, the delta is for {list(change.shape)}")
-        if change is not None and change.base is None and change is undo:
+    for change in undo:
+        if not isinstance(change, Change):
+            change = change.undone(tensor.flatten()[change.indices])
+        if change.base is None:
             raise UserError(f"{name}: the delta holds no base values: it cannot be undone")
-    if undo is not None and undo.base is not None:
-        tensor = _replace(name, tensor.to(undo.values.dtype), undo.indices, undo.values, undo.base, "new values").to(
-            undo.stored
-        )
-    if apply is not None:
-        tensor = _replace(name, tensor.to(apply.values.dtype), apply.indices, apply.base, apply.values, "base values")
+        tensor = _replace(name, tensor, change.indices, change.values, change.base, "new values of the delta", in_place)
+        in_place = True
+    if undo:
+        tensor = tensor.to(
+            min((change.stored for change in undo), key=lambda dtype: dtype.itemsize)
+        )  # of the first of them
+    for change in apply:
+        if not isinstance(change, Change):
+            change = change.applied(tensor.flatten()[change.indices])
+            if not is_finite(change.values):
+                raise UserError(f"{name}: becomes a value that is not finite")
+        what = "base values of the delta; if another one is applied there, `liftdist merge` makes one of both"
+        tensor = _replace(name, tensor, change.indices, change.base, change.values, what, in_place)
+        in_place = True
     return tensor
 
 
-def _replace(name: str, tensor: Tensor, indices: Tensor, old: Tensor | None, new: Tensor, what: str) -> Tensor:
-    flat = tensor.flatten().clone()
+def _replace(
+    name: str, tensor: Tensor, indices: Tensor, old: Tensor | None, new: Tensor, what: str, in_place: bool
+) -> Tensor:
+    flat = tensor.reshape(-1)
+    dtype = torch.promote_types(tensor.dtype, new.dtype)
     indices = indices.to(flat.device)
-    if old is not None and not torch.equal(bits(flat[indices]), bits(old.to(flat.device))):
-        raise UserError(f"{name} does not hold the {what} of the delta")
-    flat[indices] = new.to(flat.device)
+    if old is not None and not torch.equal(bits(flat[indices].to(dtype)), bits(old.to(flat.device, dtype))):
+        raise UserError(f"{name} does not hold the {what}")
+    flat = flat.to(dtype, copy=not in_place)
+    flat[indices] = new.to(flat)
     return flat.view(tensor.shape)
 
 
-def by_name(name: str, delta: Delta | None) -> Change | None:
+def by_name(name: str, delta: Delta | None) -> Change | Difference | None:
     """The change of a tensor, or None."""
     return delta.get(name) if delta is not None and name in delta.known else None
 
 
-def check_same_base(apply: Delta | None, undo: Delta | None) -> None:
-    """Raises ``UserError`` unless two deltas can be swapped."""
-    if apply is not None and undo is not None and apply.base_digest != undo.base_digest:
-        raise UserError(f"{apply.location} and {undo.location} are for different base models")
+def changes(name: str, *deltas: Delta | None) -> list[Change | Difference]:
+    """The changes of a tensor by those of the deltas that change it."""
+    return [change for delta in deltas if (change := by_name(name, delta)) is not None]
+
+
+def check_disjoint(delta: Delta, others: Iterable[Delta]) -> None:
+    """Raises ``UserError`` if one of the others changes a weight that ``delta`` changes, too: then the order would matter."""
+    for other in others:
+        for name in sorted(delta.known & other.known):
+            if torch.isin(delta.get(name).indices, other.get(name).indices, assume_unique=True).any():
+                raise UserError(
+                    f"{delta.location} and {other.location} change the same weights of {name}: a model holds both only as the "
+                    "one that `liftdist merge` makes of them"
+                )
+
+
+def check_same_base(*deltas: Delta | None) -> None:
+    """Raises ``UserError`` unless all deltas are of one base model."""
+    given = [delta for delta in deltas if delta is not None]
+    for delta in given[1:]:
+        if delta.base_digest != given[0].base_digest:
+            raise UserError(f"{given[0].location} and {delta.location} are for different base models")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +13,16 @@ import torch
 from torch import Tensor
 
 from liftdist import files, safetensors_io
+from liftdist.deltas import compressed
 from liftdist.deltas.codec import decode, encode
 from liftdist.deltas.delta import ORIGIN, Change, Delta, changed, check_fits, is_finite
+from liftdist.deltas.difference import Difference
 from liftdist.errors import UserError
 from liftdist.safetensors_io import DTYPES, TensorFile
 
 FORMAT = "liftdist-delta-1"
 PATCH_FORMAT = "sparse-patch"
+NAME, PATCH_NAME = "delta.safetensors", "patch.safetensors"  # in a repository on the hub
 
 
 def read(path: Path) -> Delta:
@@ -28,10 +34,10 @@ def read(path: Path) -> Delta:
     try:
         file = TensorFile(path)
         metadata = file.metadata
-        if (kind := metadata.get("format")) != FORMAT:
+        if (kind := metadata.get("format")) not in (FORMAT, compressed.FORMAT):
             kind = "a sparse patch" if kind == PATCH_FORMAT else "another kind of safetensors file"
             raise ValueError(f"is {kind}, not a delta that this version reads")
-        tensors = json.loads(metadata["tensors"])
+        tensors, made = json.loads(metadata["tensors"]), dict(json.loads(metadata.get("made", "{}")))
         if _contents_digest(file) != metadata["sha256"]:
             raise ValueError("its contents do not match the sha256 in its metadata")
     except OSError as error:
@@ -39,7 +45,7 @@ def read(path: Path) -> Delta:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: damaged, or not a delta: {error}") from None
 
-    def get(name: str) -> Change:
+    def get_values(name: str) -> Change:
         about = tensors[name]
         values = file.read(f"{name}.values")
         base = file.read(f"{name}.base") if f"{name}.base" in file.entries else None
@@ -53,7 +59,14 @@ def read(path: Path) -> Delta:
             raise ValueError(f"{name}: holds a value that is not finite")
         return change
 
-    delta = Delta(path, metadata["base"], list(tensors), get, {k: metadata[k] for k in ORIGIN if k in metadata})
+    read_one = compressed.reader(file, tensors) if metadata["format"] == compressed.FORMAT else get_values
+
+    @functools.lru_cache(maxsize=1)  # a tensor is asked for several times in a row: to be checked, undone, applied
+    def get(name: str) -> Change | Difference:
+        return read_one(name)
+
+    origin = {key: metadata[key] for key in ORIGIN if key in metadata}
+    delta = Delta(path, metadata["base"], list(tensors), get, origin, made=made, sha256=metadata["sha256"])
     for name in delta.names:
         try:
             get(name)
@@ -63,7 +76,7 @@ def read(path: Path) -> Delta:
 
 
 def write(delta: Delta, path: Path, with_base: bool = True) -> None:
-    """Write a delta file atomically.
+    """Write a delta file atomically, one tensor in memory at a time.
 
     Args:
         with_base: include the base values, without which a delta cannot be undone.
@@ -71,33 +84,45 @@ def write(delta: Delta, path: Path, with_base: bool = True) -> None:
     Raises:
         UserError: a value is not finite, or ``path`` exists or cannot be written.
     """
-    tensors: dict[str, Tensor] = {}
     about: dict[str, Any] = {}
-    for name, change in changed(delta):
-        tensors[f"{name}.gaps"], tensors[f"{name}.values"] = encode(change.indices), change.values
-        if with_base and change.base is not None:
-            tensors[f"{name}.base"] = change.base
-        stored = safetensors_io.dtype_name(change.stored)
-        about[name] = {"shape": list(change.shape), "stored": stored, "count": change.indices.numel()}
-    metadata = {
-        **delta.about(),
-        "format": FORMAT,
-        "base": delta.base_digest,
-        "tensors": json.dumps(about),
-        "sha256": safetensors_io.digest_of(sorted(tensors.items())),
-    }
-    save(tensors, path, metadata)
+    with writing(path):
+        spool = safetensors_io.Spool(path.parent)
+    with spool as tensors:
+        for name, change in changed(delta):
+            parts = {"gaps": encode(change.indices), "values": change.values}
+            if with_base and change.base is not None:
+                parts["base"] = change.base
+            with writing(path):
+                for part, tensor in parts.items():
+                    tensors.add(f"{name}.{part}", tensor)
+            stored = safetensors_io.dtype_name(change.stored)
+            about[name] = {"shape": list(change.shape), "stored": stored, "count": change.indices.numel()}
+        save(tensors, path, description(delta, FORMAT, about, tensors))
 
 
-def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Write a safetensors file atomically. Raises ``UserError`` if it exists or cannot be written."""
+def description(delta: Delta, format: str, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a file of ``tensors`` says of itself; ``about`` says it of each tensor of the model."""
+    sha256 = safetensors_io.digest_of((name, tensors[name]) for name in sorted(tensors))
+    return {**delta.about(), "format": format, "base": delta.base_digest, "tensors": dict(about), "sha256": sha256}
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a safetensors file atomically, with ``metadata`` as JSON where it is no text. Raises ``UserError`` if the file exists
+    or cannot be written."""
     if path.exists():
         raise UserError(f"{path}: exists; remove it or give another path")
+    texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
+    with writing(path), files.written_beside(path) as temporary:
+        safetensors_io.save(tensors, temporary, texts)
+        files.sync_file(temporary)
+        temporary.rename(path)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Raises errors of the file system as ``UserError``."""
     try:
-        with files.written_beside(path) as temporary:
-            safetensors_io.save(tensors, temporary, metadata)
-            files.sync_file(temporary)
-            temporary.rename(path)
+        yield
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 

@@ -9,10 +9,11 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,14 +31,24 @@ from liftdist.models.weights import ModelFolder
 
 
 def change_folder(
-    folder: Path, cache_dir: Path, apply: Delta | None = None, undo: Delta | None = None, output: Path | None = None
+    folder: Path,
+    cache_dir: Path,
+    apply: Delta | None = None,
+    undo: Delta | None = None,
+    output: Path | None = None,
+    beside: Sequence[Delta] = (),
 ) -> Path:
     """Apply a delta to a Hugging Face folder, undo one, or swap one for another: to a new folder, or in place.
 
     In place, the complete new folder replaces the old one atomically: the folder is never a mixture of both.
 
+    Args:
+        beside: deltas that the folder holds and keeps. They change other weights, and are of the same base model or of it with
+            some of the others applied; so is ``apply``.
+
     Raises:
-        UserError: the folder is not the model that the delta applies to, or cannot be replaced atomically.
+        UserError: the folder is not the model that the delta applies to, two deltas share weights, or the folder cannot be
+            replaced atomically.
     """
     stored = ModelFolder(folder)
     if output is None and (others := stored.stored.others()):
@@ -47,27 +58,47 @@ def change_folder(
         )
     weights.check_copies(stored, cache_dir)
     deltas.check_same_base(apply, undo)
-    started_from = apply or undo
-    assert started_from is not None
-    for name in [name for delta in (apply, undo) if delta for name in delta.names]:
-        if name not in stored.file_of:
-            raise UserError(f"{folder}: has no {name}, which {started_from.location} changes")
+    given = [delta for delta in (apply, undo) if delta is not None]
+    started_from = given[0]
+    for delta in (*given, *beside):
+        deltas.check_disjoint(delta, (other for other in beside if other is not delta))
+        for name in delta.names:
+            if name not in stored.file_of:
+                raise UserError(f"{folder}: has no {name}, which {delta.location} changes")
+    present = [undo, *beside] if undo else beside
+
+    def edited(name: str, tensor: Tensor) -> Tensor:
+        undone, applied = deltas.changes(name, *present), deltas.changes(name, apply, *beside)
+        return deltas.edit(name, tensor, undone, applied, in_place=True)
+
     try:  # check everything before anything is written
-        found = weights.digest(folder, cache_dir) if undo is None else _digest_without(stored, undo)
-        if found != started_from.base_digest:
-            undone = f"with {undo.location} undone, " if undo else ""
-            remedy = "" if undo else "; undo a delta that was applied to it, or swap with --instead-of"
+        found = _digest(stored, present) if present else weights.digest(folder, cache_dir)
+        if apply is None:  # undone to the bit, so that the folder is what one of them began with
+            fits = found in {delta.base_digest for delta in (started_from, *beside)}
+        else:  # its base model is here, with some of the others applied
+            some = (kept for count in range(1, len(beside) + 1) for kept in itertools.combinations(beside, count))
+            fits = apply.base_digest in (
+                found,
+                *(_digest(stored, present, kept) for kept in some if found != apply.base_digest),
+            )
+        if not fits:
+            undone = f"with {', '.join(str(delta.location) for delta in present)} undone, " if present else ""
+            remedy = (
+                "; name with --beside every other delta that it holds, or first apply the one that this was trained upon"
+                if apply is None
+                else "; undo a delta that it holds, swap with --instead-of, or keep it with --beside"
+            )
             raise UserError(
                 f"{undone}is not the base model of {started_from.location} "
                 f"({found[:12]}, not {started_from.base_digest[:12]}){remedy}"
             )
         for name in apply.names if apply else ():
             change = started_from.get(name)
-            if output is None and change.base is None:
+            if output is None and not change.undoable:
                 raise UserError(
                     f"{started_from.location} holds no base values, so this could not be undone; give --output"
                 )
-            deltas.edit(name, stored.read(name), deltas.by_name(name, undo), change)
+            edited(name, stored.read(name))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     target = output or folder.resolve()
@@ -75,24 +106,21 @@ def change_folder(
     def finish(temporary: Path) -> None:
         _copy_others(stored, temporary, replace=output is None)
         about = temporary / deltas.ABOUT
-        if undo is not None and about.exists() and check.read_json(about).get("base_digest") == undo.base_digest:
-            about.unlink()  # says that the folder was trained from the model that it is now
+        if undo is not None and about.exists():
+            said = check.read_json(about)  # of whom it is
+            made = said.get("made")
+            if said.get("base_digest") == undo.base_digest and (made == dict(undo.made) if made else not beside):
+                about.unlink()
 
-    rewrite(
-        stored,
-        target,
-        lambda name, tensor: deltas.edit(name, tensor, deltas.by_name(name, undo), deltas.by_name(name, apply)),
-        finish,
-        replace=output is None,
-    )
+    rewrite(stored, target, edited, finish, replace=output is None)
     return target
 
 
-def _digest_without(stored: ModelFolder, undo: Delta) -> str:
-    """The digest of a folder's weights with a delta undone."""
+def _digest(stored: ModelFolder, undo: Sequence[Delta], apply: Sequence[Delta] = ()) -> str:
+    """The digest of a folder's weights with deltas undone and then others applied."""
     tensors = {}
     for name in stored.file_of:
-        tensor = deltas.edit(name, stored.read(name), deltas.by_name(name, undo), None)
+        tensor = deltas.edit(name, stored.read(name), deltas.changes(name, *undo), deltas.changes(name, *apply), True)
         sha256 = hashlib.sha256(safetensors_io.bytes_of(tensor)).hexdigest()
         tensors[name] = (safetensors_io.dtype_name(tensor.dtype), list(tensor.shape), sha256)
     return weights.combine(tensors)
@@ -108,7 +136,7 @@ def rewrite(
     """Write a model folder, its files split over the ranks; it appears under its name when it is complete. Collective.
 
     Args:
-        edit: maps a tensor's name and value to the new value.
+        edit: maps a tensor's name and value, which it may write to, to the new value.
         finish: adds the other files to the folder, on rank 0, before it appears.
         replace: replace an existing folder.
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from liftdist.deltas.delta import Delta, by_name, check_same_base, edit
+from liftdist.deltas.delta import Change, Delta, by_name, check_disjoint, check_same_base, edit
 from liftdist.distributed.collectives import together
 from liftdist.distributed.sharding import rows_local
 from liftdist.errors import UserError
@@ -16,13 +16,20 @@ from liftdist.models import names
 from liftdist.models.names import Piece
 
 
-def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | None = None) -> None:
+def change_module(
+    module: nn.Module, apply: Delta | None = None, undo: Delta | None = None, beside: Sequence[Delta] = ()
+) -> None:
     """Apply a delta to a model in memory, undo one, or swap one for another; the model may be sharded by rows.
 
-    Everything is checked before anything is written.
+    Everything is checked before anything is written. Deltas that change different weights may be applied and undone in any order.
+
+    Args:
+        beside: deltas that are applied and stay, to be checked for weights that they share with the others; that the model
+            holds them is not checked.
 
     Raises:
-        UserError: the model lacks a tensor, or holds it with another shape or other weights than the delta expects.
+        UserError: the model lacks a tensor, or holds it with another shape or other weights than the delta expects; or a delta
+            shares weights with one of ``beside``.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -34,10 +41,13 @@ def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | N
     def edited(name: str) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's rows of a tensor, and what they become."""
         if name not in pieces:
-            raise UserError(f"the model has no {name}")
+            raise UserError(
+                f"the model has no {name}; if that is tied to another tensor in memory, change the folder (liftdist apply), and "
+                "load it"
+            )
         shape = shapes[name]
-        for change in (by_name(name, undo), by_name(name, apply)):
-            if change is not None and change.shape != shape:
+        for change in valued(name, undo, apply):
+            if change.shape != shape:
                 raise UserError(f"{name} is {list(shape)}, the delta is for {list(change.shape)}")
         for piece in pieces[name]:
             param = params[piece.source]
@@ -47,21 +57,40 @@ def change_module(module: nn.Module, apply: Delta | None = None, undo: Delta | N
                 continue
             own = rows[begin:end]
             offset = first + begin - piece.source_row + piece.row  # of the first of them in the tensor
-            changes = [
-                None if change is None else change.rows(offset, offset + len(own)).to(own.dtype)
-                for change in (by_name(name, undo), by_name(name, apply))
-            ]
-            yield own, edit(name, own, *changes)
+            undone, applied = (
+                [change.rows(offset, offset + len(own)).to(own.dtype) for change in valued(name, delta)]
+                for delta in (undo, apply)
+            )
+            yield own, edit(name, own, undone, applied)
 
     with torch.no_grad():
         with together():
             check_same_base(apply, undo)
+            for delta in (apply, undo):
+                if delta is not None:
+                    check_disjoint(delta, beside)
             for name in stored:
                 for _ in edited(name):
                     pass
         for name in stored:
             for own, result in edited(name):
                 own.copy_(result)
+
+
+def valued(name: str, *given: Delta | None) -> list[Change]:
+    """The changes of a tensor. Raises ``UserError`` for those of a compressed delta, which cannot be checked in memory."""
+    found = []
+    for delta in given:
+        change = by_name(name, delta)
+        if change is None:
+            continue
+        if not isinstance(change, Change):
+            raise UserError(
+                f"{delta and delta.location}: is compressed; give it with the folder of its base model: "
+                "liftdist.deltas.difference.on(delta, ModelFolder(folder))"
+            )
+        found.append(change)
+    return found
 
 
 def _pieces(module: nn.Module, stored: Iterable[str]) -> tuple[dict[str, list[Piece]], dict[str, tuple[int, ...]]]:

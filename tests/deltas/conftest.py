@@ -1,31 +1,16 @@
 """Models that differ, their deltas, and a run: made once for all tests of this package."""
 
-import shutil
+import dataclasses
 
 import builders
 import pytest
 import ranks
 import torch
 from commands import liftdist
-from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from liftdist.deltas import file as delta_file
 from liftdist.models import check
-
-
-def changed_copy(folder, target, seed=0, share=0.05):
-    """A copy of a model folder with other values at a share of the places of every linear weight."""
-    shutil.copytree(folder, target)
-    chance = torch.Generator().manual_seed(seed)
-    for file in target.glob("*.safetensors"):
-        tensors = load_file(file)
-        for name, tensor in tensors.items():
-            if "_proj" in name:
-                flat = tensor.view(-1)
-                places = torch.randperm(flat.numel(), generator=chance)[: round(share * flat.numel())]
-                flat[places] = (flat[places].float() * 1.5 + 0.01).to(flat.dtype)
-        save_file(tensors, file, {"format": "pt"})
-    return target
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +31,7 @@ def folders(tmp_path_factory, smollm2):
     assert (base / check.INDEX).exists()
     (base / "notes").mkdir()
     (base / "notes" / "readme.md").write_text("kept")
-    return base, changed_copy(base, folder / "one", 1), changed_copy(base, folder / "two", 2)
+    return base, builders.changed_copy(base, folder / "one", 1), builders.changed_copy(base, folder / "two", 2)
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +41,24 @@ def deltas(folders, tmp_path_factory):
     for number, name in ((1, "one"), (2, "two")):
         liftdist("diff", folders[0], folders[number], "--output", folder / name, "--cache-dir", folder / "cache")
     return folder / "one", folder / "two", folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def thirds(deltas):
+    """The first of these deltas as three, which change different weights."""
+    whole, found = delta_file.read(deltas[0]), []
+    for number in range(3):
+
+        def get(name, number=number):
+            change = whole.get(name)
+            part = slice(number, None, 3)
+            return dataclasses.replace(
+                change, indices=change.indices[part], values=change.values[part], base=change.base[part]
+            )
+
+        found.append(deltas[0].with_name(f"third-{number}"))
+        delta_file.write(dataclasses.replace(whole, get=get), found[-1])
+    return found
 
 
 @pytest.fixture(scope="module")

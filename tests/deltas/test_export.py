@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import builders
 import pytest
@@ -15,7 +16,9 @@ from liftdist import safetensors_header
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import folder as model_folders
 from liftdist.deltas import of_run
+from liftdist.deltas.delta import Change
 from liftdist.deltas.export import export
+from liftdist.deltas.formats import importance
 from liftdist.errors import UserError
 from liftdist.models import check, weights
 from liftdist.registry import EXPORT_FORMATS
@@ -24,7 +27,7 @@ from liftdist.registry import EXPORT_FORMATS
 def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     folder, parameters = trained
     cache = ("--cache-dir", folder / "cache")
-    for form in set(EXPORT_FORMATS) - {"peft"}:  # which holds adapters
+    for form in set(EXPORT_FORMATS) - {"peft", "as_trained"}:  # of adapters, of a quantised base
         liftdist("export", folder / "run", "--format", form, "--output", tmp_path / form, *cache)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
     assert merged.dtype == torch.bfloat16
@@ -174,7 +177,40 @@ def test_adapters_are_of_runs_that_have_some(deltas, folders, tmp_path):
 def test_an_unknown_format_is_an_error(deltas, folders, tmp_path):
     given = delta_file.read(deltas[0])
     with pytest.raises(
-        UserError, match="export format 'shiar': must be one of hf, delta, shira, peft, patch; did you mean shira"
+        UserError,
+        match="export format 'shiar': must be one of hf, as_trained, .*, sglang; did you mean shira",
     ):
         export(given, folders[0], tmp_path / "x", "shiar", tmp_path / "cache")
     assert not (tmp_path / "x").exists()
+
+
+def test_importance_protects_both_ends(deltas, folders, tmp_path):
+    """Against the formula on dense differences, with a tensor that is three-dimensional."""
+    given, change = delta_file.read(deltas[0]), {}
+    random = torch.Generator().manual_seed(0)
+    for name, shape in (("a", (6, 10)), ("b", (3, 4, 5)), ("vector", (7,))):
+        before = torch.randn(shape, generator=random)
+        after = before + torch.randn(shape, generator=random) * (torch.rand(shape, generator=random) < 0.5)
+        where = (before != after).flatten().nonzero().squeeze(1)
+        change[name] = Change(shape, torch.float32, where, after.flatten()[where], before.flatten()[where])
+    made = replace(given, names=list(change), get=change.__getitem__)
+    importance.write(made, folders[0], tmp_path / "found")
+
+    dense = {}
+    for name in ("a", "b"):
+        flat = torch.zeros(torch.Size(change[name].shape).numel())
+        flat[change[name].indices] = (change[name].values.double() - change[name].base.double()).abs().float()
+        dense[name] = flat.view(change[name].shape).double()
+    positive = torch.cat([x.flatten() for x in dense.values()])
+    positive = positive[positive > 0]
+    least, middle, largest = positive.min(), positive.quantile(0.5), positive.max()
+    found = load_file(tmp_path / "found")
+    assert set(found) == {"a", "b"}
+    for name, x in dense.items():
+        distance = torch.where(x <= middle, (middle - x) / (middle - least), (x - middle) / (largest - middle))
+        y = torch.where(x == 0, 1.0, 1 + 9 * distance**2)
+        torch.testing.assert_close(found[name].double(), y.mean(-2) * (1 + (x == 0).sum(-2)), rtol=1e-6, atol=0)
+
+    nothing = replace(made, names=["vector"])
+    with pytest.raises(UserError, match="changes no matrix"):
+        importance.write(nothing, folders[0], tmp_path / "none")

@@ -1,5 +1,6 @@
 """A delta on a model folder: applied, undone and swapped to the bit, and refused where it does not fit."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -11,6 +12,8 @@ import torch
 from commands import liftdist
 from safetensors.torch import load_file, save_file
 
+from liftdist.deltas import delta
+from liftdist.deltas import file as delta_file
 from liftdist.models import check
 
 
@@ -35,6 +38,81 @@ def test_apply_undo_and_swap_on_a_folder_are_exact(folders, deltas, tmp_path):
     assert len(files) > 1
     assert index["metadata"]["total_size"] == sum(t.numel() * 2 for file in files for t in load_file(file).values())
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_several_deltas_come_and_go_in_any_order(folders, deltas, thirds, tmp_path):
+    (one, two, cache), (a, b, c) = deltas, thirds
+    folder = shutil.copytree(folders[0], tmp_path / "model")
+
+    def apply(given, *words, beside=(), code=0):
+        kept = [word for other in beside for word in ("--beside", other)]
+        return liftdist("apply", given, folder, *words, *kept, "--cache-dir", cache, code=code)
+
+    apply(b)
+    before = builders.contents(folder)
+    assert "or keep it with --beside" in apply(a, code=2)
+    apply(a, beside=[b])
+    apply(c, beside=[a, b])
+    assert builders.contents(folder) == builders.contents(folders[1])
+    for overlapping, kept in ((two, [a, b, c]), (a, [a, b, c]), (one, [c])):
+        said = apply(overlapping, beside=kept, code=2)
+        assert "change the same weights of" in said
+        assert "`liftdist merge` makes of them" in said
+    assert "is not the base model of" in apply(a, "--undo", beside=[b], code=2)
+    apply(a, "--undo", beside=[c, b])
+    apply(c, "--undo", beside=[b])
+    assert builders.contents(folder) == before
+    apply(a, "--instead-of", b)
+    liftdist(
+        "diff", folder, folders[1], "--output", tmp_path / "later", "--cache-dir", cache
+    )  # of base and a, together
+    apply(tmp_path / "later")
+    apply(a, "--undo", beside=[tmp_path / "later"])
+    apply(tmp_path / "later", "--undo", beside=[], code=2)  # is of another base: a must come back first
+    apply(a, beside=[tmp_path / "later"])
+    assert builders.contents(folder) == builders.contents(folders[1])
+    apply(tmp_path / "later", "--undo")
+    apply(a, "--undo")
+    assert builders.contents(folder) == builders.contents(folders[0])
+
+
+def test_beside_another_delta_its_own_base_model_is_still_asked_for(folders, deltas, thirds, tmp_path):
+    """A delta without base values would write its values anywhere."""
+    (_, _, cache), (a, b, c) = deltas, thirds
+    folder = shutil.copytree(folders[0], tmp_path / "model")
+    at = ("--cache-dir", cache)
+    liftdist("apply", a, folder, *at)
+    alien = delta_file.read(b)
+    changes = dataclasses.replace(
+        alien, base_digest="f" * 64, get=lambda name: dataclasses.replace(alien.get(name), base=None)
+    )
+    delta_file.write(changes, tmp_path / "alien", with_base=False)
+    out = ("--output", tmp_path / "out")
+    assert "is not the base model of" in liftdist("apply", tmp_path / "alien", folder, "--beside", a, *out, *at, code=2)
+    liftdist("apply", c, folder, "--beside", a, *at)
+    liftdist("diff", folder, folders[1], "--output", tmp_path / "upon", *at)  # trained with a and c applied
+    liftdist("apply", c, folder, "--undo", "--beside", a, *at)
+    assert "is not the base model of" in liftdist("apply", tmp_path / "upon", folder, "--beside", a, *at, code=2)
+    said = liftdist("apply", a, shutil.copytree(folders[1], tmp_path / "whole"), "--undo", *at, code=2)
+    assert "name with --beside every other delta that it holds" in said
+
+
+def test_a_delta_in_float32_beside_one_in_bf16_loses_nothing():
+    base = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
+    fine = delta.Change((3,), torch.bfloat16, torch.tensor([0]), torch.tensor([1.0001]), torch.tensor([1.0]))
+    coarse = delta.Change(
+        (3,), torch.bfloat16, torch.tensor([2]), torch.tensor([5]).bfloat16(), torch.tensor([3]).bfloat16()
+    )
+    both = delta.edit("w", base, [], [fine, coarse])
+    assert torch.equal(both, torch.tensor([1.0001, 2.0, 5.0]))
+    assert torch.equal(delta.edit("w", both, [fine, coarse], [fine]), torch.tensor([1.0001, 2.0, 3.0]))
+    for present in (
+        [coarse, fine],
+        [dataclasses.replace(coarse, stored=torch.float32), fine],
+    ):  # trained upon the other
+        alone = delta.edit("w", both, present, [coarse])
+        assert alone.dtype == torch.bfloat16
+    assert (alone.dtype, alone.tolist()) == (torch.bfloat16, [1.0, 2.0, 5.0])
 
 
 def test_a_folder_that_differs_elsewhere_is_refused(folders, deltas, tmp_path):

@@ -12,7 +12,7 @@ from liftdist.models.load import load
 from liftdist.schema import ModelConfig
 
 
-def on_a_sharded_model(mesh, base, first, second, one, two):
+def on_a_sharded_model(mesh, base, first, second, one, two, thirds):
     model, _ = load(base, ModelConfig(path=str(base)), mesh)
 
     def equals(folder):
@@ -24,7 +24,7 @@ def on_a_sharded_model(mesh, base, first, second, one, two):
 
     one, two = delta_file.read(one), delta_file.read(two)
     outcomes = [equals(base)]
-    export_errors = []
+    export_errors, overlap_errors = [], []
     for apply, undo, expected in ((one, None, first), (two, one, second), (None, two, base)):
         with torch.no_grad():
             model(torch.ones(1, 3, dtype=torch.int64))  # leaves gathered copies of some parameters
@@ -36,14 +36,30 @@ def on_a_sharded_model(mesh, base, first, second, one, two):
         except (UserError, RuntimeError) as error:
             export_errors.append(str(error))
     outcomes.append(equals(base))
-    return outcomes, export_errors
+    a, b, c = map(delta_file.read, thirds)
+    change_module(model, c)
+    change_module(model, a, beside=[c])
+    change_module(model, b, beside=[c, a])
+    outcomes.append(equals(first))
+    for apply, undo, beside in ((two, None, ()), (a, None, [c, b, a]), (one, b, [c, a])):
+        try:
+            change_module(model, apply, undo, beside)
+        except (UserError, RuntimeError) as error:
+            overlap_errors.append(str(error))
+    for delta in (a, c, b):
+        outcomes.append(equals(base))
+        change_module(model, undo=delta)
+    outcomes.append(equals(base))
+    return outcomes, export_errors, overlap_errors
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_apply_undo_and_swap_on_a_model_in_memory_are_exact(world_size, folders, deltas):
-    for outcomes, errors in ranks.run(world_size, on_a_sharded_model, *folders, *deltas[:2]):
-        assert outcomes == [True] * 5
+def test_apply_undo_and_swap_on_a_model_in_memory_are_exact(world_size, folders, deltas, thirds):
+    for outcomes, errors, overlaps in ranks.run(world_size, on_a_sharded_model, *folders, *deltas[:2], thirds):
+        assert outcomes == [*[True] * 6, *[False] * 3, True]
         assert len(errors) == 2
+        assert len(overlaps) == 3
+        assert all("`liftdist merge` makes" in error for error in overlaps)
         assert all("does not hold the new values of the delta" in error for error in errors)
 
 

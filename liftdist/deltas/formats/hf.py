@@ -26,10 +26,21 @@ COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".py")
 CHAT_TEMPLATES = "additional_chat_templates"  # a folder of the tokenizer
 
 
-def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+def write(
+    delta: Delta,
+    base_folder: Path,
+    target: Path,
+    dtype: torch.dtype | None = None,
+    replace: bool = False,
+    lay_over: Callable[[str, Tensor, Tensor], Tensor] = lambda _, base, edited: edited,  # noqa: ARG005
+) -> None:
     """Write the fine-tuned model as a Hugging Face folder, with config, tokenizer, generation config and chat template of
     the base, in ``dtype`` or the base's own. Of the base's other weights nothing is copied. Tensors that the base holds in
     another dtype than most of its weights, such as the biases of routers in float32, keep theirs. Collective.
+
+    Args:
+        replace: replace an existing folder, in one step.
+        lay_over: the tensor to write, from its name, the base's, and that after the change.
 
     Raises:
         UserError: ``target`` exists or cannot be written.
@@ -42,7 +53,8 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
         if delta.whole is not None and name in delta.known:  # as it is, without a list of what changed
             edited = delta.whole(name, tensor)
         else:
-            edited = deltas.edit(name, tensor, None, deltas.by_name(name, delta))
+            edited = deltas.edit(name, tensor, [], deltas.changes(name, delta))
+        edited = lay_over(name, tensor, edited)
         return edited.to(dtype) if dtype is not None and tensor.dtype == main else edited
 
     def finish(temporary: Path) -> None:
@@ -51,11 +63,11 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
             settings = path.is_file() and path.suffix in COPIED_SUFFIXES and not check.is_weights(path.name)
             if settings or path.name == CHAT_TEMPLATES:
                 files.copy(path, temporary / path.name)
-        (temporary / deltas.ABOUT).write_text(json.dumps(delta.about(), indent=2) + "\n")
+        delta.write_about(temporary)
         _edit_json(temporary / "tokenizer_config.json", older.tokenizer_config)
         _edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
 
-    rewrite(stored, target, edit, finish)
+    rewrite(stored, target, edit, finish, replace)
 
 
 def _main_dtype(stored: ModelFolder) -> torch.dtype:

@@ -5,7 +5,6 @@ NAME.indices   [k] int32 or int64, flat        NAME.values   [k]        metadata
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -23,5 +22,5 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
         tensors[f"{name}.indices"] = change.indices.to(torch.int32 if size < 2**31 else torch.int64)
         tensors[f"{name}.values"] = change.values
         shapes[name] = list(change.shape)
-    metadata = {"format": delta_file.PATCH_FORMAT, "base": delta.base_digest, "shapes": json.dumps(shapes)}
+    metadata = {"format": delta_file.PATCH_FORMAT, "base": delta.base_digest, "shapes": shapes}
     delta_file.save(tensors, target, delta.about() | metadata)

@@ -57,6 +57,7 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     with disk_errors(target), files.new_folder(target) as folder:
         delta_file.save(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+        delta.write_about(folder)
 
 
 def _modules(delta: Delta, changes: Mapping[str, Change], base_folder: Path) -> dict[str, str]:

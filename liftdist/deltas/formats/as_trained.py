@@ -1,0 +1,54 @@
+"""A Hugging Face folder of a run with ``model.base_dtype``: to the bit the model that was trained and evaluated.
+
+The matrices of the decoder are rounded as the run rounded them, and dequantised; the weights that it trained are exact over them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from liftdist.deltas.delta import Delta
+from liftdist.deltas.formats import hf
+from liftdist.engine.matrices import principal_matrices
+from liftdist.engine.quantisation import Format
+from liftdist.errors import UserError
+from liftdist.models import names
+from liftdist.models.build import build, check_type
+from liftdist.models.weights import ModelFolder
+from liftdist.schema import ModelConfig
+
+
+def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the folder as :mod:`liftdist.deltas.formats.hf` does.
+
+    Raises:
+        UserError: the run's base was not quantised, or its dtype is not known; ``target`` exists or cannot be written.
+    """
+    kind = delta.made.get("base_dtype")
+    if kind is None:
+        raise UserError(
+            "--format as_trained: is for runs with model.base_dtype; this one trained on the base as it is: use hf"
+        )
+    dtype = dtype or getattr(torch, delta.made["dtype"])
+    config = ModelConfig(path=str(base_folder))
+    model = build(check_type(base_folder, config), config)
+    pieces = names.match(model, ModelFolder(base_folder)).pieces
+    formats = {
+        piece.source: Format(kind, place.width)
+        for place in principal_matrices(model).values()
+        for piece in pieces[place.parameter]
+    }
+
+    def over_rounded(name: str, base: Tensor, edited: Tensor) -> Tensor:
+        if (format := formats.get(name)) is None:
+            return edited
+        rounded = format.rounded(base.to(dtype).view(-1, format.columns)).view(base.shape)
+        if name in delta.names:
+            trained = delta.get(name).indices
+            rounded.view(-1)[trained] = edited.view(-1)[trained].to(dtype)
+        return rounded
+
+    hf.write(delta, base_folder, target, dtype, lay_over=over_rounded)
