@@ -1,0 +1,100 @@
+"""What is kept at the newest version of a run, on a disk, for servers that load or reload weights from there.
+
+hf        a model folder, replaced in one step: at any moment it is one whole version
+sglang    a folder of SGLang's own versions, one for each version that was read, see liftdist/deltas/formats/sglang.py
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from liftdist.deltas.delta import ABOUT, Change, Delta
+from liftdist.deltas.formats import hf, sglang
+from liftdist.errors import UserError
+from liftdist.models import check, weights
+from liftdist.models.weights import ModelFolder
+from liftdist.sync.reader import Follower, Unreachable
+from liftdist.sync.version import Version
+
+FORMATS = ("hf", "sglang")
+_POLL = 1.0  # seconds between two looks
+
+
+def follow(
+    source: Path,
+    base: Path,
+    target: Path,
+    form: str,
+    cache_dir: Path,
+    once: bool,
+    say: Callable[[str], None],
+    poll: float = _POLL,
+) -> None:
+    """Write the newest version of a folder of versions in one of :data:`FORMATS`, and each newer one.
+
+    A version that cannot be read yet is reported, and tried again.
+
+    Raises:
+        UserError: ``target`` is something else, cannot be written or replaced; with ``once``, no version can be read; ``base`` is
+            not the base model.
+    """
+    digest = weights.digest(base, cache_dir)
+    held = _held(target, form, digest)
+    follower = Follower(source, digest)
+    said = ""
+    while True:
+        try:
+            changes = follower.update()
+        except Unreachable as error:
+            if once:
+                raise
+            if str(error) != said:
+                said = str(error)
+                say(f"liftdist: {said}")
+        else:
+            for problem in follower.problems if changes is not None else ():
+                say(f"liftdist: {problem}")
+            if changes is not None and follower.version is not None:
+                said = ""
+                if held != _made(follower.version):
+                    _write(form, follower, follower.version, changes, base, target)
+                    held = _made(follower.version)
+                say(f"{target}: version {follower.version.number}, step {follower.version.step}")
+            if once:
+                if follower.version is None:
+                    raise UserError(f"{source}: holds no version yet; liftdist sync RUN --to {source} writes them")
+                return
+        time.sleep(poll)
+
+
+def _write(
+    form: str, follower: Follower, version: Version, changes: Mapping[str, Change], base: Path, target: Path
+) -> None:
+    def delta(of: Mapping[str, Any], get: Callable[[str], Change]) -> Delta:
+        return Delta(follower.folder, version.base, sorted(of), get, version.origin, made=_made(version))
+
+    everything = delta(follower.state, lambda name: follower.state[name].change())
+    if form == "hf":
+        hf.write(everything, base, target, replace=target.exists())
+    else:
+        target.mkdir(exist_ok=True)
+        sglang.add(target, ModelFolder(base), everything, delta(changes, lambda name: changes[name]))
+
+
+def _made(version: Version) -> dict[str, Any]:
+    return {"run": version.run, "step": version.step, "version": version.number, "sync": version.sha256}
+
+
+def _held(target: Path, form: str, base: str) -> dict[str, Any]:
+    """What an earlier process has written says of itself. Raises ``UserError`` if ``target`` is something else."""
+    if not target.exists() or (form == "sglang" and target.is_dir() and not any(target.iterdir())):
+        return {}
+    newest = target if form == "hf" else sglang.path_of(target, sglang.newest(target))
+    about = check.read_json(newest / ABOUT) if (newest / ABOUT).exists() else {}
+    made: dict[str, Any] = about.get("made", {})
+    if "sync" not in made or about.get("base_digest") != base:
+        raise UserError(f"{target}: exists, and is no folder that this command has written; give another --output")
+    return made
