@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import time
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,17 @@ from bench import measure
 from bench.traffic import Traffic
 from liftdist.console import Console
 from liftdist.distributed.mesh import Mesh
-from liftdist.engine import selection
+from liftdist.distributed.sharding import fsdp_modules
+from liftdist.engine import quantised, selection
 from liftdist.engine.criteria import low_rank
+from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.methods.full import Full
-from liftdist.methods.lift import Lift
+from liftdist.methods.lift import Lift, rules
 from liftdist.models import build, head, names
-from liftdist.models.load import _fill, shard
-from liftdist.planning import footprint
+from liftdist.models.fill import fill
+from liftdist.models.load import shard
+from liftdist.planning import activations, footprint, shapes
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.registry import METHODS
 from liftdist.runs.context import RunContext
@@ -86,9 +90,10 @@ class Folder:
         return rows
 
 
-def settings(ranks: int, replicas: int, density: float = 0.05, **mesh) -> Config:
+def settings(ranks: int, replicas: int, density: float = 0.05, base_dtype: str | None = None, **mesh) -> Config:
     """The config of a step: two micro-batches per rank, each of one sequence."""
     config = measure.config()
+    config.model.base_dtype = base_dtype
     config.selection.density = density
     config.data.max_length = 2048
     config.train.micro_batch_size, config.train.batch_size = 1, 2 * ranks
@@ -115,20 +120,25 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         model = build.build(hf_config, config.model)
         chosen, folder, stored = METHODS.load(config.method), Folder(model), names.same(build.tensors(model))
         chosen.extend(config, model)
-        size = footprint.sizes(model, config)
+        size = shapes.sizes(model, config)
         stored = chosen.prepare(config, model, stored)
         shard(model, config.model, mesh)
         live, traffic = LiveBytes(), Traffic()
-        with FakeTensorMode(allow_non_fake_inputs=True), footprint.packing_known(config.data.packing), live:
+        with FakeTensorMode(allow_non_fake_inputs=True), activations.packing_known(config.data.packing), live:
+            if config.model.base_dtype is not None:
+                matrices = {place.param for place in principal_matrices(model).values()}
+                quantised.quantise(fsdp_modules(model), matrices, config.model.base_dtype, mesh.device)
             model.to_empty(device="cpu")
-            _fill(model, folder, stored, lambda: None)
+            fill(model, folder, stored, lambda: None)
             model.train()
             method = _lift(config, mesh, model) if config.method == "lift" else _dense(config, mesh, model, stored)
             head.in_chunks(model)
             tokens = torch.zeros((config.train.micro_batch_size, config.data.max_length), dtype=torch.int64)
             places = torch.arange(config.data.max_length)
             method.optimizer.step()  # creates its state
+            method.skip()
             live.peak = live.now
+            method.before_step(1, 1000)
             with traffic:
                 for _ in range(footprint.micro_batches(config, ranks)):
                     model.chunked_loss(tokens, None, places, tokens, per_token).backward()
@@ -150,11 +160,11 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         counts[0] += one.calls
         counts[1] += one.payload
     planned = footprint.memory(
-        size, config, shards, footprint.activations(hf_config, config, footprint.rows(config, ranks))
+        size, config, shards, activations.activations(hf_config, config, footprint.rows(config, ranks))
     )
     return {
         "read": folder.bytes_read,
-        "planned_read": planned["weights"],
+        "planned_read": size.itemsize * sum(unit.padded(shards) for unit in size.units) + size.buffers,
         "collectives": measured,
         "planned_collectives": planned_collectives,
         "peak": live.peak,
@@ -163,9 +173,26 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
 
 
 def _lift(config: Config, mesh: Mesh, model: Any) -> Lift:
-    principal = PrincipalWeights(
+    def lay_out(params: Any, positions: Any, group: Any) -> None:  # noqa: ARG001
+        """In place of :func:`quantised.make_exact`, which looks at positions, and agrees with other ranks."""
+        for param, where in zip(params, positions, strict=True):
+            if (rows := quantised.held_by(param)) is not None:
+                gaps, none = torch.zeros(where.numel(), dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
+                rows._added = gaps, none, torch.zeros(where.numel(), dtype=rows.dtype)
+                rows.lay_out(where.numel())
+
+    with unittest.mock.patch.object(quantised, "make_exact", lay_out):
+        principal = _principal(config, mesh, model)
+    for reduction in [part.reduction for part in principal.parts]:
+        if reduction is not None:  # real ranks agree on it by a collective
+            reduction._width = sum(indices.numel() for indices in reduction._indices.values())
+    return Lift(config, principal)
+
+
+def _principal(config: Config, mesh: Mesh, model: Any) -> PrincipalWeights:
+    return PrincipalWeights(
         model,
-        density=config.selection.density,
+        budget=rules(config.selection)[1],
         modules=config.selection.modules,
         replicate_group=mesh.replicate_group,
         initial_indices=lambda principal: [
@@ -174,10 +201,6 @@ def _lift(config: Config, mesh: Mesh, model: Any) -> Lift:
         ],
         sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
     )
-    for reduction in [part.reduction for part in principal.parts]:
-        if reduction is not None:  # real ranks agree on it by a collective
-            reduction._width = sum(indices.numel() for indices in reduction._indices.values())
-    return Lift(config, principal)
 
 
 def _dense(config: Config, mesh: Mesh, model: Any, stored: names.NameMap) -> Full:
@@ -190,7 +213,7 @@ def _dense(config: Config, mesh: Mesh, model: Any, stored: names.NameMap) -> Ful
 
 def balance(shape: dict, ranks: int) -> dict[str, float]:
     """Load balance of the factorisation: the largest load of a rank over max(mean load, largest matrix)."""
-    size = footprint.sizes(build.build(config_of(shape), Config(run_dir="none").model), Config(run_dir="none"))
+    size = shapes.sizes(build.build(config_of(shape), Config(run_dir="none").model), Config(run_dir="none"))
     costs = [low_rank.cost(m, n, 64, "fast") for m, n in size.trained.values()]
     loads = [0.0] * ranks
     for cost, owner in zip(costs, selection.assign_owners(costs, ranks), strict=True):
@@ -202,6 +225,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
+    parser.add_argument("--base-dtype", choices=("int8", "fp8", "nf4"), help="as model.base_dtype")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     results = {}
@@ -209,7 +233,7 @@ def main() -> None:
         for ranks in options.ranks:
             for replicas in (1, ranks // 8) if ranks > 8 else (1,):
                 began = time.perf_counter()
-                found = step(MODELS[name], settings(ranks, replicas), ranks)
+                found = step(MODELS[name], settings(ranks, replicas, base_dtype=options.base_dtype), ranks)
                 took = time.perf_counter() - began
                 key = f"{name}, {replicas} x {ranks // replicas}"
                 results[key] = found | {"balance": balance(MODELS[name], ranks)}

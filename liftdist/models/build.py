@@ -65,6 +65,8 @@ def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
         raise UserError(f"{setting}: the model cannot be built: {said}") from None
     model.tie_weights()
     model.config.use_cache = False
+    own = {f"^{name}$" for name, param in model.named_parameters() if param.dtype.itemsize > dtype.itemsize}
+    model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *own}  # what the class makes so
     for tensor in kept_in_float32(model, dtype).values():  # as on loading
         tensor.data = tensor.data.float()
     decoder_layers(model)

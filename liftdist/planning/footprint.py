@@ -3,13 +3,21 @@
 For S shards, R replicas, P parameters, N of them in trained matrices, density d; bytes on the fullest rank:
 
     weights              2 P / S       plus the unsharded root: head, last norm, and an embedding tied to the head
+                                       with model.base_dtype 1.03 (int8), 1 (fp8) or 0.53 B (nf4) for matrices of the decoder
+                                       in place of 2, and 3 B for each exact weight over them: value and distance
     principal            20 d N / S    values, gradient and two moments 4 B each, indices 4 B; other optimizers: their states
                          14 d N / S    with optimizer.dtype=bfloat16: values and moments 2 B each
     base values           6 d N / S    where they are kept: 2 B each, indices 4 B; a refresh adds those of weights new to it
     previously selected  N / (8 S)     one bit per weight, from the first refresh on
+    places               8 k           of variant=shira: row and column of each value, for each shape of matrix, on every rank
     trained              14 N / S      instead of these two, of weights that are trained whole: gradient and two moments 4 B each,
                                        and a value of 4 B; 6 N / S with optimizer.dtype=bfloat16
-    layers               one layer gathered, plus the gradient of another one and its copy in the reduce-scatter buffer
+                         of variant=adalora 12 B more, or 6
+    layers, whole        one layer gathered, another one as it is sent, and the buffer of a third one's gradients, while a layer
+                         is computed
+    computing            what that layer computes, and its gradients; measured on fake tensors
+    reducing             in place of both, when that layer is freed: its gradients with the buffer into which they are copied, or
+                         that buffer with what its reduction takes. What gloo, on processors, copies besides is left out
     statistics           4 N / S       of selection.criterion=gradient, 8 N / S of sensitivity, while a selection is made
     activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
 
@@ -18,220 +26,22 @@ Traffic is that of ring algorithms: n (S - 1) / S for an all-gather or reduce-sc
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import dataclasses
 import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
-from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PreTrainedModel, masking_utils
-from transformers.integrations import moe
 
-from liftdist.distributed.sharding import row_bounds
 from liftdist.engine import selection
-from liftdist.engine.decoder import towers
-from liftdist.engine.matrices import Place, principal_matrices
+from liftdist.engine.matrices import Place
 from liftdist.errors import UserError
 from liftdist.methods.lift import rules
-from liftdist.models import build
-from liftdist.models.head import in_chunks
-from liftdist.planning.live_bytes import LiveBytes
-from liftdist.registry import LOSSES, METHODS, OPTIMIZERS
+from liftdist.planning.activations import Activations
+from liftdist.planning.shapes import FSDPUnit, Sizes
+from liftdist.registry import OPTIMIZERS
 from liftdist.schema import Config
-
-
-@dataclass(frozen=True)
-class FSDPUnit:
-    """An FSDP module: its parameters are gathered and reduced together."""
-
-    shapes: tuple[tuple[int, ...], ...]  # of all parameters
-    trained: Mapping[str, Place]  # the trained matrices, by name
-
-    @property
-    def numel(self) -> int:
-        return sum(math.prod(shape) for shape in self.shapes)
-
-    def padded(self, shards: int, trained: bool = False) -> int:
-        """Weights of the largest shard, to which every shard is padded; with ``trained``, of the trained matrices only."""
-        held = {place.parameter: tuple(place.param.shape) for place in self.trained.values()}
-        shapes = held.values() if trained else self.shapes
-        return sum(row_bounds(shape[0], shards)[1] * math.prod(shape[1:]) for shape in shapes)
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Shapes of a model."""
-
-    layers: tuple[FSDPUnit, ...]
-    embedding: FSDPUnit  # empty if tied to the head: the root holds it then
-    root: FSDPUnit
-    towers: FSDPUnit  # sharded, but never gathered, as no text passes through
-    itemsize: int  # bytes per weight
-    query: int  # width of the attention: heads x head dim
-    buffers: int = 0  # bytes of buffers that checkpoints hold, whole on every rank
-    experts: int = 0  # weights of experts
-    reached: float = 1.0  # share of the experts that a token reaches
-
-    @property
-    def numel(self) -> int:
-        return sum(unit.numel for unit in self.units)
-
-    @property
-    def trained(self) -> dict[str, tuple[int, int]]:
-        """Shapes of the trained matrices, by name."""
-        return {name: place.shape for unit in self.units for name, place in unit.trained.items()}
-
-    @property
-    def units(self) -> tuple[FSDPUnit, ...]:
-        return *self.layers, self.embedding, self.root, self.towers
-
-
-def sizes(model: PreTrainedModel, config: Config) -> Sizes:
-    """The sizes of a model, which may be on the meta device, for the method of ``config``.
-
-    Raises:
-        UserError: no module fits ``selection.modules``.
-    """
-    every = principal_matrices(model)
-    trained: dict[int, dict[str, Place]] = {}  # by parameter
-    for name, place in METHODS.load(config.method).places(config, model).items():
-        trained.setdefault(id(place.param), {})[name] = place
-
-    seen: set[int] = set()  # what several units share is counted once
-
-    def unit(*modules: nn.Module) -> FSDPUnit:
-        unique = {id(param): param for module in modules for param in module.parameters() if id(param) not in seen}
-        seen.update(unique)
-        chosen = {name: place for p in unique for name, place in trained.get(p, {}).items()}
-        return FSDPUnit(tuple(tuple(p.shape) for p in unique.values()), chosen)
-
-    embedding = build.own_embedding(model)
-    layers = tuple(unit(layer) for layer in build.decoder_layers(model))
-    beside = unit(*towers(model))
-    embedded = unit(*([] if embedding is None else [embedding]))
-    rest, width = unit(model), _width_of_attention(model.config)
-    buffers = sum(t.nbytes for t in build.tensors(model).values() if not isinstance(t, nn.Parameter))
-    fused = {id(place.param): place.param for place in every.values() if place.param.ndim > 2}
-    weights = sum(param.numel() for param in fused.values())
-    reached = _reached(model.config, next(iter(fused.values())).shape[0]) if fused else 1.0
-    return Sizes(layers, embedded, rest, beside, model.dtype.itemsize, width, buffers, weights, reached)
-
-
-def _reached(hf_config: Any, experts: int) -> float:
-    """The share of the experts that a token reaches; all of them if the configuration has no name for it that is known."""
-    text = hf_config.get_text_config(decoder=True)
-    names = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_k")
-    number = next((value for name in names if isinstance(value := getattr(text, name, None), int)), experts)
-    return min(1.0, number / experts)
-
-
-def _width_of_attention(hf_config: Any) -> int:
-    """Heads times their size, the largest of all layers; 0 without attention."""
-    text = hf_config.get_text_config(decoder=True)
-    layers = text.per_layer_config if getattr(text, "is_heterogeneous", False) else [text]
-    heads = getattr(text, "num_attention_heads", None)
-    return (
-        max(heads * (getattr(part, "head_dim", None) or text.hidden_size // heads) for part in layers) if heads else 0
-    )
-
-
-class Activations(NamedTuple):
-    """Bytes of activations of a micro-batch."""
-
-    fixed: int  # independent of the number of layers
-    layer: int  # per layer, from its forward to its backward
-    loss: int  # in addition, while the loss is computed
-    backward: int  # in addition, while one layer's backward runs
-
-
-def activations(hf_config: Any, config: Config, rows: int) -> Activations:
-    """Activations of ``rows`` sequences: runs the real model with one and two layers, forward and backward, on fake tensors."""
-    loss = LOSSES.load(config.train.loss).make(config.train)
-    kept, losses, backwards = [], [], []
-    for layers in (1, 2):
-        live = LiveBytes()
-        packed, grouped = packing_known(config.data.packing), grouped_products_known()
-        model = build.build(_with_layers(hf_config, layers), config.model)
-        trained = _trained(model, config)
-        with FakeTensorMode(allow_non_fake_inputs=True), packed, grouped, live:
-            model.to_empty(device="cpu").train()
-            build.recompute(model, config.model)
-            for name, param in model.named_parameters():
-                param.requires_grad_(name in trained)
-                if param.requires_grad:
-                    param.register_post_accumulate_grad_hook(lambda param: setattr(param, "grad", None))
-            shape = (rows, config.data.max_length)
-            tokens = torch.zeros(shape, dtype=torch.int64)
-            before = live.peak = live.now
-            in_chunks(model)
-            places = torch.arange(shape[1])
-            with torch.no_grad():
-                base = model.hidden_at(tokens, None, places) if loss.needs_base else None
-            total = model.chunked_loss(tokens, None, places, tokens, loss.per_token, base=base)
-            kept.append(live.now - before)
-            losses.append(live.peak - live.now)
-            live.peak = live.now
-            total.backward()
-            backwards.append(live.peak - before - kept[-1])
-    layer = kept[1] - kept[0]
-    return Activations(kept[0] - layer, layer, losses[1], backwards[1])
-
-
-def _trained(model: PreTrainedModel, config: Config) -> set[str]:
-    """The names of the parameters that are trained, after adding to the model what is not in its files."""
-    method = METHODS.load(config.method)
-    try:
-        method.extend(config, model)
-        found = method.places(config, model)
-    except UserError:  # the patterns match later layers only
-        every = dataclasses.replace(config.selection, modules=["*"])
-        adapted = dataclasses.replace(config.lora, modules=[])
-        return _trained(model, dataclasses.replace(config, selection=every, lora=adapted))
-    return {place.parameter for place in found.values()}
-
-
-def packing_known(packing: bool) -> contextlib.AbstractContextManager:
-    """Tell transformers whether samples are packed: on fake tensors it assumes so, and builds a mask of all token pairs."""
-    if packing:
-        return contextlib.nullcontext()
-    return mock.patch.object(masking_utils, "find_packed_sequence_indices", return_value=None)
-
-
-def grouped_products_known() -> contextlib.AbstractContextManager:
-    """Let experts compute by transformers' own operation: on fake tensors torch's grouped product takes bf16 alone."""
-    own = moe._can_use_grouped_mm
-    return mock.patch.object(
-        moe, "_can_use_grouped_mm", lambda *tensors: tensors[1].dtype == torch.bfloat16 and own(*tensors)
-    )
-
-
-#: Settings that make the first layers of a model with experts dense.
-DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index")
-
-
-def _with_layers(hf_config: Any, layers: int) -> Any:
-    """The configuration with its last layers, with experts if the model has any."""
-    shallow = copy.deepcopy(hf_config)
-    text = shallow.get_text_config(decoder=True)
-    for key, value in vars(text).items():  # the kinds of layers
-        if isinstance(value, list) and len(value) == text.num_hidden_layers:
-            setattr(text, key, value[-layers:])
-    for key in DENSE_FIRST:
-        if getattr(text, key, None):
-            setattr(text, key, 0)
-    text.num_hidden_layers = layers
-    return shallow
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Memory and traffic.
 
 
 def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[str, int]:
@@ -241,27 +51,38 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
         return size.itemsize * unit.padded(shards) * shards
 
     gathered, embedding, root = max(map(unsharded, size.layers)), unsharded(size.embedding), unsharded(size.root)
-    reduced = max(unit.padded(shards, trained=True) * shards for unit in size.units)
     counts = selected(size, config)
+    # a layer as it is gathered; copied out of that buffer, as parameters or to be dequantised
+    packed = max(shards * _packed(unit, size, counts, shards) for unit in size.layers)
+    copied = packed + (gathered + max(unit.codes for unit in size.layers) if config.model.base_dtype else 0)
+    buffered = packed if shards > 1 else 0  # the all-gather buffer of another layer: a single shard is copied without
     states = getattr(criterion(config), "states", 0) if config.method == "lift" else 0
-    is_sparse = _is_sparse(config) and not states  # gradients that are gathered are reduced whole
-    sent = size.itemsize if shards > 1 and is_sparse else 4  # bytes per gradient to be reduced
-    exchanged = (
-        max(16 * shards * _width(unit, counts, shards) for unit in size.units) if shards > 1 and is_sparse else 0
-    )
+    units = size.units if states else _needing_gradients(size, config)
+    of_layers, others = units[: len(size.layers)], units[len(size.layers) :]
+    reductions = functools.partial(_reduction, size.itemsize, config, shards, counts)
+    left = max((reductions(unit, states).buffer for unit in of_layers[1:]), default=0)
+    of_others = (kept.after + reductions(unit, states).peak for unit in others)
+    copying = buffered + copied + left if config.model.base_dtype else 0  # of the next layer, before its backward
     return {
-        "weights": size.itemsize * sum(unit.padded(shards) for unit in size.units) + size.buffers,
+        "weights": sum(_packed(unit, size, counts, shards) for unit in size.units) + size.buffers,
         **(_of_lift(size, config, shards, counts) if config.method == "lift" else _of_dense(size, config, shards)),
         "root, whole": root,
         # in the first forward, besides the root: a unit that is gathered is held twice, as all-gather buffer and as
         # parameters; FSDP keeps the buffer until the next unit is gathered
-        "first all-gather buffers": max(root + 2 * embedding, (embedding or root) + 2 * gathered),
-        # the next layer is gathered while one is computed; the latter is freed before its gradients are copied to the buffer
-        "layers, whole": gathered
-        + max(gathered + size.itemsize * reduced, (size.itemsize + sent) * reduced + 4 * reduced // shards + exchanged),
+        "first all-gather buffers": max(root + 2 * embedding, (embedding or root) + packed + copied)
+        if shards > 1
+        else max(embedding, copied),
+        # a layer is computed while the next one is gathered; of the former one the activations are freed, but FSDP keeps the
+        # buffer from which its gradients were reduced
+        "layers, whole": gathered + buffered + max(0, left - kept.layer),
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
-        "loss": kept.loss,
+        # a layer is freed before its gradients are reduced
+        "reducing": max(
+            copying, kept.after + buffered + max(reductions(unit, states).peak for unit in of_layers), *of_others
+        ),
+        # FSDP keeps the all-gather buffer of the last layer until the forward has ended
+        "loss": buffered + kept.loss,
         "selecting": _selecting(size, config, shards, counts)
         if config.method == "lift"
         else _initialising(size, config),
@@ -272,6 +93,37 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     }
 
 
+class _Reduction(NamedTuple):
+    """Bytes in the reduction of a unit's gradients."""
+
+    buffer: int  # until the gradients of another unit are to be reduced
+    peak: int
+
+
+def _reduction(
+    itemsize: int, config: Config, shards: int, counts: Mapping[str, int], unit: FSDPUnit, whole: int
+) -> _Reduction:
+    """Gradients are copied into a buffer and freed; the buffer is reduced in float32, and the result rounded.
+
+    Args:
+        whole: whether a selection needs whole gradients.
+    """
+    row, width = unit.padded(shards, trained=True), _width(unit, counts, shards)
+    is_sparse = shards > 1 and _is_sparse(config)
+    buffer = (itemsize if is_sparse else 4) * shards * row
+    if shards == 1:
+        reducing = 4 * row  # the buffer is divided by 1 into another one
+    elif not is_sparse:
+        reducing = 0
+    elif whole or 8 * width >= 4 * row:
+        reducing = 4 * shards * row if itemsize != 4 else 0
+    else:  # positions that all shards sent, their places in the buffer, and what is there, also in float32
+        reducing = ((4 + 8 + 4 + (itemsize if itemsize != 4 else 0)) * shards + 4) * width
+    gradients = itemsize * sum(map(math.prod, unit.trained_shapes))
+    rounded = itemsize * row if itemsize != 4 else 0
+    return _Reduction(buffer, buffer + max(gradients, 4 * row + max(reducing, rounded)))
+
+
 def _of_lift(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> dict[str, int]:
     bits = sum(unit.padded(shards, trained=True) for unit in size.units) if config.selection.refresh_interval else 0
     held = sum(_width(unit, counts, shards) for unit in size.units)
@@ -279,10 +131,20 @@ def _of_lift(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]
     return {"principal": _bytes_each(config) * held, **base, "previously selected": bits // 8}
 
 
+def _packed(unit: FSDPUnit, size: Sizes, counts: Mapping[str, int], shards: int) -> int:
+    """Bytes of a shard of a unit, as it is kept and gathered."""
+    exact = {name: held(place, counts[name], shards) for name, place in unit.trained.items()}
+    return unit.kept(shards, size.itemsize, exact)
+
+
 def _of_dense(size: Sizes, config: Config, shards: int) -> dict[str, int]:
     """What trained parameters take beyond the weights: a higher dtype, gradient and two moments."""
-    each = 4 * _element(config) - size.itemsize
-    return {"trained": each * sum(unit.padded(shards, trained=True) for unit in size.units)}
+    of_ranks = 3 if _drops_ranks(config) else 0  # importance, its average, and its distance from that
+    each = (4 + of_ranks) * _element(config) - size.itemsize
+    trained = {"trained": each * sum(unit.padded(shards, trained=True) for unit in size.units)}
+    if config.method == "lora" and config.lora.variant == "shira":  # row and column, 4 B each, whole on every rank
+        trained["places"] = 8 * config.lora.rank * sum(map(sum, size.adapted))
+    return trained
 
 
 def _selecting(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> int:
@@ -294,13 +156,22 @@ def _selecting(size: Sizes, config: Config, shards: int, counts: Mapping[str, in
 
 
 def _initialising(size: Sizes, config: Config) -> int:
-    """A whole matrix, and what peft makes of it in float32 for the initial values of DoRA (16 B a weight) or PiSSA (20 B)."""
+    """A whole matrix, and what peft makes of it in float32 for the initial values of DoRA (16 B a weight) or PiSSA (20 B). Of EVA
+    the vectors of all modules, and a module's inputs in a batch (22 B each)."""
+    if config.method == "lora" and config.lora.variant == "eva":
+        names = {name: place for unit in size.units for name, place in unit.trained.items()}
+        vectors = sum(place.rows * place.columns for name, place in names.items() if ".lora_A." in name)
+        tokens = config.train.micro_batch_size * config.data.max_length
+        return 4 * vectors + 22 * tokens * max(map(max, size.adapted))
     if config.method != "lora" or config.lora.variant not in ("dora", "pissa"):
         return 0
     each = size.itemsize + (16 if config.lora.variant == "dora" else 20)
-    columns = {name.partition(".lora_A.")[0]: shape[1] for name, shape in size.trained.items() if ".lora_A." in name}
-    rows = {name.partition(".lora_B.")[0]: shape[0] for name, shape in size.trained.items() if ".lora_B." in name}
-    return each * max(rows[name] * columns[name] for name in rows)
+    return each * max(map(math.prod, size.adapted))
+
+
+def _drops_ranks(config: Config) -> bool:
+    """Whether adapters lose ranks."""
+    return config.method == "lora" and config.lora.variant == "adalora"
 
 
 def _is_sparse(config: Config) -> bool:
@@ -319,10 +190,12 @@ def _bytes_each(config: Config) -> int:
 
 
 def saved_bytes(config: Config) -> int:
-    """Bytes of a trained weight in a file: index, value and states; no index where all are trained, but PiSSA's initial value."""
+    """Bytes of a trained weight in a file: value and states; of LIFT and SHiRA its index, of PiSSA its initial value, of
+    AdaLoRA two averages."""
     element = _element(config)
-    initial = 4 * (config.method == "lora" and config.lora.variant == "pissa")
-    return (4 + (1 + _states(config)) * element) if config.method == "lift" else 3 * element + initial
+    further = 4 * (config.method == "lora" and config.lora.variant in ("pissa", "shira"))
+    further += 2 * element * _drops_ranks(config)
+    return (4 + (1 + _states(config)) * element) if config.method == "lift" else 3 * element + further
 
 
 def _states(config: Config) -> int:
@@ -330,11 +203,14 @@ def _states(config: Config) -> int:
     return len(OPTIMIZERS.load(config.optimizer.name).element_states(config.optimizer))
 
 
+HELD = ("weights", "principal", "base values", "previously selected", "trained", "places")
+
+
 def peak(parts: dict[str, int]) -> int:
     """Peak bytes of a run, from the parts of :func:`memory`: of training, of its first forward, or of a selection."""
-    held = sum(parts.get(name, 0) for name in ("weights", "principal", "base values", "previously selected", "trained"))
+    held = sum(parts.get(name, 0) for name in HELD)
     backward = parts["layers, whole"] + parts["computing"]
-    training = parts["root, whole"] + parts["activations"] + max(backward, parts["loss"])
+    training = parts["root, whole"] + parts["activations"] + max(backward, parts["reducing"], parts["loss"])
     gathering = parts["root, whole"] + parts["first all-gather buffers"]
     statistics = parts.get("statistics", 0)
     return held + max(training + statistics, gathering, parts["selecting"] + statistics)
@@ -362,6 +238,18 @@ def selected(size: Sizes, config: Config) -> Mapping[str, int]:
     return budget.allot(size.trained)
 
 
+def _needing_gradients(size: Sizes, config: Config) -> list[FSDPUnit]:
+    """The units with the matrices for which backward computes gradients: all of them, an upper bound, if numbers may change."""
+    if config.method != "lift":
+        return list(size.units)
+    chosen, budget = rules(config.selection)
+    may_change = selection.decides_number(chosen) or any(
+        getattr(budget, name, False) for name in ("redraws", "compares")
+    )
+    counts = dict.fromkeys(size.trained, 1) if may_change else selected(size, config)
+    return [unit.needing_gradients(counts) for unit in size.units]
+
+
 @dataclass(frozen=True)
 class Collective:
     """All collectives of one kind over one mesh axis in one optimizer step."""
@@ -382,17 +270,17 @@ class Collective:
 
 
 def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Collective]:
-    """Collectives of one optimizer step, without those of a few scalars."""
+    """Collectives of one optimizer step, without those of a few scalars, such as a score for each rank of an adapter."""
     micro = micro_batches(config, replicas * shards)
     found = []
     if shards > 1:
         twice = [*size.layers, *([size.embedding] if size.embedding.trained else [])]  # in forward and in backward
         once = [unit for unit in (size.embedding, size.root) if unit.shapes and unit not in twice]
         calls = 2 * len(twice) + len(once)
-        gathered = sum(unit.padded(shards) for unit in (*twice, *twice, *once))
-        found.append(Collective("dp_shard", "all_gather", micro * calls, micro * size.itemsize * gathered))
-        reduced = [unit for unit in size.units if unit.trained]
         counts = selected(size, config)
+        gathered = sum(_packed(unit, size, counts, shards) for unit in (*twice, *twice, *once))
+        found.append(Collective("dp_shard", "all_gather", micro * calls, micro * gathered))
+        reduced = [unit for unit in _needing_gradients(size, config) if unit.trained]
         widths = [_width(unit, counts, shards) for unit in reduced]
         dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
         sparse = [_is_sparse(config) and 8 * w < d // shards for w, d in zip(widths, dense, strict=True)]
@@ -403,6 +291,12 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         if any(sparse):
             found.append(Collective("dp_shard", "all_gather", micro * sum(sparse), micro * indices))
         found.append(Collective("dp_shard", "reduce_scatter", micro * len(reduced), micro * gradients))
+        if _drops_ranks(config):  # all A and B, for the regularisation
+            places = {
+                name: place for unit in size.units for name, place in unit.trained.items() if ".lora_E." not in name
+            }
+            rows = sum(place.row_bounds(shards)[1] * place.columns for place in places.values())
+            found.append(Collective("dp_shard", "all_gather", len(places), _element(config) * rows))
     if replicas > 1:
         counts = selected(size, config)
         if config.method == "lift":
@@ -439,7 +333,7 @@ def operations(size: Sizes, config: Config) -> int:
     """Floating-point operations per token in forward and backward, without recomputation."""
     idle = 1 - size.reached  # of the experts
     products = size.numel - size.embedding.numel - size.towers.numel - idle * size.experts  # an embedding is a lookup
-    places = [place for unit in size.units for place in unit.trained.values()]
+    places = [place for unit in _needing_gradients(size, config) for place in unit.trained.values()]
     trained = sum(place.numel * (1 if place.is_whole else size.reached) for place in places)
     attention = 2 * len(size.layers) * size.query * config.data.max_length  # causal: half of all pairs, two products
     return round(2 * (2 * products + trained)) + 3 * attention

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from liftdist.distributed.sharding import local_tensor
+from liftdist.engine import quantised
 
 
 class LiveBytes(TorchDispatchMode):
@@ -29,7 +30,8 @@ class LiveBytes(TorchDispatchMode):
 
     def add(self, tensor: Tensor) -> None:
         """Count the storage of ``tensor`` until it is freed."""
-        storage = local_tensor(tensor).untyped_storage()
+        held = quantised.held_by(tensor)
+        storage = (local_tensor(tensor) if held is None else held.buffer).untyped_storage()
         key = storage._cdata
         if key in self._known and self._known[key][0]() is storage:
             return

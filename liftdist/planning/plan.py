@@ -21,8 +21,8 @@ from liftdist.engine import selection
 from liftdist.errors import UserError
 from liftdist.models import build
 from liftdist.models.hub import resolve_config
-from liftdist.planning import footprint
-from liftdist.planning.footprint import Sizes
+from liftdist.planning import activations, footprint, shapes
+from liftdist.planning.shapes import Sizes
 from liftdist.registry import METHODS
 from liftdist.schema import Config
 
@@ -71,13 +71,13 @@ def plan(
     hf_config = build.check_type(resolve_config(config.model.path, config.model.revision), config.model)
     model = build.build(hf_config, config.model)
     METHODS.load(config.method).extend(config, model)
-    size = footprint.sizes(model, config)
-    probes: dict[int, footprint.Activations] = {}
+    size = shapes.sizes(model, config)
+    probes: dict[int, activations.Activations] = {}
 
     def memory_of(count: int) -> dict[str, int]:
         rows = footprint.rows(config, replicas * count)
         if rows not in probes:
-            probes[rows] = footprint.activations(hf_config, config, rows)
+            probes[rows] = activations.activations(hf_config, config, rows)
         return footprint.memory(size, config, count, probes[rows])
 
     parts = memory_of(shards)
@@ -242,6 +242,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         notes = {
             "base values": "at first; a refresh adds those of weights that were not selected before",
             "first all-gather buffers": "in the first forward, instead of the lines below",
+            "reducing": "instead of layers and computing",
             "loss": "instead of layers and computing",
             "selecting": "instead of root and the lines below it",
         }

@@ -79,11 +79,16 @@ def test_a_run_that_cannot_fit_is_not_submitted(tiny_model, tmp_path):
         plan.check_fits(loaded, 1, 2)
 
 
-WHOLE = {"half": [], "layers": ["selection.layers=1"]}  # budgets of whole matrices: of two layers
+WHOLE = {  # budgets of whole matrices, of two layers: how much of all is trained, at most
+    "half": (0.3, 0.7, []),
+    "layers": (0.3, 0.7, ["selection.layers=1"]),
+    "greentrainer": (1, 1, ["selection.criterion=gradient", "selection.backward_flops=0.5"]),
+}
 CHOICES = [
-    *(["selection.criterion=" + name] for name in CRITERIA if name not in ("threshold", "file")),
-    *(["selection.budget=" + name] for name in BUDGETS if name not in ("by_pattern", *WHOLE)),
+    *(["selection.criterion=" + name] for name in CRITERIA if name not in ("threshold", "file", "spiel")),
+    *(["selection.budget=" + name] for name in BUDGETS if name not in ("by_pattern", "ist", *WHOLE)),
     ["selection.budget=by_pattern", 'selection.shares=["*.down_proj=0.3", "*.q_proj=0"]'],
+    ["selection.criterion=spiel", "selection.final_refresh=4"],
     ["selection.exclude=[a.delta]"],
 ]
 
@@ -98,12 +103,14 @@ def test_every_choice_of_weights_is_planned(config):
         assert found["memory"]["selecting"] > 0
         assert found["selection"]["all"] > 0
     weights = plain["model"]["principal"] / 0.05
-    for name, words in WHOLE.items():
+    for name, (least, most, words) in WHOLE.items():
         code, said = call(
             "plan", config, "--gpus-per-node=2", "--json", "selection.density=", f"selection.budget={name}", *words
         )
         assert code == 0, said
-        assert 0.3 < json.loads(said)["model"]["principal"] / weights < 0.7
+        assert 0.99 * least < json.loads(said)["model"]["principal"] / weights < 1.01 * most
+    code, said = call("plan", config, "--gpus-per-node=2", "--json", "selection.budget=ist", "selection.layers=1")
+    assert (code, json.loads(said)["model"]["principal"] / plain["model"]["principal"]) == (0, 0.5), said
     largest = 50 * 93
     excluding = found["memory"]["selecting"] - plain["memory"]["selecting"]
     assert excluding == largest
