@@ -24,7 +24,7 @@ from bench.scale import MODELS
 from bench.traffic import Traffic
 from liftdist.distributed import mesh as meshes
 from liftdist.distributed.mesh import Mesh
-from liftdist.planning import footprint
+from liftdist.planning import footprint, shapes
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
 
@@ -92,7 +92,7 @@ def measured(kind: str, options: argparse.Namespace, config: Config, mesh: Mesh)
 def _operations(model: torch.nn.Module, options: argparse.Namespace) -> int:
     config = measure.config()
     config.data.max_length = options.length
-    return footprint.operations(footprint.sizes(model, config), config)
+    return footprint.operations(shapes.sizes(model, config), config)
 
 
 def make_model(options: argparse.Namespace, device: torch.device) -> torch.nn.Module:

@@ -136,9 +136,7 @@ class Lora(OfMethod):
 
     def settings(self, model: nn.Module) -> Config:
         config = super().settings(model)
-        shapes = [place.shape for place in principal_matrices(model).values()]
-        budget = sum(round(config.selection.density * m * n) for m, n in shapes)
-        config.lora.rank = round(budget / sum(m + n for m, n in shapes))
+        config.lora.rank = equal_rank(model, config.selection.density)
         config.lora.alpha = 2 * config.lora.rank
         return config
 
@@ -240,6 +238,12 @@ KINDS: dict[str, type[Contender]] = {
     "full": Full, "lora": Lora, "masked": Masked, "quickly-masked": QuicklyMasked, "dense": Dense, "hybrid": Hybrid,
     "liftdist": Liftdist,
 }  # fmt: skip
+
+
+def equal_rank(model: nn.Module, density: float) -> int:
+    """The rank of adapters with as many weights as ``density`` of the matrices has."""
+    shapes = [place.shape for place in principal_matrices(model).values()]
+    return round(sum(round(density * m * n) for m, n in shapes) / sum(m + n for m, n in shapes))
 
 
 def load(folder: Any, device: torch.device) -> nn.Module:

@@ -40,6 +40,10 @@ class Traffic(TorchDispatchMode):
             entry = self.by_group.setdefault(name, {}).setdefault(operation, [0, 0])
             entry[0] += 1
             entry[1] += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, torch.Tensor))
+        if function.namespace == "_c10d_functional" and "all_gather" in function.__name__:  # of DTensor
+            entry = self.by_group.setdefault(arguments[-1], {}).setdefault("all_gather", [0, 0])
+            entry[0] += 1
+            entry[1] += arguments[0].nbytes
         return function(*arguments, **(keywords or {}))
 
 

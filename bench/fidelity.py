@@ -1,0 +1,499 @@
+"""Target accuracy against forgetting, as frontiers: LIFT, full fine-tuning, LoRA and other choices of as many weights.
+
+    python -m bench fidelity [--preset cpu|gpu|tiny] [--model FOLDER] [--output FOLDER] [--out FILE] [--minutes N] ...
+
+    development    each method at each of its rates, asked the development questions
+    test           the rates of each method whose frontier is the greatest there, with more seeds, asked the test questions
+
+A run is `liftdist train` on a config that is written to ``--output``, where its run directory is, too. It follows the paper's
+recipe: the Alpaca wording, a mean over sequences, its optimizer, as many refreshes in a run as there, and the step with the least
+loss on the development questions. Methods train equally many weights (`full`: all) on the same batches. Forgetting is the
+divergence from the base model on its own text, and the rise on prose, in nats a token; capitals of countries are asked besides.
+
+Runs that have finished are not run again, so the same command goes on after an interruption; those that failed are tried again.
+Results are written after every run, and a picture at the end; :mod:`bench.frontier` says what is made of them. Checkpoints of a
+finished run are removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+
+from bench import contenders, frontier, measure, problems
+from liftdist.errors import EXIT_STOPPED, UserError
+from liftdist.report import read
+from liftdist.report.read import FINISHED, Run
+from liftdist.runs import layout
+
+METHODS: dict[str, dict[str, Any]] = {
+    "lift": {},
+    "full": {"method": "full"},
+    "lora": {"method": "lora"},
+    "magnitude": {"criterion": "magnitude"},
+    "random": {"criterion": "random"},
+    "low_rank_smallest": {"criterion": "low_rank_smallest"},
+}
+
+
+@dataclass
+class Task:
+    """A kind of problem and its arguments, see :func:`bench.problems.write`, and how answers are read."""
+
+    kind: str
+    arguments: dict[str, int]
+    new_tokens: int = 16  # longest answer
+    scorer: str = "exact"
+
+
+def _sums(terms: int, digits: int, new_tokens: int) -> Task:
+    return Task("sums", dict(terms=terms, digits=digits), new_tokens, "last_number")
+
+
+@dataclass
+class Settings:
+    """What decides the results of runs; kept in ``--output``, whose runs all have the same."""
+
+    model: str
+    tasks: list[Task]
+    dtype: str
+    steps: int
+    rank: int = 0  # of LoRA, and of the filter: the paper finds filter ranks near the budget's best
+    density: float = 0.05
+    batch_size: int = 16
+    micro_batch_size: int = 8
+    max_length: int = 256
+    training: int = 2000
+    development: int = 100
+    test: int = 400
+    capitals: int = 44
+    prose: int = 33  # paragraphs
+    own_texts: int = 64
+    own_tokens: int = 64
+    evaluations: int = 2  # in a run, of which the best counts
+
+
+@dataclass
+class Plan:
+    """Which runs there are, and how results are read; may change from call to call."""
+
+    methods: list[str]
+    rates: dict[str, list[float]]
+    seeds: int = 5
+    best: int = 2  # rates of each method that are tested
+    limit: float = 0.3  # nats a token up to which forgetting counts
+
+
+NUMBERS: dict[str, type] = {
+    field.name: kind
+    for of in (Settings, Plan)
+    for field in dataclasses.fields(of)
+    if (kind := {"int": int, "float": float}.get(str(field.type))) and field.name != "rank"
+}
+
+
+def preset(name: str, model: str) -> tuple[Settings, Plan, int]:
+    """Settings, plan, and how many runs there are at a time."""
+
+    def rates(sparse: float, full: float, lora: float, number: int) -> dict[str, list[float]]:
+        """``number`` rates of each method, each twice the one before."""
+        least = {"full": full, "lora": lora}
+        return {method: [least.get(method, sparse) * 2**step for step in range(number)] for method in METHODS}
+
+    if name == "gpu":
+        harder = Task("chain_sum", dict(min_terms=3, max_terms=3, min_digits=3, max_digits=3))
+        settings = Settings(model, [_sums(6, 3, 96), harder], "bfloat16", steps=60)
+        return settings, Plan([*METHODS], rates(1e-4, 1e-5, 1e-4, 3)), 4
+    if name == "tiny":
+        small = dict(density=0.1, batch_size=4, micro_batch_size=4, training=40, development=4, test=8)
+        small |= dict(capitals=4, prose=4, own_texts=2, own_tokens=4)
+        settings = Settings(model, [_sums(4, 2, 2)], "float32", steps=2, **small)
+        return settings, Plan(["lift", "full"], rates(1e-3, 1e-4, 1e-3, 2), seeds=2, best=1), 2
+    tasks = [
+        Task("chain_sum", dict(min_terms=2, max_terms=2, min_digits=2, max_digits=2)),
+        _sums(4, 2, 64),
+        Task("spell_backward", dict(min_word_len=3, max_word_len=5)),
+    ]
+    settings = Settings(model, tasks, "float32", steps=40, development=64, own_texts=32)
+    return settings, Plan([*METHODS], rates(5e-4, 5e-5, 5e-4, 3)), 1
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of the plan."""
+
+    task: str
+    method: str
+    lr: float
+    seed: int
+    stage: str
+
+    def folder(self, output: Path) -> Path:
+        return output / "runs" / f"{self.task}-{self.method}-lr{self.lr:g}-{self.stage}-seed{self.seed}"
+
+
+def trials(settings: Settings, plan: Plan, stage: str, done: list[dict[str, Any]]) -> Iterator[Trial]:
+    """The runs of a stage: methods side by side, so that a part of them is a comparison, too."""
+    tasks = [task.kind for task in settings.tasks]
+    rates = {(task, method): plan.rates[method] for task in tasks for method in plan.methods}
+    if stage == "test":
+        rates = {(task, method): _chosen(plan, task, method, done) for task, method in rates}
+    for seed in (
+        range(1, 1 + plan.seeds) if stage == "test" else [0]
+    ):  # rates are not tested on the runs that chose them
+        for task in tasks:
+            for number in range(max(len(rates[task, method]) for method in plan.methods)):
+                for method in plan.methods:
+                    if number < len(rates[task, method]):
+                        yield Trial(task, method, rates[task, method][number], seed, stage)
+
+
+def _chosen(plan: Plan, task: str, method: str, done: list[dict[str, Any]]) -> list[float]:
+    swept = frontier.sweep(done, task, method)
+    base = next((run["base_scores"] for run in done if run["task"] == task and run["status"] == FINISHED), "0")
+    return frontier.chosen(swept, base.count("1") / len(base), plan.limit, plan.best)
+
+
+def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
+    """The settings of a run of `liftdist train`."""
+    data, given = output / "problems" / trial.task, METHODS[trial.method]
+    known = output / "problems"
+    method = given.get("method", "lift")
+    chosen: dict[str, Any] = {
+        "lift": {
+            "selection": {
+                "density": settings.density,
+                "filter_rank": settings.rank,
+                "refresh_interval": max(1, settings.steps // 5),  # the paper's 400 of some 1900 steps
+                "criterion": given.get("criterion", "low_rank"),
+            }
+        },
+        "lora": {"lora": {"rank": settings.rank, "alpha": 2 * settings.rank}},
+        "full": {},
+    }[method]
+    if given.get("criterion") == "random":
+        chosen["selection"]["seed"] = trial.seed
+    task = next(task for task in settings.tasks if task.kind == trial.task)
+    target = {"name": "target", "path": str(data / f"{trial.stage}.jsonl"), "format": "alpaca", "expected": "answer"}
+    capitals = {"name": "capitals", "path": str(known / "capitals.jsonl"), "format": "alpaca", "scorer": "contains"}
+    prose = {"name": "prose", "path": str(known / "prose.jsonl"), "kind": "perplexity", "limit": settings.prose}
+    own_text = {"task": "own_text", "size": settings.own_texts, "max_new_tokens": settings.own_tokens}
+    interval = settings.steps // settings.evaluations
+    return {
+        "run_dir": str(trial.folder(output)),
+        "cache_dir": str(output / "cache"),
+        "method": method,
+        "model": {"path": settings.model, "dtype": settings.dtype},
+        "data": {
+            "path": str(data / "training.jsonl"),
+            "eval_path": str(data / "development.jsonl"),
+            "format": "alpaca",
+            "max_length": settings.max_length,
+        },
+        **chosen,
+        "optimizer": {
+            "lr": trial.lr,
+            "betas": [0.9, 0.95],
+            "eps": 1e-6,
+            "reference_numerics": True,
+            "schedule": "linear",
+            "warmup_ratio": 0.03,
+        },
+        "train": {
+            "loss_reduction": "sequence",
+            "steps": settings.steps,
+            "batch_size": settings.batch_size,
+            "micro_batch_size": settings.micro_batch_size,
+            "seed": trial.seed,
+            "eval_interval": interval,
+            "export": False,
+        },
+        "eval": {
+            "interval": interval,
+            "tasks": [
+                target | {"scorer": task.scorer, "max_new_tokens": task.new_tokens},
+                capitals | {"max_new_tokens": 16, "limit": settings.capitals},
+                prose,
+                own_text,
+            ],
+        },
+        "metrics": {"trackers": []},
+        "checkpoint": {"interval": 0, "keep": 1, "best": "eval/loss"},
+    }
+
+
+def run(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
+    """What a run found; it is run if it has not finished. Raises ``SystemExit`` if it is asked to stop."""
+    folder = trial.folder(output)
+    if not _has_finished(folder):
+        path = output / "configs" / f"{folder.name}.yaml"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(yaml.safe_dump(config(trial, settings, output), sort_keys=False))
+        with path.with_suffix(".log").open("a") as log:
+            command = [sys.executable, "-m", "liftdist", "train", str(path), "--nproc", "1"]
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        if code == EXIT_STOPPED:
+            sys.exit(f"{folder} was asked to stop; the same command goes on")
+    found: dict[str, Any] = dataclasses.asdict(trial) | {"status": "failed", "reason": ""}
+    try:
+        made = read.read(folder)
+    except UserError as error:
+        return found | {"reason": f"{error}; see {output / 'configs' / folder.name}.log"}
+    if not _has_finished(folder):
+        return found | {"reason": made.state, "seconds": made.seconds}
+    shutil.rmtree(folder / layout.CHECKPOINTS, ignore_errors=True)
+    return found | {"status": FINISHED} | _found(made)
+
+
+def _has_finished(folder: Path) -> bool:
+    if not (folder / layout.ATTEMPTS).is_dir():
+        return False
+    attempts = read.read(folder).attempts
+    return bool(attempts) and attempts[-1].outcome == FINISHED
+
+
+def _found(made: Run) -> dict[str, Any]:
+    """Losses, and what the evaluations after the best step say against those of the base model."""
+    held_out = made.curves["eval/loss"]
+    losses = dict(zip(held_out.steps.tolist(), held_out.values.tolist(), strict=True))
+    finite = [step for step in losses if step and math.isfinite(losses[step])]
+    if not finite:
+        return {"status": "failed", "reason": "no evaluation loss is finite", "seconds": round(made.seconds, 1)}
+    step = min(finite, key=losses.__getitem__)
+    figures = {
+        task: {one.step: one.value for one in some}
+        for (task, metric), some in made.evaluations.items()
+        if not metric.endswith("_change")  # since the base model, beside what it is of
+    }
+    learned = made.curves["train/loss"].values
+    return {
+        "seconds": round(made.seconds, 1),
+        "best_step": step,
+        "eval_loss": losses,
+        "train_loss": float(np.mean(learned[-max(1, len(learned) // 10) :])),
+        "figures": {task: of_step[step] for task, of_step in figures.items()},
+        "base": {task: of_step[0] for task, of_step in figures.items()},
+        "forgotten": {
+            "own_text": figures["own_text"][step],
+            "prose": math.log(figures["prose"][step] / figures["prose"][0]),
+        },
+        "scores": _scores(made, step),
+        "base_scores": _scores(made, 0),
+    }
+
+
+def _scores(made: Run, step: int) -> str:
+    answers = made.answers["target"][step]
+    return "".join(f"{answers[number].score:.0f}" for number in sorted(answers, key=int))
+
+
+def draw(analysis: dict[str, Any], path: Path) -> None:
+    """The frontiers of all tasks as SVG, one row of axes for each."""
+    from matplotlib.figure import Figure
+
+    tested = {task: found for task, found in analysis.items() if found["seeds"]}
+    if not tested:
+        return
+    size = len(frontier.FORGOTTEN), len(tested)
+    figure = Figure(figsize=(5 * size[0], 3.5 * size[1]), layout="constrained")
+    for row, (task, found) in zip(figure.subplots(size[1], size[0], squeeze=False), tested.items(), strict=True):
+        for axes, measured in zip(row, frontier.FORGOTTEN, strict=True):
+            for number, (method, of) in enumerate(found["methods"].items()):
+                x, height, low, high = zip(*of[measured]["band"], strict=True)
+                axes.step(x, height, where="post", label=method, color=f"C{number}")
+                axes.fill_between(x, low, high, step="post", alpha=0.15, color=f"C{number}")
+                points = [(rate["forgotten"][measured], rate["accuracy"]) for rate in of["rates"]]
+                axes.scatter(*zip(*points, strict=True), s=14, color=f"C{number}")
+            axes.set(title=task, xlabel=f"forgotten on {measured}, nats a token", ylabel="accuracy", ylim=(-0.02, 1.02))
+            axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        row[0].legend()
+    figure.savefig(path, metadata={"Date": None})
+
+
+def report(analysis: dict[str, Any]) -> None:
+    for task, found in analysis.items():
+        print(f"\n{task}: {len(found['failed'])} failed runs")
+        for method, of in found["development"].items():
+            rates = ", ".join(f"{one['lr']:g}: {one['accuracy']:.2f} / {one['own_text']:.3f}" for one in of["rates"])
+            edge = "; the best rate is the first or last tried" * of["at_edge"]
+            print(f"  development  {method:18s}{rates}  (rate: accuracy / nats on own text){edge}")
+        for method, of in found.get("methods", {}).items():
+            areas = "  ".join(
+                f"{name} {of[name]['area']:.3f} [{of[name]['interval'][0]:.3f}, {of[name]['interval'][1]:.3f}]"
+                for name in frontier.FORGOTTEN
+            )
+            print(f"  test         {method:18s}area under the frontier, {len(found['seeds'])} seeds: {areas}")
+        for method, of in found.get("against", {}).items():
+            less, low, high = of["area_own_text"]
+            sure = "" if of["p"] is None else f", p = {of['p']:.2g}, {of['p_holm']:.2g} for all methods together"
+            edge = (
+                f"; the best rate of {' and '.join(of['at_edge'])} is the first or last tried" if of["at_edge"] else ""
+            )
+            print(
+                f"  {found['reference']} - {method}: area {less:+.3f} [{low:+.3f}, {high:+.3f}], accuracy at the best rates "
+                f"within the limit {of['accuracy']:+.3f}{sure}{edge}"
+            )
+        if found["seeds"] and found["reference"] not in found["methods"]:
+            print(f"  no rate of {found['reference']} has finished all of its runs: nothing is compared with it")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m bench fidelity", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--preset", choices=("cpu", "gpu", "tiny"), default="gpu" if torch.cuda.is_available() else "cpu"
+    )
+    parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
+    parser.add_argument("--output", type=Path, help="folder for run directories; runs/fidelity-PRESET if not given")
+    parser.add_argument("--out", type=Path, help="results; bench/results/fidelity-PRESET.json if not given")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no run later than this")
+    parser.add_argument("--jobs", type=int, help="runs at a time")
+    parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these, the reference first")
+    parser.add_argument("--tasks", nargs="+", help="these; the first of the preset's if not given")
+    parser.add_argument(
+        "--rates", nargs="+", default=[], metavar="METHOD=LR,LR", help="other learning rates of a method"
+    )
+    parser.add_argument(
+        "--set", nargs="+", default=[], metavar="NAME=NUMBER", help=f"other numbers: {', '.join(NUMBERS)}"
+    )
+    options = parser.parse_args()
+    settings, plan, jobs = preset(options.preset, str(options.model))
+    _change(parser, options, settings, plan)
+    output = options.output or Path(f"runs/fidelity-{options.preset}")
+    out = options.out or Path(f"bench/results/fidelity-{options.preset}.json")
+    settings.rank = _rank(options.model, settings.density)
+    _prepare(output, settings)
+    carry_out(settings, plan, output, out, options.jobs or jobs, time.monotonic() + 60 * options.minutes)
+
+
+def _change(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Settings, plan: Plan) -> None:
+    """Take over what was given in place of the preset's."""
+    if not (options.model / "config.json").exists():
+        parser.error(f"--model {options.model}: no folder of a model; launch/quickstart makes the default one")
+    kinds = [task.kind for task in settings.tasks]
+    if unknown := set(options.tasks or ()) - set(kinds):
+        parser.error(f"--tasks {' '.join(sorted(unknown))}: the preset has {', '.join(kinds)}")
+    for given in options.rates:
+        method, _, listed = given.partition("=")
+        try:
+            plan.rates[method] = sorted({_number(rate, float) for rate in listed.split(",")})
+        except ValueError:
+            parser.error(f"--rates {given}: must be METHOD=LR,LR, such as lift=1e-3,2e-3")
+        if method not in METHODS:
+            parser.error(f"--rates {given}: there are the methods {', '.join(METHODS)}")
+    settings.tasks = [task for task in settings.tasks if task.kind in (options.tasks or kinds[:1])]
+    plan.methods = options.methods or plan.methods
+    for given in options.set:
+        name, _, text = given.partition("=")
+        if name not in NUMBERS:
+            parser.error(f"--set {given}: there are {', '.join(NUMBERS)}")
+        try:
+            setattr(plan if hasattr(plan, name) else settings, name, _number(text, NUMBERS[name]))
+        except ValueError:
+            parser.error(f"--set {given}: must be a positive {'whole ' * (NUMBERS[name] is int)}number")
+    if settings.evaluations > settings.steps:
+        parser.error(f"--set evaluations={settings.evaluations}: must be at most the steps, {settings.steps}")
+
+
+def _number(text: str, kind: type) -> float:
+    number: float = kind(text)
+    if not 0 < number < math.inf:
+        raise ValueError
+    return number
+
+
+def _rank(folder: Path, density: float) -> int:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    return max(1, contenders.equal_rank(model, density))
+
+
+def _prepare(output: Path, settings: Settings) -> None:
+    """Write the problems, unless ``output`` has them. Exits if its runs have other settings; other tasks may join."""
+    kept, now = output / "settings.json", dataclasses.asdict(settings)
+    tasks = now.pop("tasks")
+    if kept.exists() and (before := json.loads(kept.read_text())) != now:
+        differ = ", ".join(f"{key} {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key])
+        sys.exit(f"{output} holds runs of other settings ({differ}); give another --output")
+    sizes = {split: getattr(settings, split) for split in problems.SPLITS}
+    for task in tasks:
+        folder = output / "problems" / task["kind"]
+        if not (folder / "test.jsonl").exists():
+            problems.write(folder, task["kind"], task["arguments"], sizes)
+    problems.write_known(output / "problems")
+    kept.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def carry_out(settings: Settings, plan: Plan, output: Path, out: Path, jobs: int, deadline: float) -> None:
+    """Run what has not finished, one stage after the other, and write results after every run."""
+    shown = {"settings": dataclasses.asdict(settings) | dataclasses.asdict(plan)}
+    done: list[dict[str, Any]] = []
+    for stage in ("development", "test"):
+        planned = list(trials(settings, plan, stage, done))
+        fresh = sum(not _has_finished(trial.folder(output)) for trial in planned)
+        later = 0 if stage == "test" else len(settings.tasks) * len(plan.methods) * plan.best * plan.seeds
+        then = f", then at most {later} of the test" if later else ""
+        print(f"{stage}: {len(planned)} runs, {fresh} to be run{then}", flush=True)
+        before, found, taken = done, dict[int, dict[str, Any]](), list[float]()
+        with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+            started = [pool.submit(_unless_late, trial, settings, output, deadline) for trial in planned]
+            try:
+                for future in concurrent.futures.as_completed(started):
+                    number = started.index(future)
+                    outcome, seconds = future.result()
+                    if outcome is None:
+                        continue
+                    found[number] = outcome
+                    done = [*before, *(found[place] for place in sorted(found))]
+                    if seconds is None:
+                        continue
+                    taken.append(seconds)
+                    left = fresh - len(taken) + later
+                    hours = float(np.mean(taken)) * left / jobs / 3600
+                    name = planned[number].folder(output).name
+                    state = f"{outcome['status']} {outcome['reason']}".strip()
+                    print(f"{name}: {state}, {seconds:.0f} s; {left} runs left, about {hours:.1f} h", flush=True)
+                    measure.write(shown | {"runs": done}, out)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        if len(found) < len(planned):
+            print(f"{len(planned) - len(found)} runs were not begun in time; the same command goes on")
+            break
+    analysis = frontier.analyse(shown | {"runs": done})
+    measure.write(shown | {"analysis": analysis, "runs": done}, out)
+    draw(analysis, out.with_suffix(".svg"))
+    report(analysis)
+
+
+def _unless_late(
+    trial: Trial, settings: Settings, output: Path, deadline: float
+) -> tuple[dict[str, Any] | None, float | None]:
+    """What a run found, and the seconds that it took now; nothing, if it has not finished and there is no time left."""
+    if _has_finished(trial.folder(output)):
+        return run(trial, settings, output), None
+    if (begun := time.monotonic()) > deadline:
+        return None, None
+    return run(trial, settings, output), time.monotonic() - begun
+
+
+if __name__ == "__main__":
+    main()
