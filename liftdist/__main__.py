@@ -9,7 +9,7 @@ import sys
 from liftdist import environment, output, processes, signals
 from liftdist.errors import EXIT_STOPPED
 
-RUNS = ("train", "select")  # commands that start ranks
+RUNS = ("train", "select", "eval")  # commands that start ranks
 
 
 def main() -> None:

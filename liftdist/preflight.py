@@ -17,6 +17,7 @@ from liftdist.models.hub import resolve_model
 from liftdist.runs import claims
 from liftdist.runs.layout import CHECKPOINTS
 from liftdist.schema import Config
+from liftdist.sync import version
 
 
 def check_cache_dir(config: Config) -> None:
@@ -44,6 +45,21 @@ def check_named(config: Config) -> None:
             raise UserError(f"selection.{key} {path}: no such file or folder")
 
 
+def check_own_answers(config: Config) -> None:
+    """Raises ``UserError`` if a model in training is not to answer itself."""
+    if config.eval.server is not None:
+        raise UserError("eval.server: is for `liftdist eval`; in training the model itself answers: leave it out")
+
+
+def check_sync(config: Config) -> None:
+    """Raises ``UserError`` if the run cannot publish versions in ``sync.to``, because of what that is or holds."""
+    if config.sync.to is not None:
+        try:
+            version.check_folder(Path(config.sync.to).expanduser(), claims.identity(Path(config.run_dir).expanduser()))
+        except UserError as error:
+            raise UserError(f"sync.to {error} (sync.to=...)") from None
+
+
 def check(config: Config, ranks: int | None, training: bool) -> None:
     """Check the mesh layout, the run directory, the first records, the type of the model, its files' headers, and files that name
     weights; takes seconds.
@@ -60,7 +76,9 @@ def check(config: Config, ranks: int | None, training: bool) -> None:
     check_cache_dir(config)
     check_named(config)
     if training:
+        check_own_answers(config)
         claims.check_free(Path(config.run_dir).expanduser())
+        check_sync(config)
         records.check_first_records(config.data)
     folder = resolve_model(config.model.path, config.model.revision, weights=False)
     if folder == Path(config.model.path).expanduser():

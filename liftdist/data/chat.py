@@ -113,6 +113,21 @@ class Encoder:
         self.asked_otherwise = False
         return [self._text(content)] if isinstance(content, Text) else self._conversation(content)
 
+    def prompt(self, content: Content) -> tuple[str, list[int]]:
+        """The text of a prompt up to where the reply begins, and its tokens. Raises ``ValueError`` as for a record.
+
+        In training they stand before the reply, unless its first character shares a token with the prompt's last.
+
+        Args:
+            content: without the reply.
+        """
+        if isinstance(content, Text):
+            text = "".join(piece for piece, _ in content.pieces)
+            return text, self._begun(content, self._encode(text, []))[0]
+        self._check_template(content)
+        text = self._render(content, content.messages, True)[0]
+        return text, self._encode(text, [])[0]
+
     # -----------------------------------------------------------------------------------------------------------------
 
     def _text(self, content: Text) -> Encoded:
@@ -124,14 +139,20 @@ class Encoder:
                 spans.append((len(text), len(text) + len(piece)))
             text += piece
         begin = len(text) - len(content.pieces[-1][0])
-        ids, learned = self._encode(text, spans, (begin, len(text)), weights.moved(content.weights, begin))
-        bos, eos = self._bos, self.tokenizer.eos_token_id
-        if bos is not None and (content.second_bos or ids[:1] != [bos]):
-            ids, learned = [bos, *ids], [0.0, *learned]
+        encoded = self._encode(text, spans, (begin, len(text)), weights.moved(content.weights, begin))
+        ids, learned = self._begun(content, encoded)
+        eos = self.tokenizer.eos_token_id
         if ids[-1:] != [eos]:  # once, whatever the text brings
             ids, learned = [*ids, eos], [*learned, 1.0]
         learned[-1] = float(content.pieces[-1][1])
         return ids, learned
+
+    def _begun(self, content: Text, encoded: Encoded) -> Encoded:
+        """With the beginning of sequence before it, where the tokenizer puts it there."""
+        ids, learned = encoded
+        if self._bos is not None and (content.second_bos or ids[:1] != [self._bos]):
+            return [self._bos, *ids], [0.0, *learned]
+        return encoded
 
     @functools.cached_property
     def _bos(self) -> int | None:
@@ -171,7 +192,7 @@ class Encoder:
 
     # -----------------------------------------------------------------------------------------------------------------
 
-    def _conversation(self, content: Conversation) -> list[Encoded]:
+    def _check_template(self, content: Conversation) -> None:
         if not self.template:
             raise ValueError(
                 "the tokenizer has no chat template; give data.chat_template, or prompt/completion records"
@@ -180,6 +201,9 @@ class Encoder:
             raise ValueError(
                 "the chat template does not write the record's tools; leave them out, or use another data.chat_template"
             )
+
+    def _conversation(self, content: Conversation) -> list[Encoded]:
+        self._check_template(content)
         roles = [message["role"] for message in content.messages]
         first = next(
             (n for n, role in enumerate(roles) if role not in ("system", "developer", "assistant")), len(roles)

@@ -9,18 +9,15 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from liftdist import digests
 from liftdist.data.order import Share
+from liftdist.data.table import Table
 from liftdist.data.tokenised import Report, Samples
 from liftdist.data_settings import DataSource
 from liftdist.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 
 @dataclass(frozen=True)
@@ -30,7 +27,7 @@ class Mixture:
     names: tuple[str, ...]
     parts: tuple[Samples, ...]
     shares: tuple[Share, ...]
-    table: Dataset  # columns: input_ids, labels, weights
+    table: Table  # columns: input_ids, labels, weights
     lengths: np.ndarray  # [samples] int64, tokens of each
     first: np.ndarray  # [sources] int64, number of the first sample of each
     digest: str  # of the samples and of how many an epoch takes: equal digests mean equal training data
@@ -42,12 +39,10 @@ class Mixture:
         Args:
             taken: samples that an epoch takes of each; all of them if None.
         """
-        import datasets
-
         sizes = [len(part) for part in parts]
         shares = tuple(Share(size, count) for size, count in zip(sizes, taken or sizes, strict=True))
         digest = digests.of_parts([[part.digest, *share] for part, share in zip(parts, shares, strict=True)])
-        table = datasets.concatenate_datasets([part.table for part in parts])
+        table = Table.concat([part.table for part in parts])
         lengths = np.concatenate([part.lengths for part in parts])
         return cls(tuple(names), tuple(parts), shares, table, lengths, np.cumsum([0, *sizes[:-1]]), digest)
 

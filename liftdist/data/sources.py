@@ -62,12 +62,16 @@ def open_records(source: DataSource) -> Source:
 
 def check_splits(config: DataConfig) -> None:
     """Raises ``UserError`` if a split is asked for of files that have none; the defaults ask for nothing."""
-    keys = {"data.path": "data.split", "data.eval_path": "data.eval_split"}
     for source in config.all_sources:
-        key, path, split = keys.get(source.key, f"{source.section}.split"), source.path, source.split
-        default = "test" if source.key.startswith("data.eval_") else "train"
-        if split != default and (path.startswith("hf://") or local.has_no_splits(path)):
-            raise UserError(f"{key}={split}: data {path} has no splits, all of it would be taken; leave {key} out")
+        check_split(source, "test" if source.key.startswith("data.eval_") else "train")
+
+
+def check_split(source: DataSource, default: str) -> None:
+    """The same for one source, with ``default`` as its split if none is set."""
+    key = {"data.path": "data.split", "data.eval_path": "data.eval_split"}.get(source.key, f"{source.section}.split")
+    path, split = source.path, source.split
+    if split != default and (path.startswith("hf://") or local.has_no_splits(path)):
+        raise UserError(f"{key}={split}: data {path} has no splits, all of it would be taken; leave {key} out")
 
 
 def label(path: str, split: str) -> str:

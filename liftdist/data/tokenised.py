@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -27,11 +27,9 @@ from liftdist.data import parts, reading, records, sources, workers
 from liftdist.data.chat import Encoded, Encoder
 from liftdist.data.content import Content, Text, digest, unread
 from liftdist.data.parts import Row
+from liftdist.data.table import Table
 from liftdist.data_settings import DataConfig, DataSource
 from liftdist.errors import UserError
-
-if TYPE_CHECKING:
-    from datasets import Dataset
 
 IGNORED = -100  # label of a token that does not count towards the loss
 #: Settings that do not affect tokens; all others are part of the cache key.
@@ -112,14 +110,14 @@ class Report:
 class Samples:
     """Tokenised samples, memory-mapped."""
 
-    table: Dataset  # columns: input_ids, labels, weights
+    table: Table  # columns: input_ids, labels, weights
     lengths: np.ndarray  # [samples] int64, tokens of each
     learned: np.ndarray  # [samples] int64, learned tokens of each
     records: np.ndarray  # [samples] int64, digest of what the record says that each is of
     report: Report
     digest: str  # of the records and all that determines samples: equal digests mean equal samples
     path: str
-    places: Dataset  # column: place
+    places: Table  # column: place
 
     def where(self, sample: int) -> str:
         """Location of a sample's record: file and line, or name and number of the record."""
@@ -302,18 +300,18 @@ def _adding(shown: parts.Shown) -> workers.Beat:
 
 def _load(folders: Sequence[Path], key: str, path: str) -> tuple[Samples | None, Report]:
     """The samples of all parts, None if there are none, and what became of the other records."""
-    import datasets
-
     report = Report()
     table, found = parts.load(folders)
     for counts in found:
         report.merge(counts["counts"], counts["places"], counts["names"])
     if table is None:
         return None, report
-    lengths, learned, of_records = (table.column(name).to_numpy() for name in ("length", "learned", "record"))
+    lengths, learned, of_records = (
+        np.concatenate([np.from_dlpack(chunk) for chunk in table.column(name).chunks])  # `to_numpy` imports pandas
+        for name in ("length", "learned", "record")
+    )
     tokens, places = (
-        datasets.Dataset(datasets.table.InMemoryTable(table.select(names)), fingerprint=f"{key}-{names[0]}")
-        for names in (["input_ids", "labels", "weights"], ["place"])
+        Table(table.select(names).to_batches()) for names in (["input_ids", "labels", "weights"], ["place"])
     )
     return Samples(tokens, lengths, learned, of_records, report, key, path, places), report
 

@@ -166,8 +166,8 @@ def held_out(tokenizer, tmp_path):
                 assert (
                     len(side.table) == len(side.lengths) == len(side.learned) == len(side.records) == len(side.places)
                 )
-                assert [len(ids) for ids in side.table["input_ids"]] == side.lengths.tolist()
-            decoded.append(tuple([tokenizer.decode(ids) for ids in side.table["input_ids"]] for side in pair))
+                assert [len(ids) for ids in side.table[:]["input_ids"]] == side.lengths.tolist()
+            decoded.append(tuple([tokenizer.decode(ids) for ids in side.table[:]["input_ids"]] for side in pair))
         return decoded, split
 
     return of
