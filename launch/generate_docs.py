@@ -28,7 +28,7 @@ ON_RESUME = {
 OTHERS = {
     "CUDA_VISIBLE_DEVICES": "the GPUs to use; `liftdist train` starts a rank for each",
     "HF_HUB_OFFLINE": "`1`: take models and data sets from the hub's cache, and use no network",
-    "HF_TOKEN": "your token for gated models; it is never printed or written",
+    "HF_TOKEN": "your token for gated models and for `liftdist push`; it is never printed or written",
     "NO_COLOR": "anything: `liftdist data` prints no colours",
     "PYTHON": "the Python that `launch/setup` makes `.venv` with",
     "SLURM_CONF": "the cluster to talk to; `slurm/cluster up` prints it",
@@ -38,6 +38,9 @@ OTHERS = {
     "TORCH_NCCL_DUMP_ON_TIMEOUT": "the launcher sets `1`: at a timeout every rank dumps what it waited for",
     "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "where; the launcher sets a name in `logs/` of the run directory, in a job",
     "TORCH_FR_BUFFER_SIZE": "how many collectives are remembered for that; the launcher sets `2000`",
+    "WANDB_PROJECT": "the project of `metrics.trackers=[wandb]`; all its others count, too: `WANDB_MODE=offline`",
+    "MLFLOW_TRACKING_URI": "where `metrics.trackers=[mlflow]` records; `MLFLOW_EXPERIMENT_NAME` is the experiment",
+    "TRACKIO_PROJECT": "the project of `metrics.trackers=[trackio]`; `TRACKIO_SPACE_ID` and Trackio's others count, too",
     "CUBLAS_WORKSPACE_CONFIG": "a run with `train.deterministic` sets `:4096:8`",
 }
 

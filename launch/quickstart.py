@@ -1,22 +1,23 @@
-"""Data and evaluation of ``launch/quickstart``: a small pretrained model, arithmetic problems, and exact-match accuracy.
+"""Data of ``launch/quickstart``, a small pretrained model and arithmetic problems, and what its run learned.
 
 python launch/quickstart.py prepare FOLDER      write FOLDER/SmolLM2-135M-Instruct, FOLDER/train.jsonl, FOLDER/heldout.jsonl
-python launch/quickstart.py report FOLDER RUN   loss and exact-match accuracy before and after the run in RUN
+python launch/quickstart.py show RUN            print loss, accuracy and some answers before and after the run in RUN
 python launch/quickstart.py machine             print the number of ranks and the dtype for this machine
 """
 
 import importlib.util
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
 from liftdist import files
+from liftdist.runs import results
 
 NAME = "SmolLM2-135M-Instruct"
 WEIGHTS = f"{NAME}.Q4_1.gguf"
 TRAINING_PROBLEMS, HELD_OUT_PROBLEMS = 1500, 64
+TASK, EXAMPLES = "sums", 3  # of configs/quickstart.yaml; answers that are shown
 
 
 def model_folder(folder: Path) -> Path:
@@ -78,40 +79,24 @@ def write_problems(folder: Path) -> None:
         (folder / f"{name}.jsonl").write_text("".join(lines))
 
 
-def accuracy(model_path: Path, problems: Path) -> float:
-    """Fraction of problems for which the last number of the greedy answer is correct."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).to(device)
-    tokenizer = AutoTokenizer.from_pretrained(model_path, padding_side="left")
-    records = [json.loads(line)["messages"] for line in problems.read_text().splitlines()]
-    prompts = [tokenizer.apply_chat_template(r[:1], tokenize=False, add_generation_prompt=True) for r in records]
-    batch = tokenizer(prompts, padding=True, add_special_tokens=False, return_tensors="pt").to(device)
-    with torch.inference_mode():
-        output = model.generate(**batch, max_new_tokens=24, do_sample=False)
-    replies = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-    correct = 0
-    for record, reply in zip(records, replies, strict=True):
-        numbers = re.findall(r"-?\d+", reply)
-        correct += bool(numbers) and numbers[-1] == record[1]["content"]
-    return correct / len(records)
-
-
-def report(folder: Path, run: Path) -> None:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    losses = [line["eval/loss"] for line in lines if "eval/loss" in line]
-    before = accuracy(folder / NAME, folder / "heldout.jsonl")
-    after = accuracy(run / "export", folder / "heldout.jsonl")
+def show(run: Path) -> None:
+    """Print what the held-out problems say of a run, and where its results are."""
+    losses = [line["eval/loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "eval/loss" in line]
+    scores = [figure for figure in results.read(run) if (figure.task, figure.metric) == (TASK, "accuracy")]
+    if scores and scores[0].step:  # begun by a version that asked only later
+        scores = []
+    print("\nheld-out problems      before     after")
+    for name, found, form in (("loss", losses, "8.3f"), ("right answers", [one.number for one in scores], "8.1%")):
+        if found:
+            print(f"{name:<21}{found[0]:{form}}  {found[-1]:{form}}")
+    before, after = (
+        ([*results.read_answers(run, TASK, one.step)] for one in (scores[0], scores[-1])) if scores else ([], [])
+    )
+    for first, last in zip(before[:EXAMPLES], after, strict=False):
+        question = first.prompt.partition("user\n")[2].partition("<")[0]
+        print(f"\n{question}\n    before  {first.answer!r:.100}\n    after   {last.answer!r:.100}")
     print(f"""
-held-out problems      before     after
-loss                 {losses[0]:8.3f}  {losses[-1]:8.3f}
-exact match          {before:8.1%}  {after:8.1%}
-
+report               {run}.html
 run directory        {run}
 fine-tuned model     {run / "export"}
 curves               tensorboard --logdir {run / "tensorboard"}""")
@@ -132,8 +117,8 @@ if __name__ == "__main__":
         base = Path(sys.argv[2])
         model_folder(base)
         write_problems(base)
-    elif len(sys.argv) == 4 and sys.argv[1] == "report":
-        report(Path(sys.argv[2]), Path(sys.argv[3]))
+    elif len(sys.argv) == 3 and sys.argv[1] == "show":
+        show(Path(sys.argv[2]))
     elif sys.argv[1:] == ["machine"]:
         print(machine())
     else:

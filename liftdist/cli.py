@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from liftdist import __version__, output, preflight, schema, schema_tree
+from liftdist import __version__, cli_results, output, preflight, schema_tree
 from liftdist import config as configs
 from liftdist.cluster import cancel, launcher, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
-from liftdist.options import add_continuation_flags, allowed_by, check_given_once
+from liftdist.options import (
+    add_continuation_flags,
+    add_harness_flags,
+    allowed_by,
+    check_given_once,
+    harness_of,
+    harness_words,
+)
 from liftdist.redaction import redact
-from liftdist.registry import EXPORT_FORMATS
 from liftdist.runs import changes, layout
 from liftdist.schema import Config
 
@@ -191,11 +198,30 @@ def _select(options: argparse.Namespace) -> None:
     else:
         config, _ = configs.load(options.config, options.overrides)
         _check_started(config, options, training=False)
-        _launch(config, options, ["--select-only", options.config, *options.overrides])
+        _launch(config, options, ["--only", "select", options.config, *options.overrides])
+
+
+def _eval_arguments(parser: argparse.ArgumentParser) -> None:
+    _config_arguments(parser)
+    launcher.arguments(parser)
+    add_harness_flags(parser)
+
+
+def _eval(options: argparse.Namespace) -> None:
+    harness_of(options)  # checked here, read by the ranks
+    if (folder := Path(options.config).expanduser()).is_dir():
+        layout.check_run(folder)
+        options.config = str(folder / "config.yaml")
+    config, _ = configs.load(options.config, options.overrides)
+    if config.eval.server is not None:  # one rank asks it, on a machine whose GPUs may all be the server's
+        os.environ["CUDA_VISIBLE_DEVICES"], options.nproc = "", options.nproc or 1
+        options.overrides, config.mesh.dp_replicate = [*options.overrides, "mesh.dp_replicate=1"], 1
+    _check_started(config, options, training=False)
+    _launch(config, options, ["--only", "eval", *harness_words(options), options.config, *options.overrides])
 
 
 def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
-    preflight.fetch(config, training="--select-only" not in arguments)  # at commits that the ranks inherit
+    preflight.fetch(config, training="--only" not in arguments)  # at commits that the ranks inherit
     typed = ["liftdist", *sys.argv[1:]]
     sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments, typed))
 
@@ -241,106 +267,52 @@ def _cancel_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Deltas.
+# Reports.
 
 
-def _cache_argument(parser: argparse.ArgumentParser) -> None:
-    default = schema.Config().cache_dir
-    parser.add_argument("--cache-dir", type=Path, default=Path(default), help=f"folder that caches digests ({default})")
+def _runs_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "run_dirs", nargs="+", type=Path, metavar="run_dir", help="run directory; may go on, or have died"
+    )
 
 
-def _check_output(path: Path) -> None:
-    if path.exists():
-        raise UserError(f"{path}: exists already; give another --output")
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: folder {path.absolute().parent} does not exist; create it first")
+def _report_arguments(parser: argparse.ArgumentParser) -> None:
+    _runs_argument(parser)
+    parser.add_argument("--output", type=Path, default=Path("report.html"), help="page to write (default: report.html)")
+    parser.add_argument(
+        "--base", type=Path, help="folder of the base model (default: the run's model.path, if it is there)"
+    )
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=60.0,
+        metavar="N",
+        help="time for what changed in the weights of each run (default: 60); 0 leaves it out",
+    )
 
 
-def _export_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("source", type=Path, help="run directory, or delta file")
-    parser.add_argument("--format", choices=tuple(EXPORT_FORMATS), default="hf", help="format to write (default: hf)")
-    parser.add_argument("--output", type=Path, required=True, help="folder or file to write, which must not exist")
-    parser.add_argument("--step", type=int, help="the checkpoint of this step (default: the newest)")
-    parser.add_argument("--base", type=Path, help="folder of the base model (default: the run's model.path)")
-    _cache_argument(parser)
+def _report(options: argparse.Namespace) -> None:
+    from liftdist.report import write  # imports numpy
 
-
-def _export(options: argparse.Namespace) -> None:
-    if not options.source.exists():
-        raise UserError(f"{options.source}: no such run directory or delta")
-    if options.source.is_file() and options.base is None:
-        raise UserError(f"{options.source}: --base must name the folder of its base model")
-    if options.source.is_dir() and not (options.source / layout.ATTEMPTS).is_dir():
-        raise UserError(f"{options.source}: is not a run directory (it has no {layout.ATTEMPTS}/)")
-    _check_output(options.output)
-    from liftdist.deltas import file as delta_file
-    from liftdist.deltas import of_run
-    from liftdist.deltas.export import export
-
-    if options.source.is_file():
-        made, base, dtype = delta_file.read(options.source), options.base, None
-    else:
-        made, base, dtype = of_run.of_run_dir(
-            options.source, options.step, options.base, lambda line: print(line, file=sys.stderr)
-        )
-    export(made, base, options.output, options.format, options.cache_dir, dtype)
+    write.write(options)
     print(options.output)
 
 
-def _apply_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "delta", type=Path, help="delta file, written by `liftdist export --format delta` or `liftdist diff`"
-    )
-    parser.add_argument("folder", type=Path, help="Hugging Face folder of its base model")
-    parser.add_argument("--output", type=Path, help="folder to write, which must not exist (default: replace FOLDER)")
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--undo", action="store_true", help="remove the delta from FOLDER")
-    how.add_argument("--instead-of", type=Path, metavar="DELTA", help="swap: remove this delta from FOLDER first")
-    _cache_argument(parser)
+def _compare(options: argparse.Namespace) -> None:
+    from liftdist.report import compare, read
 
-
-def _apply(options: argparse.Namespace) -> None:
-    if not options.folder.is_dir():
-        raise UserError(f"{options.folder}: no such folder")
-    if options.output:
-        _check_output(options.output)
-    from liftdist.deltas import file as delta_file
-    from liftdist.deltas import folder as model_folders
-
-    given = delta_file.read(options.delta)
-    other = delta_file.read(options.instead_of) if options.instead_of else None
-    apply, undo = (None, given) if options.undo else (given, other)
-    print(model_folders.change_folder(options.folder, options.cache_dir, apply, undo, options.output))
-
-
-def _diff_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("before", type=Path, help="Hugging Face folder of the base model")
-    parser.add_argument("after", type=Path, help="Hugging Face folder of the changed model")
-    parser.add_argument("--output", type=Path, required=True, help="delta to write")
-    parser.add_argument(
-        "--without-base", action="store_true", help="omit base values: a smaller delta that cannot be undone"
-    )
-    _cache_argument(parser)
-
-
-def _diff(options: argparse.Namespace) -> None:
-    for folder in (options.before, options.after):
-        if not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
-    _check_output(options.output)
-    from liftdist.deltas import file as delta_file
-    from liftdist.deltas import of_run
-    from liftdist.models import weights
-
-    base = weights.digest(options.before, options.cache_dir)
-    weights.check_copies(weights.ModelFolder(options.after), options.cache_dir)
-    delta_file.write(of_run.between(options.before, options.after, base), options.output, not options.without_base)
-    print(options.output)
+    print(*compare.lines(read.read_all(options.run_dirs)), sep="\n")
 
 
 COMMANDS = {
     "train": Command(
         "select the principal weights and train them; continue a run", _train_arguments, _train, _RUN_EPILOG
+    ),
+    "eval": Command(
+        "ask a model the questions of eval.tasks, or of the lm-evaluation-harness",
+        _eval_arguments,
+        _eval,
+        "CONFIG may be a run directory: its newest checkpoint is asked. Of a run that has not begun, the model itself is.",
     ),
     "select": Command("select the principal weights and keep the selection", _select_arguments, _select),
     "settings": Command("list the settings of a config", _settings_arguments, _settings),
@@ -354,7 +326,42 @@ COMMANDS = {
     "cancel": Command(
         "make the jobs of a run save and end", _cancel_arguments, lambda o: cancel.cancel(o.run_dir, o.now)
     ),
-    "export": Command("write the result of a run as a model, delta, adapter or patch", _export_arguments, _export),
-    "apply": Command("apply a delta to a model folder, undo it, or swap it for another", _apply_arguments, _apply),
-    "diff": Command("write the delta between two model folders", _diff_arguments, _diff),
+    "report": Command("write a page of what runs did: curves, restarts, scores, weights", _report_arguments, _report),
+    "compare": Command("print runs side by side, with the best of each figure marked", _runs_argument, _compare),
+    "export": Command(
+        "write the result of a run as a model, delta, adapter or patch",
+        cli_results.export_arguments,
+        cli_results.export,
+    ),
+    "apply": Command(
+        "apply a delta to a model folder, undo it, or swap it for another",
+        cli_results.apply_arguments,
+        cli_results.apply,
+    ),
+    "sync": Command(
+        "publish what a run learns while it trains, as versions that others follow",
+        cli_results.sync_arguments,
+        cli_results.sync,
+    ),
+    "follow": Command(
+        "keep a model folder at the newest version that a run has published",
+        cli_results.follow_arguments,
+        cli_results.follow,
+    ),
+    "serve": Command(
+        "serve a base model and its deltas by vLLM, each as a model of its own",
+        cli_results.serve_arguments,
+        cli_results.serve,
+        "Stands in for `vllm serve BASE`: an OpenAI-compatible server. The weights of a model are exchanged in the running "
+        "engine when it has its turn.",
+    ),
+    "push": Command("publish a result on the hub, with a model card", cli_results.push_arguments, cli_results.push),
+    "diff": Command("write the delta between two model folders", cli_results.diff_arguments, cli_results.diff),
+    "show": Command(
+        "show what a delta changes: of which model, where, how much", cli_results.show_arguments, cli_results.show
+    ),
+    "compress": Command(
+        "write a delta smaller, exactly or within an error", cli_results.compress_arguments, cli_results.compress
+    ),
+    "merge": Command("merge several deltas of one base model into one", cli_results.merge_arguments, cli_results.merge),
 }

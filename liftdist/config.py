@@ -91,6 +91,8 @@ def _merge_file(path: Path, text: str, root: type, locations: dict[str, str]) ->
         for key, name, node in source.settings(tree):
             locations[key] = f"{source.place(name)}: {key}"
             nodes.append((key, node))
+        for key, name, _ in source.add_shipped(tree):
+            locations.setdefault(key, f"{source.place(name)}: {key}")
         given = yaml_tree.construct(tree)
     except yaml.YAMLError as error:
         line = source.line(error)
@@ -116,6 +118,9 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
     where = f"override {override!r}"
     yaml_tree.check_key(key, where, root)
     locations[key] = f"{where}: {key}"
+    entries_of = key.removesuffix(".task").rpartition(".")[0]
+    if key.endswith(".task") and schema_tree.shipped(entries_of, root) is not None:
+        raise UserError(f"{locations[key]}: its settings are in place already; give all entries: {entries_of}=[{text}]")
     for match in re.finditer(r"\.(\d+)(?=\.|$)", key):
         entries = OmegaConf.select(config, key[: match.start()])
         if isinstance(entries, ListConfig) and int(match[1]) >= len(entries):
@@ -130,8 +135,12 @@ def _merge_override(config: Any, override: str, root: type, locations: dict[str,
         tree = source.compose()
         if tree is not None:
             source.keep(key, tree, tree)
+            if isinstance(tree, yaml.SequenceNode):  # it replaces the entries in the file
+                for known in [known for known in locations if known.startswith(f"{key}.")]:
+                    del locations[known]
             if kind != schema_tree.VALUE:
                 locations |= {inner: f"{where}: {inner}" for inner, _, _ in source.settings(tree, f"{key}.")}
+                locations |= {inner: f"{where}: {inner}" for inner, _, _ in source.add_shipped(tree, f"{key}.")}
             if isinstance(tree, yaml.SequenceNode) and not _is_whole(tree, text):
                 raise yaml.MarkedYAMLError(problem="must be a list in brackets and nothing else")
         if kind == schema_tree.VALUE and text.strip() and not (tree and _is_whole(tree, text)):

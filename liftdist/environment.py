@@ -115,7 +115,9 @@ CONTAINER_PYTHON = Variable(
 PATIENCE = Variable(
     "LIFTDIST_PATIENCE", int, USER, "seconds for which SLURM is asked again where it does not answer (90; in a job 600)"
 )
+VLLM_API_KEY = Variable("VLLM_API_KEY", str, USER, "the key that the vLLM server of `eval.server` wants, if it does")
 TEST_SLURM = Variable("LIFTDIST_TEST_SLURM", str, USER, "if set, tests that need SLURM fail where it is missing")
+TEST_VLLM = Variable("LIFTDIST_TEST_VLLM", str, USER, "the `vllm` command, for tests that need a server")
 
 # SLURM's.
 SLURM_JOB_ID = Variable("SLURM_JOB_ID", str, SLURM, "the job")

@@ -22,7 +22,16 @@ from typing import BinaryIO
 
 from liftdist.errors import UserError
 
+_PACKAGE = Path(__file__).resolve().parent
 _LINK = "symbolic links inside a run directory are not followed"
+
+
+def shipped(name: str) -> Path:
+    """A file or folder of the repository: beside the package in a checkout, inside it when installed. Raises ``UserError``."""
+    for folder in (_PACKAGE, _PACKAGE.parent):
+        if (folder / name).exists():
+            return folder / name
+    raise UserError(f"{name} is missing beside {_PACKAGE}: install liftdist again")
 
 
 def real_folder(path: Path) -> Path:
@@ -200,6 +209,34 @@ def _name_of(user: int) -> str:
         return pwd.getpwuid(user).pw_name
     except KeyError:
         return f"user {user}"
+
+
+def check_page(path: Path, beginning: str, made_by: str, flag: str) -> None:
+    """Raises ``UserError`` if a page cannot be written there, or would replace something else.
+
+    Args:
+        beginning: of every page that ``made_by`` writes.
+        flag: that names the file.
+    """
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{path}: folder {path.absolute().parent} does not exist; create it first")
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(beginning.encode())).decode("utf-8", "replace")
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{path}: cannot be replaced: {error.strerror}; give another {flag}") from None
+    if found != beginning:
+        raise UserError(f"{path}: exists already, and is no page of {made_by}; give another {flag}")
+
+
+def write_page(path: Path, text: str, flag: str) -> None:
+    """Write a page. Raises ``UserError``."""
+    try:
+        write(path, text)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}; give another {flag}") from None
 
 
 def reason(error: OSError) -> str:

@@ -31,9 +31,10 @@ _LOCAL = {MODEL: "folder", DATASET: "file"}
 REPLY_TIMEOUT = 5.0  # seconds within which the hub must answer a request, unless HF_HUB_ETAG_TIMEOUT is set
 READ_TIMEOUT = 30.0  # seconds of silence in the middle of an exchange, for requests to which the library sets no limit
 NAME = r"[\w.-]+(/[\w.-]+)?"
+FULL_NAME = r"[\w.-]+/[\w.-]+"
 _REVISION = r"[\w.+-]+(/[\w.+-]+)*"
 _COMMIT = r"[0-9a-f]{40}"
-_LOGIN = "log in: hf auth login, or set HF_TOKEN"
+LOGIN = "log in: hf auth login, or set HF_TOKEN"
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Repository:
     kind: str  # MODEL or DATASET
     name: str
     revision: str | None = None
+    local: str = ""  # what its setting may name instead; by default a folder of a model, a file of a data set
+    write: bool = False  # whether it is to be written
 
     def __str__(self) -> str:
         return f"{self.setting} {self.name}" + (f" (revision {self.revision})" if self.revision else "")
@@ -62,8 +65,7 @@ class Repository:
         Raises:
             UserError: no such repository or revision, or no access to it, and no copy in the cache.
         """
-        if self.revision is not None and (not re.fullmatch(_REVISION, self.revision) or ".." in self.revision):
-            raise UserError(f"{self}: is no revision; give a branch, a tag or the full hash of a commit")
+        self.check_revision()
         if self.revision is not None and re.fullmatch(_COMMIT, self.revision):
             return self.revision
         if (known := resolved().get(self._key)) is not None:
@@ -85,6 +87,20 @@ class Repository:
             self.remember(found)
         return found
 
+    def check_revision(self) -> None:
+        """Raises ``UserError`` if the revision can be none."""
+        if self.revision is not None and (not re.fullmatch(_REVISION, self.revision) or ".." in self.revision):
+            raise UserError(f"{self}: is no revision; give a branch, a tag or the full hash of a commit")
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[tuple[str | None, bool]]:
+        """The commit to read in the block, and whether from the cache alone. Raises ``UserError`` for what is raised there."""
+        commit, unreachable = self.commit(), why_unreachable()
+        try:
+            yield commit or self.revision, unreachable is not None
+        except Exception as error:  # the library raises errors of many kinds
+            raise (self.error(error) if unreachable is None else self.unreachable(unreachable)) from None
+
     def remember(self, commit: str) -> None:
         """Take ``commit`` for this revision from now on, in this process and in those that it starts."""
         adopt(resolved() | {self._key: commit})
@@ -95,7 +111,7 @@ class Repository:
 
     def unreachable(self, reason: str) -> UserError:
         return UserError(
-            f"{self}: the hub cannot be reached ({reason}); give a local {_LOCAL[self.kind]}, or fetch it where "
+            f"{self}: the hub cannot be reached ({reason}); give a local {self._local}, or fetch it where "
             "there is a network: liftdist select CONFIG --prefetch"
         )
 
@@ -107,8 +123,12 @@ class Repository:
         return next((_clean(text) for link in chain(error) if (text := self._explain(link)) is not None), None)
 
     @property
+    def _local(self) -> str:
+        return self.local or _LOCAL[self.kind]
+
+    @property
     def _absent(self) -> str:
-        return f"no such {_LOCAL[self.kind]}, and the hub does not provide it"
+        return "the hub does not take it" if self.write else f"no such {self._local}, and the hub does not provide it"
 
     @property
     def _key(self) -> str:
@@ -153,7 +173,7 @@ class Repository:
         if isinstance(error, errors.RepositoryNotFoundError):
             if self._is_of_another_kind():
                 return f"is a {_WORDS[_other(self.kind)]} on the hub, not a {_WORDS[self.kind]}"
-            return f"{self._absent}: not found; if it is private, {_LOGIN}"
+            return f"{self._absent}: not found; if it is private, {LOGIN}"
         if isinstance(error, errors.HfHubHTTPError):
             return self._explain_status(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -176,9 +196,11 @@ class Repository:
         if (host := _host(error)) != _endpoint() and status < 500:
             return f"{host}, where the hub keeps its files, refuses them ({said}); your proxy or firewall must allow it"
         if status == 401:
-            return f"the hub refuses the token ({said}); {_LOGIN} to one that is valid"
+            return f"the hub refuses the token ({said}); {LOGIN} to one that is valid"
         if status == 403:
-            return f"the hub denies access ({said}); use a token that may read {self.page}"
+            return f"the hub denies access ({said}); use a token that may {'write to' if self.write else 'read'} {self.page}"
+        if status == 412:
+            return "the branch has changed meanwhile; start again"
         if status == 429:
             after = error.response.headers.get("retry-after")
             when = f"in {after} s" if after and after.isdigit() else "later"
@@ -192,8 +214,8 @@ class Repository:
 
     def _gated(self, error: Any) -> str:
         said = _line(error.server_message or "")
-        if _token() is None:
-            return f"is gated: ask for access at {self.page}, then {_LOGIN}"
+        if token() is None:
+            return f"is gated: ask for access at {self.page}, then {LOGIN}"
         if "await" in said.lower() or "pending" in said.lower() or "review" in said.lower():
             return f"is gated, and your request for access waits for its owners, see {self.page}: {said}"
         return f"is gated, and the user of your token has no access: ask for it at {self.page}"
@@ -277,7 +299,8 @@ def _seconds() -> float:
     return float(constants.HF_HUB_ETAG_TIMEOUT) if "HF_HUB_ETAG_TIMEOUT" in os.environ else REPLY_TIMEOUT
 
 
-def _token() -> str | None:
+def token() -> str | None:
+    """The user's token; None if there is none."""
     from huggingface_hub import get_token
 
     with contextlib.suppress(OSError):
@@ -314,8 +337,8 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 
 def _clean(text: str) -> str:
     """``text`` without the user's token, and without credentials and signatures in addresses."""
-    if token := _token():
-        text = text.replace(token, "<token>")
+    if secret := token():
+        text = text.replace(secret, "<token>")
     return re.sub(r"(https?://)(?:[^/\s@]*@)?([^\s?'\"]*)(?:\?[^\s'\")]*)?", r"\1\2", text)
 
 

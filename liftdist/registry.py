@@ -61,7 +61,7 @@ METHODS = Registry(
     {
         "lift": "the principal weights of each matrix, or those that another `selection.criterion` selects",
         "full": "all weights of the modules that fit `selection.modules`, embedding and head too",
-        "lora": "low-rank adapters of the linear modules that fit `lora.modules`, by the library peft",
+        "lora": "adapters of the linear modules that fit `lora.modules`, by the library peft",
     },
 )
 
@@ -81,6 +81,7 @@ CRITERIA = Registry(
         "file": "the entries that `file` names: of a delta, another run, or a selection that was kept",
         "gradient": "the entries of largest squared gradient, summed over batches",
         "sensitivity": "the entries to which the loss is most sensitive, averaged over batches",
+        "spiel": "those of largest gradient; a refresh replaces the ones that have moved least",
         "smallest": "the smallest entries",
         "low_rank_smallest": "the smallest entries after low-rank approximation",
     },
@@ -95,6 +96,8 @@ BUDGETS = Registry(
         "by_pattern": "the same in all, divided by `shares`",
         "half": "half of the matrices, whole, drawn anew at each refresh",
         "layers": "`layers` of the decoder layers, whole, drawn anew at each refresh",
+        "greentrainer": "whole matrices of most importance, for a part of the operations of a backward",
+        "ist": "its own size in `layers` of the decoder layers, drawn anew at each refresh by their importance",
         "sensitivity": "the same in all, or less at each refresh, divided by the sums of the scores",
         "global_threshold": "the same in all, divided by one threshold for the scores of all matrices",
     },
@@ -116,13 +119,29 @@ LOSSES = Registry(
     },
 )
 
-#: ``run(context, inputs, model, method)``: figures by tag.
+#: ``run(context, inputs, model, method, step)``: figures by tag.
 EVALUATIONS = Registry(
     "evaluation",
     "liftdist.evaluation",
     {
         "held_out_loss": "mean cross-entropy on the held-out data, and on each set of it",
+        "tasks": "answers to the questions of `eval.tasks`, when `eval.interval` says so",
         "kl_to_base": "with `train.eval_kl`, the mean divergence from the base model there",
+    },
+)
+
+#: ``make(task)``: a :class:`liftdist.evaluation.scorers.Scorer`.
+SCORERS = Registry(
+    "scorer",
+    "liftdist.evaluation.scorers",
+    {
+        "last_number": "the last number, within `tolerance` of the expected one",
+        "option": "the first of `options`",
+        "exact": "the whole answer, apart from blanks around it",
+        "contains": "whether the expected answer stands in it",
+        "regex": "what group 1 of `pattern` matches last",
+        "math_verify": "mathematical equality of what is boxed, or of the last formula, by the library math-verify",
+        "reasoning_gym": "the score of the generator that made the question",
     },
 )
 
@@ -130,7 +149,13 @@ EVALUATIONS = Registry(
 TRACKERS = Registry(
     "tracker",
     "liftdist.training.trackers",
-    {"jsonl": "one line a step in `metrics.jsonl`", "tensorboard": "curves in `tensorboard/`"},
+    {
+        "jsonl": "one line a step in `metrics.jsonl`, always",
+        "tensorboard": "curves in `tensorboard/`",
+        "wandb": "a run of Weights & Biases, needs `liftdist[wandb]`",
+        "mlflow": "a run of MLflow, needs `liftdist[mlflow]`",
+        "trackio": "a run of Trackio, needs `liftdist[trackio]`",
+    },
 )
 
 #: ``write(delta, base_folder, target, dtype)``: exports a delta.
@@ -139,9 +164,38 @@ EXPORT_FORMATS = Registry(
     "liftdist.deltas.formats",
     {
         "hf": "the fine-tuned model as a Hugging Face folder",
+        "as_trained": "the same of a run with `model.base_dtype`, on the rounded base on which it was trained and evaluated",
         "delta": "changed weights and their base values",
         "shira": "an adapter for peft",
         "peft": "the adapters of a run with `method=lora`, for peft and for servers",
-        "patch": "flat indices and absolute values",
+        "patch": "flat indices and absolute values, as vLLM's sparse checkpoint patches have them",
+        "importance": "how much each input channel matters, for quantisers (QuantLRM)",
+        "sglang": "a version that SGLang's `/pull_weights` applies, as slime publishes them",
+    },
+)
+
+#: ``merge(name, differences, *, ...)``: the merged difference, see :mod:`liftdist.deltas.rules`.
+MERGE_RULES = Registry(
+    "merge rule",
+    "liftdist.deltas.rules",
+    {
+        "sum": "task arithmetic: the sum of all changes, times `--weights`",
+        "mean": "model soup: the mean of the models, weighted by `--weights`; also of a run's checkpoints",
+        "interpolate": "WiSE-FT: the part `--alpha` of one delta",
+        "ties": "TIES: of the largest changes, the mean of those with the sign that prevails",
+        "dare": "DARE: the sum of changes drawn at random, rescaled",
+        "breadcrumbs": "Model Breadcrumbs: the sum without outliers and small changes",
+        "ema": "exponential moving average in the order given; also of a run's checkpoints",
+    },
+)
+
+#: ``plan(changes, *, ...)``: how a delta is written smaller, see :mod:`liftdist.deltas.compressions`.
+COMPRESSIONS = Registry(
+    "compression",
+    "liftdist.deltas.compressions",
+    {
+        "exact": "all of it, to the bit",
+        "t_switch": "T-Switch: without the smallest changes, the others as signs and one size a tensor",
+        "flex_switch": "FlexSwitch: sparsity and bit width by tensor, for least error within `--budget`",
     },
 )

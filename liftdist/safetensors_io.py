@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -95,6 +98,39 @@ class TensorFile:
                 file.seek(data_begin(file) + info["data_offsets"][0] + offset)
                 _read_into(file, _bytes(rows))
         return rows
+
+
+class Spool(Mapping[str, Tensor]):
+    """Tensors, none of them empty, that wait in an unnamed file of ``folder`` until they are saved; memory holds none of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._entries: dict[str, tuple[int, torch.dtype, torch.Size]] = {}  # where each begins
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Raises ``OSError`` if it cannot be written."""
+        begin = self._file.seek(-(-self._file.seek(0, os.SEEK_END) // 8) * 8)  # aligned
+        self._file.write(_bytes(tensor))
+        self._file.flush()
+        self._entries[name] = begin, tensor.dtype, tensor.shape
+
+    def __getitem__(self, name: str) -> Tensor:
+        begin, dtype, shape = self._entries[name]
+        mapped = np.memmap(self._file, np.uint8, "c", begin, (shape.numel() * dtype.itemsize,))
+        return torch.from_numpy(mapped).view(dtype).view(shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(OSError):  # of what a full disk did not take
+            self._file.close()
 
 
 def _read_into(file: io.RawIOBase, buffer: memoryview) -> None:

@@ -15,8 +15,9 @@ from omegaconf import MISSING
 
 from liftdist.data_settings import DataConfig
 from liftdist.errors import UserError
-from liftdist.method_settings import BY_GRADIENTS, NEEDS_PEFT, LoraConfig, OptimizerConfig, SelectionConfig
-from liftdist.registry import LOSSES, METHODS
+from liftdist.evaluation_settings import EvalConfig
+from liftdist.method_settings import NEEDS_PEFT, LoraConfig, OptimizerConfig, SelectionConfig
+from liftdist.registry import LOSSES, METHODS, TRACKERS
 from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
 from liftdist.signals import STOP_SIGNALS
 
@@ -31,6 +32,13 @@ class ModelConfig:
     )
     dtype: str = setting(
         "bfloat16", "dtype of the weights and of the computation", choices=("bfloat16", "float32"), changes=STATE
+    )
+    base_dtype: str | None = setting(
+        None,
+        "keep and gather the decoder's matrices in 8 or 4 bits: int8 and nf4 in blocks of 64 weights, fp8 by rows; what is "
+        "trained stays exact",
+        choices=("int8", "fp8", "nf4"),
+        changes=STATE,
     )
     attn_implementation: str | None = setting(
         None, "attention implementation, as transformers names it; its default if unset", changes=NOTHING
@@ -76,6 +84,12 @@ class TrainConfig:
     seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
     eval_interval: int = setting(
         0, "steps between evaluations; 0: only before and after training", at_least=0, changes=NOTHING
+    )
+    patience: int | None = setting(
+        None,
+        "evaluations in a row without a better value of `checkpoint.best` after which training ends",
+        at_least=1,
+        changes=NOTHING,
     )
     eval_kl: bool = setting(
         False,
@@ -127,12 +141,71 @@ _OF_LOSSES = {
 
 
 @dataclass
+class MetricsConfig:
+    trackers: list[str] = setting(
+        ["tensorboard"],
+        "where metrics go besides `metrics.jsonl`",
+        choices=tuple(name for name in TRACKERS if name != "jsonl"),
+        example="[tensorboard, wandb]",
+        changes=NOTHING,
+    )
+    images: bool = setting(
+        False,
+        "draw at the end where principal weights lie, and how they changed, as images in TensorBoard; needs `liftdist[report]`",
+        changes=NOTHING,
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if len(set(self.trackers)) < len(self.trackers):
+            yield "trackers", f"names one twice: {', '.join(self.trackers)}"
+        if self.images and "tensorboard" not in self.trackers:
+            yield "images", "are those of TensorBoard: add tensorboard to metrics.trackers, or leave it out"
+        if self.images and importlib.util.find_spec("matplotlib") is None:
+            yield "images", "needs the library matplotlib: pip install 'liftdist[report]'"
+        for name in self.trackers:
+            if name == "tensorboard":
+                continue  # comes with liftdist
+            spec = importlib.util.find_spec(name)
+            if spec is None or spec.origin is None:  # a folder that the client has written, perhaps
+                yield "trackers", f"{name} needs its client: pip install 'liftdist[{name}]'"
+
+
+@dataclass
 class CheckpointConfig:
     interval: int = setting(
         100, "steps between checkpoints; 0: only at a stop and at the end", at_least=0, changes=NOTHING
     )
     keep: int = setting(
         2, "newest checkpoints to keep, besides those that hold a file named `keep`", at_least=1, changes=NOTHING
+    )
+    best: str | None = setting(
+        None,
+        "figure of an evaluation whose best step is kept, too, and exported beside the last: `eval/loss`, `eval/gsm8k/accuracy`",
+        pattern=r"eval/.+",
+        example="eval/loss",
+        changes=NOTHING,
+    )
+    best_of: str = setting(
+        "auto",
+        "whether its least or its greatest value is the best; `auto`: the least of a loss, a perplexity or a divergence",
+        choices=("auto", "min", "max"),
+        changes=NOTHING,
+    )
+
+    def problems(self) -> Iterator[Problem]:
+        if self.best is None and self.best_of != "auto":
+            yield "best_of", "is used with checkpoint.best alone; leave it out"
+
+
+@dataclass
+class SyncConfig:
+    to: str | None = setting(
+        None, "folder in which the run publishes its weights as versions, for others to follow", changes=NOTHING
+    )
+    interval: int = setting(10, "steps between versions; the end of the run is one, too", at_least=1, changes=NOTHING)
+    keep: int = setting(10, "newest versions to keep", at_least=1, changes=NOTHING)
+    full_interval: int = setting(
+        1, "versions from one with all changes to the base model to the next", at_least=1, changes=NOTHING
     )
 
 
@@ -217,26 +290,44 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    sync: SyncConfig = field(default_factory=SyncConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     slurm: SlurmConfig = field(default_factory=SlurmConfig)
 
     @property
     def keeps_base(self) -> bool:
         """Whether the base values of trained weights are needed in training."""
-        return self.optimizer.decay_towards == "base" or self.train.needs_base or self.train.eval_kl
+        replaces = self.method == "lift" and (self.selection.criterion == "spiel" or self.selection.budget == "ist")
+        return replaces or self.optimizer.decay_towards == "base" or self.train.needs_base or self.train.eval_kl
 
     def problems(self) -> Iterator[Problem]:
+        if self.model.base_dtype is not None and self.method != "lift":
+            yield "model.base_dtype", f"is for method=lift: method={self.method} has no frozen matrices that stay exact"
+        if self.model.base_dtype is not None and self.eval.server is not None:
+            yield (
+                "eval.server",
+                "holds the run's export, which is on the original weights, not on those of model.base_dtype; serve the folder of "
+                "`liftdist export --format as_trained`, and ask it as a model of its own",
+            )
         if self.method == "lift":
-            if self.selection.criterion in BY_GRADIENTS and self.train.needs_base:
-                yield "train.loss", f"cannot be {self.train.loss} with selection.criterion={self.selection.criterion}"
+            if (needs_data := self.selection.needs_data) and self.train.needs_base:
+                yield "train.loss", f"cannot be {self.train.loss} with selection.{needs_data}"
             yield from (
                 (f"selection.{name}" if name else "selection", found) for name, found in self.selection.conflicts()
             )
         else:
             yield from self._lacking()
+        if self.method == "lora" and self.lora.variant == "eva" and self.train.needs_base:
+            yield "train.loss", f"cannot be {self.train.loss} with lora.variant=eva"
         if self.method == "lora" and importlib.util.find_spec("peft") is None:
             yield "method", NEEDS_PEFT
+        if self.method == "lora" and self.sync.to is not None:
+            yield "sync.to", "cannot be with method=lora: adapters change all weights of their modules; leave it out"
+        if self.train.patience is not None and self.checkpoint.best is None:
+            yield "train.patience", "needs checkpoint.best, the figure that must get better"
         if self.train.eval_kl and not (self.data.eval_path or self.data.eval_sources or self.data.eval_share):
             yield "train.eval_kl", "needs held-out data: give data.eval_path, data.eval_sources or data.eval_share"
         if self.optimizer.dtype == "bfloat16" and self.model.dtype == "float32":

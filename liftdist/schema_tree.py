@@ -11,7 +11,7 @@ import functools
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import field
 from typing import Any
 
@@ -77,6 +77,10 @@ def settings(section: type, prefix: str = "") -> Iterator[tuple[str, dataclasses
             yield key, found
 
 
+def default_of(leaf: dataclasses.Field) -> Any:
+    return leaf.default_factory() if callable(leaf.default_factory) else leaf.default
+
+
 SECTION, LIST = "section", "list of sections"
 
 
@@ -88,6 +92,23 @@ def sections(section: type, prefix: str = "") -> Iterator[tuple[str, str]]:
             key = f"{prefix}{leaf.name}"
             yield from [(key, SECTION)] if dots == "." else [(key, LIST), (f"{key}.N", SECTION)]
             yield from sections(inner, f"{key}{dots}")
+
+
+def shipped(key: str, root: type) -> Callable[[str], str] | None:
+    """What gives the YAML of an entry by name, of a list of sections that takes names; None for any other key."""
+    for name, section in _entries(root, ""):
+        if name == template(key, root):
+            return getattr(section, "shipped", None)
+    return None
+
+
+def _entries(section: type, prefix: str) -> Iterator[tuple[str, type]]:
+    """``(dotted key, section of an entry)`` of all lists of sections."""
+    for leaf in dataclasses.fields(section):
+        inner, dots = _section(section, leaf)
+        if inner is not None:
+            yield from [(f"{prefix}{leaf.name}", inner)] if dots != "." else []
+            yield from _entries(inner, f"{prefix}{leaf.name}{dots}")
 
 
 TEXT, OPTIONAL_TEXT, TEXTS, NAMED_TEXTS = "text", "text or unset", "list of texts", "texts by name"
@@ -189,7 +210,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 def reference(section: type) -> Iterator[tuple[str, str, str]]:
     """``(key, default, meaning)`` of every setting, as text with code in backticks."""
     for key, leaf in settings(section):
-        default = leaf.default_factory() if callable(leaf.default_factory) else leaf.default
+        default = default_of(leaf)
         if default == MISSING:
             shown = "required"
         elif default is None:

@@ -8,6 +8,8 @@ The same command continues a run that was stopped, killed or preempted, from its
 
 from __future__ import annotations
 
+import gc
+
 from liftdist import failures, output
 from liftdist.runs.stop import CancellationPoint, StopRequests
 
@@ -16,6 +18,7 @@ if __name__ == "__main__":
     output.take_over()
     _early.catch()  # the imports below take seconds, in which a signal must be neither lost nor fatal
     failures.start()
+    gc.disable()  # as `importing` does, which ends it
 
 import argparse
 import contextlib
@@ -23,18 +26,17 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from liftdist import config as configs
 from liftdist import environment, signals
 from liftdist.console import Console
 from liftdist.distributed import mesh as meshes
 from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, PeerError, Stopped, UserError
-from liftdist.options import add_continuation_flags, allowed_by
-from liftdist.processes import die_with_parent
+from liftdist.options import add_continuation_flags, add_harness_flags, allowed_by, harness_of
+from liftdist.processes import die_with_parent, importing
 from liftdist.redaction import redact
 from liftdist.runs.context import RunContext
-from liftdist.training import setup
-from liftdist.training.run import train
 
 
 def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = None) -> None:
@@ -43,23 +45,35 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
     parser = argparse.ArgumentParser(prog="python -m liftdist.train", description="Fine-tune; started on every rank.")
     parser.add_argument("config", help="YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--select-only", action="store_true", help="select the principal weights, cache the selection, exit"
-    )
+    parser.add_argument("--only", choices=("select", "eval"), help="do this instead of training, and exit")
     add_continuation_flags(parser)
+    add_harness_flags(parser)
     options = parser.parse_intermixed_args(arguments)
     if environment.AGENT_RUN_ID.is_set():
         die_with_parent(environment.AGENT.get(os.getppid()))  # no rank outlives its agent
     joined = False  # whether all ranks have met, so that they end with the same error
     try:
         config, text = configs.load(options.config, options.overrides)
+        harness = harness_of(options)
+        if harness is not None and options.only != "eval":
+            raise UserError("--harness: is only used with --only eval; leave it out")
         stop.catch(config.train.stop_signals)
         with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
             joined = True
-            if options.select_only:
-                setup.select_only(RunContext(config, mesh, Console(mesh.is_main), CancellationPoint(stop)))
+            with importing():  # transformers, which takes seconds, in which other nodes may still be starting
+                from liftdist.evaluation.evaluate import evaluate
+                from liftdist.training import setup
+                from liftdist.training.run import train
+            draws = config.metrics.images and options.only is None and mesh.is_main
+            context = RunContext(config, mesh, Console(mesh.is_main), CancellationPoint(stop))
+            if options.only == "select":
+                setup.select_only(context)
+            elif options.only == "eval":
+                evaluate(context, harness)
             else:
                 train(config, mesh, text, allowed_by(options.flags), stop)
+        if draws:
+            _draw(Path(config.run_dir).expanduser())
     except UserError as error:
         if not failures.say(str(error), failures.USER_ERROR):
             _say(str(error))
@@ -81,6 +95,17 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             sys.excepthook(*sys.exc_info())
         output.drain()
         os._exit(1)  # at once: threads and libraries would wait for peers that may be gone
+
+
+def _draw(run_dir: Path) -> None:
+    """Images of the weights. The run has finished and stays so if they cannot be made."""
+    try:
+        from liftdist.report import images  # imports matplotlib
+
+        for note in images.write(run_dir):
+            _say(f"images: {note} (of `liftdist report {run_dir}`, which draws them, too)")
+    except Exception as error:
+        _say(f"images: cannot be drawn: {type(error).__name__}: {error}")
 
 
 def _say(message: str) -> None:

@@ -22,6 +22,7 @@ from liftdist.errors import UserError
 Setting = tuple[str, yaml.Node, yaml.Node]  # dotted key, the node of its name, its node
 
 _TEXT, _NULL = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null"
+_MAP = "tag:yaml.org,2002:map"
 _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("bool", "int", "float"))
 _AS_TEXT = [f"tag:yaml.org,2002:{name}" for name in ("timestamp", "value", "merge")]  # JSON has no such values
 _IN_JSON = r"true|false|[-+]?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?"
@@ -61,15 +62,46 @@ class Source:
             expected = kinds.get(schema_tree.template(key, self.root))
             if expected == schema_tree.LIST and not isinstance(node, yaml.SequenceNode):
                 raise UserError(f"{self.place(name)}: {key} must hold a list of sections, each after a dash")
+            has_names = schema_tree.shipped(key, self.root) is not None
             for number, entry in enumerate(node.value if expected == schema_tree.LIST else ()):
-                if not isinstance(entry, yaml.MappingNode):
+                if not isinstance(entry, yaml.MappingNode) and not (has_names and isinstance(entry, yaml.ScalarNode)):
                     raise UserError(f"{self.place(entry)}: {key}.{number} must hold settings, one name: value a line")
-            if expected == schema_tree.SECTION and not isinstance(node, yaml.MappingNode):
+            is_name = isinstance(node, yaml.ScalarNode) and schema_tree.shipped(key.rpartition(".")[0], self.root)
+            if expected == schema_tree.SECTION and not isinstance(node, yaml.MappingNode) and not is_name:
                 raise UserError(f"{self.place(name)}: {key} must hold settings, one name: value a line")
             self.keep(key, name, node)
             if schema_tree.template(key, self.root).count(".") < key.count("."):  # the name of an entry is a text, too
                 name.tag = _TEXT
             yield key, name, node
+
+    def add_shipped(self, tree: yaml.Node, prefix: str = "") -> Iterator[Setting]:
+        """Put shipped settings in place of their name, an entry of a list of sections or its ``task``, and yield them.
+
+        What the entry sets besides takes the place of theirs. To be called after :meth:`settings`.
+
+        Raises:
+            UserError: no such name.
+        """
+        for key, node in [(prefix[:-1], tree), *((key, node) for key, _, node in _walk(tree, prefix, self.root))]:
+            shipped = schema_tree.shipped(key, self.root)
+            if shipped is not None and isinstance(node, yaml.SequenceNode):
+                node.value[:] = map(_as_section, node.value)
+                for number, entry in enumerate(node.value):
+                    yield from self._add_to(entry, f"{key}.{number}", shipped)
+
+    def _add_to(self, entry: yaml.MappingNode, key: str, shipped: Callable[[str], str]) -> Iterator[Setting]:
+        given = {name.value: value for name, value in entry.value}
+        if "task" not in given or given["task"].tag == _NULL:
+            return
+        place = self.place(entry)
+        try:
+            source = Source(shipped(given["task"].value), lambda _: place, self.root)
+        except ValueError as error:
+            raise UserError(f"{place}: {key}: {given['task'].value}: {error}") from None
+        found = source.compose()
+        assert isinstance(found, yaml.MappingNode)
+        yield from source.settings(found, f"{key}.")
+        entry.value = [pair for pair in found.value if pair[0].value not in given] + entry.value
 
     def keep(self, key: str, name: yaml.Node, node: yaml.Node) -> None:
         """Make texts of the scalars of a setting that are to be texts.
@@ -206,6 +238,14 @@ def _walk(node: yaml.Node, prefix: str, root: type) -> Iterator[Setting]:
         for number, entry in enumerate(node.value):
             yield f"{prefix}{number}", entry, entry
             yield from _walk(entry, f"{prefix}{number}.", root)
+
+
+def _as_section(entry: yaml.Node) -> yaml.Node:
+    """An entry of a list of sections; of a name alone, the section with it as ``task``."""
+    if not isinstance(entry, yaml.ScalarNode):
+        return entry
+    entry.tag, at = _TEXT, (entry.start_mark, entry.end_mark)
+    return yaml.MappingNode(_MAP, [(yaml.ScalarNode(_TEXT, "task", *at), entry)], *at)
 
 
 def _quoted(text: str) -> str:

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from liftdist.console import Console
@@ -73,6 +73,21 @@ def llama(folder: Path, tokenizer_from: Path | None = None, model_type: str = "l
     return folder
 
 
+def changed_copy(folder, target, seed=0, share=0.05, shift=0.01):
+    """A copy of a model folder with other values at a share of the places of every linear weight."""
+    shutil.copytree(folder, target)
+    chance = torch.Generator().manual_seed(seed)
+    for file in target.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if "_proj" in name:
+                flat = tensor.view(-1)
+                places = torch.randperm(flat.numel(), generator=chance)[: round(share * flat.numel())]
+                flat[places] = (flat[places].float() * 1.5 + shift).to(flat.dtype)
+        save_file(tensors, file, {"format": "pt"})
+    return target
+
+
 def frozen_model(folder: Path, model_type: str = "llama", **sizes):
     """Such a model in memory, without gradients for its weights."""
     return AutoModelForCausalLM.from_pretrained(llama(folder, None, model_type, **sizes)).requires_grad_(False)
@@ -105,7 +120,8 @@ def config(model: Path, records: Path, folder: Path, /, **sections) -> Config:
 _made: dict[str, Inputs] = {}
 
 
-def _inputs(key: str, settings: Config) -> Inputs:
+def _inputs(settings: Config) -> Inputs:
+    key = repr((settings.model.path, settings.data, settings.train, settings.cache_dir))  # what is read of them
     if key not in _made:  # the tokenizer alone takes half a second
         _made[key] = prepare_inputs(settings, Console(False))
     return _made[key]
@@ -113,7 +129,7 @@ def _inputs(key: str, settings: Config) -> Inputs:
 
 def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Trainer:
     """What a run sets up before its first step, from a checkpoint or from the start. Collective."""
-    inputs = _inputs(repr(settings), settings)
+    inputs = _inputs(settings)
     base = weights.digest(inputs.folder, Path(settings.cache_dir))
     model, _, method = setup.model_and_method(
         RunContext(settings, mesh, Console(False)),
@@ -129,9 +145,9 @@ def trainer(mesh, settings: Config, saved: checkpoint.Step | None = None) -> Tra
     return made
 
 
-def save(made: Trainer, checkpointer: saver.Checkpointer) -> saver.Saved | Exception | None:
+def save(made: Trainer, checkpointer: saver.Checkpointer, provenance=NOWHERE) -> saver.Saved | Exception | None:
     """Save a trainer's state and wait for the outcome. Collective."""
-    begin_to_save(made, checkpointer)
+    begin_to_save(made, checkpointer, provenance)
     checkpointer.wait()
     return checkpointer.take_outcome()
 
@@ -142,20 +158,30 @@ def begin_to_save(made: Trainer, checkpointer: saver.Checkpointer, provenance=NO
     checkpointer.save(made.method.state_dict(), made.method.matrices, snapshot)
 
 
-def save_and_go_on(mesh, config, run_dir):
-    """The state at a save and some steps later, once in one go and once from the checkpoint. Collective."""
-    attempt = claimed_by_all(mesh, run_dir)
-    made = trainer(mesh, config)
-    for _ in range(BEFORE):
+def stop_and_continue(mesh, settings: Config, steps: int, go_on):
+    """A run of so many steps is saved: what ``go_on(trainer)`` then finds, and what it finds from the checkpoint. Collective."""
+    made = trainer(mesh, settings)
+    for _ in range(steps):
         made.run_step()
+    attempt = claimed_by_all(mesh, Path(settings.run_dir))
     assert isinstance(save(made, saver.Checkpointer(attempt, mesh, 1, None)), saver.Saved)
-    digests = [[], []]
-    for found in digests:
-        found.append(global_digest(made))
-        losses = [made.run_step()["train/loss"] for _ in range(AFTER)]
-        found += [losses, global_digest(made)]
-        made = trainer(mesh, config, checkpoint.open_step(run_dir / f"checkpoints/step-{BEFORE:08d}"))
-    return digests
+    return go_on(made), continued(mesh, settings, go_on)
+
+
+def continued(mesh, settings: Config, go_on):
+    """What ``go_on(trainer)`` finds where a run continues from its newest checkpoint. Collective."""
+    run_dir = Path(settings.run_dir)
+    return go_on(trainer(mesh, settings, newest(mesh, run_dir, accepted_in(run_dir))))
+
+
+def save_and_go_on(mesh, config):
+    """The state at a save and some steps later, once in one go and once from the checkpoint. Collective."""
+
+    def go_on(made):
+        saved = global_digest(made)
+        return saved, [made.run_step()["train/loss"] for _ in range(AFTER)], global_digest(made)
+
+    return stop_and_continue(mesh, config, BEFORE, go_on)
 
 
 def global_digest(made: Trainer) -> str:
@@ -239,17 +265,17 @@ def files_of(run_dir):
     return manifest.step, {name: file.sha256 for name, file in manifest.files.items()}
 
 
-def train_and_save(mesh, settings: Config) -> dict[str, torch.Tensor]:
-    """A run without its loop: all of its steps and one checkpoint of the last. The weights it ended with. Collective."""
-    attempt = claims.claim(Path(settings.run_dir), lambda _: {})
+def train_and_save(mesh, settings: Config, last: int = 1) -> dict[str, torch.Tensor]:
+    """A run without its loop: all of its steps and checkpoints of the last ones. The weights it ended with. Collective."""
+    attempt = claimed_by_all(mesh, Path(settings.run_dir))
     made = trainer(mesh, settings)
-    for _ in range(settings.train.steps):
-        made.run_step()
     base = weights.digest(made.inputs.folder, Path(settings.run_dir).parent / "cache")
     text = json.dumps({"model": {"path": settings.model.path, "dtype": settings.model.dtype}})
-    writer = saver.Checkpointer(attempt, mesh, 1, None)
-    begin_to_save(made, writer, Provenance(config=text, from_environment={}, base=base, data=""))
-    writer.wait()
+    writer = saver.Checkpointer(attempt, mesh, last, None)
+    while made.step < settings.train.steps:
+        made.run_step()
+        if made.step > settings.train.steps - last:
+            save(made, writer, Provenance(config=text, from_environment={}, base=base, data=""))
     return {name: param.full_tensor().detach().clone() for name, param in made.model.named_parameters()}
 
 

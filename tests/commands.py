@@ -48,7 +48,7 @@ def write_job_config(
 
 
 def run_command(
-    *arguments, environment: dict | None = None, module: str = "liftdist"
+    *arguments, environment: dict | None = None, module: str = "liftdist", timeout: float = 200
 ) -> subprocess.CompletedProcess[str]:
     """Run a command in a process of its own; returns it finished, with its output and its errors as one text."""
     return subprocess.run(
@@ -56,7 +56,7 @@ def run_command(
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=200,
+        timeout=timeout,
         check=False,
         cwd=ROOT,
         env={**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", **(environment or {})},

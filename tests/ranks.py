@@ -18,12 +18,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from liftdist.distributed.mesh import Mesh
 
+#: What ranks use, and pandas, which pyarrow imports where samples are written.
+PRELOADED = ["liftdist.training.run", "liftdist.evaluation.evaluate", "liftdist.methods.lift", "pandas"]
+
 
 def run(
     world_size: int, function: Callable[..., Any], *arguments: Any, dp_replicate: int = 1, timeout: float = 240
 ) -> list[Any]:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["liftdist.train"])
+    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         processes = [
             context.Process(

@@ -78,6 +78,12 @@ class DenseFull:
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=eps)
         self.step = 0
 
+    def regularise(self):
+        """What is added to the gradients of the masters, before they are clipped: nothing."""
+
+    def stepped(self):
+        """What follows a step, while there are gradients: nothing."""
+
     def run_step(self, samples):
         """Like :meth:`DenseLift.run_step`."""
         self.step += 1
@@ -95,6 +101,7 @@ class DenseFull:
                 master.grad += self.weights[name].grad.to(master.dtype)
         for master in self.masters.values():
             master.grad /= tokens
+        self.regularise()
         if self.max_norm is not None:
             torch.nn.utils.clip_grad_norm_(list(self.masters.values()), self.max_norm)
         for group in self.optimizer.param_groups:
@@ -103,6 +110,7 @@ class DenseFull:
         with torch.no_grad():
             for name, master in self.masters.items():
                 self.weights[name].copy_(master)
+        self.stepped()
         return total / tokens
 
 

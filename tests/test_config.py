@@ -1,9 +1,10 @@
 import dataclasses
 
 import pytest
+from omegaconf import OmegaConf
 
 from liftdist import config as configs
-from liftdist import data_settings, schema, schema_tree
+from liftdist import data_settings, evaluation_settings, schema, schema_tree
 from liftdist.errors import UserError
 from liftdist.schema import Config
 
@@ -127,13 +128,18 @@ def test_layouts():
 def test_every_setting_is_explained():
     for key, leaf in schema_tree.settings(Config):
         assert leaf.metadata["help"], key
-    lists = [leaf.metadata["help"] for leaf in dataclasses.fields(data_settings.DataConfig) if "ources" in leaf.name]
-    assert len(lists) == 2
+    of_lists = [*dataclasses.fields(data_settings.DataConfig), *dataclasses.fields(evaluation_settings.EvalConfig)]
+    lists = [leaf.metadata["help"] for leaf in of_lists if "ources" in leaf.name or leaf.name == "tasks"]
+    assert len(lists) == 3
     assert all(lists)
-    entries = [data_settings.SourceConfig, data_settings.EvalSourceConfig]
-    assert len(list(schema_tree.settings(Config))) == sum(
-        len(dataclasses.fields(entry)) - 1 for entry in entries
-    ) + sum(
-        len(dataclasses.fields(f.default_factory)) if dataclasses.is_dataclass(f.default_factory) else 1
-        for f in dataclasses.fields(schema.Config)
-    )
+    keys = [key for key, _ in schema_tree.settings(Config)]
+    assert len(keys) == len(set(keys))
+    defaults = OmegaConf.to_container(OmegaConf.structured(Config))
+    for key in _leaves(defaults):
+        assert key in keys or any(name.startswith(f"{key}.N.") for name in keys), key
+
+
+def _leaves(tree, prefix=""):
+    """Dotted keys of a tree's values that are no mapping."""
+    for name, value in tree.items():
+        yield from _leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [f"{prefix}{name}"]

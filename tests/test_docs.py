@@ -100,7 +100,9 @@ def check_command(words: list[str]) -> None:
 
 
 def check_overrides(words: list[str]) -> None:
-    known = dict(schema_tree.settings(Config))
+    known = dict(schema_tree.settings(Config)) | {
+        key: None for key, kind in schema_tree.sections(Config) if kind == schema_tree.LIST
+    }
     for word in words:
         if word not in CONTINUATION_FLAGS and word != "train.stpes=100":  # what the page shows to be refused
             assert word.partition("=")[0] in known, word

@@ -3,50 +3,18 @@
 One process runs the command for all cases of a table, against a hub on this machine.
 """
 
-import json
-import os
 import ssl
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import builders
 import local_hub
 import pytest
-from commands import ROOT, write_config
-from local_hub import Reply, refusal
+from commands import write_config
+from local_hub import TOKEN, Reply, refusal, run_cases
 
 LOGIN = "log in: hf auth login, or set HF_TOKEN"
-TOKEN = "hf_sesameopensesameopensesame"
 RETRY = "start again: files that have arrived are kept"
-
-DRIVER = """
-import json, os, sys, time
-sys.path.insert(0, "tests")
-from commands import call
-for words, token in json.loads(sys.argv[1]):
-    os.environ.pop("HF_TOKEN", None)
-    os.environ.pop("LIFTDIST_COMMITS", None)
-    if token:
-        os.environ["HF_TOKEN"] = token
-    began = time.monotonic()
-    code, said = call(*words)
-    print(json.dumps([code, said, time.monotonic() - began]), flush=True)
-"""
-
-
-def run_cases(hub, folder, cases, **environment):
-    """Exit code, output and seconds of the command for each ``(words, token)``, in one process."""
-    run = subprocess.run(
-        [sys.executable, "-c", DRIVER, json.dumps(cases)],
-        env={
-            **os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "0",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DOWNLOAD_TIMEOUT": "1", **environment,
-        },
-        cwd=ROOT, capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    return [json.loads(line) for line in run.stdout.splitlines()]
 
 
 def at(part, reply, method=None):

@@ -338,8 +338,9 @@ def _become_torchrun(
         os.environ.update(variables | {environment.AGENT.name: str(os.getpid())})
         sys.stderr = log  # its own reports; ranks keep the real one
         quiet = os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a store that goes away is expected here
-        from torch.distributed import run
-        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        with processes.importing():
+            from torch.distributed import run
+            from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
         for logger in logging.root.manager.loggerDict.values():  # torch may have been imported before
             for handler in getattr(logger, "handlers", ()):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from liftdist import environment as env
+from liftdist import files
 from liftdist.cluster import commands
 from liftdist.errors import UserError
 from liftdist.schema import NAME, Config, SlurmConfig
@@ -42,15 +43,6 @@ class Job:
     @property
     def has_ended(self) -> bool:
         return self.state.startswith(ENDED)
-
-
-def script() -> Path:
-    """``slurm/train.sbatch``: beside the package in a checkout, inside it when installed. Raises ``UserError``."""
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package, package.parent):
-        if (folder / "slurm" / "train.sbatch").is_file():
-            return folder / "slurm" / "train.sbatch"
-    raise UserError(f"slurm/train.sbatch is missing beside {package}: install liftdist again")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -97,7 +89,8 @@ def sbatch(
             "signal": f"B:USR1@{slurm.signal_lead}",
         }
     )
-    return [*_SBATCH, "--requeue", *options, *slurm.options, str(script()), *container(slurm), *arguments]
+    script = str(files.shipped("slurm/train.sbatch"))
+    return [*_SBATCH, "--requeue", *options, *slurm.options, script, *container(slurm), *arguments]
 
 
 _ONCE = ("--begin", "--comment", "--dependency")  # options that are not for a job that continues another

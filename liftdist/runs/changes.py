@@ -51,6 +51,7 @@ def provenance(
     data_digest: str,
     commits: dict[str, str] | None = None,
     contents: dict[str, str] | None = None,
+    samples: int = 0,
 ) -> Provenance:
     """The inputs that the state of a run depends on.
 
@@ -60,8 +61,10 @@ def provenance(
         data_digest: digest of the training samples.
         commits: ``NAME@COMMIT`` of what is from the hub, by setting.
         contents: digest of the other files that a setting names, by setting.
+        samples: number of training samples.
     """
-    return Provenance(text, _fingerprints(config, text), base_digest, data_digest, commits or {}, contents or {})
+    fingerprints = _fingerprints(config, text)
+    return Provenance(text, fingerprints, base_digest, data_digest, commits or {}, contents or {}, samples)
 
 
 def check_alike(mine: Provenance, first: Provenance, rank: int) -> None:

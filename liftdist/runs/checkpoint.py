@@ -12,6 +12,9 @@
             NAME/values            [k]             in optimizer.dtype
             NAME/optimizer.KEY     [k]
             NAME/initial           [k] float32     of PiSSA alone: the values that it started from
+            NAME/importance        [k]             of AdaLoRA alone, like NAME/uncertainty: averages of scores
+            NAME/kept              [k] bool        of AdaLoRA's E alone, after the last choice: which ranks are kept
+            NAME/places            [k] int32       of SHiRA alone: flat indices of the values in the matrix of the base
         manifest.json                              the rest of the state, size and sha256 of each file, and its own sha256
 
 A save copies the state to the host, and a thread writes it. One rename makes the checkpoint visible, after every rank has
@@ -29,7 +32,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -38,8 +41,7 @@ from torch import Tensor
 
 from liftdist import files
 from liftdist.distributed.collectives import gather, together
-from liftdist.distributed.sharding import row_bounds
-from liftdist.engine.matrices import Matrix
+from liftdist.distributed.rows import row_bounds
 from liftdist.errors import UserError
 from liftdist.runs import layout
 from liftdist.runs.claims import Event
@@ -47,6 +49,9 @@ from liftdist.runs.layout import CHECKPOINTS, MANIFEST
 from liftdist.runs.manifest import Manifest
 from liftdist.runs.manifest import read as read_manifest
 from liftdist.safetensors_io import TensorFile
+
+if TYPE_CHECKING:  # with FSDP, which takes seconds to import
+    from liftdist.engine.matrices import Matrix
 
 _STEP = re.compile(r"step-(\d{8,})")
 _CHUNK = 1 << 22  # bytes
@@ -136,25 +141,44 @@ class Step:
         }
 
     def whole(self, name: str, key: str) -> Tensor:
-        """``[numel]``, what is kept under a key of a matrix that is trained whole."""
+        """What is kept under a key of a matrix, of all shards: ``[numel]`` of one that is trained whole, else ``[k]``."""
         return torch.cat([file.read(f"{name}/{key}") for file in self._holding[name]])
+
+    def selected(self, name: str) -> Tensor:
+        """``[k]`` int64, sorted flat indices of a matrix's principal weights."""
+        return self.whole(name, "indices").long() if name in self._holding else torch.empty(0, dtype=torch.int64)
 
     def touched(self, name: str) -> tuple[Tensor, Tensor]:
         """Every weight of a matrix that the run has ever trained: ``[t]`` int64 sorted flat indices, and ``[t]`` values in the
         dtype of the model, rounded as in the run's model."""
         keys = self.manifest.parameters[name].keys
         dtype = getattr(torch, self.manifest.parameters[name].dtype)
-        if FIRST in keys:
-            whole = self.whole(name, "values").to(dtype)
-            return torch.arange(whole.numel()), whole
-        parts = []
-        for file in self._holding.get(name, ()):
-            part = {key: file.read(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
-            part["values"] = part["values"].to(part["dropped_values"].dtype)
-            parts += [(part["indices"], part["values"]), (part["dropped_indices"], part["dropped_values"])]
-        indices = torch.cat([torch.empty(0, dtype=torch.int64), *(indices.long() for indices, _ in parts)])
-        order = indices.argsort()
-        return indices[order], torch.cat([torch.empty(0, dtype=dtype), *(values for _, values in parts)])[order]
+        parts = [
+            {key: file.read(f"{name}/{key}") for key in keys if not key.startswith("optimizer.")}
+            for file in self._holding.get(name, ())
+        ]
+        return touched_of(parts, dtype)
+
+    def columns(self, name: str) -> int:
+        """The number of columns of a matrix."""
+        return self.manifest.parameters[name].shape[1]
+
+
+def touched_of(parts: Iterable[Mapping[str, Tensor]], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """:meth:`Step.touched` from what each shard holds of a matrix, whose weights have ``dtype`` in the model."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    parts = list(parts)
+    if any(FIRST in part for part in parts):
+        whole = torch.cat([part["values"].to(dtype) for part in parts])
+        return torch.arange(whole.numel()), whole
+    for part in parts:
+        pairs += [(part["indices"], part["values"].to(dtype)), (part["dropped_indices"], part["dropped_values"])]
+    indices = torch.cat([torch.empty(0, dtype=torch.int64), *(indices.long() for indices, _ in pairs)])
+    values = torch.cat([torch.empty(0, dtype=dtype), *(values for _, values in pairs)])
+    if (indices[1:] > indices[:-1]).all():  # where nothing was dropped
+        return indices, values
+    order = indices.argsort()
+    return indices[order], values[order]
 
 
 def _slices(file: TensorFile, name: str, keys: Iterable[str], begin: int, end: int) -> dict[str, Tensor]:

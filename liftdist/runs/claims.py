@@ -19,7 +19,7 @@ import os
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from liftdist import __version__, environment, files
 from liftdist.errors import UserError
 from liftdist.heartbeat import heartbeat
 from liftdist.processes import has_ended, start_time, this_process
-from liftdist.runs.layout import ATTEMPTS, CHECKPOINTS, LOGS, STOP_REQUESTED, TENSORBOARD
+from liftdist.runs.layout import ATTEMPTS, CHECKPOINTS, LOGS, STOP_REQUESTED, TENSORBOARD, TRACKERS
 
 LEASE = 90.0  # seconds without a heartbeat after which an attempt is dead; network file systems cache mtimes up to 60 s
 
@@ -47,7 +47,7 @@ def attempts(run_dir: Path) -> dict[int, list[Event]]:
     """
     found: dict[int, list[Event]] = {}
     for number in _numbers(run_dir):
-        path = _path(run_dir, number)
+        path = path_of(run_dir, number)
         try:
             first, *others = files.read(path).splitlines() or [""]
             claim = json.loads(first)
@@ -62,6 +62,20 @@ def attempts(run_dir: Path) -> dict[int, list[Event]]:
             with contextlib.suppress(ValueError):
                 found[number].append(json.loads(line))
     return found
+
+
+def identity(run_dir: Path) -> str | None:
+    """What all attempts at a run have in common, and no other run has; None before the first. Raises ``UserError``."""
+    history = attempts(run_dir)
+    first: str | None = history[min(history)][0]["nonce"] if history else None
+    return first
+
+
+def exported(folder: Path) -> int | None:
+    """The step whose model a folder of a run directory is, by the run's own record; None if it is none. Raises ``UserError``."""
+    events = [event for events in attempts(folder.parent).values() for event in events if event["event"] == "export"]
+    steps: list[int] = [event["step"] for event in events if event.get("folder", "export") == folder.name]
+    return steps[-1] if steps and folder.is_dir() else None
 
 
 def _numbers(run_dir: Path) -> list[int]:
@@ -82,7 +96,7 @@ def check_free(run_dir: Path) -> None:
         ):
             raise UserError(f"run_dir {run_dir}: exists and holds no run; give another one (run_dir=...)")
         run_dir.mkdir(parents=True, exist_ok=True)
-        for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS):
+        for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS, TRACKERS):
             files.check_real_folder(run_dir / name)
         _check_writable(run_dir)
         files.real_folder(run_dir / ATTEMPTS)
@@ -91,7 +105,7 @@ def check_free(run_dir: Path) -> None:
         history = attempts(run_dir)
         if history:
             newest = max(history)
-            _check_dead(run_dir, _path(run_dir, newest), history[newest], now)
+            _check_dead(run_dir, path_of(run_dir, newest), history[newest], now)
     except OSError as error:
         raise UserError(
             f"run_dir {run_dir}: cannot be written: {error.strerror}; give a writable folder (run_dir=...)"
@@ -100,7 +114,7 @@ def check_free(run_dir: Path) -> None:
 
 def _check_writable(run_dir: Path) -> None:
     """Raises ``UserError`` if another user began the run, and this one may not go on writing what they wrote."""
-    folders = [run_dir, *(run_dir / name for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS))]
+    folders = [run_dir, *(run_dir / name for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS, TRACKERS))]
     appended = [run_dir / "command.txt", *run_dir.glob("*.jsonl")]
     checkpoints = (run_dir / CHECKPOINTS).glob("step-*")  # old ones are removed
     if problem := files.not_writable(path for path in (*folders, *appended, *checkpoints) if path.exists()):
@@ -111,13 +125,10 @@ def _check_writable(run_dir: Path) -> None:
 
 
 def _check_dead(run_dir: Path, path: Path, events: list[Event], now: float) -> None:
-    claim = events[0]
+    claim, process = events[0], events[0]["process"]
+    if is_over(path, events, now) or _is_earlier(claim["job"], claim.get("launch")):
+        return
     silent = now - path.stat().st_mtime
-    if any(event.get("event") == "end" for event in events) or silent > LEASE:
-        return
-    process = claim["process"]
-    if has_ended(process) or _is_earlier(claim["job"], claim.get("launch")):
-        return
     name = f"job {claim['job']['id']}, " if claim["job"] else ""
     raise UserError(
         f"run_dir {run_dir}: in use by {name}process {process['pid']} on {process['host']} (attempt {claim['attempt']}, "
@@ -143,6 +154,18 @@ def _is_earlier(job: Mapping[str, str] | None, launch: str | None) -> bool:
     return job["id"] == f"slurm {environment.AFTER_JOB.get()}"  # this job was submitted to follow that one
 
 
+def is_over(path: Path, events: Sequence[Event], now: float) -> bool:
+    """Whether an attempt has ended, or is dead as far as this machine knows.
+
+    Args:
+        path: its file, whose mtime is its heartbeat.
+        events: the claim, and what followed it.
+        now: seconds since the epoch, by the clock of its file system.
+    """
+    ended = any(event.get("event") == "end" for event in events)
+    return ended or now - path.stat().st_mtime > LEASE or has_ended(events[0]["process"])
+
+
 @dataclass(frozen=True)
 class Attempt:
     """One claim of a run. Every rank holds it; only rank 0 writes events."""
@@ -155,7 +178,7 @@ class Attempt:
     def check_current(self) -> None:
         """Raises :class:`Superseded` if a newer attempt has claimed the run, ``OSError`` if the claim is gone."""
         newest = max(_numbers(self.run_dir), default=0)
-        if _path(self.run_dir, self.number + 1).exists():  # a cached directory listing may be stale
+        if path_of(self.run_dir, self.number + 1).exists():  # a cached directory listing may be stale
             newest = max(newest, self.number + 1)
         if newest > self.number:
             raise Superseded(
@@ -166,7 +189,7 @@ class Attempt:
 
     def _is_mine(self) -> bool:
         """Raises ``OSError`` if the claim is gone."""
-        with os.fdopen(os.open(_path(self.run_dir, self.number), os.O_RDONLY | os.O_NOFOLLOW)) as file:
+        with os.fdopen(os.open(path_of(self.run_dir, self.number), os.O_RDONLY | os.O_NOFOLLOW)) as file:
             return f'"{self.nonce}"' in file.readline()
 
     def note(self, event: str, **fields: Any) -> None:
@@ -174,7 +197,7 @@ class Attempt:
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
         with contextlib.suppress(OSError):
             if self._is_mine():
-                with files.open_to_append(_path(self.run_dir, self.number), create=False) as file:
+                with files.open_to_append(path_of(self.run_dir, self.number), create=False) as file:
                     file.write(f"\n{line}\n")  # the previous line may be truncated
 
     def heartbeat(self) -> contextlib.AbstractContextManager[None]:
@@ -182,7 +205,7 @@ class Attempt:
 
         def beat() -> None:
             if self._is_mine():
-                os.utime(_path(self.run_dir, self.number), follow_symlinks=False)
+                os.utime(path_of(self.run_dir, self.number), follow_symlinks=False)
 
         return heartbeat(beat)
 
@@ -212,7 +235,7 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
             "accepts": attempt.accepts,
         }
         try:
-            files.create(_path(run_dir, number), json.dumps(event) + "\n")
+            files.create(path_of(run_dir, number), json.dumps(event) + "\n")
         except FileExistsError:
             continue  # another process was first; it may be alive, or dead by now
         except OSError as error:
@@ -223,7 +246,8 @@ def claim(run_dir: Path, accepts: Callable[[dict[int, list[Event]]], dict[str, s
         return attempt
 
 
-def _path(run_dir: Path, number: int) -> Path:
+def path_of(run_dir: Path, number: int) -> Path:
+    """The file of an attempt."""
     return run_dir / ATTEMPTS / f"attempt-{number:08d}.jsonl"
 
 

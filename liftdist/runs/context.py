@@ -10,9 +10,9 @@ from liftdist.runs.stop import CancellationPoint
 from liftdist.schema import Config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunContext:
-    """Created at the entry point and passed down; its fields are not reassigned during a run."""
+    """Created at the entry point and passed down; its fields are not reassigned during a run. Equal to itself alone."""
 
     config: Config
     mesh: Mesh

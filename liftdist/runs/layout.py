@@ -5,10 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 from liftdist import files
+from liftdist.errors import UserError
 
 ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboard", "logs"  # folders
+TRACKERS = "trackers"  # a folder, where clients of trackers are used
 MANIFEST = "manifest.json"  # of a checkpoint
 STOP_REQUESTED = "stop-requested"  # a file that requests a stop
+
+
+def check_run(folder: Path) -> None:
+    """Raises ``UserError`` unless ``folder`` is a run directory."""
+    if not folder.exists():
+        raise UserError(f"{folder}: no such run directory")
+    if not (folder / ATTEMPTS).is_dir():
+        raise UserError(f"{folder}: is not a run directory (it has no {ATTEMPTS}/)")
 
 
 def logs(run_dir: Path, start: str) -> Path:

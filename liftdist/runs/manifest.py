@@ -28,6 +28,7 @@ class Provenance:
     data: str  # digest of the training samples
     commits: dict[str, str] = field(default_factory=dict)  # setting -> NAME@COMMIT of what is from the hub
     contents: dict[str, str] = field(default_factory=dict)  # setting -> digest of the other files that it names
+    samples: int = 0  # number of training samples; 0 if it was not recorded
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Snapshot:
     )  # matrix -> the tensor of the base model's files that holds it
     parts: Mapping[str, Sequence[int]] = field(
         default_factory=dict
-    )  # matrix -> where it is in that tensor, see names.Part
+    )  # matrix -> where it is in that tensor, see part.Part
     copies: Mapping[str, Sequence[str]] = field(
         default_factory=dict
     )  # a trained tensor of these files -> others that must stay equal to it
@@ -123,6 +124,7 @@ def read(path: Path) -> Manifest:
         tree["data"],
         tree.get("commits", {}),
         tree.get("contents", {}),
+        tree.get("samples", 0),
     )
     return Manifest(
         Snapshot(

@@ -26,7 +26,7 @@ from torch import Tensor
 from liftdist import files, safetensors_header, safetensors_io
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
-from liftdist.distributed.sharding import row_bounds
+from liftdist.distributed.rows import row_bounds
 from liftdist.engine.matrices import Matrix
 from liftdist.errors import UserError
 from liftdist.runs import checkpoint
@@ -62,6 +62,7 @@ class Checkpointer:
 
     def __init__(self, attempt: Attempt, mesh: Mesh, keep: int, loaded: Step | None) -> None:
         self.attempt, self._keep = attempt, keep
+        self.best: int | None = None  # a step whose checkpoint is kept besides the newest
         self._rank, self._ranks, self._is_main = mesh.rank, mesh.world_size, mesh.is_main
         self._group = dist.new_group(backend="gloo")  # the main thread uses the default group meanwhile
         self._verified = {loaded.folder.name} if loaded else set()
@@ -229,13 +230,13 @@ class Checkpointer:
         return target.name
 
     def _remove_old(self) -> None:
-        """Remove checkpoints older than the newest ``keep`` verified ones, except those that hold a ``KEEP`` file."""
+        """Remove checkpoints older than the newest ``keep`` verified ones, except the best and those with a ``KEEP`` file."""
         kept = sorted(self._verified & set(self._steps), key=step_number)[-self._keep :]
         if len(kept) < self._keep:
             return
         for name in [name for name in self._steps if -1 < step_number(name) < step_number(kept[0])]:
             folder = self.attempt.run_dir / CHECKPOINTS / name
-            if (folder / KEEP).exists():
+            if (folder / KEEP).exists() or step_number(name) == self.best:
                 continue
             with contextlib.suppress(OSError, Superseded):
                 self.attempt.check_current()

@@ -157,7 +157,7 @@ def encoding_of(config: Config, weights: bool = True) -> Encoding:
     text_config = build.check_type(folder, config.model).get_text_config()
     tokenizer = load_tokenizer(folder, config.model)
     stops = [str(token) for token in tokenizer.convert_ids_to_tokens(build.stop_ids(folder))]
-    template, date = _template(data.chat_template), date_of(Path(config.run_dir).expanduser())
+    template, date = chat_template(data.chat_template), date_of(Path(config.run_dir).expanduser())
 
     def encoder_of(source: DataSource) -> Encoder:
         return Encoder(
@@ -188,7 +188,7 @@ def check_first_records(config: Config) -> None:
         tokenised.encode_all(first, read, encoder_of(given), text_config.vocab_size, config.data)
 
 
-def _template(given: str | None) -> str | None:
+def chat_template(given: str | None) -> str | None:
     """The text of ``data.chat_template``. Raises ``UserError`` for a file that cannot be read."""
     if given is None or not given.endswith((".jinja", ".jinja2")):
         return given

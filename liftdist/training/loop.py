@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from liftdist import environment
 from liftdist.console import GIB
@@ -14,6 +14,8 @@ from liftdist.registry import EVALUATIONS
 from liftdist.runs.context import RunContext
 from liftdist.runs.manifest import Snapshot
 from liftdist.runs.saver import Checkpointer
+from liftdist.schema import Config
+from liftdist.training.publish import Publisher
 from liftdist.training.recorder import Recorder
 from liftdist.training.stopwatch import memory
 from liftdist.training.trainer import Trainer
@@ -29,10 +31,11 @@ class Loop:
         recorder: Recorder,
         checkpointer: Checkpointer,
         snapshot: Callable[[], Snapshot],
+        publisher: Publisher | None = None,
     ) -> None:
         self._context, self.trainer, self.recorder = context, trainer, recorder
         self.console, self.cancellation = context.console, context.cancellation
-        self.checkpointer, self._snapshot = checkpointer, snapshot
+        self.checkpointer, self._snapshot, self._publisher = checkpointer, snapshot, publisher
         self._step_seconds = 0.0
         self._failed_saves = self._failed_in_a_row = 0
         self._saved = f"step-{checkpointer.last_step:08d}" if checkpointer.last_step else None
@@ -50,6 +53,9 @@ class Loop:
                 began += time.perf_counter() - paused
                 if trainer.step >= trainer.steps:
                     break
+                if reason := trainer.best.reason_to_stop():
+                    self.console.say(f"training ends after step {trainer.step} of {trainer.steps}: {reason}")
+                    break
                 figures = trainer.run_step()
                 tokens += figures.pop("local/tokens")
                 if trainer.problem:
@@ -63,6 +69,8 @@ class Loop:
                     left = figures["time/step"] * (trainer.steps - trainer.step)
                     progress.step(trainer.step, trainer.steps, _note(figures), left)
                     began, first, tokens = time.perf_counter(), trainer.step, 0.0
+        if self._publisher is not None:
+            self._publish(self._publisher)
         self.save_last()
 
     def _pause(self) -> None:
@@ -70,27 +78,46 @@ class Loop:
         trainer, config = self.trainer, self.trainer.config
         self._report_save()
         self.cancellation.boundary()
-        if self._is_due(config.train.eval_interval) or trainer.step in (0, trainer.steps):
-            self._evaluate()
+        is_end = trainer.step in (0, trainer.steps)
+        due = [name for name in EVALUATIONS if is_end or self._is_due(_interval(config, name))]
+        if due:
+            self._evaluate(due)
         # more skipped steps may follow and end the run: the newest checkpoint must be from before the first of them
         if trainer.step and self._is_due(config.checkpoint.interval) and not trainer.skipped_in_a_row:
             self._save()
+        if self._publisher is not None and trainer.step and self._is_due(self._publisher.interval):
+            self._publish(self._publisher)
+
+    def _publish(self, publisher: Publisher) -> None:
+        """Publish the current weights as a version, unless they are published already."""
+        if (step := self.trainer.step) != publisher.last_step:
+            said, figures = publisher.publish(step)
+            self.console.say(said if figures else f"SYNC FAILED, training continues: {said}")
+            self.recorder.scalars(step, figures or {"sync/failed": 1.0})
 
     def _is_due(self, interval: int) -> bool:
         return bool(interval) and self.trainer.step % interval == 0
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, names: Sequence[str]) -> None:
         trainer = self.trainer
         if trainer.evaluated == trainer.step:
             return
         figures: dict[str, float] = {}
-        for name in EVALUATIONS:
-            figures |= EVALUATIONS.load(name).run(self._context, trainer.inputs, trainer.model, trainer.method)
+        for name in names:
+            run = EVALUATIONS.load(name).run
+            figures |= run(self._context, trainer.inputs, trainer.model, trainer.method, trainer.step)
         if figures:
             trainer.evaluated = trainer.step
             self.recorder.scalars(trainer.step, figures)
-            shown = ", ".join(f"evaluation {tag.removeprefix('eval/')} {value:.4f}" for tag, value in figures.items())
+            shown = ", ".join(
+                f"evaluation {tag.removeprefix('eval/')} {value:.4f}"
+                for tag, value in figures.items()
+                if not tag.endswith(("/low", "/high"))
+            )
             self.console.say(f"step {trainer.step}: {shown}")
+        if not trainer.skipped_in_a_row and trainer.best.compare(trainer.step, figures):
+            self.checkpointer.best = trainer.step
+            self._save()
 
     def _save(self) -> None:
         """Start to save the current state, unless it is saved already."""
@@ -153,6 +180,11 @@ class Loop:
                 f"set slurm.signal_lead={math.ceil(2 * needed)}"
             )
             self._lead = math.inf
+
+
+def _interval(config: Config, evaluation: str) -> int:
+    """Steps between two evaluations of a kind."""
+    return config.eval.interval if evaluation == "tasks" else config.train.eval_interval
 
 
 def rank_figures(trainer: Trainer, elapsed: float, steps: int, tokens: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ from liftdist.data.pieces import Decode, Piece
 
 OPEN, CLOSE, NEW_LINE = "⟦", "⟧", "↵"
 _GREEN, _PLAIN = "\x1b[32m", "\x1b[0m"
-_PAGE = "<!doctype html>\n<!-- liftdist data -->\n"
+PAGE = "<!doctype html>\n<!-- liftdist data -->\n"  # begins every page
 _STYLE = """
 :root { color-scheme: light dark; --mark: #c6f0cf; --line: #8888; }
 @media (prefers-color-scheme: dark) { :root { --mark: #1d5c2e; } }
@@ -92,11 +92,6 @@ def lines(sample: Shown, decode: Decode, in_colour: bool) -> list[str]:
     return [visible(sample.title), *(f"  {line}" for line in text.removesuffix("\n").split("\n") if sample.ids)]
 
 
-def is_page(text: str) -> bool:
-    """Whether a file that begins with ``text`` is such a page."""
-    return text.startswith(_PAGE)
-
-
 def page(title: str, figures: Sequence[str], samples: Sequence[Shown], decode: Decode) -> str:
     """A page that needs nothing else: no script, no network."""
     blocks = []
@@ -104,7 +99,7 @@ def page(title: str, figures: Sequence[str], samples: Sequence[Shown], decode: D
         text = "".join(_token(piece) for piece in pieces.tokens(decode, sample.ids, sample.learned))
         blocks.append(f"<h2>{_escaped(sample.title)}</h2>\n" + (f'<div class="text">{text}</div>\n' if text else ""))
     return (
-        f'{_PAGE}<html lang="en"><head><meta charset="utf-8"><title>{_escaped(title)}</title>\n'
+        f'{PAGE}<html lang="en"><head><meta charset="utf-8"><title>{_escaped(title)}</title>\n'
         "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style></head><body>\n'
         f"<h1>{_escaped(title)}</h1>\n<pre>{_escaped(chr(10).join(figures))}</pre>\n"

@@ -104,7 +104,7 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
     if options.samples is not None and options.samples < 0:
         raise UserError(f"--samples {options.samples}: must be at least 0")
     if options.html:
-        _check_page(options.html)
+        files.check_page(options.html, marked.PAGE, "`liftdist data`", "--html")
     config, _ = configs.load(options.config, options.overrides)
     preflight.check(config, None, training=False)
     records.check_first_records(config.data)
@@ -122,31 +122,13 @@ def lines(options: argparse.Namespace) -> Iterator[str]:
         about = _figures(config, encoding, parts, found.samples.lines())
     if options.html:
         page = marked.page(f"liftdist data {options.config}", about, shown, decode)
-        try:
-            files.write(options.html, page)
-        except OSError as error:
-            raise UserError(f"{options.html}: cannot be written: {error.strerror}; give another --html") from None
+        files.write_page(options.html, page, "--html")
     if options.json:
         yield from (sample.as_json(decode) for sample in (_all(parts) if everything else chosen))
     elif options.html:
         yield str(options.html)
     else:
         yield from _text([] if options.record else about, shown, decode)
-
-
-def _check_page(path: Path) -> None:
-    """Raises ``UserError`` if the page cannot be written there, or would replace something else."""
-    if not path.absolute().parent.is_dir():
-        raise UserError(f"{path}: folder {path.absolute().parent} does not exist; create it first")
-    try:
-        with path.open("rb") as file:
-            known = marked.is_page(file.read(100).decode("utf-8", "replace"))
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise UserError(f"{path}: cannot be replaced: {error.strerror}; give another --html") from None
-    if not known:
-        raise UserError(f"{path}: exists already, and is no page of `liftdist data`; give another --html")
 
 
 def _parts(config: Config, found: inputs.Inputs) -> list[Part]:

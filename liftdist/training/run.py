@@ -23,7 +23,8 @@ from liftdist.errors import PeerError, Stopped, UserError
 from liftdist.methods import named
 from liftdist.models import weights
 from liftdist.redaction import redact
-from liftdist.runs import changes, checkpoint, claims, layout
+from liftdist.registry import EVALUATIONS
+from liftdist.runs import changes, checkpoint, claims, layout, results
 from liftdist.runs.checkpoint import Step
 from liftdist.runs.claims import Attempt
 from liftdist.runs.context import RunContext
@@ -37,6 +38,7 @@ from liftdist.schema import Config
 from liftdist.training import setup
 from liftdist.training.inputs import Inputs, agree_on_commits, commits, hash_files, prepare_inputs
 from liftdist.training.loop import Loop
+from liftdist.training.publish import Publisher
 from liftdist.training.recorder import Recorder
 from liftdist.training.trainer import Trainer
 
@@ -61,6 +63,7 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRe
     claimed: Attempt | None = None
     with together():
         preflight.check_cache_dir(config)
+        preflight.check_own_answers(config)
     with together():
         if mesh.is_main:
             claimed = claims.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
@@ -75,7 +78,10 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRe
             with watchdog.watching():
                 trainer = _run(context, text, allowed, attempt)
             if config.train.export:
-                _export(trainer, attempt, console)
+                _export(trainer, attempt, console, trainer.step, "export")
+                if (best := trainer.best.step) not in (None, trainer.step):
+                    assert best is not None
+                    _export(trainer, attempt, console, best, "export-best")
         outcome = {"outcome": "finished"}
     except Stopped as reason:
         outcome = {"outcome": "stopped", "reason": str(reason)}
@@ -94,6 +100,8 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     """Everything but the export."""
     config, mesh, console, cancellation = context.config, context.mesh, context.console, context.cancellation
     inputs = _inputs(context)
+    with together():
+        EVALUATIONS.load("tasks").prepare(context)
     shards = mesh.device_mesh.size(1)
     saved = checkpoint.newest(
         attempt.run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat
@@ -101,8 +109,12 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     base_digest = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
     with together():
         contents = named.digests_of(config)
-    provenance = changes.provenance(config, text, base_digest, inputs.samples.digest, commits(config), contents)
+    samples = inputs.samples
+    provenance = changes.provenance(config, text, base_digest, samples.digest, commits(config), contents, len(samples))
     state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
+    with together():
+        if mesh.is_main and config.eval.tasks:
+            results.check_base(attempt.run_dir, base_digest)
     model, names, method = setup.model_and_method(
         context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs
     )
@@ -111,7 +123,7 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     if saved is not None:
         _resume(context, trainer, saved, attempt, state_changed)
     checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
-    recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
+    checkpointer.best = trainer.best.step
     changed = method.changes(names)
     trained = {name: stored for name, (stored, _) in changed.items()}
     copies = {stored: names.copies[stored] for stored in trained.values() if stored in names.copies}
@@ -120,7 +132,11 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     def snapshot() -> Snapshot:
         return Snapshot(trainer.step, trainer.state(), provenance, trained, parts, copies)
 
-    loop = Loop(context, trainer, recorder, checkpointer, snapshot)
+    publisher = None
+    if config.sync.to is not None:
+        publisher = Publisher(config.sync, attempt.run_dir, inputs.folder, mesh, method, snapshot)
+    recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
+    loop = Loop(context, trainer, recorder, checkpointer, snapshot, publisher)
     try:
         loop.to_the_end()
     except Stopped as reason:
@@ -132,6 +148,8 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         raise
     finally:
         recorder.close()
+        if publisher is not None:
+            publisher.close()
     return trainer
 
 
@@ -192,7 +210,10 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
         if mesh.is_main:  # not earlier: a command that fails before this point leaves no description
             describe_run(run_dir, text, mesh, commits(context.config))
         after = trainer.step if resumed else None if attempt.number == 1 else -1
-        recorder = Recorder(run_dir, mesh.is_main, after, context.console.say)
+        names = context.config.metrics.trackers if mesh.is_main else None
+        if mesh.is_main and (run_dir / results.NAME).exists():
+            results.Results(run_dir, after).close()  # without what was found after the step that the run continues from
+        recorder = Recorder(run_dir, names, after, context.console.say)
     recorder.text("config", text)
     recorder.text("parameters", trainer.method.describe(trainer.model))
     context.console.say(
@@ -203,27 +224,27 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
     return recorder
 
 
-def _export(trainer: Trainer, attempt: Attempt, console: Console) -> None:
-    """Write the fine-tuned model from the last checkpoint, unless an earlier attempt has. Collective."""
+def _export(trainer: Trainer, attempt: Attempt, console: Console, number: int, name: str) -> None:
+    """Write the fine-tuned model of step ``number`` to the folder ``name``, unless an earlier attempt has. Collective."""
     run_dir, base_folder = attempt.run_dir, trainer.inputs.folder
-    target = run_dir / "export"
-    if not _is_exported(run_dir, trainer.step, trainer.mesh):
+    target = run_dir / name
+    if not _is_exported(target, number, trainer.mesh):
         with together():
-            step = checkpoint.open_step(run_dir / CHECKPOINTS / f"step-{trainer.step:08d}")
+            step = checkpoint.open_step(run_dir / CHECKPOINTS / f"step-{number:08d}")
             trained = of_run.of_run(step, base_folder)
             if trainer.mesh.is_main and target.exists():  # exported before the run was extended
                 target.rename(layout.next_free(target))
         hf.write(trained, base_folder, target, getattr(torch, trainer.config.model.dtype))
         if trainer.mesh.is_main:
-            attempt.note("export", step=trainer.step)
-    console.say(f"fine-tuned model in {target}")
+            attempt.note("export", step=number, folder=name)
+    of = f" of step {number}, the best" if number != trainer.step else ""
+    console.say(f"fine-tuned model{of} in {target}")
 
 
-def _is_exported(run_dir: Path, step: int, mesh: Mesh) -> bool:
-    """Whether an earlier attempt exported this step. Collective."""
-    events: list[claims.Event] = []
+def _is_exported(target: Path, step: int, mesh: Mesh) -> bool:
+    """Whether an earlier attempt exported this step to the folder ``target``. Collective."""
+    found: int | None = None
     with together():
         if mesh.is_main:
-            events = [event for events in claims.attempts(run_dir).values() for event in events]
-    exports = [event["step"] for event in events if event["event"] == "export"]
-    return collectives.agree(bool(exports) and exports[-1] == step and (run_dir / "export").is_dir())
+            found = claims.exported(target)
+    return collectives.agree(found == step)

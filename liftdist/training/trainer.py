@@ -28,6 +28,7 @@ from liftdist.methods.base import Method
 from liftdist.registry import LOSSES
 from liftdist.schema import Config
 from liftdist.training import objective
+from liftdist.training.best import Best
 from liftdist.training.inputs import Inputs
 from liftdist.training.losses import Loss
 from liftdist.training.losses.masked_thought import masked
@@ -75,6 +76,7 @@ class Trainer:
         self.skipped = 0  # steps whose loss or gradient was not finite
         self.skipped_in_a_row = 0
         self.problem: str | None = None  # why the last step was skipped
+        self.best = Best(config)
         self.evaluated = -1  # the step after which the last evaluation ran
 
     def _make_schedule(self) -> torch.optim.lr_scheduler.LRScheduler:
@@ -92,6 +94,7 @@ class Trainer:
             "skipped": self.skipped,
             "skipped_in_a_row": self.skipped_in_a_row,
             "evaluated": self.evaluated,
+            "best": self.best.state(),
             "seed": self.config.train.seed,  # with step and rank: the random state
             "optimizer": self.method.scalars(),
         }
@@ -100,6 +103,7 @@ class Trainer:
         """Continue from :meth:`state`, and from the tensors of the method's ``state_dict`` cut to this rank's rows."""
         self.method.load_state_dict(tensors, state["optimizer"])
         self.step, self.consumed, self.evaluated = state["step"], state["consumed"], state["evaluated"]
+        self.best.restore(state.get("best", {}))
         self.skipped, self.skipped_in_a_row = state["skipped"], state["skipped_in_a_row"]
         if self.epochs is not None:  # the batch size or the data may have changed
             self.steps = self.step + self.order.steps(self.epochs, self.consumed)
@@ -122,7 +126,7 @@ class Trainer:
         torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
         figures: dict[str, float] = {}
         with self.watch("refresh"):
-            figures |= self.method.before_step(step)
+            figures |= self.method.before_step(step, self.steps)
         sequences = self.order.batch(self.consumed, self.epochs)
         micro_batches = split_micro_batches(
             sequences,

@@ -76,7 +76,9 @@ def losses(mesh, model, folder):
                 figures = trainer.run_step()
                 found[way].append((batch, {tag: value for tag, value in figures.items() if tag.endswith("loss")}))
         evaluations.append(
-            held_out_loss.run(RunContext(config, mesh, Console(False)), trainer.inputs, trainer.model, trainer.method)
+            held_out_loss.run(
+                RunContext(config, mesh, Console(False)), trainer.inputs, trainer.model, trainer.method, step=0
+            )
         )
     return found, evaluations
 
@@ -143,7 +145,7 @@ def one_of_each(mesh, model, folder):
     config.data.sources, config.data.eval_sources = config.data.sources[:1], config.data.eval_sources[:1]
     trainer = builders.trainer(mesh, config)
     context = RunContext(config, mesh, Console(False))
-    figures = trainer.run_step() | held_out_loss.run(context, trainer.inputs, trainer.model, trainer.method)
+    figures = trainer.run_step() | held_out_loss.run(context, trainer.inputs, trainer.model, trainer.method, step=1)
     return {tag for tag in figures if tag.endswith("loss")}
 
 

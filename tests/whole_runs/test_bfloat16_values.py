@@ -30,7 +30,7 @@ def test_a_run_continues_to_the_bit_and_loads_on_any_ranks(tiny_model, records, 
     settings["optimizer"] |= dict(dtype="bfloat16", reference_numerics=True)
     settings["train"] |= dict(loss_reduction="sequence")
     config = builders.config(tiny_model, records, tmp_path, model=dict(dtype="bfloat16"), **settings)
-    for straight, resumed in ranks.run(3, builders.save_and_go_on, config, tmp_path / "run"):
+    for straight, resumed in ranks.run(3, builders.save_and_go_on, config):
         assert straight == resumed
     keys = builders.verified(tmp_path / f"run/checkpoints/step-{BEFORE:08d}").manifest.parameters.values()
     for parameter in keys:

@@ -46,7 +46,7 @@ def evaluated(mesh, made):
     context = RunContext(made.config, mesh, Console(False), cancellation)
     figures = {}
     for evaluation in (held_out_loss, kl_to_base):
-        figures |= evaluation.run(context, made.inputs, made.model, made.method)
+        figures |= evaluation.run(context, made.inputs, made.model, made.method, step=0)
     return figures
 
 

@@ -24,7 +24,7 @@ def config_of(case, model, records, folder):
 
 
 def all_saved(mesh, configs):
-    return [builders.save_and_go_on(mesh, config, Path(config.run_dir)) for config in configs]
+    return [builders.save_and_go_on(mesh, config) for config in configs]
 
 
 def all_loaded(mesh, configs):

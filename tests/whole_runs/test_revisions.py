@@ -76,7 +76,8 @@ def test_the_commit_is_kept_with_the_run_and_with_its_export(hub):
     about = json.loads((run / "export" / "liftdist.json").read_text())
     version = about.pop("liftdist")
     assert version[0].isdigit()
-    assert about == {"base_model": MODEL, "base_commit": hub.models[0], "base_digest": manifest["base"]}
+    made = {"made": {"run": "run", "step": 2}}
+    assert about == {"base_model": MODEL, "base_commit": hub.models[0], "base_digest": manifest["base"], **made}
 
 
 def test_a_run_whose_branch_has_moved_names_both_commits_and_the_remedy(hub):
@@ -84,6 +85,14 @@ def test_a_run_whose_branch_has_moved_names_both_commits_and_the_remedy(hub):
     old, new = hub.models
     assert "model.path: the weights have changed" in line
     assert f"the run used commit {old} of {MODEL}, and finds {new} now; model.revision={old} continues" in line
+
+
+def test_the_card_of_a_push_names_the_commits_of_the_run(hub, offline, tmp_path):
+    text = liftdist("push", hub.folder / "run", "o/name", "--dry-run", "--cache-dir", tmp_path)
+    assert f"base_model: {MODEL}\nbase_model_relation: finetune\n" in text
+    assert f"datasets:\n- {DATA}\n" in text
+    assert f"| base model | `{MODEL}` at commit `{hub.models[0]}` |" in text
+    assert f"- `{DATA}` at commit `{hub.data[0]}`\n\n40 samples, " in text
 
 
 def test_an_export_is_made_from_the_commit_of_the_run(hub, offline):

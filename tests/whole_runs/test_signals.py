@@ -14,7 +14,7 @@ from pathlib import Path
 import builders
 import pytest
 from commands import ROOT, write_job_config
-from jobs import command, is_alive, ranks_of, read_until, wait_until
+from jobs import children, command, is_alive, ranks_of, read_until, wait_until
 
 from liftdist import network
 
@@ -98,6 +98,7 @@ def test_ignored_signals_stay_ignored_and_others_are_heard_by_every_process(conf
     job = command(config, preexec_fn=ignore)
     read_until(job, "training 2/")
     assert len(processes_of(config)) == 4  # the command, torchrun, two ranks
+    check_loaded(job.pid, config)
     for number in (signal.SIGHUP, signal.SIGINT, signal.SIGHUP, signal.SIGINT):
         for pid in processes_of(config):
             os.kill(pid, number)
@@ -111,6 +112,22 @@ def test_ignored_signals_stay_ignored_and_others_are_heard_by_every_process(conf
     assert "liftdist: stopped (SIGTERM); the same command continues" in rest
     assert builders.files_of(tmp_path / "run")[0] >= 2
     assert not processes_of(config)
+
+
+def check_loaded(launcher, config):
+    """Which libraries the processes of a run have loaded: what none of them uses makes every start slower."""
+    (torchrun,) = children(launcher)
+    assert not is_loaded(launcher, "torch", "tokenizers", "pyarrow")
+    assert is_loaded(torchrun, "torch")
+    assert not is_loaded(torchrun, "tokenizers", "pyarrow")  # the first of which transformers would bring
+    for rank in ranks_of(config).values():
+        assert all(is_loaded(rank, name) for name in ("torch", "tokenizers", "pyarrow"))
+        assert not is_loaded(rank, "xxhash")  # which datasets would bring
+
+
+def is_loaded(pid, *packages):
+    """Whether a process has mapped the compiled code of any of these packages."""
+    return any(f"-packages/{name}/" in Path(f"/proc/{pid}/maps").read_text() for name in packages)
 
 
 @pytest.mark.parametrize(
