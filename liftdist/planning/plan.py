@@ -19,11 +19,9 @@ from liftdist.console import GIB
 from liftdist.distributed.sharding import advice_on_padding
 from liftdist.engine import selection
 from liftdist.errors import UserError
-from liftdist.models import build
-from liftdist.models.hub import resolve_config
-from liftdist.planning import activations, footprint, shapes
+from liftdist.planning import fit, footprint
+from liftdist.planning.fit import USABLE, Requirements
 from liftdist.planning.shapes import Sizes
-from liftdist.registry import METHODS
 from liftdist.schema import Config
 
 
@@ -46,7 +44,6 @@ GPUS = {
     "b200": Gpu(180, 2250, 8000, 900),
     "mi300x": Gpu(192, 1307, 5300, 448),
 }
-USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context, NCCL and fragmentation
 EFFICIENCY = 0.4  # fraction of peak FLOP/s in forward and backward
 SELECTION_RATE = 1e12  # FLOP/s of a factorisation on a GPU
 DISK_RATE = 1e9  # bytes/s that a rank writes
@@ -65,23 +62,20 @@ def plan(
     Raises:
         UserError: as ``liftdist train``, for an invalid mesh layout, model or ``selection.modules``.
     """
-    # use transformers' default attention: the configured one may not be installed here, and needs about as much memory
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
-    hf_config = build.check_type(resolve_config(config.model.path, config.model.revision), config.model)
-    model = build.build(hf_config, config.model)
-    METHODS.load(config.method).extend(config, model)
-    size = shapes.sizes(model, config)
-    probes: dict[int, activations.Activations] = {}
+    usable = round(USABLE * gpu.memory * GIB) if gpu else None
+    if config.train.fit_memory:
+        if usable is None:
+            raise UserError("train.fit_memory: give the memory that it is to fit, --gpu or --gpu-memory")
+        requirements, _ = fit.fitting(config, nodes * gpus_per_node, usable)
+    else:
+        requirements = Requirements(config)
+    config, size = requirements.config, requirements.size
 
     def memory_of(count: int) -> dict[str, int]:
-        rows = footprint.rows(config, replicas * count)
-        if rows not in probes:
-            probes[rows] = activations.activations(hf_config, config, rows)
-        return footprint.memory(size, config, count, probes[rows])
+        return requirements.memory(replicas, count)
 
     parts = memory_of(shards)
-    usable = round(USABLE * gpu.memory * GIB) if gpu else None
     costs = [0.0]
     if config.method == "lift":
         costs = [selection.cost_of(footprint.criterion(config), m, n) for m, n in size.trained.values()]
@@ -98,6 +92,12 @@ def plan(
     result: dict[str, Any] = {
         "layout": {"nodes": nodes, "gpus_per_node": gpus_per_node, "dp_replicate": replicas, "dp_shard": shards},
         "model": {"parameters": size.numel, "matrices": len(size.trained), "principal": selected},
+        "fitted": {
+            "micro_batch_size": config.train.micro_batch_size,
+            "recomputes": config.model.activation_checkpointing,
+        }
+        if config.train.fit_memory
+        else None,
         "memory": parts,
         "peak": footprint.peak(parts),
         "usable": usable,
@@ -237,6 +237,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         yield found["padding"]
     counts = model["parameters"] / 1e9, model["principal"] / 1e6, model["matrices"]
     yield "{:.2f} G parameters, {:.1f} M trained in {} matrices".format(*counts)
+    if found["fitted"]:
+        yield fit.described(found["fitted"]["micro_batch_size"], found["fitted"]["recomputes"])
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
         notes = {

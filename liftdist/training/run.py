@@ -35,7 +35,7 @@ from liftdist.runs.saver import Checkpointer
 from liftdist.runs.stop import CancellationPoint, StopRequests
 from liftdist.runs.watchdog import Watchdog
 from liftdist.schema import Config
-from liftdist.training import setup
+from liftdist.training import memory, setup
 from liftdist.training.inputs import Inputs, agree_on_commits, commits, hash_files, prepare_inputs
 from liftdist.training.loop import Loop
 from liftdist.training.publish import Publisher
@@ -119,6 +119,8 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
         context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs
     )
     model.train()
+    if config.train.fit_memory:
+        memory.try_out(context, model, method)
     trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
     if saved is not None:
         _resume(context, trainer, saved, attempt, state_changed)
@@ -138,7 +140,8 @@ def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) ->
     recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
     loop = Loop(context, trainer, recorder, checkpointer, snapshot, publisher)
     try:
-        loop.to_the_end()
+        with memory.explained(config):
+            loop.to_the_end()
     except Stopped as reason:
         console.say(f"{reason}: saving step {trainer.step}")
         loop.save_last()
