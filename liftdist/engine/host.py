@@ -4,7 +4,8 @@ to the host      the principal entries of each gradient, as soon as it is reduce
 to the device    positions, where entries are taken or written; values after a step      on the current stream
 
 Where CUDA is, what travels lies in pinned memory, so that the processor waits for no copy but the last one of a backward. A copy
-to the device is made from a buffer that nobody else writes: PyTorch keeps pinned memory until the copies from it have ended.
+to the device is made from a buffer that nobody else writes, and that PyTorch does not hand out again before the copy has ended.
+Values, gradient and moments are ordinary memory: PyTorch takes pinned memory in powers of two.
 """
 
 from __future__ import annotations

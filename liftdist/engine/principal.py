@@ -54,7 +54,6 @@ from liftdist.errors import UserError
 
 IMPORTANCE = "importance."  # of a layer: scalar states that are the budget's
 TRIAL_BATCHES = 8  # by which a budget learns
-CHUNK = 2**24  # entries of a gradient on the host that are on the device at a time
 
 #: The instance whose hook takes the gradient of a parameter. Keeps neither alive.
 _taken: MutableMapping[Tensor, weakref.ref[PrincipalWeights]] = WeakTensorKeyDictionary()
@@ -173,7 +172,7 @@ class PrincipalWeights:
             raise UserError(f"nothing to train: {self.selector.criterion} selects no weight of any matrix")
         self.values = nn.Parameter(self._read_shards())
         self.values.grad_dtype = None  # float32, whatever the dtype of the values is
-        self._grad = self._zeros()
+        self._grad = torch.zeros_like(self.values, dtype=torch.float32)
         self.values.grad = self._grad
         for number, part in enumerate(self.parts):
             part.param.register_post_accumulate_grad_hook(_hook(self, number))
@@ -229,8 +228,8 @@ class PrincipalWeights:
         if grad.device == self.device or self.replicate_group is None:
             all_reduce_sum(grad, self.replicate_group)
         else:  # by way of the device, whose links are the faster ones
-            for part in grad.split(CHUNK):
-                part.copy_(all_reduce_sum(part.to(self.device), self.replicate_group))
+            for entries in (grad[part.span] for part in self.parts):
+                entries.copy_(all_reduce_sum(host.sent(entries, self.device, entries.dtype), self.replicate_group))
         if divisor is None:
             divisor = 1 if self.replicate_group is None else self.replicate_group.size()
         grad.div_(divisor.to(grad.device) if isinstance(divisor, Tensor) else divisor)
@@ -471,7 +470,7 @@ class PrincipalWeights:
     def _replace_values(self, values: Tensor) -> None:
         self.values.grad = None  # before the length changes
         self.values.data = values
-        self._grad = self._zeros()
+        self._grad = torch.zeros_like(self.values, dtype=torch.float32)
         self.values.grad = self._grad
         self._require_gradients(self.counts)
 
@@ -500,12 +499,6 @@ class PrincipalWeights:
     def _read_shards(self) -> Tensor:
         """``[k_local]`` in :attr:`dtype`, the principal weights as the model holds them."""
         return self._flat(part.read(part.positions).to(self.dtype) for part in self.parts)
-
-    def _zeros(self) -> Tensor:
-        """``[k_local]`` float32, where ``values`` is."""
-        if self.is_on_host:
-            return host.empty(self.values.numel(), torch.float32).zero_()
-        return torch.zeros_like(self.values, dtype=torch.float32)
 
     def _flat(self, parts: Iterable[Tensor], padding: float = 0) -> Tensor:
         """The concatenation of vectors, padded as ``values`` is, and where that is."""

@@ -92,6 +92,8 @@ def test_statistics_of_gradients_are_counted(tmp_path):
         {},
         {"dtype": "bfloat16"},
         {"bias_correction": "entry"},
+        {"device": "cpu"},
+        {"name": "sgd", "device": "cpu"},
         {"name": "sgd"},
         {"name": "sgd", "momentum": 0.0},
         {"name": "sgd", "dtype": "bfloat16"},
@@ -106,13 +108,23 @@ def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
     planned = footprint.memory(size, config, 1, activations.Activations(0, 0, 0, 0))
     criterion, budget = rules(config.selection)
     dtype = getattr(torch, config.optimizer.dtype)
-    principal = PrincipalWeights(model, criterion=criterion, budget=budget, dtype=dtype, keep_base=config.keeps_base)
+    principal = PrincipalWeights(
+        model,
+        criterion=criterion,
+        budget=budget,
+        dtype=dtype,
+        device=config.optimizer.device,
+        keep_base=config.keeps_base,
+    )
     lift = Lift(config, principal)
     principal.values.grad.fill_(1.0)
     lift.step()
     held = [principal.values, principal.values.grad, *(part.positions for part in principal.parts)]
     held += [state for state in lift.optimizer.state[principal.values].values() if state.ndim]
-    assert planned["principal"] == sum(tensor.nbytes for tensor in held)
+    if config.optimizer.device is not None:
+        assert planned["principal"] == 0
+        assert footprint.peak(planned) == footprint.peak(planned | {footprint.ON_HOST: 0})
+    assert planned[footprint.ON_HOST if config.optimizer.device else "principal"] == sum(t.nbytes for t in held)
     saved = {key: tensor for key, tensor in lift.state_dict().items() if "/dropped" not in key}
     assert footprint.saved_bytes(config) * principal.num_selected == sum(tensor.nbytes for tensor in saved.values())
     kept = [*principal._base._positions, *principal._base._values] if config.keeps_base else []
@@ -139,6 +151,8 @@ def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
         (4, 4, {}),
         (1, 1, {}),
         (1, 1, {"base_dtype": "int8"}),
+        (1, 1, {"on_host": True}),
+        (8, 1, {"on_host": True}),
         (8, 1, {"base_dtype": "nf4"}),
         (12, 4, {"base_dtype": "fp8"}),
         (1024, 1, {"base_dtype": "nf4", "density": 0.3}),
