@@ -185,7 +185,9 @@ def _advice(config: Config, rows: int, found: dict[str, Any], minimum: int | Non
     """How to make a run fit. ``minimum``: bytes that a rank needs however many shards there are; None if more shards help."""
     if minimum is None:
         nodes = -(-found["smallest"] // found["layout"]["gpus_per_node"])
-        return f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+        also = found["peak"] - found["memory"].get("principal", 0) <= found["usable"]
+        needed = f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+        return needed + (", or optimizer.device=cpu" if also else "")
     ways = [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
     ways += ["lower train.micro_batch_size"] if rows > 1 else []
     ways += ["lower data.max_length"]

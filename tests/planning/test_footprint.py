@@ -8,6 +8,9 @@ import builders
 import pytest
 import ranks
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from bench import contenders, memory, scale
@@ -137,6 +140,58 @@ def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
         grown = sum(tensor.nbytes for tensor in kept) / planned["base values"]
         assert grown == pytest.approx(2 - survived)
         assert grown > 1.8
+
+
+class Copies(TorchDispatchMode):
+    """Calls and bytes of copies of vectors between two kinds of devices, by the one on which they end."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        source = arguments[1] if function is torch.ops.aten.copy_.default else arguments[0] if arguments else None
+        tensors = [tensor for tensor in (source, result) if isinstance(tensor, torch.Tensor) and tensor.ndim]
+        if len({tensor.device.type for tensor in tensors}) == 2:
+            calls, size = self.found.get(result.device.type, (0, 0))
+            self.found[result.device.type] = calls + 1, size + source.nbytes
+        return result
+
+
+def copied(_, folder):
+    """What a step of two micro-batches copies between a model on a device of fake tensors and its host; and what is planned."""
+    backend_registration._setup_privateuseone_for_python_backend("elsewhere")
+    config = Config()
+    config.model.dtype, config.optimizer.device = "float32", "cpu"
+    config.selection.density, config.train.batch_size, config.train.micro_batch_size = 0.1, 4, 2
+    model = build.build(AutoConfig.from_pretrained(folder), config.model)
+    size = shapes.sizes(model, config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="elsewhere:0")
+        principal = PrincipalWeights(
+            model,
+            budget=rules(config.selection)[1],
+            device="cpu",
+            initial_indices=lambda made: [torch.zeros(count, dtype=torch.int32) for count in made.counts],
+        )
+        lift = Lift(config, principal)
+        with Copies() as copies:
+            for _ in range(2):
+                sum(part.param.sum() for part in principal.parts).backward()
+            lift.reduce(torch.ones((), device="elsewhere:0"))
+            lift.clip()
+            lift.step()
+    planned = {one.operation: (one.calls, one.payload) for one in footprint.traffic(size, config, 1, 1)}
+    return copies.found, planned
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
+)
+def test_copies_between_a_model_and_its_host_are_as_planned(tiny_model):
+    [(copies, planned)] = ranks.run(1, copied, tiny_model)
+    assert copies == {"cpu": planned["to_host"], "elsewhere": planned["to_device"]}
 
 
 @pytest.mark.parametrize(
