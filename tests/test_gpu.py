@@ -67,7 +67,7 @@ def on_values(device, dtype):
     principal = make(model, method="exact", device=device)
     optimizer = PrincipalAdamW(principal, lr=1e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
     optimizer.in_one_kernel = False
-    dense = [[] for _ in principal.parts]
+    dense, first = [[] for _ in principal.parts], None
     for part, gradients in zip(principal.parts, dense, strict=True):
         part.param.register_hook(lambda gradient, to=gradients: to.append(gradient.detach().float().flatten()))
     for seed in range(4):
@@ -91,7 +91,7 @@ def on_values(device, dtype):
         read = torch.cat([part.read(part.positions) for part in principal.parts])
         assert torch.equal(read.cpu(), held.cpu().to(dtype))
         principal.values.data.copy_(held)
-        first = read if seed == 0 else first
+        first = first if seed else read
     state = optimizer.state[principal.values]
     assert {tensor.device.type for tensor in (principal.values, state["exp_avg"])} == {device or "cuda"}
     assert all(part.kept.is_pinned() for part in principal.parts) == (device == "cpu")
