@@ -2,6 +2,8 @@
 
 import builders
 import ranks
+import torch
+from commands import run_command, write_config
 
 
 def config_of(model, records, folder, device):
@@ -32,3 +34,11 @@ def test_runs_continue_with_their_values_on_another_device(tiny_model, records, 
 
 def both_ways(mesh, pairs):
     return [one for pair in pairs for one in one_after_the_other(mesh, *pair)]
+
+
+def test_a_run_says_that_it_saves_nothing_where_the_model_is_on_the_host(tiny_model, records, tmp_path):
+    short = ("train.steps=1", "train.export=false", "data.eval_path=", "checkpoint.interval=0")
+    run = run_command("train", write_config(tmp_path, tiny_model, records), "optimizer.device=cpu", *short)
+    assert run.returncode == 0, run.stdout
+    told = run.stdout.count("optimizer.device=cpu saves nothing here: the model is on the CPU as well")
+    assert told == (0 if torch.cuda.is_available() else 1)
