@@ -354,6 +354,8 @@ class Config:
         """What methods that train whole parameters do not have."""
         if self.optimizer.name != "adamw":
             yield "optimizer.name", f"must be adamw with method={self.method}"
+        if self.optimizer.device is not None:
+            yield "optimizer.device", f"is for method=lift: method={self.method} trains weights where the model is"
         if self.optimizer.bias_correction != "step":
             yield (
                 "optimizer.bias_correction",

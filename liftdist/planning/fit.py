@@ -102,7 +102,10 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
     chosen: tuple[int, bool, int] | None = None
     with together():
         if mesh.is_main:
-            requirements, peak = fitting(config, mesh.world_size, usable)
+            optimizer = config.optimizer
+            if mesh.device.type == "cpu":  # what is kept on the host is kept in the same memory
+                optimizer = dataclasses.replace(optimizer, device=None)
+            requirements, peak = fitting(dataclasses.replace(config, optimizer=optimizer), mesh.world_size, usable)
             if peak > usable:
                 raise UserError(
                     f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "

@@ -44,6 +44,8 @@ GPUS = {
     "b200": Gpu(180, 2250, 8000, 900),
     "mi300x": Gpu(192, 1307, 5300, 448),
 }
+HOST_LINK = 25.0  # bandwidth of a GPU to its host, GB/s per direction: PCIe 4.0 x16
+HOST_MEMORY = 100.0  # memory bandwidth of a node's processors, GB/s, as they step the values of all its ranks
 EFFICIENCY = 0.4  # fraction of peak FLOP/s in forward and backward
 SELECTION_RATE = 1e12  # FLOP/s of a factorisation on a GPU
 DISK_RATE = 1e9  # bytes/s that a rank writes
@@ -143,17 +145,20 @@ def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, resul
     rates = {
         "dp_shard": gpu.link if inside else link,
         "dp_replicate": link / min(layout["dp_shard"], layout["gpus_per_node"]) if nodes > 1 else gpu.link,
+        "host": HOST_LINK,
     }
     taken = dict.fromkeys(rates, 0.0)
     for one in result["traffic"]:
         taken[one["axis"]] += one["sent"] / (rates[one["axis"]] * 1e9)
-    update = 60 * result["model"]["principal"] / layout["dp_shard"] / (gpu.hbm * 1e9)  # bytes read and written
-    seconds = max(compute, taken["dp_shard"]) + taken["dp_replicate"] + update
+    stepping = HOST_MEMORY / layout["gpus_per_node"] if config.optimizer.device == "cpu" else gpu.hbm
+    update = 60 * result["model"]["principal"] / layout["dp_shard"] / (stepping * 1e9)  # bytes read and written
+    seconds = max(compute, taken["dp_shard"]) + taken["dp_replicate"] + taken["host"] + update
     return {
         "seconds": seconds,
         "computing": compute,
         "dp_shard": taken["dp_shard"],
         "dp_replicate": taken["dp_replicate"],
+        "host": taken["host"],
         "updating": update,
         "tokens_per_second": tokens / seconds,
     }
@@ -180,7 +185,9 @@ def _advice(config: Config, rows: int, found: dict[str, Any], minimum: int | Non
     """How to make a run fit. ``minimum``: bytes that a rank needs however many shards there are; None if more shards help."""
     if minimum is None:
         nodes = -(-found["smallest"] // found["layout"]["gpus_per_node"])
-        return f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+        also = found["peak"] - found["memory"].get("principal", 0) <= found["usable"]
+        needed = f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+        return needed + (", or optimizer.device=cpu" if also else "")
     ways = [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
     ways += ["lower train.micro_batch_size"] if rows > 1 else []
     ways += ["lower data.max_length"]
@@ -242,6 +249,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
         notes = {
+            footprint.ON_HOST: "not part of the peak",
             "base values": "at first; a refresh adds those of weights that were not selected before",
             "first all-gather buffers": "in the first forward, instead of the lines below",
             "reducing": "instead of layers and computing",
@@ -260,7 +268,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         yield (
             f"step     {step['seconds']:.2f} s, {step['tokens_per_second']:,.0f} tokens/s: computing {step['computing']:.2f} s, "
             f"overlapped with shards {step['dp_shard']:.2f} s; replicas {step['dp_replicate']:.2f} s, "
-            f"update {step['updating']:.3f} s"
+            + (f"host {step['host']:.2f} s, " if step["host"] else "")
+            + f"update {step['updating']:.3f} s"
         )
         if found["selection"]["all"]:
             yield f"select   about {found['selection']['seconds']:.0f} s"
