@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
         die_with_parent(environment.AGENT.get(os.getppid()))  # no rank outlives its agent
     joined = False  # whether all ranks have met, so that they end with the same error
     try:
-        config, text = configs.load(options.config, options.overrides)
+        config, _ = configs.load(options.config, options.overrides, several=options.only is None)
+        runs = configs.load_runs(options.config, options.overrides) if options.only is None else []
         harness = harness_of(options)
         if harness is not None and options.only != "eval":
             raise UserError("--harness: is only used with --only eval; leave it out")
@@ -63,17 +64,17 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             with importing():  # transformers, which takes seconds, in which other nodes may still be starting
                 from liftdist.evaluation.evaluate import evaluate
                 from liftdist.training import setup
-                from liftdist.training.run import train
-            draws = config.metrics.images and options.only is None and mesh.is_main
+                from liftdist.training.run import train_all
             context = RunContext(config, mesh, Console(mesh.is_main), CancellationPoint(stop))
             if options.only == "select":
                 setup.select_only(context)
             elif options.only == "eval":
                 evaluate(context, harness)
             else:
-                train(config, mesh, text, allowed_by(options.flags), stop)
-        if draws:
-            _draw(Path(config.run_dir).expanduser())
+                train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn)
+        for of_run, _ in runs if mesh.is_main else ():
+            if of_run.metrics.images:
+                _draw(Path(of_run.run_dir).expanduser())
     except UserError as error:
         if not failures.say(str(error), failures.USER_ERROR):
             _say(str(error))
