@@ -82,7 +82,7 @@ def load(
     if root is Config and resolved.train.variants and not several:
         raise UserError(
             f"{where('train.variants')}: makes several runs, which `liftdist train` and `liftdist plan` take; this is for one "
-            "run: unset it (train.variants=), or give the config.yaml in the folder of one"
+            "run: leave it out (train.variants={}), or give the config.yaml in the folder of one"
         )
     return resolved, OmegaConf.to_yaml(redact_tree(OmegaConf.to_container(config, resolve=False)))
 

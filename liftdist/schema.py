@@ -314,7 +314,6 @@ class Config:
     def keeps_base(self) -> bool:
         """Whether the base values of trained weights are needed in training."""
         replaces = self.method == "lift" and (self.selection.criterion == "spiel" or self.selection.budget == "ist")
-        replaces |= bool(self.train.variants)  # they put it back into the model
         return replaces or self.optimizer.decay_towards == "base" or self.train.needs_base or self.train.eval_kl
 
     def problems(self) -> Iterator[Problem]:

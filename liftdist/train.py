@@ -65,6 +65,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
                 from liftdist.evaluation.evaluate import evaluate
                 from liftdist.training import setup
                 from liftdist.training.run import train_all
+            drawn = [Path(one.run_dir).expanduser() for one, _ in runs if one.metrics.images and mesh.is_main]
             context = RunContext(config, mesh, Console(mesh.is_main), CancellationPoint(stop))
             if options.only == "select":
                 setup.select_only(context)
@@ -72,9 +73,8 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
                 evaluate(context, harness)
             else:
                 train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn)
-        for of_run, _ in runs if mesh.is_main else ():
-            if of_run.metrics.images:
-                _draw(Path(of_run.run_dir).expanduser())
+        for run_dir in drawn:
+            _draw(run_dir)
     except UserError as error:
         if not failures.say(str(error), failures.USER_ERROR):
             _say(str(error))

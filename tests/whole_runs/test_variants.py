@@ -6,7 +6,7 @@ import builders
 import hooks
 import pytest
 import ranks
-from commands import write_config
+from commands import call, run_command, user_error, write_config
 
 from liftdist import config as configs
 from liftdist.errors import Stopped, UserError
@@ -97,3 +97,95 @@ def test_each_learns_what_it_learns_by_itself(world_size, dtype, smollm2, tmp_pa
         assert "selection/survived" in figures(together)[3]
         assert "eval/loss" in figures(together)[0]
     assert len(outcomes) == len(VARIANTS)
+
+
+def test_one_that_fails_leaves_the_others_alone(smollm2, tmp_path):
+    """By the command: one of three learns until its loss is not finite."""
+    file = written(tmp_path, smollm2)
+    overrides = ["train.steps=3", "train.variants.sgd=optimizer.lr=1e38 train.max_skipped_steps=0", "train.turn=1"]
+    run = run_command("train", file, "--nproc", 1, *overrides)
+    said = user_error(run)
+    assert "1 of 3 runs failed, the others have finished: sgd: step " in said
+    assert "were skipped (train.max_skipped_steps)" in said
+    assert "sgd: FAILED, the others go on: step " in run.stdout
+    ends = {name: builders.last_end(tmp_path / "run" / name) for name in VARIANTS}
+    assert [ends[name]["outcome"] for name in VARIANTS] == ["finished", "finished", "failed"]
+    assert "were skipped" in ends["sgd"]["reason"]
+    apart = [
+        "train.steps=3",
+        *VARIANTS["low"].split(),
+        f"run_dir={tmp_path}/apart",
+        "train.variants={}",
+        "train.turn=10",
+    ]
+    ranks.run(1, by_itself, file, apart)
+    assert figures(tmp_path / "run" / "low") == figures(tmp_path / "apart")
+    assert builders.files_of(tmp_path / "run" / "low") == builders.files_of(tmp_path / "apart")
+
+
+def by_itself(mesh, file, overrides):
+    train(*reordered(configs.load(file, overrides), mesh), set(), StopRequests())
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("a=model.dtype=bfloat16", "train.variants.a: model.dtype: is the same in all variants, which share a model"),
+        ("a=train.micro_batch_size=1", "train.variants.a: train.micro_batch_size: is the same in all variants"),
+        ("a=run_dir=elsewhere", "train.variants.a: run_dir: is the same in all variants"),
+        ("a=optimizer.lr=fast", "train.variants.a: override 'optimizer.lr=fast': optimizer.lr: "),
+        ("a=optimizer.lr='1", "train.variants.a: no closing quotation: optimizer.lr='1"),
+        ("a-b=optimizer.lr=1", "the name after train.variants must consist of letters, digits and underscores"),
+        ("a=train.steps=2 method=full", "train.variants.a: method: is the same in all variants"),
+    ],
+)
+def test_what_variants_have_in_common_cannot_be_set_by_one(words, problem, tiny_model, tmp_path):
+    file = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
+    code, said = call("train", file, f"train.variants.{words}")
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert problem in said
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("method=full", "method: must be lift with train.variants"),
+        ("model.base_dtype=int8", "model.base_dtype: must be unset with train.variants"),
+        ("model.compile=true", "model.compile: must be false with train.variants"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(override, problem, tiny_model, tmp_path):
+    file = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
+    code, said = call("train", file, "train.variants.a=optimizer.lr=1", override)
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert problem in said
+
+
+@pytest.mark.parametrize("command", ["eval", "select", "data", "submit"])
+def test_commands_on_one_run_refuse_several(command, tiny_model, tmp_path):
+    file = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
+    code, said = call(command, file, "train.variants.a=optimizer.lr=1")
+    assert (code, len(said.splitlines())) == (2, 1)
+    assert "train.variants: makes several runs, which `liftdist train` and `liftdist plan` take" in said
+    code, said = call("train", file, "train.turn=3")
+    assert code == 2
+    assert "train.turn: is used with train.variants alone" in said
+
+
+def test_a_plan_counts_what_each_of_them_holds(tiny_model, tmp_path):
+    """The one whose turn takes most is planned, whichever it is."""
+    file = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
+
+    def memory(*overrides):
+        code, said = call("plan", file, "--gpus-per-node=2", "--json", *overrides)
+        assert code == 0, said
+        return json.loads(said)["memory"]
+
+    own = "principal", "base values", "previously selected"
+    wide, narrow = ("optimizer.name=sgd selection.density=0.2 train.batch_size=4", "optimizer.lr=1")
+    alone = [memory(*words.split(), "train.eval_kl=true") for words in (wide, narrow)]  # keeps base values
+    together = memory(f"train.variants.a={wide}", f"train.variants.b={narrow}", f"train.variants.c={narrow}")
+    held = [sum(found[name] for name in own) for found in alone]
+    assert together["other variants"] + sum(together[name] for name in own) == held[0] + 2 * held[1]
+    assert "other variants" not in alone[0]
