@@ -124,7 +124,7 @@ def train_all(
         if not several:
             raise failed[0]
         reasons = "; ".join(f"{attempts[number].run_dir.name}: {error}" for number, error in failed.items())
-        raise UserError(f"{len(failed)} of {len(configs)} runs failed, the others have finished: {reasons}")
+        raise UserError(f"{len(failed)} of {len(configs)} runs failed: {reasons}")
 
 
 def _claimed(config: Config, mesh: Mesh, stop: StopRequests) -> Attempt:
