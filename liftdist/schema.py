@@ -123,7 +123,7 @@ class TrainConfig:
 
     variants: dict[str, str] = setting(
         {},
-        "several runs in place of one, that share a model: by name, in `run_dir/NAME`, the overrides that make it of this config",
+        "runs in place of this one, which share a model: the name of each, whose directory is `run_dir/NAME`, and its overrides",
         example="{low: optimizer.lr=1e-4, high: optimizer.lr=4e-4 train.seed=1}",
         changes=NOTHING,
     )
