@@ -22,15 +22,22 @@ VARIANTS = {
 }
 
 
+RULES = {  # of selections that take more than the weights: gradients, base values, what was learned, other matrices each time
+    "low": "selection.criterion=spiel selection.final_refresh=4",
+    "layers": "selection.budget=layers selection.layers=1 selection.density= train.seed=4",
+    "ist": "selection.budget=ist selection.layers=1 selection.criterion=magnitude",
+    "gradient": "selection.criterion=gradient optimizer.dtype=bfloat16",
+    "decay": "optimizer.decay_towards=base optimizer.weight_decay=0.1 optimizer.bias_correction=entry",
+}
 EXPERTS = dict(model_type="qwen3_moe", num_experts=5, num_experts_per_tok=2, moe_intermediate_size=24, hidden_size=48)
 
 
-def written(tmp_path, smollm2, dtype="float32", **sizes):
-    """A config of three variants, which refresh in each third step and have dropout."""
+def written(tmp_path, smollm2, dtype="float32", given=VARIANTS, **sizes):
+    """A config of variants, which refresh in each third step and have dropout."""
     model = builders.llama(tmp_path / "model", smollm2, attention_dropout=0.2, **sizes)
     records = builders.write_records(tmp_path / "records.jsonl")
     others = builders.write_records(tmp_path / "others.jsonl", 23)
-    variants = {name: words.format(records=others) for name, words in VARIANTS.items()}
+    variants = {name: words.format(records=others) for name, words in given.items()}
     file = write_config(tmp_path, model, records, train=dict(variants=variants, turn=2), checkpoint=dict(interval=3))
     file.write_text(file.read_text().replace("dtype: float32", f"dtype: {dtype}"))
     return file
@@ -84,15 +91,20 @@ def figures(run_dir):
 
 
 @pytest.mark.parametrize(
-    ("world_size", "dtype", "sizes"),
-    [(2, "bfloat16", EXPERTS), pytest.param(1, "float32", {}, marks=pytest.mark.slow)],
+    ("world_size", "dtype", "given", "sizes"),
+    [
+        (2, "bfloat16", VARIANTS, EXPERTS),
+        pytest.param(1, "float32", VARIANTS, {}, marks=pytest.mark.slow),
+        pytest.param(2, "bfloat16", RULES, {}, marks=pytest.mark.slow),
+    ],
+    ids=["experts", "one_rank", "rules"],
 )
-def test_each_learns_what_it_learns_by_itself(world_size, dtype, sizes, smollm2, tmp_path):
-    file = written(tmp_path, smollm2, dtype, **sizes)
+def test_each_learns_what_it_learns_by_itself(world_size, dtype, given, sizes, smollm2, tmp_path):
+    file = written(tmp_path, smollm2, dtype, given, **sizes)
     for ends in ranks.run(world_size, apart_and_together, file, tmp_path):
         assert ends == ["stopped", "finished"]
     outcomes = set()
-    for name in VARIANTS:
+    for name in given:
         apart, together = tmp_path / "apart" / name, tmp_path / "run" / name
         assert len(claims.attempts(together)) == 2 + (name == "low")
         assert builders.last_end(together)["outcome"] == "finished"
@@ -103,7 +115,7 @@ def test_each_learns_what_it_learns_by_itself(world_size, dtype, sizes, smollm2,
         assert "selection/survived" in figures(together)[3]
         assert "eval/loss" in figures(together)[0]
         assert ("experts/busiest" in figures(together)[1]) == bool(sizes)
-    assert len(outcomes) == len(VARIANTS)
+    assert len(outcomes) == len(given)
 
 
 def test_one_that_fails_leaves_the_others_alone(smollm2, tmp_path):
