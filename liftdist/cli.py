@@ -113,17 +113,18 @@ def _check_started(config: Config, options: argparse.Namespace, training: bool) 
 
 def _train(options: argparse.Namespace) -> None:
     _make_fresh(options)
-    config, text = configs.load(options.config, options.overrides)
-    changes.check_settings(config, text, allowed_by(options.flags))
-    _check_started(config, options, training=True)
-    _launch(config, options, [*options.flags, options.config, *options.overrides])
+    runs = configs.load_runs(options.config, options.overrides)
+    for config, text in runs:
+        changes.check_settings(config, text, allowed_by(options.flags))
+        _check_started(config, options, training=True)
+    _launch([config for config, _ in runs], options, [*options.flags, options.config, *options.overrides])
 
 
 def _make_fresh(options: argparse.Namespace) -> None:
     """With ``--fresh``, replace run_dir by the next free directory beside it."""
     if not options.fresh:
         return
-    run_dir = Path(configs.load(options.config, options.overrides)[0].run_dir).expanduser()
+    run_dir = Path(configs.load(options.config, options.overrides, several=True)[0].run_dir).expanduser()
     if (free := layout.next_free(run_dir)) != run_dir:
         print(f"liftdist: run_dir {run_dir} is taken; starting in {free}", file=sys.stderr)
         options.overrides = [*options.overrides, configs.override("run_dir", str(free))]
@@ -198,7 +199,7 @@ def _select(options: argparse.Namespace) -> None:
     else:
         config, _ = configs.load(options.config, options.overrides)
         _check_started(config, options, training=False)
-        _launch(config, options, ["--only", "select", options.config, *options.overrides])
+        _launch([config], options, ["--only", "select", options.config, *options.overrides])
 
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
@@ -217,13 +218,16 @@ def _eval(options: argparse.Namespace) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"], options.nproc = "", options.nproc or 1
         options.overrides, config.mesh.dp_replicate = [*options.overrides, "mesh.dp_replicate=1"], 1
     _check_started(config, options, training=False)
-    _launch(config, options, ["--only", "eval", *harness_words(options), options.config, *options.overrides])
+    _launch([config], options, ["--only", "eval", *harness_words(options), options.config, *options.overrides])
 
 
-def _launch(config: Config, options: argparse.Namespace, arguments: list[str]) -> None:
-    preflight.fetch(config, training="--only" not in arguments)  # at commits that the ranks inherit
+def _launch(of_runs: Sequence[Config], options: argparse.Namespace, arguments: list[str]) -> None:
+    """Start the ranks. Of several configs the first says where what the launcher writes is kept."""
+    for config in of_runs:
+        preflight.fetch(config, training="--only" not in arguments)  # at commits that the ranks inherit
     typed = ["liftdist", *sys.argv[1:]]
-    sys.exit(launcher.launch(config, options, launcher.place(config, options), arguments, typed))
+    first = of_runs[0]
+    sys.exit(launcher.launch(first, options, launcher.place(first, options), arguments, typed))
 
 
 def _prefetch(options: argparse.Namespace) -> None:

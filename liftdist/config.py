@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -23,22 +24,41 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from liftdist import schema_tree, yaml_tree
 from liftdist.errors import UserError
 from liftdist.redaction import note_references, redact, redact_tree
-from liftdist.schema import Config
+from liftdist.schema import TURN, Config
 from liftdist.yaml_tree import Source
 
 Root = TypeVar("Root")
 Where = Callable[[str], str]  # key -> where it was set
 
 
+#: Settings that may differ between the variants of a run, which share a model in the processes of its ranks, and those of them
+#: that may not.
+OF_VARIANTS = ("selection.", "optimizer.", "data.", "train.", "eval.", "checkpoint.", "metrics.", "sync.")
+OF_ALL_VARIANTS = (
+    *(
+        "selection.modules",
+        "optimizer.device",
+        "data.packing",
+        "data.max_length",
+        "train.micro_batch_size",
+        "train.deterministic",
+    ),
+    *("train.fit_memory", "train.stop_signals", "train.hang_timeout", "train.turn", "train.variants"),
+)
+
+
 @overload
-def load(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, str]: ...
+def load(path: str | Path, overrides: Sequence[str] = (), *, several: bool = False) -> tuple[Config, str]: ...
 @overload
 def load(path: str | Path, overrides: Sequence[str], root: type[Root]) -> tuple[Root, str]: ...
-def load(path: str | Path, overrides: Sequence[str] = (), root: type = Config) -> tuple[Any, str]:
+def load(
+    path: str | Path, overrides: Sequence[str] = (), root: type = Config, *, several: bool = False
+) -> tuple[Any, str]:
     """Read and validate a config.
 
     Args:
         root: the dataclass of the whole config.
+        several: take a config of several runs, ``train.variants``, too.
 
     Returns:
         The resolved config, and its YAML text in which ``${oc.env:...}`` stays unresolved, so that it holds no secrets.
@@ -57,6 +77,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), root: type = Config) -
     config = _merge_file(path, text, root, locations)
     for override in overrides:
         _merge_override(config, override, root, locations)
+    resolved: Any
     try:
         resolved = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
@@ -65,7 +86,38 @@ def load(path: str | Path, overrides: Sequence[str] = (), root: type = Config) -
         problem = f"must be given, in the file or as {key}=VALUE" if missing else _explain(error, key, root)
         raise UserError(f"{where(key)}: {problem}") from None
     _validate(resolved, where)
+    if root is Config and resolved.train.variants and not several:
+        raise UserError(
+            f"{where('train.variants')}: makes several runs, which `liftdist train` and `liftdist plan` take; this is for one "
+            "run: leave it out (train.variants={}), or give the config.yaml in the folder of one"
+        )
     return resolved, OmegaConf.to_yaml(redact_tree(OmegaConf.to_container(config, resolve=False)))
+
+
+def load_runs(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Config, str]]:
+    """:func:`load` each run of a config: its variants, in ``run_dir/NAME``, or that of the config itself.
+
+    Raises:
+        UserError: as :func:`load`, or a variant sets what all have in common.
+    """
+    base, text = load(path, overrides, several=True)
+    runs = []
+    for name, words in base.train.variants.items():
+        try:
+            own = shlex.split(words)
+        except ValueError as error:
+            raise UserError(f"train.variants.{name}: {str(error)[0].lower()}{str(error)[1:]}: {words}") from None
+        for key in (word.partition("=")[0] for word in own):
+            if not key.startswith(OF_VARIANTS) or key.startswith(OF_ALL_VARIANTS):
+                raise UserError(
+                    f"train.variants.{name}: {key}: is the same in all variants, which share a model; start a run of its own"
+                )
+        common = [override("run_dir", str(Path(base.run_dir) / name)), "train.variants={}", f"train.turn={TURN}"]
+        try:
+            runs.append(load(path, [*overrides, *own, *common]))
+        except UserError as error:
+            raise UserError(f"train.variants.{name}: {error}") from None
+    return runs or [(base, text)]
 
 
 def override(key: str, text: str) -> str:

@@ -17,19 +17,25 @@ _EVERY = 10.0  # seconds between two lines of progress without a terminal
 
 
 class Console:
-    """Messages and progress: bars on a terminal, plain lines elsewhere. Only the main rank prints."""
+    """Messages and progress: bars on a terminal, plain lines elsewhere. Only the main rank prints.
 
-    def __init__(self, enabled: bool) -> None:
+    Args:
+        of: what they are about, if there are several: stands before each.
+    """
+
+    def __init__(self, enabled: bool, of: str = "") -> None:
         self._enabled = enabled
         self._bars = enabled and _columns() > 0
+        self._prefix = f"{of}: " if of else ""
 
     def say(self, message: str) -> None:
         if self._enabled:
-            tqdm.write(redact(message), file=sys.stderr)
+            tqdm.write(redact(self._prefix + message), file=sys.stderr)
 
     @contextmanager
     def progress(self, title: str, unit: str, total: int | None = None) -> Iterator[Progress]:
-        bar = tqdm(total=total, desc=title, unit=f" {unit}", disable=not self._bars, leave=False, dynamic_ncols=True)
+        shown = self._prefix + title
+        bar = tqdm(total=total, desc=shown, unit=f" {unit}", disable=not self._bars, leave=False, dynamic_ncols=True)
         progress = Progress(title, unit, bar, self if not self._bars else None)
         try:
             yield progress

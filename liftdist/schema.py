@@ -54,6 +54,9 @@ class ModelConfig:
         return "flash" in (self.attn_implementation or "")
 
 
+TURN = 10
+
+
 @dataclass
 class TrainConfig:
     loss: str = setting("cross_entropy", "loss of the labelled tokens", choices=tuple(LOSSES))
@@ -128,6 +131,14 @@ class TrainConfig:
         changes=NOTHING,
     )
 
+    variants: dict[str, str] = setting(
+        {},
+        "runs in place of this one, which share a model: the name of each, whose directory is `run_dir/NAME`, and its overrides",
+        example="{low: optimizer.lr=1e-4, high: optimizer.lr=4e-4 train.seed=1}",
+        changes=NOTHING,
+    )
+    turn: int = setting(TURN, "steps that each of `variants` trains at a time", at_least=1, changes=NOTHING)
+
     @property
     def needs_base(self) -> bool:
         """Whether the loss compares with the base model."""
@@ -137,6 +148,8 @@ class TrainConfig:
         for name, losses in _OF_LOSSES.items():
             if getattr(self, name) != getattr(TrainConfig, name) and self.loss not in losses:
                 yield name, f"is not used by train.loss={self.loss}, but by {' and '.join(losses)} alone; leave it out"
+        if self.turn != TURN and not self.variants:
+            yield "turn", "is used with train.variants alone; leave it out"
 
 
 #: Settings that not every loss uses, and those that do.
@@ -336,6 +349,20 @@ class Config:
             yield "method", NEEDS_PEFT
         if self.method == "lora" and self.sync.to is not None:
             yield "sync.to", "cannot be with method=lora: adapters change all weights of their modules; leave it out"
+        if self.train.variants:
+            if self.method != "lift":
+                yield "method", "must be lift with train.variants: no other method leaves the model as it was"
+            if self.model.base_dtype is not None:
+                yield "model.base_dtype", "must be unset with train.variants: what one has trained would stay exact"
+            if self.optimizer.device is not None:
+                yield "optimizer.device", "must be unset with train.variants: weights leave the model on its device"
+            if self.train.fit_memory:
+                yield "train.fit_memory", "must be false with train.variants: liftdist plan says what fits"
+            if self.model.compile:
+                yield (
+                    "model.compile",
+                    "must be false with train.variants: shapes that one meets would decide the kernels",
+                )
         if self.train.patience is not None and self.checkpoint.best is None:
             yield "train.patience", "needs checkpoint.best, the figure that must get better"
         if self.train.eval_kl and not (self.data.eval_path or self.data.eval_sources or self.data.eval_share):

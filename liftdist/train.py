@@ -53,7 +53,8 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
         die_with_parent(environment.AGENT.get(os.getppid()))  # no rank outlives its agent
     joined = False  # whether all ranks have met, so that they end with the same error
     try:
-        config, text = configs.load(options.config, options.overrides)
+        config, _ = configs.load(options.config, options.overrides, several=options.only is None)
+        runs = configs.load_runs(options.config, options.overrides) if options.only is None else []
         harness = harness_of(options)
         if harness is not None and options.only != "eval":
             raise UserError("--harness: is only used with --only eval; leave it out")
@@ -64,20 +65,20 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
                 from liftdist.evaluation.evaluate import evaluate
                 from liftdist.planning import fit
                 from liftdist.training import setup
-                from liftdist.training.run import train
-            draws = config.metrics.images and options.only is None and mesh.is_main
+                from liftdist.training.run import train_all
+            drawn = [Path(one.run_dir).expanduser() for one, _ in runs if one.metrics.images and mesh.is_main]
             console = Console(mesh.is_main)
-            if config.train.fit_memory and options.only is None:
-                config = fit.to_memory(config, mesh, console)
+            if config.train.fit_memory and runs:
+                runs = [(fit.to_memory(one, mesh, console), text) for one, text in runs]
             context = RunContext(config, mesh, console, CancellationPoint(stop))
             if options.only == "select":
                 setup.select_only(context)
             elif options.only == "eval":
                 evaluate(context, harness)
             else:
-                train(config, mesh, text, allowed_by(options.flags), stop)
-        if draws:
-            _draw(Path(config.run_dir).expanduser())
+                train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn)
+        for run_dir in drawn:
+            _draw(run_dir)
     except UserError as error:
         if not failures.say(str(error), failures.USER_ERROR):
             _say(str(error))

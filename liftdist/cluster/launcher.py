@@ -420,7 +420,7 @@ def main(given: Sequence[str] | None = None) -> None:
         words, _ = split_arguments(command)
         if not words:
             raise UserError("launch/torchrun: needs a config")
-        config, _ = configs.load(words[0], words[1:])
+        config, _ = configs.load_runs(words[0], words[1:])[0]
         code = launch(config, options, place(config, options), command)
     except KeyboardInterrupt as reason:
         _say(f"stopped ({reason}) before training began")

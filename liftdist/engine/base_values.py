@@ -42,11 +42,11 @@ class BaseValues:
     def swapped_in(self, parts: Sequence[Part]) -> Iterator[None]:
         """Within the context the memory of the parameters holds the base values, and this object what they held; afterwards the
         other way round again, to the bit."""
-        self._swap(parts)
+        self.swap(parts)
         try:
             yield
         finally:
-            self._swap(parts)
+            self.swap(parts)
 
     @contextlib.contextmanager
     def scaled(self, parts: Sequence[Part], factors: Sequence[float]) -> Iterator[None]:
@@ -63,7 +63,8 @@ class BaseValues:
                 part.write(where, learned)
 
     @torch.no_grad()
-    def _swap(self, parts: Sequence[Part]) -> None:
+    def swap(self, parts: Sequence[Part]) -> None:
+        """Let the memory of the parameters and this object exchange what they hold, to the bit."""
         for part, positions, values in zip(parts, self._positions, self._values, strict=True):
             held = part.read(positions)
             part.write(positions, values)

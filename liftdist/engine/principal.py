@@ -87,7 +87,8 @@ class PrincipalWeights:
             such as torchao's, do not quantise vectors of other lengths.
         sparse_reduce_scatter: exchange only the principal entries of gradients between FSDP2 shards. The modules keep this
             reduction after this object is deleted: another ``PrincipalWeights`` may follow, dense training must not.
-        keep_base: keep the values that trained weights had in the model, for :attr:`base_values` and :meth:`at_base`.
+        keep_base: keep the values that trained weights had in the model, for :attr:`base_values`, :meth:`at_base` and
+            :meth:`leave`.
         progress: called with the number of matrices selected and their total.
         on_selected: called in the first selection, on the rank that factored a matrix, with its name and all its indices.
         backwards: for a criterion by gradients, see :data:`liftdist.engine.gathered.Backwards`.
@@ -128,8 +129,7 @@ class PrincipalWeights:
             raise ValueError(f"multiple_of must be at least 1, got {multiple_of}")
         places = principal_matrices(model, modules)
         trained = list({id(place.param): place.param for place in places.values()}.values())
-        if any(param in _taken and _taken[param]() is not None for param in trained):
-            raise ValueError("the model has principal weights already, which take its gradients: delete them first")
+        _check_free(trained)
         # those of a parameter adjacent, in the order in which the model names parameters
         order = {id(param): number for number, param in enumerate(trained)}
         found = sorted(places.items(), key=lambda item: order[id(item[1].param)])
@@ -159,8 +159,9 @@ class PrincipalWeights:
         self.replicate_group = replicate_group or default_replicate_group(self.matrices[0].param)
         self._multiple_of = multiple_of
         self._base = BaseValues() if keep_base else None
-        self._is_at_base = False
+        self._is_at_base = self._has_left = False
         self._fsdp_modules = fsdp_modules(model)
+        self._sparse_reduce_scatter = sparse_reduce_scatter
 
         self._reductions = reductions.watch(
             self._fsdp_modules, trained, sparse_reduce_scatter
@@ -283,8 +284,55 @@ class PrincipalWeights:
             self._is_at_base = False
             self.written_back()
 
+    def leave(self) -> None:
+        """Give the model its base weights back, for other principal weights of it: to be made now, or to :meth:`enter`.
+
+        Values, gradient, optimizer and previous selections stay with this object. Until it enters again what reads or changes
+        them raises ``RuntimeError``, and backwards leave its gradient alone.
+
+        Raises:
+            ValueError: ``keep_base`` was not set; the model is quantised, where what was trained once stays exact.
+        """
+        if self.is_quantised:
+            raise ValueError(
+                "principal weights cannot leave a quantised model: it would not be what it was before them"
+            )
+        self._kept_base().swap(self.parts)
+        self._has_left = True
+        for part in self.parts:
+            del _taken[part.param]
+            part.param.requires_grad_(False)
+        self.written_back()
+
+    def enter(self) -> None:
+        """After :meth:`leave`: the model is the trained one again, to the bit, and its gradients are taken.
+
+        Raises:
+            ValueError: other principal weights have not left.
+        """
+        if not self._has_left:
+            return
+        assert self._base is not None
+        params = [part.param for part in self.parts]
+        _check_free(params)
+        self._reductions = reductions.watch(self._fsdp_modules, params, self._sparse_reduce_scatter)
+        for part in self.parts:
+            part.reduction = self._reductions.get(id(part.param))
+            if part.reduction is not None:
+                part.reduction.choose(part.param, part.positions)
+            _taken[part.param] = weakref.ref(self)
+        self._base.swap(self.parts)
+        self._has_left = False
+        self._require_gradients(self.counts)
+        self.written_back()
+
     def check_not_at_base(self) -> None:
-        """To be called by code that is about to step the values. Raises ``RuntimeError`` within :meth:`at_base`."""
+        """To be called by code that is about to step the values. Raises ``RuntimeError`` within :meth:`at_base`, and after
+        :meth:`leave`."""
+        if self._has_left:
+            raise RuntimeError(
+                "these principal weights have left the model: enter() it to train, refresh, save or load"
+            )
         if self._is_at_base:
             raise RuntimeError("the model is the base model within at_base(): leave it to train, refresh, save or load")
 
@@ -533,13 +581,20 @@ class PrincipalWeights:
             target += entries
 
 
+def _check_free(params: Sequence[Tensor]) -> None:
+    if any(param in _taken and _taken[param]() is not None for param in params):
+        raise ValueError(
+            "the model has principal weights already, which take its gradients: let them leave(), or delete them first"
+        )
+
+
 def _hook(principal: PrincipalWeights, number: int) -> Callable[[Tensor], None]:
     """Holds ``principal`` weakly: Python's garbage collector does not see a cycle through a parameter and its hook."""
     reference = weakref.ref(principal)
 
     def hook(param: Tensor) -> None:
         alive = reference()
-        if alive is not None:
+        if alive is not None and not alive._has_left:
             alive._collect(number, param)
 
     return hook

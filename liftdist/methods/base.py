@@ -79,5 +79,11 @@ class Method(Protocol):
     def at_base(self) -> AbstractContextManager[None]:
         """A context in which the model is the base model; used if ``config.keeps_base``."""
 
+    def leave(self) -> None:
+        """Make the model the base model, for other runs. Of ``method=lift`` alone, as :meth:`enter`."""
+
+    def enter(self) -> None:
+        """Make the model what it was when this left it, to the bit."""
+
     def describe(self, model: nn.Module) -> str:
         """A summary of what is trained in plain text. Collective."""

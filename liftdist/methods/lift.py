@@ -124,6 +124,14 @@ class Lift:
         """A context in which the model is the base model, see :meth:`PrincipalWeights.at_base`; if ``config.keeps_base``."""
         return self.principal.at_base()
 
+    def leave(self) -> None:
+        """See :meth:`PrincipalWeights.leave`; if ``context.shares_model``."""
+        self.principal.leave()
+
+    def enter(self) -> None:
+        """See :meth:`PrincipalWeights.enter`."""
+        self.principal.enter()
+
     def describe(self, model: nn.Module) -> str:
         """A summary of the trained weights in plain text. Collective."""
         everything = sum(param.numel() for param in model.parameters())
@@ -208,7 +216,7 @@ def attach(
             device=config.optimizer.device,
             initial_indices=_no_indices if from_checkpoint else initial,
             sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
-            keep_base=config.keeps_base,
+            keep_base=config.keeps_base or context.shares_model,
             progress=context.cancellation.at_boundaries(progress),
             on_selected=cached.add,
             backwards=backwards,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -43,12 +44,12 @@ class Requirements:
         self.size = shapes.sizes(model, self.config)
         self._probes: dict[int, activations.Activations] = {}
 
-    def memory(self, replicas: int, shards: int) -> dict[str, int]:
-        """Bytes by part, see :func:`liftdist.planning.footprint.memory`."""
+    def memory(self, replicas: int, shards: int, others: Sequence[Config] = ()) -> dict[str, int]:
+        """Bytes by part, also of the runs that share the model, see :func:`liftdist.planning.footprint.memory`."""
         rows = footprint.rows(self.config, replicas * shards)
         if rows not in self._probes:
             self._probes[rows] = activations.activations(self._hf_config, self.config, rows)
-        return footprint.memory(self.size, self.config, shards, self._probes[rows])
+        return footprint.memory(self.size, self.config, shards, self._probes[rows], others)
 
     def in_micro_batches_of(self, size: int) -> None:
         """Plan for another ``train.micro_batch_size``."""

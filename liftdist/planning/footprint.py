@@ -10,6 +10,7 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
                                        with optimizer.device=cpu all of it on the host, and none here
     base values           6 d N / S    where they are kept: 2 B each, indices 4 B; a refresh adds those of weights new to it
     previously selected  N / (8 S)     one bit per weight, from the first refresh on
+    other variants       these three   of each run besides the one that has the model
     places               8 k           of variant=shira: row and column of each value, for each shape of matrix, on every rank
     trained              14 N / S      instead of these two, of weights that are trained whole: gradient and two moments 4 B each,
                                        and a value of 4 B; 6 N / S with optimizer.dtype=bfloat16
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,8 +48,14 @@ from liftdist.registry import OPTIMIZERS
 from liftdist.schema import Config
 
 
-def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[str, int]:
-    """Bytes by component, on the fullest rank."""
+def memory(
+    size: Sizes, config: Config, shards: int, kept: Activations, others: Sequence[Config] = ()
+) -> dict[str, int]:
+    """Bytes by component, on the fullest rank.
+
+    Args:
+        others: configs of runs that share the model, and leave it to this one.
+    """
 
     def unsharded(unit: FSDPUnit) -> int:
         return size.itemsize * unit.padded(shards) * shards
@@ -61,14 +68,19 @@ def memory(size: Sizes, config: Config, shards: int, kept: Activations) -> dict[
     buffered = packed if shards > 1 else 0  # the all-gather buffer of another layer: a single shard is copied without
     states = getattr(criterion(config), "states", 0) if config.method == "lift" else 0
     units = size.units if states else _needing_gradients(size, config)
-    of_layers, others = units[: len(size.layers)], units[len(size.layers) :]
+    of_layers, rest = units[: len(size.layers)], units[len(size.layers) :]
     reductions = functools.partial(_reduction, size.itemsize, config, shards, counts)
     left = max((reductions(unit, states).buffer for unit in of_layers[1:]), default=0)
-    of_others = (kept.after + reductions(unit, states).peak for unit in others)
+    of_others = (kept.after + reductions(unit, states).peak for unit in rest)
     copying = buffered + copied + left if config.model.base_dtype else 0  # of the next layer, before its backward
     return {
         "weights": sum(_packed(unit, size, counts, shards) for unit in size.units) + size.buffers,
-        **(_of_lift(size, config, shards, counts) if config.method == "lift" else _of_dense(size, config, shards)),
+        **(
+            _of_lift(size, config, shards, counts, bool(others))
+            if config.method == "lift"
+            else _of_dense(size, config, shards)
+        ),
+        **({"other variants": sum(_of_others(size, other, shards) for other in others)} if others else {}),
         "root, whole": root,
         # in the first forward, besides the root: a unit that is gathered is held twice, as all-gather buffer and as
         # parameters; FSDP keeps the buffer until the next unit is gathered
@@ -127,10 +139,16 @@ def _reduction(
     return _Reduction(buffer, buffer + max(gradients, 4 * row + max(reducing, rounded)))
 
 
-def _of_lift(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> dict[str, int]:
+def _of_others(size: Sizes, config: Config, shards: int) -> int:
+    return sum(_of_lift(size, config, shards, selected(size, config), shares=True).values())
+
+
+def _of_lift(
+    size: Sizes, config: Config, shards: int, counts: Mapping[str, int], shares: bool = False
+) -> dict[str, int]:
     bits = sum(unit.padded(shards, trained=True) for unit in size.units) if config.selection.refresh_interval else 0
     held = sum(_width(unit, counts, shards) for unit in size.units)
-    base = {"base values": (4 + size.itemsize) * held} if config.keeps_base else {}
+    base = {"base values": (4 + size.itemsize) * held} if config.keeps_base or shares else {}
     principal = _bytes_each(config) * held
     where = {"principal": 0, ON_HOST: principal} if config.optimizer.device == "cpu" else {"principal": principal}
     return {**where, **base, "previously selected": bits // 8}
@@ -215,7 +233,7 @@ def _states(config: Config) -> int:
 
 
 ON_HOST = "principal, on the host"
-HELD = ("weights", "principal", "base values", "previously selected", "trained", "places")
+HELD = ("weights", "principal", "base values", "previously selected", "other variants", "trained", "places")
 
 
 def peak(parts: dict[str, int]) -> int:

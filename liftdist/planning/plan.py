@@ -11,7 +11,7 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from liftdist import config as configs
@@ -53,13 +53,19 @@ MOST_SHARDS = 4096
 
 
 def plan(
-    config: Config, nodes: int, gpus_per_node: int, gpu: Gpu | None = None, link_gbps: float = 100.0
+    config: Config,
+    nodes: int,
+    gpus_per_node: int,
+    gpu: Gpu | None = None,
+    link_gbps: float = 100.0,
+    others: Sequence[Config] = (),
 ) -> dict[str, Any]:
     """The requirements of a run of ``config`` on ``nodes`` x ``gpus_per_node`` ranks, in bytes and seconds.
 
     Args:
         gpu: without one, neither times nor whether the run fits are planned.
         link_gbps: network bandwidth of a node, Gbit/s.
+        others: the runs that share the model with this one.
 
     Raises:
         UserError: as ``liftdist train``, for an invalid mesh layout, model or ``selection.modules``.
@@ -75,7 +81,7 @@ def plan(
     config, size = requirements.config, requirements.size
 
     def memory_of(count: int) -> dict[str, int]:
-        return requirements.memory(replicas, count)
+        return requirements.memory(replicas, count, others)
 
     parts = memory_of(shards)
     costs = [0.0]
@@ -214,7 +220,8 @@ def _gib(size: float) -> str:
 
 def run(options: argparse.Namespace) -> tuple[Iterable[str], bool]:
     """The lines of a plan, and False if the run is known not to fit. Raises ``UserError``."""
-    config, _ = configs.load(options.config, options.overrides)
+    runs = [config for config, _ in configs.load_runs(options.config, options.overrides)]
+    config = runs[0]
     nodes = config.slurm.nodes if options.nodes is None else options.nodes
     gpus_per_node = options.gpus_per_node
     if gpus_per_node is None:
@@ -230,7 +237,11 @@ def run(options: argparse.Namespace) -> tuple[Iterable[str], bool]:
     gib = config.slurm.gpu_memory if options.gpu_memory is None and gpu is None else options.gpu_memory
     if gib is not None:
         gpu = (gpu or Gpu(gib))._replace(memory=gib)
-    found = plan(config, nodes, gpus_per_node, gpu, options.link_gbps)
+    plans = [
+        plan(one, nodes, gpus_per_node, gpu, options.link_gbps, [other for other in runs if other is not one])
+        for one in runs
+    ]
+    found = max(plans, key=lambda found: footprint.peak(found["memory"]))  # while this run has its turn
     return [json.dumps(found, indent=2)] if options.json else describe(found), found["fits"] is not False
 
 
@@ -251,6 +262,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         notes = {
             footprint.ON_HOST: "not part of the peak",
             "base values": "at first; a refresh adds those of weights that were not selected before",
+            "other variants": "of each run besides the one whose turn takes most, which is planned here",
             "first all-gather buffers": "in the first forward, instead of the lines below",
             "reducing": "instead of layers and computing",
             "loss": "instead of layers and computing",

@@ -18,3 +18,4 @@ class RunContext:
     mesh: Mesh
     console: Console
     cancellation: CancellationPoint = field(default_factory=CancellationPoint)
+    shares_model: bool = False  # with other runs, in turn: the method can leave it as it was

@@ -27,8 +27,7 @@ class StopRequests:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.failure: Exception | None = None  # of this rank; raised on all ranks at the next boundary
-        self._file: Path | None = None
+        self._files: list[Path] = []
         self._last_check = 0.0
 
     def catch(self, names: Sequence[str] = STOP_SIGNALS) -> None:
@@ -45,27 +44,52 @@ class StopRequests:
 
     def watch(self, run_dir: Path) -> None:
         """Treat the file ``stop-requested`` in ``run_dir`` as a stop request, too."""
-        self._file = run_dir / STOP_REQUESTED
+        self._files.append(run_dir / STOP_REQUESTED)
 
     def check(self) -> None:
-        """Raise ``failure``, or :class:`liftdist.errors.Stopped` if this rank has a stop request. Not collective.
+        """Raise :class:`liftdist.errors.Stopped` if this rank has a stop request. Not collective.
 
         For code whose errors are raised on all ranks afterwards.
         """
         from liftdist.errors import Stopped
 
-        if self._file is not None and time.monotonic() - self._last_check > _FILE_INTERVAL:
+        if self._files and time.monotonic() - self._last_check > _FILE_INTERVAL:
             self._last_check = time.monotonic()
-            with contextlib.suppress(OSError):
-                self._file.lstat()
-                self.reason = self.reason or STOP_REQUESTED
-        if self.failure is not None:
-            raise self.failure
+            for file in self._files:
+                with contextlib.suppress(OSError):
+                    file.lstat()
+                    self.reason = self.reason or STOP_REQUESTED
         if self.reason:
             raise Stopped(self.reason)
 
+    def done(self) -> None:
+        """Remove the stop files: the request has been carried out."""
+        for file in self._files:
+            with contextlib.suppress(OSError):
+                file.unlink()
+
+
+class CancellationPoint:
+    """Called by long-running work: reports progress to the watchdog and acts on stop requests."""
+
+    def __init__(self, stop: StopRequests | None = None, watchdog: Watchdog | None = None) -> None:
+        self._stop, self._watchdog = stop or StopRequests(), watchdog
+        self._failure: Exception | None = None  # of this rank
+
+    def beat(self) -> None:
+        if self._watchdog is not None:
+            self._watchdog.beat()
+
+    def check(self) -> None:
+        """For code whose errors are raised on all ranks afterwards. Not collective."""
+        self.beat()
+        if self._failure is not None:
+            raise self._failure
+        self._stop.check()
+
     def boundary(self) -> None:
-        """As :meth:`check`, but raise on all ranks if any rank does. Collective, on the host."""
+        """For code that all ranks reach together: as :meth:`check`, but raise on all ranks if any rank does. Collective, on the
+        host."""
         from liftdist.distributed.collectives import agree, together
 
         error: Exception | None = None
@@ -78,36 +102,9 @@ class StopRequests:
                 if error is not None:
                     raise error
 
-    def done(self) -> None:
-        """Remove the stop file: the request has been carried out."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):
-                self._file.unlink()
-
-
-class CancellationPoint:
-    """Called by long-running work: reports progress to the watchdog and acts on stop requests."""
-
-    def __init__(self, stop: StopRequests | None = None, watchdog: Watchdog | None = None) -> None:
-        self._stop, self._watchdog = stop or StopRequests(), watchdog
-
-    def beat(self) -> None:
-        if self._watchdog is not None:
-            self._watchdog.beat()
-
-    def check(self) -> None:
-        """For code whose errors are raised on all ranks afterwards. Not collective."""
-        self.beat()
-        self._stop.check()
-
-    def boundary(self) -> None:
-        """For code that all ranks reach together. Collective."""
-        self.beat()
-        self._stop.boundary()
-
     def fail(self, error: Exception) -> None:
-        """Raise an error of this rank on all ranks at the next boundary."""
-        self._stop.failure = self._stop.failure or error
+        """Raise an error of this rank on all ranks at the next boundary of this run."""
+        self._failure = self._failure or error
 
     def checking(self, progress: Progress) -> Progress:
         """``progress``, followed by :meth:`check` at each call."""

@@ -32,6 +32,7 @@ class Loop:
         checkpointer: Checkpointer,
         snapshot: Callable[[], Snapshot],
         publisher: Publisher | None = None,
+        runs: int = 1,
     ) -> None:
         self._context, self.trainer, self.recorder = context, trainer, recorder
         self.console, self.cancellation = context.console, context.cancellation
@@ -39,15 +40,22 @@ class Loop:
         self._step_seconds = 0.0
         self._failed_saves = self._failed_in_a_row = 0
         self._saved = f"step-{checkpointer.last_step:08d}" if checkpointer.last_step else None
+        self._runs = runs  # that share the model
         self._lead = environment.LEAD.get(math.inf)  # seconds from the scheduler's warning to the time limit
 
-    def to_the_end(self) -> None:
-        """Run all remaining steps. Raises ``Stopped`` on all ranks, between steps or inside an evaluation."""
+    def turn(self, most: float = math.inf) -> bool:
+        """Run the remaining steps, but not more than ``most``. Raises ``Stopped`` on all ranks, between steps or inside an
+        evaluation.
+
+        Returns:
+            Whether the run has come to its end. What is due after the last step of a turn is done in the next one.
+        """
         trainer, config = self.trainer, self.trainer.config
         trainer.watch.read()
+        last = trainer.step + most
         began, first, tokens = time.perf_counter(), trainer.step, 0.0
         with self.console.progress("training", "steps", trainer.steps) as progress:
-            while True:
+            while trainer.step < last:
                 paused = time.perf_counter()
                 self._pause()
                 began += time.perf_counter() - paused
@@ -69,9 +77,12 @@ class Loop:
                     left = figures["time/step"] * (trainer.steps - trainer.step)
                     progress.step(trainer.step, trainer.steps, _note(figures), left)
                     began, first, tokens = time.perf_counter(), trainer.step, 0.0
+            else:
+                return False
         if self._publisher is not None:
             self._publish(self._publisher)
         self.save_last()
+        return True
 
     def _pause(self) -> None:
         """Between two steps: report saves, act on stop requests, evaluate and save if due."""
@@ -171,13 +182,14 @@ class Loop:
     def _check_lead(self, save_seconds: float) -> None:
         """Warn once if the time limit would end the job before it has saved.
 
-        A step and a save may be running when the scheduler's warning arrives; the last save follows them.
+        A step and a save may be running when the scheduler's warning arrives; the last save of each run follows them.
         """
-        needed = self._step_seconds + 2 * save_seconds
+        saves = 1 + self._runs
+        needed = self._step_seconds + saves * save_seconds
         if needed > self._lead:
             self.console.say(
-                f"SLURM's warning comes {self._lead:.0f} s before the time limit, but a step and two saves take {needed:.0f} s: "
-                f"set slurm.signal_lead={math.ceil(2 * needed)}"
+                f"SLURM's warning comes {self._lead:.0f} s before the time limit, but a step and {saves} saves take "
+                f"{needed:.0f} s: set slurm.signal_lead={math.ceil(2 * needed)}"
             )
             self._lead = math.inf
 

@@ -23,6 +23,7 @@ class Routing:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
+        self.is_counting = True  # False while another run has the model
         layers = [module for module in model.modules() if _experts_of(module)]
         most = max(map(_experts_of, layers), default=0)
         self._experts = torch.tensor([_experts_of(module) for module in layers], device=device)  # [layers]
@@ -113,7 +114,7 @@ def _counting(routing: Routing, layer: int) -> Callable[..., None]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal names
         alive = reference()
-        if alive is None or not module.training:
+        if alive is None or not alive.is_counting or not module.training:
             return
         if names is None:
             names = [*inspect.signature(type(module).forward).parameters][1:]
@@ -129,7 +130,7 @@ def _weighing(routing: Routing, index: int, chosen: int) -> Callable[..., None]:
 
     def hook(module: nn.Module, _: tuple[Any, ...], output: Any) -> None:
         alive = reference()
-        if alive is not None and module.training:
+        if alive is not None and alive.is_counting and module.training:
             alive.weigh(output[index], chosen)
 
     return hook

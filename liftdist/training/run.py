@@ -1,16 +1,21 @@
-"""One run on all ranks.
+"""One run on all ranks, or several that share a model.
 
 claim the run directory -> inputs -> newest checkpoint, or none -> model and method -> steps -> export
+
+Of several, each sets itself up on the base model and leaves it as that. They take turns: the weights that one has trained are put
+into the model, it trains some steps, and the base weights are put back. Everything else of a run is its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from liftdist import __version__, environment, preflight, schema_tree
 from liftdist.console import Console
@@ -22,6 +27,7 @@ from liftdist.distributed.mesh import Mesh
 from liftdist.errors import PeerError, Stopped, UserError
 from liftdist.methods import named
 from liftdist.models import weights
+from liftdist.models.names import NameMap
 from liftdist.redaction import redact
 from liftdist.registry import EVALUATIONS
 from liftdist.runs import changes, checkpoint, claims, layout, results
@@ -44,44 +50,63 @@ from liftdist.training.trainer import Trainer
 
 
 def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRequests) -> None:
-    """Train ``config`` to its last step, from its newest checkpoint if it has one. Collective.
+    """:func:`train_all` of one run."""
+    train_all([(config, text)], mesh, allowed, stop)
+
+
+def train_all(
+    configs: Sequence[tuple[Config, str]], mesh: Mesh, allowed: set[str], stop: StopRequests, turn: int = 1
+) -> None:
+    """Train each run to its last step, from its newest checkpoint if it has one. Collective.
+
+    Several share a model, each for ``turn`` steps at a time. One that fails by what the user can correct leaves the others alone.
 
     Args:
-        text: YAML text of the config, as written to the run directory.
+        configs: of each run its config, and the YAML text of it, as written to the run directory. Of several the settings of the
+            model, the mesh and the process are the same, see :func:`liftdist.config.load_runs`.
         allowed: kinds of changes that are allowed when a run continues, see :mod:`liftdist.runs.changes`.
         stop: the stop requests of this rank.
 
     Raises:
         Stopped: on a stop request, after saving.
+        UserError: runs have failed, and the others have ended.
     """
-    console = Console(mesh.is_main)
-    torch.manual_seed(config.train.seed)
-    if config.train.deterministic:
+    shared, several = configs[0][0], len(configs) > 1
+    if shared.train.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-    run_dir = Path(config.run_dir).expanduser()
-    claimed: Attempt | None = None
     with together():
-        preflight.check_cache_dir(config)
-        preflight.check_own_answers(config)
-    with together():
-        if mesh.is_main:
-            claimed = claims.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
-            stop.watch(run_dir)
-    attempt: Attempt = collectives.gather(claimed)[0]
-    stacks = run_dir / f"hang-{attempt.number}"
-    watchdog = Watchdog(config.train.hang_timeout, stacks, mesh.rank, mesh.world_size)
-    context = RunContext(config, mesh, console, CancellationPoint(stop, watchdog))
+        for config, _ in configs:
+            preflight.check_cache_dir(config)
+            preflight.check_own_answers(config)
+    attempts: list[Attempt] = []
+    failed: dict[int, UserError] = {}  # by number of the attempt in the list
     outcome: dict[str, Any] = {"outcome": "failed"}
     try:
-        with attempt.heartbeat() if mesh.is_main else contextlib.nullcontext():
-            with watchdog.watching():
-                trainer = _run(context, text, allowed, attempt)
-            if config.train.export:
-                _export(trainer, attempt, console, trainer.step, "export")
-                if (best := trainer.best.step) not in (None, trainer.step):
-                    assert best is not None
-                    _export(trainer, attempt, console, best, "export-best")
+        for config, _ in configs:
+            attempts.append(_claimed(config, mesh, stop))
+        stacks = attempts[0].run_dir / f"hang-{attempts[0].number}"
+        watchdog = Watchdog(shared.train.hang_timeout, stacks, mesh.rank, mesh.world_size)
+        with contextlib.ExitStack() as beating:
+            for attempt in attempts if mesh.is_main else ():
+                beating.enter_context(attempt.heartbeat())
+            runs: list[_Run] = []
+            with contextlib.ExitStack() as opened, watchdog.watching():
+                for (config, text), attempt in zip(configs, attempts, strict=True):
+                    console = Console(mesh.is_main, of=attempt.run_dir.name if several else "")
+                    context = RunContext(config, mesh, console, CancellationPoint(stop, watchdog), several)
+                    loaded = (runs[0].trainer.model, runs[0].names) if runs else None
+                    runs.append(opened.enter_context(_Run(context, text, allowed, attempt, loaded, len(configs))))
+                if several:
+                    _in_turn(runs, turn, failed)
+                else:
+                    runs[0].to_the_end()
+            for number, run in enumerate(runs):
+                try:
+                    if number not in failed:
+                        run.export()
+                except UserError as error:
+                    failed[number] = error
         outcome = {"outcome": "finished"}
     except Stopped as reason:
         outcome = {"outcome": "stopped", "reason": str(reason)}
@@ -92,68 +117,179 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRe
         outcome["reason"] = redact(f"{type(error).__name__}: {error}")
         raise
     finally:
+        for number, attempt in enumerate(attempts if mesh.is_main else ()):
+            own = {"outcome": "failed", "reason": redact(f"UserError: {failed.get(number)}")}
+            attempt.note("end", **(own if number in failed else outcome))
+    if failed:
+        if not several:
+            raise failed[0]
+        reasons = "; ".join(f"{attempts[number].run_dir.name}: {error}" for number, error in failed.items())
+        raise UserError(f"{len(failed)} of {len(configs)} runs failed: {reasons}")
+
+
+def _claimed(config: Config, mesh: Mesh, stop: StopRequests) -> Attempt:
+    """A new attempt at a run. Collective."""
+    run_dir = Path(config.run_dir).expanduser()
+    claimed: Attempt | None = None
+    with together():
         if mesh.is_main:
-            attempt.note("end", **outcome)
+            claimed = claims.claim(run_dir, lambda history: checkpoint.accepted(run_dir, history))
+            stop.watch(run_dir)
+    found: Attempt = collectives.gather(claimed)[0]
+    return found
 
 
-def _run(context: RunContext, text: str, allowed: set[str], attempt: Attempt) -> Trainer:
-    """Everything but the export."""
-    config, mesh, console, cancellation = context.config, context.mesh, context.console, context.cancellation
-    inputs = _inputs(context)
-    with together():
-        EVALUATIONS.load("tasks").prepare(context)
-    shards = mesh.device_mesh.size(1)
-    saved = checkpoint.newest(
-        attempt.run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat
-    )
-    base_digest = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
-    with together():
-        contents = named.digests_of(config)
-    samples = inputs.samples
-    provenance = changes.provenance(config, text, base_digest, samples.digest, commits(config), contents, len(samples))
-    state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
-    with together():
-        if mesh.is_main and config.eval.tasks:
-            results.check_base(attempt.run_dir, base_digest)
-    model, names, method = setup.model_and_method(
-        context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs
-    )
-    model.train()
-    if config.train.fit_memory:
-        memory.try_out(context, model, method)
-    trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
-    if saved is not None:
-        _resume(context, trainer, saved, attempt, state_changed)
-    checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
-    checkpointer.best = trainer.best.step
-    changed = method.changes(names)
-    trained = {name: stored for name, (stored, _) in changed.items()}
-    copies = {stored: names.copies[stored] for stored in trained.values() if stored in names.copies}
-    parts = {name: part for name, (_, part) in changed.items() if part is not None}
+def _in_turn(runs: Sequence[_Run], steps: int, failed: dict[int, UserError]) -> None:
+    """Train runs that share a model to their ends, each for some steps at a time. Collective.
 
-    def snapshot() -> Snapshot:
-        return Snapshot(trainer.step, trainer.state(), provenance, trained, parts, copies)
+    Args:
+        failed: takes up why runs have failed, by their number.
 
-    publisher = None
-    if config.sync.to is not None:
-        publisher = Publisher(config.sync, attempt.run_dir, inputs.folder, mesh, method, snapshot)
-    recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
-    loop = Loop(context, trainer, recorder, checkpointer, snapshot, publisher)
+    Raises:
+        Stopped: on a stop request, when all runs are saved.
+        UserError: one of them could not be saved then.
+    """
+    going = dict(enumerate(runs))
     try:
-        with memory.explained(config):
-            loop.to_the_end()
+        with memory.explained(runs[0].trainer.config):
+            _take_turns(going, steps, failed)
     except Stopped as reason:
-        console.say(f"{reason}: saving step {trainer.step}")
-        loop.save_last()
+        unsaved: list[str] = []
+        for run in going.values():
+            try:
+                with run.entered():
+                    run.save(reason)
+            except UserError as error:
+                unsaved.append(f"{run.name}: {error}")
+        if unsaved:
+            raise UserError("; ".join(unsaved)) from None
         raise
-    except (UserError, PeerError):  # raised on all ranks, so that a running save can still be committed
-        checkpointer.wait(cancellation.beat)
-        raise
-    finally:
-        recorder.close()
-        if publisher is not None:
-            publisher.close()
-    return trainer
+
+
+def _take_turns(going: dict[int, _Run], steps: int, failed: dict[int, UserError]) -> None:
+    """Let runs train for some steps at a time, and leave ``going`` at their ends. Collective."""
+    while going:
+        for number, run in [*going.items()]:
+            with run.entered():
+                try:
+                    if run.loop.turn(steps):
+                        del going[number]
+                except UserError as error:  # on all ranks
+                    run.console.say(f"FAILED, the others go on: {error}")
+                    failed[number] = error
+                    del going[number]
+
+
+class _Run(contextlib.AbstractContextManager["_Run"]):
+    """Everything of one run but its claim. Made by all ranks together, as is all it does.
+
+    Args:
+        loaded: the model, and the names of its tensors, that another run has loaded, and left.
+        runs: how many share the model; of several each has left it when it is made.
+    """
+
+    def __init__(
+        self,
+        context: RunContext,
+        text: str,
+        allowed: set[str],
+        attempt: Attempt,
+        loaded: tuple[PreTrainedModel, NameMap] | None = None,
+        runs: int = 1,
+    ) -> None:
+        config, mesh, console, cancellation = context.config, context.mesh, context.console, context.cancellation
+        self.console, self.name = console, attempt.run_dir.name
+        self._attempt, self._cancellation = attempt, cancellation
+        torch.manual_seed(config.train.seed)
+        inputs = _inputs(context)
+        with together():
+            EVALUATIONS.load("tasks").prepare(context)
+        shards = mesh.device_mesh.size(1)
+        saved = checkpoint.newest(
+            attempt.run_dir, attempt.accepts, mesh.rank % shards, shards, console.say, beat=cancellation.beat
+        )
+        base_digest = weights.digest(inputs.folder, Path(config.cache_dir), cancellation.beat)
+        with together():
+            contents = named.digests_of(config)
+        samples = inputs.samples
+        provenance = changes.provenance(
+            config, text, base_digest, samples.digest, commits(config), contents, len(samples)
+        )
+        state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
+        with together():
+            if mesh.is_main and config.eval.tasks:
+                results.check_base(attempt.run_dir, base_digest)
+        model, self.names, method = setup.model_and_method(
+            context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs, loaded=loaded
+        )
+        model.train()
+        if config.train.fit_memory:
+            memory.try_out(context, model, method)
+        self.trainer = trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
+        if saved is not None:
+            _resume(context, trainer, saved, attempt, state_changed)
+        self._checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
+        self._checkpointer.best = trainer.best.step
+        changed = method.changes(self.names)
+        trained = {name: stored for name, (stored, _) in changed.items()}
+        copies = {stored: self.names.copies[stored] for stored in trained.values() if stored in self.names.copies}
+        parts = {name: part for name, (_, part) in changed.items() if part is not None}
+
+        def snapshot() -> Snapshot:
+            return Snapshot(trainer.step, trainer.state(), provenance, trained, parts, copies)
+
+        self._publisher = None
+        if config.sync.to is not None:
+            self._publisher = Publisher(config.sync, attempt.run_dir, inputs.folder, mesh, method, snapshot)
+        self._recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
+        self.loop = Loop(context, trainer, self._recorder, self._checkpointer, snapshot, self._publisher, runs)
+        if runs > 1:
+            self._leave()
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """A context in which a shared model is that of this run; afterwards it is the base model."""
+        self.trainer.method.enter()
+        self.trainer.model.train()  # an evaluation may have been broken off
+        self.trainer.routing.is_counting = True
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.trainer.routing.is_counting = False
+        self.trainer.method.leave()
+
+    def to_the_end(self) -> None:
+        """Train, of a model of its own. Raises ``Stopped`` after saving."""
+        try:
+            with memory.explained(self.trainer.config):
+                self.loop.turn()
+        except Stopped as reason:
+            self.save(reason)
+            raise
+
+    def save(self, reason: Stopped) -> None:
+        self.console.say(f"{reason}: saving step {self.trainer.step}")
+        self.loop.save_last()
+
+    def export(self) -> None:
+        """Write the fine-tuned model, and that of the best step, if the config says so."""
+        if self.trainer.config.train.export:
+            _export(self.trainer, self._attempt, self.console, self.trainer.step, "export")
+            if (best := self.trainer.best.step) not in (None, self.trainer.step):
+                assert best is not None
+                _export(self.trainer, self._attempt, self.console, best, "export-best")
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            if error is None or isinstance(error, UserError | PeerError):  # on all ranks: a running save is committed
+                self._checkpointer.wait(self._cancellation.beat)
+        finally:
+            self._recorder.close()
+            if self._publisher is not None:
+                self._publisher.close()
 
 
 def _inputs(context: RunContext) -> Inputs:

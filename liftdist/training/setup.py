@@ -24,7 +24,12 @@ from liftdist.training.inputs import Inputs, agree_on_commits
 
 
 def model_and_method(
-    context: RunContext, folder: Path, base_digest: str, from_checkpoint: bool = False, inputs: Inputs | None = None
+    context: RunContext,
+    folder: Path,
+    base_digest: str,
+    from_checkpoint: bool = False,
+    inputs: Inputs | None = None,
+    loaded: tuple[PreTrainedModel, NameMap] | None = None,
 ) -> tuple[PreTrainedModel, NameMap, Method]:
     """The sharded model, the names of its tensors in the folder, and the attached method. Collective.
 
@@ -32,13 +37,24 @@ def model_and_method(
         base_digest: digest of the folder's weights.
         from_checkpoint: select nothing, because a checkpoint will be loaded.
         inputs: the data to train on, if any: with ``data.packing``, it is checked that the model keeps packed samples apart.
+        loaded: the model and its names as another run with the same settings of both got them from here, and has left it.
 
     Raises:
         UserError: it does not, or weights are selected by gradients and there is no data.
     """
-    config, mesh = context.config, context.mesh
+    config = context.config
     if unused := config.unused():
         context.console.say(f"not used by method={config.method}: {', '.join(unused)}")
+    model, names = loaded or _model(context, folder, inputs)
+    backwards = None if inputs is None else gradients.of_batches(context, inputs, model)
+    chosen = METHODS.load(config.method)
+    method: Method = chosen.attach(context, model, names, base_digest, from_checkpoint, backwards)
+    return model, names, method
+
+
+def _model(context: RunContext, folder: Path, inputs: Inputs | None) -> tuple[PreTrainedModel, NameMap]:
+    """The sharded model, tried out, and the names of its tensors in the folder. Collective."""
+    config, mesh = context.config, context.mesh
     chosen = METHODS.load(config.method)
 
     def prepare(model: PreTrainedModel, names: NameMap) -> NameMap:
@@ -66,9 +82,7 @@ def model_and_method(
     if not collectives.agree(not is_plain(model, mesh.device)):
         in_chunks(model)
     reshard(fsdp_modules(model))  # what the trials above have gathered
-    backwards = None if inputs is None else gradients.of_batches(context, inputs, model)
-    method: Method = chosen.attach(context, model, names, base_digest, from_checkpoint, backwards)
-    return model, names, method
+    return model, names
 
 
 def select_only(context: RunContext) -> None:

@@ -124,5 +124,5 @@ def test_a_rank_that_hangs_is_reported_with_the_stacks_of_the_others(tiny_model,
     assert "1 of 2 ranks are waiting" in said
     assert "rank 1 wrote no stacks: check whether the process and its machine are alive" in said
     stacks = (tmp_path / "run" / "hang-1" / "rank-00000.txt").read_text()
-    assert "to_the_end" in stacks
+    assert "in turn\n" in stacks
     assert "Thread 0x" in stacks
