@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from liftdist import safetensors_io
+from liftdist import files, safetensors_io
 from liftdist.deltas import compressed
 from liftdist.deltas import delta as deltas
 from liftdist.deltas import file as delta_file
@@ -51,7 +51,7 @@ def compress(delta: Delta, method: str, options: Mapping[str, float], path: Path
     about: dict[str, Any] = {}
     norms, errors = [0.0], [0.0]
     width = max(map(len, (*delta.names, "tensor")))
-    with delta_file.writing(path):
+    with files.disk_errors(path):
         spool = safetensors_io.Spool(path.parent)
     say(f"{'tensor':{width}}  {'weights':>13}  {'kept':>13}  {'bytes':>13}  {'error':>7}")
     with spool as tensors:
@@ -60,7 +60,7 @@ def compress(delta: Delta, method: str, options: Mapping[str, float], path: Path
             parts: dict[str, Tensor] = {}
             if found.indices.numel():
                 parts, about[name] = compressed.pack(name, found, scale)
-            with delta_file.writing(path):
+            with files.disk_errors(path):
                 for part, tensor in parts.items():
                     tensors.add(part, tensor)
             assert change.base is not None

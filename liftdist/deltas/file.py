@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,14 +84,14 @@ def write(delta: Delta, path: Path, with_base: bool = True) -> None:
         UserError: a value is not finite, or ``path`` exists or cannot be written.
     """
     about: dict[str, Any] = {}
-    with writing(path):
+    with files.disk_errors(path):
         spool = safetensors_io.Spool(path.parent)
     with spool as tensors:
         for name, change in changed(delta):
             parts = {"gaps": encode(change.indices), "values": change.values}
             if with_base and change.base is not None:
                 parts["base"] = change.base
-            with writing(path):
+            with files.disk_errors(path):
                 for part, tensor in parts.items():
                     tensors.add(f"{name}.{part}", tensor)
             stored = safetensors_io.dtype_name(change.stored)
@@ -112,19 +111,10 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any])
     if path.exists():
         raise UserError(f"{path}: exists; remove it or give another path")
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with writing(path), files.written_beside(path) as temporary:
+    with files.disk_errors(path), files.written_beside(path) as temporary:
         safetensors_io.save(tensors, temporary, texts)
         files.sync_file(temporary)
         temporary.rename(path)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises errors of the file system as ``UserError``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _contents_digest(file: TensorFile) -> str:

@@ -5,7 +5,6 @@ A folder is written under a temporary name beside its target, file by file, and 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import hashlib
@@ -13,11 +12,10 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from liftdist import files, safetensors_io
@@ -145,7 +143,7 @@ def rewrite(
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made: Path | None = None
-    with together(), disk_errors(target):
+    with together(), files.disk_errors(target):
         if rank == 0:
             if target.exists() and not replace:
                 raise UserError(f"{target}: exists; remove it or give another path")
@@ -154,10 +152,10 @@ def rewrite(
             made = files.folder_beside(target, 0o700 if replace else 0o777)  # what it replaces may be private
     temporary: Path = gather(made)[0]
     try:
-        with together(), disk_errors(target):
+        with together(), files.disk_errors(target):
             written = _write_weights(stored, temporary, edit, rank, ranks)
         total = sum(gather(written))
-        with together(), disk_errors(target):
+        with together(), files.disk_errors(target):
             if rank == 0:
                 _write_index(stored, temporary, total)
                 finish(temporary)
@@ -212,17 +210,6 @@ def _belong_like(folder: Path, old: Path) -> None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-@contextlib.contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Raises errors of the file system as ``UserError``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {files.reason(error)}") from None
-    except SafetensorError as error:
-        raise UserError(f"{target}: cannot be written: {error}") from None
 
 
 def _check_exchange(target: Path) -> None:
