@@ -58,14 +58,17 @@ def read(path: Path) -> Delta:
             raise ValueError(f"{name}: holds a value that is not finite")
         return change
 
-    read_one = compressed.reader(file, tensors) if metadata["format"] == compressed.FORMAT else get_values
+    is_compressed = metadata["format"] == compressed.FORMAT
+    read_one = compressed.reader(file, tensors) if is_compressed else get_values
 
     @functools.lru_cache(maxsize=1)  # a tensor is asked for several times in a row: to be checked, undone, applied
     def get(name: str) -> Change | Difference:
         return read_one(name)
 
     origin = {key: metadata[key] for key in ORIGIN if key in metadata}
-    delta = Delta(path, metadata["base"], list(tensors), get, origin, made=made, sha256=metadata["sha256"])
+    delta = Delta(
+        path, metadata["base"], list(tensors), get, origin, made=made, sha256=metadata["sha256"], compressed=is_compressed
+    )
     for name in delta.names:
         try:
             get(name)

@@ -118,7 +118,7 @@ def read(paths: Sequence[Path], base: Path | None, cache_dir: Path) -> list[Delt
         ) from None
     if base is not None:
         check_base(base, found[0], cache_dir)
-        found = [on(delta, ModelFolder(base)) if "compressed" in delta.made else delta for delta in found]
+        found = [on(delta, ModelFolder(base)) if delta.compressed else delta for delta in found]
     return found
 
 

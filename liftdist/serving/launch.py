@@ -90,12 +90,13 @@ def check_deltas(base: str, given: Sequence[str], cache_dir: Path) -> tuple[Path
         path = hub.file_of(text, delta_file.NAME, f"--delta {name}")
         if path.is_dir():
             raise UserError(
-                f"--delta {name}={text}: is a folder; of a run, `liftdist export {text} --format delta` writes it"
+                f"--delta {name}={text}: is a folder; of a run, `liftdist export {text} --format delta --output FILE` writes it"
             )
         delta = delta_file.read(path)
-        if "compressed" in delta.made:
+        if delta.compressed:
             raise UserError(
-                f"--delta {name}={text}: is compressed; `liftdist export {path} --format delta --base {base}` writes it whole"
+                f"--delta {name}={text}: is compressed; `liftdist export {path} --format delta --base {base} --output FILE` "
+                "writes it whole"
             )
         if delta.base_digest != digest:
             raise UserError(

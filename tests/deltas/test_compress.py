@@ -19,6 +19,7 @@ from liftdist.deltas.delta import Change, bits, edit
 from liftdist.deltas.module import change_module
 from liftdist.errors import UserError
 from liftdist.models.weights import ModelFolder
+from liftdist.serving import launch
 
 METHODS = {"exact": (), "t_switch": ("--alpha", 0.5), "flex_switch": ("--budget", 0.25)}
 
@@ -189,6 +190,10 @@ def test_it_is_taken_wherever_a_delta_is(method, folders, deltas, small, tmp_pat
             assert torch.equal(one.indices, other.indices)
             assert torch.equal(bits(one.values), bits(other.values))
             assert torch.equal(bits(one.base), bits(other.base))
+    assert "with base values" in liftdist("show", tmp_path / "exported").splitlines()[0]
+    launch.check_deltas(str(folders[0]), [f"x={tmp_path / 'exported'}"], deltas[2])
+    with pytest.raises(UserError, match=r"is compressed; `liftdist export .* --format delta .* writes it whole"):
+        launch.check_deltas(str(folders[0]), [f"x={path}"], deltas[2])
     liftdist("export", path, "--base", folders[0], "--format", "hf", "--output", tmp_path / "hf", *at)
     assert json.loads((tmp_path / "hf" / "liftdist.json").read_text())["made"]["compressed"] == method
     weights = [{k: v for k, v in builders.contents(f).items() if "_proj" in k} for f in (tmp_path / "hf", tuned)]

@@ -184,6 +184,21 @@ def test_an_unknown_format_is_an_error(deltas, folders, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("format", ["delta", "shira", "importance"])
+def test_base_values_that_a_delta_lacks_are_those_of_its_base(format, deltas, folders, tmp_path):
+    at = ("--cache-dir", deltas[2])
+    liftdist("diff", *folders[:2], "--output", tmp_path / "slim", "--without-base", *at)
+    for source, name in ((deltas[0], "whole"), (tmp_path / "slim", "slim-out")):
+        out = ("--format", format, "--output", tmp_path / name)
+        liftdist("export", source, "--base", folders[0], *out, *at)
+    found = [tmp_path / "whole", tmp_path / "slim-out"]
+    if format == "shira":
+        found = [folder / "adapter_model.safetensors" for folder in found]
+    whole, slim = map(load_file, found)
+    assert whole.keys() == slim.keys()
+    assert all(torch.equal(whole[key], slim[key]) for key in whole)
+
+
 def test_importance_protects_both_ends(deltas, folders, tmp_path):
     """Against the formula on dense differences, with a tensor that is three-dimensional."""
     given, change = delta_file.read(deltas[0]), {}
