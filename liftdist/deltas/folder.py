@@ -103,11 +103,15 @@ def change_folder(
 
     def finish(temporary: Path) -> None:
         _copy_others(stored, temporary, replace=output is None)
-        about = temporary / deltas.ABOUT
-        if undo is not None and about.exists():
-            said = check.read_json(about)  # of whom it is
+        about = temporary / deltas.ABOUT  # of the one result that the folder was
+        if about.exists():
+            said = check.read_json(about)
             made = said.get("made")
-            if said.get("base_digest") == undo.base_digest and (made == dict(undo.made) if made else not beside):
+            if apply is not None or (
+                undo is not None
+                and said.get("base_digest") == undo.base_digest
+                and (made == dict(undo.made) if made else not beside)
+            ):
                 about.unlink()
 
     rewrite(stored, target, edited, finish, replace=output is None)

@@ -50,6 +50,9 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     liftdist("apply", tmp_path / "delta", tmp_path / "hf", "--undo", "--output", undone, *cache)
     assert weights.digest(undone, tmp_path) == weights.digest(folders[0], tmp_path)
     assert not (undone / "liftdist.json").exists()  # it is no fine-tuned model
+    liftdist("diff", tmp_path / "hf", folders[1], "--output", tmp_path / "upon", *cache)
+    liftdist("apply", tmp_path / "upon", tmp_path / "hf", "--output", tmp_path / "both", *cache)
+    assert not (tmp_path / "both" / "liftdist.json").exists()  # nor what the run has made
 
     patch = load_file(tmp_path / "patch")
     patched = AutoModelForCausalLM.from_pretrained(folders[0])
