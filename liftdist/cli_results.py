@@ -287,8 +287,13 @@ def merge(options: argparse.Namespace) -> None:
     onto = (
         (weights.ModelFolder(options.onto), weights.digest(options.onto, options.cache_dir)) if options.onto else None
     )
+    copies = None
+    if options.onto:
+        from liftdist.models import names  # with transformers, which takes seconds to import
+
+        copies = names.of_folder(options.onto).copies
     settings = {name: value for name in MERGE_OPTIONS if (value := getattr(options, name)) is not None}
-    made = merge.merged(given, options.rule, settings, options.output, base, onto)
+    made = merge.merged(given, options.rule, settings, options.output, base, onto, copies)
     print(*overlap.lines(given, base), sep="\n", file=sys.stderr)
     delta_file.write(made, options.output)
     print(options.output)

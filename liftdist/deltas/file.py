@@ -72,8 +72,11 @@ def read(path: Path) -> Delta:
     for name in delta.names:
         try:
             get(name)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: damaged, or not a delta: {name}: {problem}") from None
     return delta
 
 

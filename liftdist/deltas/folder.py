@@ -67,9 +67,12 @@ def change_folder(
 
     def edited(name: str, tensor: Tensor) -> Tensor:
         undone, applied = deltas.changes(name, *present), deltas.changes(name, apply, *beside)
-        return deltas.edit(name, tensor, undone, applied, in_place=True)
+        try:
+            return deltas.edit(name, tensor, undone, applied, in_place=True)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
 
-    try:  # check everything before anything is written
+    try:  # its digest is known before anything is written, and each tensor is compared before the result has its name
         found = _digest(stored, present) if present else weights.digest(folder, cache_dir)
         if apply is None:  # undone to the bit, so that the folder is what one of them began with
             fits = found in {delta.base_digest for delta in (started_from, *beside)}
@@ -90,13 +93,11 @@ def change_folder(
                 f"{undone}is not the base model of {started_from.location} "
                 f"({found[:12]}, not {started_from.base_digest[:12]}){remedy}"
             )
-        for name in apply.names if apply else ():
-            change = started_from.get(name)
-            if output is None and not change.undoable:
+        for name in apply.names if apply and output is None else ():
+            if not started_from.get(name).undoable:
                 raise UserError(
                     f"{started_from.location} holds no base values, so this could not be undone; give --output"
                 )
-            edited(name, stored.read(name))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     target = output or folder.resolve()

@@ -52,6 +52,7 @@ def merged(
     location: Path,
     base: ModelFolder | None = None,
     onto: tuple[ModelFolder, str] | None = None,
+    copies: Mapping[str, Sequence[str]] | None = None,
 ) -> Delta:
     """The delta that ``deltas`` of one base model become by a rule of :data:`liftdist.registry.MERGE_RULES`.
 
@@ -60,6 +61,7 @@ def merged(
         location: names the result in messages.
         base: the base model, for deltas without base values.
         onto: another base model of the same architecture and its digest, which the merged differences are added to.
+        copies: tensors of ``onto`` that must stay equal to one, see :class:`liftdist.models.names.NameMap`.
 
     Raises:
         UserError: the rule refuses an option or lacks one, the deltas are of different base models, one holds no base values and
@@ -69,12 +71,16 @@ def merged(
     combine = MERGE_RULES.load(rule).merge
     given = _options(rule, combine, options, len(deltas))
     combine("", torch.zeros(len(deltas), 0, dtype=torch.float64), **given)
+    source = {name: name for name in names(deltas)}  # what is merged for each tensor of the result
+    for group in ((stored, *others) for stored, others in (copies or {}).items()):
+        if changed := [name for name in group if name in source]:
+            source |= {name: changed[0] for name in group if name not in source}
 
     def get(name: str) -> Change:
-        found = aligned(name, deltas, base)
+        found = aligned(source[name], deltas, base)
         before, stored = (found.base, found.stored) if onto is None else _at(onto[0], name, found.shape, found.indices)
         before = before.to(torch.promote_types(found.base.dtype, stored))
-        difference = combine(name, found.differences, **given)
+        difference = combine(source[name], found.differences, **given)
         after = (before.double() + difference).to(before.dtype)
         if onto is None:
             for own, value in zip(found.differences, found.values, strict=True):
@@ -87,7 +93,7 @@ def merged(
     return Delta(
         location,
         deltas[0].base_digest if onto is None else onto[1],
-        names(deltas),
+        sorted(source),
         get,
         next((delta.origin for delta in deltas if delta.origin), {}) if onto is None else {},
         made={"merge": rule, **record, "deltas": inputs}

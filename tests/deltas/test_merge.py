@@ -195,6 +195,25 @@ def test_a_delta_moves_onto_another_base(tmp_path):
         flat.get("a.0.weight")
 
 
+def test_a_head_that_is_stored_beside_the_embedding_it_is_tied_to_moves_with_it(tmp_path):
+    """Whichever of both names the delta has: readers of files may take either."""
+    base, fine_tuned = builders.llama(tmp_path / "base"), tmp_path / "tuned"
+    tensors = load_file(base / "model.safetensors")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    shutil.copytree(base, fine_tuned)
+    save_file(tensors | {embedding: tensors[embedding] + 0.25}, fine_tuned / "model.safetensors", {"format": "pt"})
+    onto = shutil.copytree(base, tmp_path / "onto")
+    new = {name: tensor * 2 for name, tensor in tensors.items()}
+    save_file(new | {head: new[embedding].clone()}, onto / "model.safetensors", {"format": "pt"})
+    at = ("--cache-dir", tmp_path / "cache")
+    liftdist("diff", base, fine_tuned, "--output", tmp_path / "one", *at)
+    liftdist("merge", tmp_path / "one", "--rule", "sum", "--onto", onto, "--output", tmp_path / "moved", *at)
+    liftdist("apply", tmp_path / "moved", onto, "--output", tmp_path / "made", *at)
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    assert torch.equal(made[embedding], made[head])
+    torch.testing.assert_close(made[embedding], new[embedding] + 0.25)
+
+
 def test_what_a_rule_does_not_take_is_refused():
     base, others = models(torch.float32, 2)
     deltas = [delta_of(base, other) for other in others]
