@@ -87,7 +87,9 @@ class Delta:
     adapters: Adapters | None = None  # that, merged, are what changed
     made: Mapping[str, Any] = field(default_factory=dict)  # how, if it is known: what JSON can hold
     sha256: str = ""  # of the contents of the file or checkpoint
-    compressed: bool = False  # whether the file holds differences alone; of what was made of it, ``made`` says that it once did
+    compressed: bool = (
+        False  # whether the file holds differences alone; of what was made of it, ``made`` says that it once did
+    )
 
     @cached_property
     def known(self) -> frozenset[str]:

@@ -67,7 +67,14 @@ def read(path: Path) -> Delta:
 
     origin = {key: metadata[key] for key in ORIGIN if key in metadata}
     delta = Delta(
-        path, metadata["base"], list(tensors), get, origin, made=made, sha256=metadata["sha256"], compressed=is_compressed
+        path,
+        metadata["base"],
+        list(tensors),
+        get,
+        origin,
+        made=made,
+        sha256=metadata["sha256"],
+        compressed=is_compressed,
     )
     for name in delta.names:
         try:

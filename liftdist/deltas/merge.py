@@ -89,14 +89,13 @@ def merged(
         return Change(found.shape, stored, found.indices[changed], after[changed], before[changed])
 
     record = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in given.items()}
-    inputs = [{"name": title(delta), "sha256": delta.sha256} for delta in deltas]
     return Delta(
         location,
         deltas[0].base_digest if onto is None else onto[1],
         sorted(source),
         get,
         next((delta.origin for delta in deltas if delta.origin), {}) if onto is None else {},
-        made={"merge": rule, **record, "deltas": inputs}
+        made={"merge": rule, **record, "deltas": [of(delta) for delta in deltas]}
         | ({} if onto is None else {"moved_from": deltas[0].base_digest}),
     )
 
@@ -158,6 +157,11 @@ def title(delta: Delta) -> str:
         if delta.location.is_dir() and "run" in delta.made
         else delta.location.name
     )
+
+
+def of(delta: Delta) -> dict[str, str]:
+    """What a result says of a delta that it was made from."""
+    return {"name": title(delta), "sha256": delta.sha256}
 
 
 def names(deltas: Iterable[Delta]) -> list[str]:

@@ -91,7 +91,12 @@ def test_a_checkpoint_of_sglang_follows_a_run(base, tmp_path):
 def test_versions_of_one_stream_alone_follow_each_other(base, tmp_path):
     """What another run has changed would stay, without a checksum that tells."""
     out, cache = tmp_path / "out", ("--cache-dir", tmp_path / "cache")
-    for name, steps, of in (("A", (1, 2), "one"), ("B", (1,), "one"), ("C", (1, 2, 3), "other"), ("D", (1, 1, 1), "one")):
+    for name, steps, of in (
+        ("A", (1, 2), "one"),
+        ("B", (1,), "one"),
+        ("C", (1, 2, 3), "other"),
+        ("D", (1, 1, 1), "one"),
+    ):
         with writer(tmp_path / name, base, stream=published.stream(base, id=of)) as made:
             for step in steps:
                 made.publish(step, state(base, step))
