@@ -68,6 +68,10 @@ def change_folder(
     def edited(name: str, tensor: Tensor) -> Tensor:
         undone, applied = deltas.changes(name, *present), deltas.changes(name, apply, *beside)
         try:
+            if output is None and not all(change.undoable for change in applied):
+                raise UserError(
+                    f"{started_from.location} holds no base values, so this could not be undone; give --output"
+                )
             return deltas.edit(name, tensor, undone, applied, in_place=True)
         except UserError as error:
             raise UserError(f"{folder}: {error}") from None
@@ -93,11 +97,6 @@ def change_folder(
                 f"{undone}is not the base model of {started_from.location} "
                 f"({found[:12]}, not {started_from.base_digest[:12]}){remedy}"
             )
-        for name in apply.names if apply and output is None else ():
-            if not started_from.get(name).undoable:
-                raise UserError(
-                    f"{started_from.location} holds no base values, so this could not be undone; give --output"
-                )
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     target = output or folder.resolve()
