@@ -129,6 +129,11 @@ def is_finite(values: Tensor) -> bool:
     return bool((values.float() if values.element_size() == 1 else values).isfinite().all())
 
 
+def is_plain(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype are the weights themselves: floating-point ones of 8 bits have scales in other tensors."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
 def check_fits(name: str, indices: Tensor, size: int) -> None:
     if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= size):
         raise ValueError(f"{name}: an index is out of range: {int(indices[-1])}, of {size} weights")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import of_run
-from liftdist.deltas.delta import Change, Delta, bits, by_name, check_same_base, no_values
+from liftdist.deltas.delta import Change, Delta, bits, by_name, check_same_base, is_plain, no_values
 from liftdist.deltas.difference import on
 from liftdist.deltas.export import check_base
 from liftdist.errors import UserError
@@ -174,8 +174,10 @@ def aligned(name: str, deltas: Sequence[Delta], base: ModelFolder | None = None)
     changes = [_valued(name, delta) for delta in deltas]
     held = [change for change in changes if change is not None]
     dtype = functools.reduce(torch.promote_types, (change.values.dtype for change in held))
-    if not dtype.is_floating_point:
-        raise UserError(f"{name} holds {str(dtype).removeprefix('torch.')}; only floating-point tensors can be merged")
+    if not is_plain(dtype):
+        raise UserError(
+            f"{name} holds {str(dtype).removeprefix('torch.')}; only weights in floating-point of 16 bits or more can be merged"
+        )
     any_changed = torch.zeros(torch.Size(held[0].shape), dtype=torch.bool).flatten()
     for each in held:
         any_changed[each.indices] = True
