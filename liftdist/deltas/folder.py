@@ -81,10 +81,9 @@ def change_folder(
         if apply is None:  # undone to the bit, so that the folder is what one of them began with
             fits = found in {delta.base_digest for delta in (started_from, *beside)}
         else:  # its base model is here, with some of the others applied
-            some = (kept for count in range(1, len(beside) + 1) for kept in itertools.combinations(beside, count))
-            fits = apply.base_digest in (
-                found,
-                *(_digest(stored, present, kept) for kept in some if found != apply.base_digest),
+            some = (kept for count in range(len(beside), 0, -1) for kept in itertools.combinations(beside, count))
+            fits = found == apply.base_digest or any(
+                _digest(stored, present, kept) == apply.base_digest for kept in some
             )
         if not fits:
             undone = f"with {', '.join(str(delta.location) for delta in present)} undone, " if present else ""

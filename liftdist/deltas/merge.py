@@ -70,7 +70,7 @@ def merged(
     check_same_base(*deltas)
     combine = MERGE_RULES.load(rule).merge
     given = _options(rule, combine, options, len(deltas))
-    combine("", torch.zeros(len(deltas), 0, dtype=torch.float64), **given)
+    combine(torch.zeros(len(deltas), 0, dtype=torch.float64), **given)
     source = {name: name for name in names(deltas)}  # what is merged for each tensor of the result
     for group in ((stored, *others) for stored, others in (copies or {}).items()):
         if changed := [name for name in group if name in source]:
@@ -80,7 +80,7 @@ def merged(
         found = aligned(source[name], deltas, base)
         before, stored = (found.base, found.stored) if onto is None else _at(onto[0], name, found.shape, found.indices)
         before = before.to(torch.promote_types(found.base.dtype, stored))
-        difference = combine(source[name], found.differences, **given)
+        difference = combine(found.differences, **given)
         after = (before.double() + difference).to(before.dtype)
         if onto is None:
             for own, value in zip(found.differences, found.values, strict=True):

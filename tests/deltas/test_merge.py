@@ -132,13 +132,28 @@ def test_dare_drops_at_random_and_keeps_the_mean():
     assert torch.equal(merge.merged([delta], "dare", {"density": 1.0}, Path("out")).get("w").values, torch.ones(90000))
 
 
+def test_dare_draws_alike_for_a_tensor_that_is_stored_twice_and_apart_for_others():
+    """A tied head that is stored beside the embedding stays equal to it."""
+    random = torch.Generator().manual_seed(0)
+    embedding, other = torch.randn(2, 40, 50, generator=random)
+    base = {name: torch.zeros(40, 50) for name in ("embed", "head", "other")}
+    deltas = [
+        delta_of(base, {"embed": share * embedding, "head": share * embedding, "other": share * other})
+        for share in (1.0, 0.5)
+    ]
+    found = merge.merged(deltas, "dare", {"density": 0.5}, Path("out"))
+    assert torch.equal(found.get("embed").indices, found.get("head").indices)
+    assert torch.equal(found.get("embed").values, found.get("head").values)
+    assert not torch.equal(found.get("embed").indices, found.get("other").indices)
+
+
 def test_ties_is_that_of_peft_where_nothing_cancels():
     differences = torch.randn(3, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
-    ours = MERGE_RULES.load("ties").merge("w", differences, weights=weights, density=0.3)
+    ours = MERGE_RULES.load("ties").merge(differences, weights=weights, density=0.3)
     torch.testing.assert_close(ours, merge_utils.ties([*differences], weights, 0.3))
     opposite = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    assert MERGE_RULES.load("ties").merge("w", opposite, weights=weights[:2], density=1.0) == 0
+    assert MERGE_RULES.load("ties").merge(opposite, weights=weights[:2], density=1.0) == 0
     assert merge_utils.ties([*opposite], torch.ones(2), 1.0) == 1  # the reason why it is not peft's
 
 
