@@ -114,6 +114,21 @@ def test_flex_switch_chooses_no_worse_than_any_other_choice_within_the_bytes():
             assert a[0] + b[0] > budget - widest or a[1] + b[1] >= error * (1 - 1e-9)
 
 
+def test_flex_switch_keeps_equal_tensors_equal():
+    """A tied head that is stored beside the embedding, whatever the budget."""
+    chance, changes = torch.Generator().manual_seed(0), {}
+    for name in ("embed", "other"):
+        base = torch.randn(6000, generator=chance)
+        values = base + torch.randn(6000, generator=chance)
+        changes[name] = Change((60, 100), torch.float32, torch.arange(6000), values, base)
+    changes["head"] = changes["embed"]
+    for budget in (0.06, 0.12, 0.3):  # of which the first two end between equal matrices
+        code = flex_switch.plan(changes.items, budget=budget)
+        embed, head = (code(name, changes[name])[0] for name in ("embed", "head"))
+        assert torch.equal(embed.indices, head.indices)
+        assert torch.equal(embed.steps, head.steps)
+
+
 def test_a_compressed_delta_is_small_and_says_what_it_is(deltas, small):
     before = deltas[0].stat().st_size
     whole = delta_file.read(deltas[0])

@@ -161,10 +161,10 @@ def test_trimming_leaves_something_of_every_tensor():
     ties = MERGE_RULES.load("ties").merge
     one = torch.tensor([[0.0, 3.0, -5.0]], dtype=torch.float64)
     weights = torch.ones(1, dtype=torch.float64)
-    assert ties("b", one, weights=weights, density=0.2).tolist() == [0, 0, -5]
-    assert ties("b", torch.zeros(1, 3, dtype=torch.float64), weights=weights, density=0.2).tolist() == [0, 0, 0]
+    assert ties(one, weights=weights, density=0.2).tolist() == [0, 0, -5]
+    assert ties(torch.zeros(1, 3, dtype=torch.float64), weights=weights, density=0.2).tolist() == [0, 0, 0]
     breadcrumbs = MERGE_RULES.load("breadcrumbs").merge
-    assert breadcrumbs("b", one, weights=weights, beta=0.3, gamma=0.3).tolist() == [0, 3, 0]
+    assert breadcrumbs(one, weights=weights, beta=0.3, gamma=0.3).tolist() == [0, 3, 0]
 
 
 def test_a_sum_is_exact_apart_and_associative():
