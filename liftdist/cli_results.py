@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,7 +107,9 @@ def push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", metavar="org/name", help="repository on the hub; made, private, if there is none")
     parser.add_argument(
         "--format",
-        choices=[form for form in EXPORT_FORMATS if form != "sglang"],  # whose versions are for a shared disk
+        choices=[
+            form for form in EXPORT_FORMATS if form not in ("sglang", "importance")
+        ],  # for a shared disk, for tools
         help="format to push (default: hf of a run, delta of a delta file)",
     )
     parser.add_argument("--step", type=int, help="of a run, the checkpoint of this step (default: the newest)")
@@ -254,6 +256,9 @@ MERGE_OPTIONS: dict[str, tuple[Callable[[str], object], str]] = {
 }
 
 
+GREEDY = "greedy"  # no rule of differences: which deltas, that tasks say
+
+
 def merge_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "deltas",
@@ -262,11 +267,21 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="delta",
         help="delta file, or run directory: all of its checkpoints in order",
     )
-    parser.add_argument("--rule", choices=tuple(MERGE_RULES), required=True, help="how they become one")
+    parser.add_argument("--rule", choices=(*MERGE_RULES, GREEDY), required=True, help="how they become one")
     parser.add_argument("--output", type=Path, required=True, help="delta to write")
     for name, (kind, meaning) in MERGE_OPTIONS.items():
         parser.add_argument(f"--{name}", type=kind, metavar="W,W,..." if name == "weights" else "N", help=meaning)
-    parser.add_argument("--base", type=Path, help="folder of the base model, for deltas without base values")
+    parser.add_argument(
+        "--eval",
+        type=Path,
+        metavar="CONFIG",
+        help=f"{GREEDY}: config whose eval.tasks each candidate is asked, or a run directory",
+    )
+    parser.add_argument(
+        "--base",
+        type=Path,
+        help=f"folder of the base model, for deltas without base values ({GREEDY}: default model.path)",
+    )
     parser.add_argument(
         "--onto", type=Path, help="folder of another base model of the same architecture, which the result is to be for"
     )
@@ -278,6 +293,12 @@ def merge(options: argparse.Namespace) -> None:
         if folder and not folder.is_dir():
             raise UserError(f"{folder}: no such folder")
     _check_output(options.output)
+    settings = {name: value for name in MERGE_OPTIONS if (value := getattr(options, name)) is not None}
+    if options.rule == GREEDY:
+        _greedy(options, settings)
+        return
+    if options.eval:
+        raise UserError(f"--eval: --rule {options.rule} has no such option; --rule {GREEDY} asks tasks")
     from liftdist.deltas import file as delta_file
     from liftdist.deltas import merge, overlap
     from liftdist.models import weights
@@ -287,10 +308,35 @@ def merge(options: argparse.Namespace) -> None:
     onto = (
         (weights.ModelFolder(options.onto), weights.digest(options.onto, options.cache_dir)) if options.onto else None
     )
-    settings = {name: value for name in MERGE_OPTIONS if (value := getattr(options, name)) is not None}
-    made = merge.merged(given, options.rule, settings, options.output, base, onto)
+    copies = None
+    if options.onto:
+        from liftdist.models import names  # with transformers, which takes seconds to import
+
+        copies = names.of_folder(options.onto).copies
+    made = merge.merged(given, options.rule, settings, options.output, base, onto, copies)
     print(*overlap.lines(given, base), sep="\n", file=sys.stderr)
     delta_file.write(made, options.output)
+    print(options.output)
+
+
+def _greedy(options: argparse.Namespace, settings: Mapping[str, object]) -> None:
+    if options.eval is None:
+        raise UserError(f"--rule {GREEDY}: needs --eval CONFIG, whose eval.tasks say which deltas help")
+    if not options.eval.exists():
+        raise UserError(f"--eval {options.eval}: no such config or run directory")
+    if unused := [*settings, *(["onto"] if options.onto else [])]:
+        raise UserError(f"--{unused[0]}: --rule {GREEDY} has no such option; it takes --eval and --base")
+    from liftdist.deltas import file as delta_file
+    from liftdist.deltas import merge, overlap
+    from liftdist.evaluation import soup
+    from liftdist.models import hub, weights
+
+    path, config = soup.settings(options.eval)
+    folder = options.base or hub.resolve_model(config.model.path, config.model.revision)
+    given, base = merge.read(options.deltas, folder, options.cache_dir), weights.ModelFolder(folder)
+    print(*overlap.lines(given, base), sep="\n", file=sys.stderr)
+    ask, titles = soup.by_eval(path, config, folder, options.output), [task.title for task in config.eval.tasks]
+    delta_file.write(soup.greedy(given, base, ask, titles, options.output, _say), options.output)
     print(options.output)
 
 

@@ -239,6 +239,15 @@ def write_page(path: Path, text: str, flag: str) -> None:
         raise UserError(f"{path}: cannot be written: {error.strerror}; give another {flag}") from None
 
 
+@contextlib.contextmanager
+def disk_errors(target: Path) -> Iterator[None]:
+    """Raises errors of the file system as ``UserError``."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {reason(error)}") from None
+
+
 def reason(error: OSError) -> str:
     """What went wrong with which file, in one line."""
     problem = f"is a symbolic link; {_LINK}" if error.errno == errno.ELOOP else error.strerror

@@ -174,7 +174,7 @@ EXPORT_FORMATS = Registry(
     },
 )
 
-#: ``merge(name, differences, *, ...)``: the merged difference, see :mod:`liftdist.deltas.rules`.
+#: ``merge(differences, *, ...)``: the merged difference, see :mod:`liftdist.deltas.rules`.
 MERGE_RULES = Registry(
     "merge rule",
     "liftdist.deltas.rules",

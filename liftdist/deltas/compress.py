@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 
-from liftdist import safetensors_io
+from liftdist import files, safetensors_io
 from liftdist.deltas import compressed
 from liftdist.deltas import delta as deltas
 from liftdist.deltas import file as delta_file
-from liftdist.deltas.delta import Change, Delta
+from liftdist.deltas.delta import Change, Delta, is_plain
 from liftdist.deltas.difference import squared_error
 from liftdist.errors import UserError
 from liftdist.registry import COMPRESSIONS
@@ -33,7 +33,7 @@ def compress(delta: Delta, method: str, options: Mapping[str, float], path: Path
 
     Raises:
         UserError: the method lacks an option or refuses one; the delta holds no base values, or, for a method that is not exact,
-            numbers that are not floating-point; ``path`` exists or cannot be written.
+            other numbers than floating-point ones of 16 bits or more; ``path`` exists or cannot be written.
     """
     plan = COMPRESSIONS.load(method).plan
     _check_options(method, plan, options)
@@ -43,7 +43,7 @@ def compress(delta: Delta, method: str, options: Mapping[str, float], path: Path
         for name, change in deltas.changed(delta):
             if change.base is None:
                 raise UserError(f"{delta.location}: holds no base values, from which changes are told; give --base")
-            if not is_exact and not change.values.is_floating_point():
+            if not is_exact and not is_plain(change.values.dtype):
                 raise UserError(f"{name} holds {str(change.values.dtype).removeprefix('torch.')}; take --method exact")
             yield name, change
 
@@ -51,7 +51,7 @@ def compress(delta: Delta, method: str, options: Mapping[str, float], path: Path
     about: dict[str, Any] = {}
     norms, errors = [0.0], [0.0]
     width = max(map(len, (*delta.names, "tensor")))
-    with delta_file.writing(path):
+    with files.disk_errors(path):
         spool = safetensors_io.Spool(path.parent)
     say(f"{'tensor':{width}}  {'weights':>13}  {'kept':>13}  {'bytes':>13}  {'error':>7}")
     with spool as tensors:
@@ -60,7 +60,7 @@ def compress(delta: Delta, method: str, options: Mapping[str, float], path: Path
             parts: dict[str, Tensor] = {}
             if found.indices.numel():
                 parts, about[name] = compressed.pack(name, found, scale)
-            with delta_file.writing(path):
+            with files.disk_errors(path):
                 for part, tensor in parts.items():
                     tensors.add(part, tensor)
             assert change.base is not None

@@ -87,6 +87,9 @@ class Delta:
     adapters: Adapters | None = None  # that, merged, are what changed
     made: Mapping[str, Any] = field(default_factory=dict)  # how, if it is known: what JSON can hold
     sha256: str = ""  # of the contents of the file or checkpoint
+    compressed: bool = (
+        False  # whether the file holds differences alone; of what was made of it, ``made`` says that it once did
+    )
 
     @cached_property
     def known(self) -> frozenset[str]:
@@ -124,6 +127,11 @@ def is_finite(values: Tensor) -> bool:
     if not values.is_floating_point():
         return True
     return bool((values.float() if values.element_size() == 1 else values).isfinite().all())
+
+
+def is_plain(dtype: torch.dtype) -> bool:
+    """Whether numbers of a dtype are the weights themselves: floating-point ones of 8 bits have scales in other tensors."""
+    return dtype.is_floating_point and dtype.itemsize > 1
 
 
 def check_fits(name: str, indices: Tensor, size: int) -> None:

@@ -120,4 +120,4 @@ def on(delta: Delta, base: ModelFolder) -> Delta:
             return change.applied(before)
         return replace(change, base=before.to(change.values.dtype))
 
-    return replace(delta, get=get)
+    return replace(delta, get=get, compressed=False)

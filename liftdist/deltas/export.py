@@ -59,9 +59,7 @@ def export(
             f"for the adapters, or hf for the model that they are merged into"
         )
     check_base(base_folder, delta, cache_dir)
-    write(
-        on(delta, weights.ModelFolder(base_folder)) if "compressed" in delta.made else delta, base_folder, target, dtype
-    )
+    write(on(delta, weights.ModelFolder(base_folder)), base_folder, target, dtype)
 
 
 def check_base(folder: Path, delta: Delta, cache_dir: Path) -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,19 +58,32 @@ def read(path: Path) -> Delta:
             raise ValueError(f"{name}: holds a value that is not finite")
         return change
 
-    read_one = compressed.reader(file, tensors) if metadata["format"] == compressed.FORMAT else get_values
+    is_compressed = metadata["format"] == compressed.FORMAT
+    read_one = compressed.reader(file, tensors) if is_compressed else get_values
 
     @functools.lru_cache(maxsize=1)  # a tensor is asked for several times in a row: to be checked, undone, applied
     def get(name: str) -> Change | Difference:
         return read_one(name)
 
     origin = {key: metadata[key] for key in ORIGIN if key in metadata}
-    delta = Delta(path, metadata["base"], list(tensors), get, origin, made=made, sha256=metadata["sha256"])
+    delta = Delta(
+        path,
+        metadata["base"],
+        list(tensors),
+        get,
+        origin,
+        made=made,
+        sha256=metadata["sha256"],
+        compressed=is_compressed,
+    )
     for name in delta.names:
         try:
             get(name)
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}: {error}") from None
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: damaged, or not a delta: {name}: {problem}") from None
     return delta
 
 
@@ -85,14 +97,14 @@ def write(delta: Delta, path: Path, with_base: bool = True) -> None:
         UserError: a value is not finite, or ``path`` exists or cannot be written.
     """
     about: dict[str, Any] = {}
-    with writing(path):
+    with files.disk_errors(path):
         spool = safetensors_io.Spool(path.parent)
     with spool as tensors:
         for name, change in changed(delta):
             parts = {"gaps": encode(change.indices), "values": change.values}
             if with_base and change.base is not None:
                 parts["base"] = change.base
-            with writing(path):
+            with files.disk_errors(path):
                 for part, tensor in parts.items():
                     tensors.add(f"{name}.{part}", tensor)
             stored = safetensors_io.dtype_name(change.stored)
@@ -112,19 +124,10 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, Any])
     if path.exists():
         raise UserError(f"{path}: exists; remove it or give another path")
     texts = {key: value if isinstance(value, str) else json.dumps(value) for key, value in metadata.items()}
-    with writing(path), files.written_beside(path) as temporary:
+    with files.disk_errors(path), files.written_beside(path) as temporary:
         safetensors_io.save(tensors, temporary, texts)
         files.sync_file(temporary)
         temporary.rename(path)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Raises errors of the file system as ``UserError``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
 
 
 def _contents_digest(file: TensorFile) -> str:

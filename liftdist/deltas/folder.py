@@ -5,7 +5,6 @@ A folder is written under a temporary name beside its target, file by file, and 
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import hashlib
@@ -13,11 +12,10 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch.distributed as dist
-from safetensors import SafetensorError
 from torch import Tensor
 
 from liftdist import files, safetensors_io
@@ -69,17 +67,23 @@ def change_folder(
 
     def edited(name: str, tensor: Tensor) -> Tensor:
         undone, applied = deltas.changes(name, *present), deltas.changes(name, apply, *beside)
-        return deltas.edit(name, tensor, undone, applied, in_place=True)
+        try:
+            if output is None and not all(change.undoable for change in applied):
+                raise UserError(
+                    f"{started_from.location} holds no base values, so this could not be undone; give --output"
+                )
+            return deltas.edit(name, tensor, undone, applied, in_place=True)
+        except UserError as error:
+            raise UserError(f"{folder}: {error}") from None
 
-    try:  # check everything before anything is written
+    try:  # its digest is known before anything is written, and each tensor is compared before the result has its name
         found = _digest(stored, present) if present else weights.digest(folder, cache_dir)
         if apply is None:  # undone to the bit, so that the folder is what one of them began with
             fits = found in {delta.base_digest for delta in (started_from, *beside)}
         else:  # its base model is here, with some of the others applied
-            some = (kept for count in range(1, len(beside) + 1) for kept in itertools.combinations(beside, count))
-            fits = apply.base_digest in (
-                found,
-                *(_digest(stored, present, kept) for kept in some if found != apply.base_digest),
+            some = (kept for count in range(len(beside), 0, -1) for kept in itertools.combinations(beside, count))
+            fits = found == apply.base_digest or any(
+                _digest(stored, present, kept) == apply.base_digest for kept in some
             )
         if not fits:
             undone = f"with {', '.join(str(delta.location) for delta in present)} undone, " if present else ""
@@ -92,24 +96,21 @@ def change_folder(
                 f"{undone}is not the base model of {started_from.location} "
                 f"({found[:12]}, not {started_from.base_digest[:12]}){remedy}"
             )
-        for name in apply.names if apply else ():
-            change = started_from.get(name)
-            if output is None and not change.undoable:
-                raise UserError(
-                    f"{started_from.location} holds no base values, so this could not be undone; give --output"
-                )
-            edited(name, stored.read(name))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from None
     target = output or folder.resolve()
 
     def finish(temporary: Path) -> None:
         _copy_others(stored, temporary, replace=output is None)
-        about = temporary / deltas.ABOUT
-        if undo is not None and about.exists():
-            said = check.read_json(about)  # of whom it is
+        about = temporary / deltas.ABOUT  # of the one result that the folder was
+        if about.exists():
+            said = check.read_json(about)
             made = said.get("made")
-            if said.get("base_digest") == undo.base_digest and (made == dict(undo.made) if made else not beside):
+            if apply is not None or (
+                undo is not None
+                and said.get("base_digest") == undo.base_digest
+                and (made == dict(undo.made) if made else not beside)
+            ):
                 about.unlink()
 
     rewrite(stored, target, edited, finish, replace=output is None)
@@ -145,7 +146,7 @@ def rewrite(
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made: Path | None = None
-    with together(), disk_errors(target):
+    with together(), files.disk_errors(target):
         if rank == 0:
             if target.exists() and not replace:
                 raise UserError(f"{target}: exists; remove it or give another path")
@@ -154,10 +155,10 @@ def rewrite(
             made = files.folder_beside(target, 0o700 if replace else 0o777)  # what it replaces may be private
     temporary: Path = gather(made)[0]
     try:
-        with together(), disk_errors(target):
+        with together(), files.disk_errors(target):
             written = _write_weights(stored, temporary, edit, rank, ranks)
         total = sum(gather(written))
-        with together(), disk_errors(target):
+        with together(), files.disk_errors(target):
             if rank == 0:
                 _write_index(stored, temporary, total)
                 finish(temporary)
@@ -212,17 +213,6 @@ def _belong_like(folder: Path, old: Path) -> None:
 
 def _is_folder(path: Path) -> bool:
     return path.is_dir() and not path.is_symlink()
-
-
-@contextlib.contextmanager
-def disk_errors(target: Path) -> Iterator[None]:
-    """Raises errors of the file system as ``UserError``."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {files.reason(error)}") from None
-    except SafetensorError as error:
-        raise UserError(f"{target}: cannot be written: {error}") from None
 
 
 def _check_exchange(target: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import of_run
-from liftdist.deltas.delta import Change, Delta, bits, by_name, check_same_base, no_values
+from liftdist.deltas.delta import Change, Delta, bits, by_name, check_same_base, is_plain, no_values
 from liftdist.deltas.difference import on
 from liftdist.deltas.export import check_base
 from liftdist.errors import UserError
@@ -52,6 +52,7 @@ def merged(
     location: Path,
     base: ModelFolder | None = None,
     onto: tuple[ModelFolder, str] | None = None,
+    copies: Mapping[str, Sequence[str]] | None = None,
 ) -> Delta:
     """The delta that ``deltas`` of one base model become by a rule of :data:`liftdist.registry.MERGE_RULES`.
 
@@ -60,6 +61,7 @@ def merged(
         location: names the result in messages.
         base: the base model, for deltas without base values.
         onto: another base model of the same architecture and its digest, which the merged differences are added to.
+        copies: tensors of ``onto`` that must stay equal to one, see :class:`liftdist.models.names.NameMap`.
 
     Raises:
         UserError: the rule refuses an option or lacks one, the deltas are of different base models, one holds no base values and
@@ -68,13 +70,17 @@ def merged(
     check_same_base(*deltas)
     combine = MERGE_RULES.load(rule).merge
     given = _options(rule, combine, options, len(deltas))
-    combine("", torch.zeros(len(deltas), 0, dtype=torch.float64), **given)
+    combine(torch.zeros(len(deltas), 0, dtype=torch.float64), **given)
+    source = {name: name for name in names(deltas)}  # what is merged for each tensor of the result
+    for group in ((stored, *others) for stored, others in (copies or {}).items()):
+        if changed := [name for name in group if name in source]:
+            source |= {name: changed[0] for name in group if name not in source}
 
     def get(name: str) -> Change:
-        found = aligned(name, deltas, base)
+        found = aligned(source[name], deltas, base)
         before, stored = (found.base, found.stored) if onto is None else _at(onto[0], name, found.shape, found.indices)
         before = before.to(torch.promote_types(found.base.dtype, stored))
-        difference = combine(name, found.differences, **given)
+        difference = combine(found.differences, **given)
         after = (before.double() + difference).to(before.dtype)
         if onto is None:
             for own, value in zip(found.differences, found.values, strict=True):
@@ -83,14 +89,13 @@ def merged(
         return Change(found.shape, stored, found.indices[changed], after[changed], before[changed])
 
     record = {key: value.tolist() if isinstance(value, Tensor) else value for key, value in given.items()}
-    inputs = [{"name": title(delta), "sha256": delta.sha256} for delta in deltas]
     return Delta(
         location,
         deltas[0].base_digest if onto is None else onto[1],
-        names(deltas),
+        sorted(source),
         get,
         next((delta.origin for delta in deltas if delta.origin), {}) if onto is None else {},
-        made={"merge": rule, **record, "deltas": inputs}
+        made={"merge": rule, **record, "deltas": [of(delta) for delta in deltas]}
         | ({} if onto is None else {"moved_from": deltas[0].base_digest}),
     )
 
@@ -118,7 +123,7 @@ def read(paths: Sequence[Path], base: Path | None, cache_dir: Path) -> list[Delt
         ) from None
     if base is not None:
         check_base(base, found[0], cache_dir)
-        found = [on(delta, ModelFolder(base)) if "compressed" in delta.made else delta for delta in found]
+        found = [on(delta, ModelFolder(base)) if delta.compressed else delta for delta in found]
     return found
 
 
@@ -154,6 +159,11 @@ def title(delta: Delta) -> str:
     )
 
 
+def of(delta: Delta) -> dict[str, str]:
+    """What a result says of a delta that it was made from."""
+    return {"name": title(delta), "sha256": delta.sha256}
+
+
 def names(deltas: Iterable[Delta]) -> list[str]:
     """The tensors that any of the deltas changes."""
     return sorted({name for delta in deltas for name in delta.names})
@@ -164,8 +174,10 @@ def aligned(name: str, deltas: Sequence[Delta], base: ModelFolder | None = None)
     changes = [_valued(name, delta) for delta in deltas]
     held = [change for change in changes if change is not None]
     dtype = functools.reduce(torch.promote_types, (change.values.dtype for change in held))
-    if not dtype.is_floating_point:
-        raise UserError(f"{name} holds {str(dtype).removeprefix('torch.')}; only floating-point tensors can be merged")
+    if not is_plain(dtype):
+        raise UserError(
+            f"{name} holds {str(dtype).removeprefix('torch.')}; only weights in floating-point of 16 bits or more can be merged"
+        )
     any_changed = torch.zeros(torch.Size(held[0].shape), dtype=torch.bool).flatten()
     for each in held:
         any_changed[each.indices] = True

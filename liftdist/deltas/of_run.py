@@ -14,7 +14,7 @@ from torch import Tensor
 
 from liftdist.deltas import adapter
 from liftdist.deltas.adapter import Adapters
-from liftdist.deltas.delta import ORIGIN, Change, Delta, bits, check_fits
+from liftdist.deltas.delta import ORIGIN, Change, Delta, bits, check_fits, is_plain
 from liftdist.errors import UserError
 from liftdist.models.hub import cached_model, resolve_model
 from liftdist.models.part import Part
@@ -22,6 +22,7 @@ from liftdist.models.weights import ModelFolder
 from liftdist.runs import checkpoint, claims
 from liftdist.runs.checkpoint import FIRST, Step
 from liftdist.runs.manifest import Provenance, Snapshot
+from liftdist.safetensors_io import DTYPES
 
 
 def of_run(step: Step, base_folder: Path) -> Delta:
@@ -191,7 +192,7 @@ def between(before: Path, after: Path, base_digest: str) -> Delta:
     """What changed between two folders of one architecture; ``base_digest`` is that of the first.
 
     Raises:
-        UserError: their tensors differ in names or shapes.
+        UserError: their tensors differ in names or shapes, or have dtypes that none holds both of.
     """
     old, new = ModelFolder(before), ModelFolder(after)
     if missing := sorted(set(old.file_of) ^ set(new.file_of)):
@@ -200,6 +201,9 @@ def between(before: Path, after: Path, base_digest: str) -> Delta:
     for name in old.file_of:
         if old.info(name)["shape"] != new.info(name)["shape"]:
             raise UserError(f"{name} is {old.info(name)['shape']} in {before}, {new.info(name)['shape']} in {after}")
+        kinds = [folder.info(name)["dtype"] for folder in (old, new)]
+        if kinds[0] != kinds[1] and not all(is_plain(DTYPES[kind]) for kind in kinds):
+            raise UserError(f"{name} is {kinds[0]} in {before}, {kinds[1]} in {after}: no dtype holds both")
 
     def get(name: str) -> Change:
         return _difference(old.read(name), new.read(name))

@@ -2,6 +2,7 @@
 
 :data:`liftdist.registry.EVALUATIONS` lists them. Of a task :mod:`liftdist.evaluation.questions` has the questions,
 :mod:`liftdist.evaluation.scorers` what an answer is worth, :mod:`liftdist.runs.results` the files.
+:mod:`liftdist.evaluation.soup` chooses deltas by such scores.
 
 In: a model, sharded or not, inputs, and the method that trains it. Out: metrics by tag. Must leave the model as it was, and not
 know checkpoints.

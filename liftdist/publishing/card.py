@@ -27,11 +27,12 @@ from liftdist.schema_tree import NOTHING
 
 KINDS = {
     "hf": "model",
+    "as_trained": "model",
     "shira": "adapter",
     "peft": "adapter",
     "delta": "delta",
     "patch": "patch",
-}  # of each export format
+}  # of each export format that is pushed
 _LIBRARY = {"model": "transformers", "adapter": "peft", "delta": "liftdist", "patch": "liftdist"}
 _WHAT = {
     "model": "The whole fine-tuned model.",

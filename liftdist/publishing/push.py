@@ -142,7 +142,9 @@ def _result(
         given = delta_file.read(source)
         if options.base is None:
             return Result(name, branch, kind, given.about(), _license(given.about(), None)), {delta_file.NAME: source}
-        if "compressed" in given.made:  # an export would write it at its full size
+        if given.compressed or not all(
+            given.get(name).undoable for name in given.names[:1]
+        ):  # an export makes it larger
             made, base, _ = export.read(source, options.step, options.base, say)
             export.check_base(base, made, options.cache_dir)
             return Result(name, branch, kind, made.about(), _license(made.about(), base)), {delta_file.NAME: source}

@@ -40,6 +40,7 @@ def figures(delta: Delta) -> Figures:
         **delta.about(),
         "dtypes": sorted(dtypes),
         "base_values": has_base,
+        "compressed": delta.compressed,
         "all": _sum(tensors.values()),
         "kinds": {kind: _sum(kinds[kind]) for kind in sorted(kinds)},
         "layers": {layer: _sum(layers[layer]) for layer in sorted(layers, key=lambda layer: (len(layer), layer))},
@@ -74,7 +75,7 @@ def lines(found: Figures) -> list[str]:
     """:func:`figures` as a text; those of single tensors are left out."""
     origin = f"{found['base_model']}@{found['base_commit']}, " if "base_model" in found else ""
     base_values = f"{'with' if found['base_values'] else 'without'} base values"
-    if "compressed" in found.get("made", {}):
+    if found["compressed"]:
         base_values = "compressed, " + ("not all of the original" if found["made"]["lossy"] else "all of the original")
     text = [
         f"{found['delta']}: {', '.join(found['dtypes']) or 'no changes'}, {base_values}",

@@ -79,7 +79,7 @@ class DeltaLLM(AsyncLLM):
         """
         name, path, key = lora_request.lora_name, lora_request.lora_path, str(next(self._numbers))
         try:
-            check_name(name)
+            check_name(name, self._base)
             async with self._turns.of(
                 None
             ):  # so that it can be compared with the base model, and none of this name is applied
@@ -146,8 +146,11 @@ def check(config: Any, clients: int) -> None:
             raise UserError(f"vLLM {problem}")
 
 
-def check_name(name: str) -> None:
-    """Raises ``UserError`` for names by which vLLM takes an adapter unasked: those of the parts of messages."""
+def check_name(name: str, base: str) -> None:
+    """Raises ``UserError`` for the name of the base model, which would answer, and for names by which vLLM takes an adapter
+    unasked: those of the parts of messages."""
+    if name == base:
+        raise UserError(f"delta {name}: is the name of the base model; give it another one")
     if name in {kind.split("_")[0] for kind in MM_PARSER_MAP}:
         raise UserError(f"delta {name}: vLLM takes this name for a kind of content in messages; give it another one")
 

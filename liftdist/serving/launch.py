@@ -65,10 +65,11 @@ def serve(
     if not (math.isfinite(turn) and turn >= 0):
         raise UserError(f"--turn {turn}: must be seconds, 0 or more")
     python = python_of(vllm)
-    folder, digest, modules = check_deltas(base, given, cache_dir)
+    names = _served_names(arguments)
+    folder, digest, modules = check_deltas(base, given, cache_dir, names)
     words = [str(folder.absolute()), "--host", host, "--port", str(port)]
     words += ["--worker-extension-cls", "liftdist.serving.worker.DeltaWorker"]
-    if not any(_option(word) == "--served-model-name" for word in arguments):
+    if not names:
         words += ["--served-model-name", base]
     if modules:
         words += ["--lora-modules", *modules]
@@ -77,25 +78,31 @@ def serve(
     os.execve(python, [*command, *words, *arguments], environ(_package_alone(cache_dir)))
 
 
-def check_deltas(base: str, given: Sequence[str], cache_dir: Path) -> tuple[Path, str, list[str]]:
+def check_deltas(
+    base: str, given: Sequence[str], cache_dir: Path, names: Sequence[str] = ()
+) -> tuple[Path, str, list[str]]:
     """The folder of a base model, its digest, and its deltas as vLLM's ``--lora-modules`` takes them.
+
+    Args:
+        names: under which the base model answers besides.
 
     Raises:
         UserError: a delta is not there, or damaged, or for another base model, or cannot be undone.
     """
-    modules, named = [], read_names(given, base)
+    modules, named = [], read_names(given, [base, *names])
     folder, _ = hub.model_of(base, "BASE")
     digest = weights.digest(folder, cache_dir)
     for name, text in named.items():
         path = hub.file_of(text, delta_file.NAME, f"--delta {name}")
         if path.is_dir():
             raise UserError(
-                f"--delta {name}={text}: is a folder; of a run, `liftdist export {text} --format delta` writes it"
+                f"--delta {name}={text}: is a folder; of a run, `liftdist export {text} --format delta --output FILE` writes it"
             )
         delta = delta_file.read(path)
-        if "compressed" in delta.made:
+        if delta.compressed:
             raise UserError(
-                f"--delta {name}={text}: is compressed; `liftdist export {path} --format delta --base {base}` writes it whole"
+                f"--delta {name}={text}: is compressed; `liftdist export {path} --format delta --base {base} --output FILE` "
+                "writes it whole"
             )
         if delta.base_digest != digest:
             raise UserError(
@@ -109,14 +116,14 @@ def check_deltas(base: str, given: Sequence[str], cache_dir: Path) -> tuple[Path
     return folder, digest, modules
 
 
-def read_names(given: Sequence[str], base: str) -> dict[str, str]:
-    """Deltas by the names of their models. Raises ``UserError`` for another form, or a name that is given twice."""
+def read_names(given: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
+    """Deltas by the names of their models. Raises ``UserError`` for another form, or a name that is given twice or taken."""
     named: dict[str, str] = {}
     for text in given:
         name, _, path = text.partition("=")
         if not name or not path:
             raise UserError(f"--delta {text}: must be NAME=FILE, or NAME=ORG/REPOSITORY[@REVISION] of the hub")
-        if name == base or name in named:
+        if name in taken or name in named:  # under a name of the base model, that one would answer
             raise UserError(f"--delta {text}: {name} is the name of another model; give it another one")
         named[name] = path
     return named
@@ -172,6 +179,19 @@ def _package_alone(cache_dir: Path) -> Path:
     except OSError as error:
         raise UserError(f"--cache-dir {cache_dir}: {error.strerror}: {error.filename}") from None
     return folder
+
+
+def _served_names(arguments: Sequence[str]) -> list[str]:
+    """What follows ``--served-model-name``, of which vLLM takes the last."""
+    found: list[str] = []
+    is_name = False
+    for word in arguments:
+        if word.startswith("-"):
+            if is_name := _option(word) == "--served-model-name":
+                found = [value] if (value := word.partition("=")[2]) else []
+        elif is_name:
+            found.append(word)
+    return found
 
 
 def _option(word: str) -> str:

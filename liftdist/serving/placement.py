@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from liftdist.deltas.delta import Change, Delta, bits, changed
+from liftdist.deltas.delta import Change, Delta, bits, changed, is_plain
 from liftdist.errors import UserError
 
 _STAGED = 64 << 20  # bytes of tensors that are staged at once; a single one may be larger
@@ -97,7 +97,7 @@ def _chunks(delta: Delta) -> Iterator[list[tuple[str, Change]]]:
             raise UserError(
                 f"{delta.location}: holds no base values, by which it is undone; make it without --without-base"
             )
-        if not change.values.is_floating_point() or change.values.element_size() == 1 or change.base.isnan().any():
+        if not is_plain(change.dtype) or change.base.isnan().any():
             raise UserError(f"{delta.location}: {name}: {_ELSEWISE}")
         staged = int(torch.Size(change.shape).numel()) * change.values.element_size()
         if chunk and size + staged > _STAGED:

@@ -59,8 +59,10 @@ class DeltaWorker:
                     "vLLM computes MLA with products of weights, which would stay as they are; serve the merged model"
                 )
             delta = delta_file.read(Path(path))
-            if "compressed" in delta.made:
-                raise UserError(f"{path}: is compressed; `liftdist export {path} --format delta` writes it whole")
+            if delta.compressed:
+                raise UserError(
+                    f"{path}: is compressed; `liftdist export {path} --format delta --base MODEL --output FILE` writes it whole"
+                )
             if delta.base_digest != base_digest:
                 raise UserError(
                     f"{path}: is for another base model than the one that is served; `liftdist show` names it"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from liftdist.sync.writer import Stream, Writer
 
 _POLL = 1.0  # seconds between two looks at a run
 Say = Callable[[str], None]
+Read = TypeVar("Read")
 
 
 def publish(
@@ -50,6 +53,17 @@ def publish(
     source = _Source(run_dir, base, cache_dir, say)
     writer: Writer | None = None
     seen = said = ""
+
+    def tried(make: Callable[[], Read]) -> Read | None:
+        """What is read of a checkpoint; None if it is damaged, or removed meanwhile: a newer one may follow."""
+        try:
+            return make()
+        except UserError as error:
+            if once:
+                raise
+            say(str(error))
+            return None
+
     try:
         while True:
             history = claims.attempts(run_dir)
@@ -57,28 +71,24 @@ def publish(
             if name is not None and sha256 != seen:
                 seen = sha256
                 began = time.perf_counter()
-                try:
-                    step = source.step(name, sha256)
-                except UserError as error:  # a newer one may follow
-                    if once:
-                        raise
-                    say(str(error))
+                if (step := tried(partial(source.step, name, sha256))) is None:
                     continue
                 writer = writer or source.writer(step, folder, keep, full_interval)
-                if writer.version is None or writer.version.source != sha256:
-                    version = writer.publish(step.number, source.state(step), sha256)
+                if writer.version is not None and writer.version.source == sha256:
+                    continue
+                if (state := tried(partial(source.state, step))) is not None:
+                    version = writer.publish(step.number, state, sha256)
                     say(described(version, time.perf_counter() - began))
                 continue
-            state = _state(run_dir, history)
-            if once or state == "finished":
-                if writer is None:
+            phase = _phase(run_dir, history)
+            if once or phase == "finished":
+                if writer is None or writer.version is None:
                     raise UserError(f"{run_dir}: holds no checkpoint that could be published")
-                if writer.version is not None:
-                    say(f"{folder} holds version {writer.version.number}, of step {writer.version.step}")
+                say(f"{folder} holds version {writer.version.number}, of step {writer.version.step}")
                 return
-            if state != said:
-                said = state
-                say(f"{run_dir}: {state}")
+            if phase != said:
+                said = phase
+                say(f"{run_dir}: {phase}")
             time.sleep(poll)
     finally:
         if writer is not None:
@@ -92,7 +102,7 @@ def _newest(run_dir: Path, history: dict[int, list[Event]]) -> tuple[str | None,
     return name, found[name] if name else ""
 
 
-def _state(run_dir: Path, history: dict[int, list[Event]]) -> str:
+def _phase(run_dir: Path, history: dict[int, list[Event]]) -> str:
     """How a run is, for people; "finished" if nothing will follow."""
     if not history:
         return "has not begun; waiting for it, Ctrl-C ends that"

@@ -6,6 +6,7 @@ sglang    a folder of SGLang's own versions, one for each version that was read,
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from liftdist.deltas.formats import hf, sglang
 from liftdist.errors import UserError
 from liftdist.models import check, weights
 from liftdist.models.weights import ModelFolder
+from liftdist.sync import version as versions
 from liftdist.sync.reader import Follower, Unreachable
 from liftdist.sync.version import Version
 
@@ -60,6 +62,10 @@ def follow(
             if changes is not None and follower.version is not None:
                 said = ""
                 if held != _made(follower.version):
+                    if form == "sglang" and held:
+                        _check_continues(source, held, follower.version, target)
+                    if weights.digest(base, cache_dir) != digest:
+                        raise UserError(f"{base}: is another model than when this began; start again")
                     _write(form, follower, follower.version, changes, base, target)
                     held = _made(follower.version)
                 say(f"{target}: version {follower.version.number}, step {follower.version.step}")
@@ -85,7 +91,29 @@ def _write(
 
 
 def _made(version: Version) -> dict[str, Any]:
-    return {"run": version.run, "step": version.step, "version": version.number, "sync": version.sha256}
+    return {
+        "run": version.run,
+        "step": version.step,
+        "stream": version.stream,
+        "version": version.number,
+        "sync": version.sha256,
+    }
+
+
+def _check_continues(source: Path, held: Mapping[str, Any], version: Version, target: Path) -> None:
+    """Raises ``UserError`` unless ``version`` comes after the one that is held: what that one had changed, this one changes too.
+
+    Weights that only another run has changed would stay as that one left them, without a checksum that tells.
+    """
+    is_later = held["stream"] == version.stream and held["version"] < version.number
+    if is_later and held["version"] in versions.numbers(source):
+        with contextlib.suppress(ValueError, OSError):  # damaged, or removed now
+            is_later = versions.read(versions.path_of(source, held["version"])).sha256 == held["sync"]
+    if not is_later:
+        raise UserError(
+            f"{target}: holds version {held['version']} of {held['run']}, which version {version.number} of {version.run} in "
+            f"{source} does not follow; give another --output, and load the base model again"
+        )
 
 
 def _held(target: Path, form: str, base: str) -> dict[str, Any]:
@@ -95,6 +123,6 @@ def _held(target: Path, form: str, base: str) -> dict[str, Any]:
     newest = target if form == "hf" else sglang.path_of(target, sglang.newest(target))
     about = check.read_json(newest / ABOUT) if (newest / ABOUT).exists() else {}
     made: dict[str, Any] = about.get("made", {})
-    if "sync" not in made or about.get("base_digest") != base:
+    if not {"sync", "stream", "version", "run"} <= made.keys() or about.get("base_digest") != base:
         raise UserError(f"{target}: exists, and is no folder that this command has written; give another --output")
     return made

@@ -66,7 +66,7 @@ class Writer:
     ) -> None:
         self.folder, self._stream, self._base = folder, stream, base
         self._keep, self._full_interval = keep, full_interval
-        with _disk_errors(folder):
+        with files.disk_errors(folder):
             versions.check_folder(folder, stream.id)
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = _locked(folder)
@@ -117,7 +117,7 @@ class Writer:
         after = states.grown(self.state, found, self._base)
         number = self.version.number + 1 if self.version else 1
         target = versions.path_of(self.folder, number)
-        with _disk_errors(target), _published(target) as folder:
+        with files.disk_errors(target), _published(target) as folder:
             if self.version is not None:
                 states.write_changes(self.state, after, folder / CHANGES)
             if number % self._full_interval == 0 or not self._with_full():
@@ -197,11 +197,3 @@ def _published(target: Path) -> Iterator[Path]:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise UserError(f"{target}: another process has published it; let one alone publish there") from None
         raise
-
-
-@contextlib.contextmanager
-def _disk_errors(target: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{target}: cannot be written: {files.reason(error)}") from None

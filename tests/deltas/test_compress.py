@@ -19,6 +19,7 @@ from liftdist.deltas.delta import Change, bits, edit
 from liftdist.deltas.module import change_module
 from liftdist.errors import UserError
 from liftdist.models.weights import ModelFolder
+from liftdist.serving import launch
 
 METHODS = {"exact": (), "t_switch": ("--alpha", 0.5), "flex_switch": ("--budget", 0.25)}
 
@@ -113,6 +114,21 @@ def test_flex_switch_chooses_no_worse_than_any_other_choice_within_the_bytes():
             assert a[0] + b[0] > budget - widest or a[1] + b[1] >= error * (1 - 1e-9)
 
 
+def test_flex_switch_keeps_equal_tensors_equal():
+    """A tied head that is stored beside the embedding, whatever the budget."""
+    chance, changes = torch.Generator().manual_seed(0), {}
+    for name in ("embed", "other"):
+        base = torch.randn(6000, generator=chance)
+        values = base + torch.randn(6000, generator=chance)
+        changes[name] = Change((60, 100), torch.float32, torch.arange(6000), values, base)
+    changes["head"] = changes["embed"]
+    for budget in (0.06, 0.12, 0.3):  # of which the first two end between equal matrices
+        code = flex_switch.plan(changes.items, budget=budget)
+        embed, head = (code(name, changes[name])[0] for name in ("embed", "head"))
+        assert torch.equal(embed.indices, head.indices)
+        assert torch.equal(embed.steps, head.steps)
+
+
 def test_a_compressed_delta_is_small_and_says_what_it_is(deltas, small):
     before = deltas[0].stat().st_size
     whole = delta_file.read(deltas[0])
@@ -189,6 +205,10 @@ def test_it_is_taken_wherever_a_delta_is(method, folders, deltas, small, tmp_pat
             assert torch.equal(one.indices, other.indices)
             assert torch.equal(bits(one.values), bits(other.values))
             assert torch.equal(bits(one.base), bits(other.base))
+    assert "with base values" in liftdist("show", tmp_path / "exported").splitlines()[0]
+    launch.check_deltas(str(folders[0]), [f"x={tmp_path / 'exported'}"], deltas[2])
+    with pytest.raises(UserError, match=r"is compressed; `liftdist export .* --format delta .* writes it whole"):
+        launch.check_deltas(str(folders[0]), [f"x={path}"], deltas[2])
     liftdist("export", path, "--base", folders[0], "--format", "hf", "--output", tmp_path / "hf", *at)
     assert json.loads((tmp_path / "hf" / "liftdist.json").read_text())["made"]["compressed"] == method
     weights = [{k: v for k, v in builders.contents(f).items() if "_proj" in k} for f in (tmp_path / "hf", tuned)]

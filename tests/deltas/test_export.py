@@ -50,6 +50,9 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     liftdist("apply", tmp_path / "delta", tmp_path / "hf", "--undo", "--output", undone, *cache)
     assert weights.digest(undone, tmp_path) == weights.digest(folders[0], tmp_path)
     assert not (undone / "liftdist.json").exists()  # it is no fine-tuned model
+    liftdist("diff", tmp_path / "hf", folders[1], "--output", tmp_path / "upon", *cache)
+    liftdist("apply", tmp_path / "upon", tmp_path / "hf", "--output", tmp_path / "both", *cache)
+    assert not (tmp_path / "both" / "liftdist.json").exists()  # nor what the run has made
 
     patch = load_file(tmp_path / "patch")
     patched = AutoModelForCausalLM.from_pretrained(folders[0])
@@ -182,6 +185,21 @@ def test_an_unknown_format_is_an_error(deltas, folders, tmp_path):
     ):
         export(given, folders[0], tmp_path / "x", "shiar", tmp_path / "cache")
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("format", ["delta", "shira", "importance"])
+def test_base_values_that_a_delta_lacks_are_those_of_its_base(format, deltas, folders, tmp_path):
+    at = ("--cache-dir", deltas[2])
+    liftdist("diff", *folders[:2], "--output", tmp_path / "slim", "--without-base", *at)
+    for source, name in ((deltas[0], "whole"), (tmp_path / "slim", "slim-out")):
+        out = ("--format", format, "--output", tmp_path / name)
+        liftdist("export", source, "--base", folders[0], *out, *at)
+    found = [tmp_path / "whole", tmp_path / "slim-out"]
+    if format == "shira":
+        found = [folder / "adapter_model.safetensors" for folder in found]
+    whole, slim = map(load_file, found)
+    assert whole.keys() == slim.keys()
+    assert all(torch.equal(whole[key], slim[key]) for key in whole)
 
 
 def test_importance_protects_both_ends(deltas, folders, tmp_path):

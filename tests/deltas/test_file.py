@@ -66,6 +66,30 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
     other_shape = {"tensors": json.dumps(about | {name: about[name] | {"shape": [100, 203]}})}
     renamed = {"tensors": json.dumps({key.replace("layers.1", "layers.7"): value for key, value in about.items()})}
     one_name = f"{name}.gaps"
+    liftdist("compress", one, "--method", "t_switch", "--alpha", 0.5, "--output", tmp_path / "lossy")
+    strange = []
+    for kind, source in (("whole", one), ("lossy", tmp_path / "lossy")):
+        told = json.loads(safetensors_header.header(source)["__metadata__"]["tensors"])
+        for key, value in (
+            ("shape", "wide"),
+            ("shape", [[1], 2]),
+            ("shape", [-100, 203]),
+            ("shape", [2**40, 2**40]),
+            ("stored", "F3"),
+            ("stored", None),
+            ("count", "all"),
+            ("count", -1),
+            ("count", 1e99),
+            ("count", 2**80),
+            ("scale", "x"),
+            (None, "x"),
+            (None, None),
+            (None, {}),
+        ):
+            entry = value if key is None else told[name] | {key: value}
+            if key != "scale" or kind == "lossy":
+                text = {"tensors": json.dumps(told | {name: entry})}
+                strange.append(rewrite(source, tmp_path / f"{kind}-{len(strange)}", text))
     for problem, path in (
         ("not a safetensors file|damaged|truncated", folders[0] / check.INDEX),
         ("No such file", tmp_path / "none"),
@@ -83,6 +107,7 @@ def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders,
         ("the delta is for", rewrite(one, tmp_path / "shape", other_shape)),
         ("damaged|layers.7", rewrite(one, tmp_path / "name", renamed)),
         ("is not the base model of", rewrite(one, tmp_path / "base", {"base": "0" * 64})),
+        *((f"damaged, or not a delta: {name}: ", path) for path in strange),
     ):
         said = liftdist("apply", path, base, "--cache-dir", cache, code=2)
         assert any(part in said for part in problem.split("|")), (problem, said)

@@ -163,3 +163,36 @@ def test_folders_of_other_architectures_have_no_difference(folders, tmp_path):
     other = builders.llama(tmp_path / "other", dtype=torch.bfloat16, hidden_size=100, num_hidden_layers=1)
     assert "has no" in liftdist("diff", folders[0], other, "--output", tmp_path / "d", "--cache-dir", tmp_path, code=2)
     assert not (tmp_path / "d").exists()
+
+
+def test_numbers_of_8_bits_are_carried_to_the_bit_and_not_reckoned_with(tmp_path):
+    """Their scales are in other tensors: a mean of both is not the mean of the weights."""
+    chance = torch.Generator().manual_seed(0)
+    base = {"a.weight": torch.randn(20, 30, generator=chance), "a.weight_scale": torch.rand(20, generator=chance)}
+    kinds = {"small": torch.float8_e4m3fn, "wide": torch.bfloat16, "whole": torch.int32}
+    for name, kind in kinds.items():
+        for place, part in enumerate(("base", "one")):
+            moved = base["a.weight"] + place * (base["a.weight"] > 1)
+            (tmp_path / f"{part}-{name}").mkdir()
+            tensors = base | {"a.weight": moved.to(kind)}
+            save_file(tensors, tmp_path / f"{part}-{name}" / "model.safetensors", {"format": "pt"})
+    before, after, at = tmp_path / "base-small", tmp_path / "one-small", ("--cache-dir", tmp_path / "cache")
+    one, exact = tmp_path / "one.delta", tmp_path / "exact.delta"
+    liftdist("diff", before, after, "--output", one, *at)
+    liftdist("compress", one, "--output", exact, *at)
+    for number, given in enumerate((one, exact)):
+        made, back = tmp_path / f"made-{number}", tmp_path / f"back-{number}"
+        liftdist("apply", given, before, "--output", made, *at)
+        liftdist("apply", given, made, "--undo", "--output", back, *at)
+        for found, expected in ((made, after), (back, before)):
+            assert (found / "model.safetensors").read_bytes() == (expected / "model.safetensors").read_bytes()
+    out = ("--output", tmp_path / "out", *at)
+    for words, problem in (
+        (("merge", one, "--rule", "sum"), "only weights in floating-point of 16 bits or more can be merged"),
+        (("compress", one, "--method", "t_switch", "--alpha", 0.5), "holds float8_e4m3fn; take --method exact"),
+        (("export", one, "--base", before, "--format", "importance"), "of which changes are not those of weights"),
+        (("diff", tmp_path / "base-wide", after), "a.weight is BF16 in"),
+        (("diff", tmp_path / "base-wide", tmp_path / "one-whole"), ": no dtype holds both"),
+    ):
+        assert problem in liftdist(*words, *out, code=2)
+        assert not (tmp_path / "out").exists()

@@ -132,13 +132,28 @@ def test_dare_drops_at_random_and_keeps_the_mean():
     assert torch.equal(merge.merged([delta], "dare", {"density": 1.0}, Path("out")).get("w").values, torch.ones(90000))
 
 
+def test_dare_draws_alike_for_a_tensor_that_is_stored_twice_and_apart_for_others():
+    """A tied head that is stored beside the embedding stays equal to it."""
+    random = torch.Generator().manual_seed(0)
+    embedding, other = torch.randn(2, 40, 50, generator=random)
+    base = {name: torch.zeros(40, 50) for name in ("embed", "head", "other")}
+    deltas = [
+        delta_of(base, {"embed": share * embedding, "head": share * embedding, "other": share * other})
+        for share in (1.0, 0.5)
+    ]
+    found = merge.merged(deltas, "dare", {"density": 0.5}, Path("out"))
+    assert torch.equal(found.get("embed").indices, found.get("head").indices)
+    assert torch.equal(found.get("embed").values, found.get("head").values)
+    assert not torch.equal(found.get("embed").indices, found.get("other").indices)
+
+
 def test_ties_is_that_of_peft_where_nothing_cancels():
     differences = torch.randn(3, 500, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     weights = torch.tensor([1.0, 0.5, 2.0], dtype=torch.float64)
-    ours = MERGE_RULES.load("ties").merge("w", differences, weights=weights, density=0.3)
+    ours = MERGE_RULES.load("ties").merge(differences, weights=weights, density=0.3)
     torch.testing.assert_close(ours, merge_utils.ties([*differences], weights, 0.3))
     opposite = torch.tensor([[1.0], [-1.0]], dtype=torch.float64)
-    assert MERGE_RULES.load("ties").merge("w", opposite, weights=weights[:2], density=1.0) == 0
+    assert MERGE_RULES.load("ties").merge(opposite, weights=weights[:2], density=1.0) == 0
     assert merge_utils.ties([*opposite], torch.ones(2), 1.0) == 1  # the reason why it is not peft's
 
 
@@ -146,10 +161,10 @@ def test_trimming_leaves_something_of_every_tensor():
     ties = MERGE_RULES.load("ties").merge
     one = torch.tensor([[0.0, 3.0, -5.0]], dtype=torch.float64)
     weights = torch.ones(1, dtype=torch.float64)
-    assert ties("b", one, weights=weights, density=0.2).tolist() == [0, 0, -5]
-    assert ties("b", torch.zeros(1, 3, dtype=torch.float64), weights=weights, density=0.2).tolist() == [0, 0, 0]
+    assert ties(one, weights=weights, density=0.2).tolist() == [0, 0, -5]
+    assert ties(torch.zeros(1, 3, dtype=torch.float64), weights=weights, density=0.2).tolist() == [0, 0, 0]
     breadcrumbs = MERGE_RULES.load("breadcrumbs").merge
-    assert breadcrumbs("b", one, weights=weights, beta=0.3, gamma=0.3).tolist() == [0, 3, 0]
+    assert breadcrumbs(one, weights=weights, beta=0.3, gamma=0.3).tolist() == [0, 3, 0]
 
 
 def test_a_sum_is_exact_apart_and_associative():
@@ -193,6 +208,25 @@ def test_a_delta_moves_onto_another_base(tmp_path):
         UserError, match=r"a.0.weight is \[77\], the delta is for \[7, 11\]; give a model of the same arch"
     ):
         flat.get("a.0.weight")
+
+
+def test_a_head_that_is_stored_beside_the_embedding_it_is_tied_to_moves_with_it(tmp_path):
+    """Whichever of both names the delta has: readers of files may take either."""
+    base, fine_tuned = builders.llama(tmp_path / "base"), tmp_path / "tuned"
+    tensors = load_file(base / "model.safetensors")
+    embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+    shutil.copytree(base, fine_tuned)
+    save_file(tensors | {embedding: tensors[embedding] + 0.25}, fine_tuned / "model.safetensors", {"format": "pt"})
+    onto = shutil.copytree(base, tmp_path / "onto")
+    new = {name: tensor * 2 for name, tensor in tensors.items()}
+    save_file(new | {head: new[embedding].clone()}, onto / "model.safetensors", {"format": "pt"})
+    at = ("--cache-dir", tmp_path / "cache")
+    liftdist("diff", base, fine_tuned, "--output", tmp_path / "one", *at)
+    liftdist("merge", tmp_path / "one", "--rule", "sum", "--onto", onto, "--output", tmp_path / "moved", *at)
+    liftdist("apply", tmp_path / "moved", onto, "--output", tmp_path / "made", *at)
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    assert torch.equal(made[embedding], made[head])
+    torch.testing.assert_close(made[embedding], new[embedding] + 0.25)
 
 
 def test_what_a_rule_does_not_take_is_refused():

@@ -1,5 +1,6 @@
 """Results that are pushed to a hub on this machine and loaded from there, as their model cards say."""
 
+import argparse
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from commands import ROOT, liftdist, write_config
 from local_hub import TOKEN, refusal, run_cases
 from safetensors.torch import load_file
 
+from liftdist import cli_results
 from liftdist import config as configs
 from liftdist.publishing import card
 
@@ -252,6 +254,13 @@ def test_without_a_network_nothing_is_pushed_but_the_card_is_shown(pushed, monke
     line = liftdist("push", folder / "my.delta", "o/new", code=2)
     assert "push o/new: the hub cannot be reached (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set); push where " in line
     assert "liftdist apply o/new BASE --output tuned" in liftdist("push", folder / "my.delta", "o/new", "--dry-run")
+
+
+def test_every_format_that_is_pushed_has_a_card():
+    parser = argparse.ArgumentParser()
+    cli_results.push_arguments(parser)
+    (formats,) = (action.choices for action in parser._actions if action.dest == "format")
+    assert set(formats) == set(card.KINDS)
 
 
 def test_paths_are_cut_to_their_last_names(tmp_path):

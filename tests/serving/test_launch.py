@@ -76,7 +76,15 @@ def test_a_delta_that_cannot_be_served_is_refused(made, base, given, problem):
 def test_two_models_of_one_name_are_refused():
     for given in (["a=x", "a=y"], ["base=x"]):
         with pytest.raises(UserError, match="name of another model"):
-            launch.read_names(given, "base")
+            launch.read_names(given, ["base"])
+
+
+@pytest.mark.parametrize("words", ["--served-model-name one", "--served_model_name=one", "--served-model-name x one"])
+def test_a_delta_has_no_name_of_the_base_model(made, words, monkeypatch):
+    """vLLM would ask the base model."""
+    monkeypatch.setattr(launch, "python_of", lambda vllm: sys.executable)
+    given = [made / "base", "--delta", f"one={made}/one.delta", "--cache-dir", made / "cache"]
+    assert "one is the name of another model" in refusal(*given, "--", *words.split(), "--seed", "1")
 
 
 def test_the_environment_of_vllm_is_asked_for(made, without_vllm):

@@ -88,6 +88,30 @@ def test_a_checkpoint_of_sglang_follows_a_run(base, tmp_path):
     assert "no folder that this command has written" in liftdist(*follow[:2], "--base", other, *follow[4:], code=2)
 
 
+def test_versions_of_one_stream_alone_follow_each_other(base, tmp_path):
+    """What another run has changed would stay, without a checksum that tells."""
+    out, cache = tmp_path / "out", ("--cache-dir", tmp_path / "cache")
+    for name, steps, of in (
+        ("A", (1, 2), "one"),
+        ("B", (1,), "one"),
+        ("C", (1, 2, 3), "other"),
+        ("D", (1, 1, 1), "one"),
+    ):
+        with writer(tmp_path / name, base, stream=published.stream(base, id=of)) as made:
+            for step in steps:
+                made.publish(step, state(base, step))
+    follow = ("follow", tmp_path / "A", "--base", base, "--output", out, "--format", "sglang", "--once", *cache)
+    liftdist(*follow)
+    for name in "BCD":
+        said = liftdist(follow[0], tmp_path / name, *follow[2:], code=2)
+        assert f"{out}: holds version 2 of mine, which version" in said
+        assert "does not follow; give another --output, and load the base model again" in said
+    with writer(tmp_path / "A", base) as made:
+        made.publish(3, state(base, 3))
+    assert "version 3, step 3" in liftdist(*follow)
+    assert sorted(path.name for path in out.iterdir()) == ["weight_v000001", "weight_v000002"]
+
+
 def test_what_the_layout_cannot_hold_is_refused(tmp_path):
     base = builders.llama(tmp_path / "base", dtype=torch.float16)  # neither half holds the other
     with writer(tmp_path / "S", base) as made:

@@ -1,6 +1,7 @@
 """Real runs that publish versions, from their ranks and from their checkpoints, and folders that follow them."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,10 @@ import torch
 from commands import ROOT, liftdist
 
 from liftdist.deltas.delta import bits
+from liftdist.errors import UserError
 from liftdist.models import weights
 from liftdist.models.weights import ModelFolder
-from liftdist.sync import reader, version
+from liftdist.sync import checkpoints, reader, version
 from liftdist.sync.reader import Follower
 
 
@@ -42,7 +44,7 @@ def base(tmp_path_factory, smollm2):
 @pytest.mark.parametrize(
     ("method", "world_size", "replicas"), [("lift", 4, 2), ("full", 2, 1)], ids=["lift on 2 x 2 ranks", "full"]
 )
-def test_ranks_publish_what_the_run_exports(base, records, tmp_path, method, world_size, replicas):
+def test_ranks_publish_what_the_run_exports(base, records, tmp_path, method, world_size, replicas, monkeypatch):
     config = builders.config(
         base, records, tmp_path,
         model=dict(dtype="bfloat16"),
@@ -61,6 +63,16 @@ def test_ranks_publish_what_the_run_exports(base, records, tmp_path, method, wor
     assert said.splitlines()[-1] == f"{tmp_path}/T holds version 1, of step 5"
     same = assert_follows_to(tmp_path / "T", base, run / "export")
     assert (same.stream, same.state) == (published.stream, published.state)  # one run, the same weights
+
+    def writer(source, *arguments, make=checkpoints._Source.writer):
+        shutil.rmtree(run / "checkpoints")  # as a run removes old ones, while they are read
+        return make(source, *arguments)
+
+    said = []
+    monkeypatch.setattr(checkpoints._Source, "writer", writer)
+    with pytest.raises(UserError, match="holds no checkpoint that could be published"):
+        checkpoints.publish(run, tmp_path / "U", base, tmp_path / "cache", 10, 1, False, said.append)
+    assert "was removed during the export" in said[0]  # and others were waited for
 
 
 def start(*words):

@@ -7,6 +7,7 @@
 ``b - 1`` bits, with the scale of least error. Each choice is coded, and its bytes and its error are those that the file will
 have. On the lower convex hull of each matrix's choices, steps are taken in the order of error saved a byte (Shoham and Gersho
 1988): up to the first that does not fit, no choice on the hulls has less error in as many bytes. Smaller ones fill the rest.
+Equal matrices, as of a tied head that is stored too, have one choice.
 
 Deviations: the paper learns thresholds, bit widths and scales by gradient descent on the loss of some hundred examples a task,
 with soft gates. This needs the delta alone, takes the squared error of the weights in place of that loss, and searches a grid.
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 
+from liftdist import safetensors_io
 from liftdist.deltas import compressed
 from liftdist.deltas.codec import encode
 from liftdist.deltas.compressions import Changes, Coding
@@ -35,17 +37,23 @@ Point = tuple[int, float, Choice]  # bytes, squared error, what has them
 def plan(changes: Changes, *, budget: float) -> Coding:
     if not 0 < budget <= 1:
         raise UserError(f"--budget {budget:g}: must be above 0, and at most 1")
-    hulls, before = {}, 0
+    sums: dict[str, list[Point]] = {}  # by change, so that copies of a tensor, as of a tied head, stay equal
+    kinds, before = {}, 0
     for name, change in changes():
-        hulls[name] = hull(points(name, change))
         assert change.base is not None
+        parts = {"indices": change.indices, "values": change.values, "base": change.base}
+        kinds[name] = kind = safetensors_io.digest_of(parts.items())
+        own = points(name, change)
+        known = sums.get(kind, [(0, 0.0, choice) for *_, choice in own])
+        sums[kind] = [(a + c, b + d, choice) for (a, b, choice), (c, d, _) in zip(known, own, strict=True)]
         before += encode(change.indices).numel() + change.values.nbytes + change.base.nbytes
+    hulls = {kind: hull(found) for kind, found in sums.items()}
     chosen = choose(hulls, int(budget * before) - HEADER)
     if hulls and not any(chosen.values()):
         raise UserError(
             f"--budget {budget:g}: {int(budget * before)} bytes hold nothing of the delta; give a larger share"
         )
-    return lambda name, change: _coded(change, chosen[name])
+    return lambda name, change: _coded(change, chosen[kinds[name]])
 
 
 def points(name: str, change: Change) -> list[Point]:

@@ -50,7 +50,13 @@ def _changes(delta: Delta) -> Iterator[tuple[str, tuple[int, ...], Tensor, Tenso
     """Name, shape, flat indices and absolute changes ``[k]`` float32 of each matrix that changed."""
     for name, change in deltas.changed(delta):
         if change.base is None:
-            raise UserError(f"{delta.location}: holds no base values, from which changes are told")
+            raise UserError(
+                f"{delta.location}: holds no base values, from which changes are told; give a delta that does"
+            )
+        if not deltas.is_plain(change.dtype):
+            raise UserError(
+                f"{name} holds {str(change.dtype).removeprefix('torch.')}, of which changes are not those of weights"
+            )
         if len(change.shape) > 1:
             x = (change.values.double() - change.base.double()).abs().float()
             yield name, change.shape, change.indices, x

@@ -17,7 +17,6 @@ import torch
 from liftdist import files
 from liftdist.deltas import file as delta_file
 from liftdist.deltas.delta import Delta
-from liftdist.deltas.folder import disk_errors
 from liftdist.errors import UserError
 from liftdist.method_settings import EvaConfig
 from liftdist.models import adapters
@@ -58,7 +57,7 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     }
     if target.exists():
         raise UserError(f"{target}: exists; remove it or give another path")
-    with disk_errors(target), files.new_folder(target) as folder:
+    with files.disk_errors(target), files.new_folder(target) as folder:
         delta_file.save(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         config.save_pretrained(str(folder))
         delta.write_about(folder)

@@ -24,7 +24,6 @@ from torch import Tensor
 from liftdist import files, safetensors_io
 from liftdist.deltas import delta as deltas
 from liftdist.deltas.delta import Change, Delta
-from liftdist.deltas.folder import disk_errors
 from liftdist.errors import UserError
 from liftdist.models import check
 from liftdist.models.weights import ModelFolder
@@ -41,7 +40,7 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     """
     if target.exists():
         raise UserError(f"{target}: exists; remove it or give another path")
-    with disk_errors(target), files.new_folder(target) as folder:
+    with files.disk_errors(target), files.new_folder(target) as folder:
         path_of(folder, 1).mkdir()
         _write_version(path_of(folder, 1), 1, ModelFolder(base_folder), delta, delta)
 
@@ -57,7 +56,7 @@ def add(folder: Path, base: ModelFolder, delta: Delta, moved: Delta) -> int:
         UserError: as :func:`write`.
     """
     number = newest(folder) + 1
-    with disk_errors(folder), files.new_folder(path_of(folder, number)) as temporary:
+    with files.disk_errors(folder), files.new_folder(path_of(folder, number)) as temporary:
         _write_version(temporary, number, base, delta, moved)
     return number
 

@@ -18,7 +18,6 @@ from liftdist import files
 from liftdist.deltas import delta as deltas
 from liftdist.deltas import file as delta_file
 from liftdist.deltas.delta import Change, Delta
-from liftdist.deltas.folder import disk_errors
 from liftdist.errors import UserError
 from liftdist.models import names
 
@@ -54,7 +53,7 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     }
     if target.exists():
         raise UserError(f"{target}: exists; remove it or give another path")
-    with disk_errors(target), files.new_folder(target) as folder:
+    with files.disk_errors(target), files.new_folder(target) as folder:
         delta_file.save(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
         (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
         delta.write_about(folder)

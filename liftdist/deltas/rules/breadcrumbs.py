@@ -14,7 +14,7 @@ from torch import Tensor
 from liftdist.errors import UserError
 
 
-def merge(name: str, differences: Tensor, *, weights: Tensor, beta: float, gamma: float) -> Tensor:
+def merge(differences: Tensor, *, weights: Tensor, beta: float, gamma: float) -> Tensor:
     if beta + gamma >= 1:
         raise UserError(
             f"--beta {beta:g} --gamma {gamma:g}: together they drop every change; their sum must be below 1"

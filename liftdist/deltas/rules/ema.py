@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def merge(name: str, differences: Tensor, *, decay: float) -> Tensor:
+def merge(differences: Tensor, *, decay: float) -> Tensor:
     average = differences[0]
     for difference in differences[1:]:
         average = decay * average + (1 - decay) * difference

@@ -7,7 +7,7 @@ from torch import Tensor
 from liftdist.errors import UserError
 
 
-def merge(name: str, differences: Tensor, *, alpha: float) -> Tensor:
+def merge(differences: Tensor, *, alpha: float) -> Tensor:
     if len(differences) != 1:
         raise UserError(f"--rule interpolate: takes one delta, not {len(differences)}; --rule sum has --weights")
     return alpha * differences[0]

@@ -7,7 +7,7 @@ from torch import Tensor
 from liftdist.errors import UserError
 
 
-def merge(name: str, differences: Tensor, *, weights: Tensor) -> Tensor:
+def merge(differences: Tensor, *, weights: Tensor) -> Tensor:
     if weights.sum() <= 0:
         raise UserError(f"--weights {','.join(f'{w:g}' for w in weights)}: a mean needs weights with a positive sum")
     return weights / weights.sum() @ differences

@@ -5,5 +5,5 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def merge(name: str, differences: Tensor, *, weights: Tensor) -> Tensor:
+def merge(differences: Tensor, *, weights: Tensor) -> Tensor:
     return weights @ differences

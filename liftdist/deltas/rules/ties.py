@@ -14,7 +14,7 @@ from liftdist.deltas.rules.breadcrumbs import between
 from liftdist.errors import UserError
 
 
-def merge(name: str, differences: Tensor, *, weights: Tensor, density: float) -> Tensor:
+def merge(differences: Tensor, *, weights: Tensor, density: float) -> Tensor:
     if (weights <= 0).any():
         raise UserError(
             "--weights: --rule ties elects signs before it weighs; give positive weights, or take --rule sum"
