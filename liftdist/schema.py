@@ -49,6 +49,10 @@ class ModelConfig:
     compile: bool = setting(False, "`torch.compile` each decoder layer", changes=NOTHING)
     trust_remote_code: bool = setting(False, "run model code that comes with the weights", changes=NOTHING)
 
+    def identity(self, weights: str) -> str:
+        """What tells the base model, as a run holds it, from others: the digest of its weights, and what they are rounded to."""
+        return weights if self.base_dtype is None else f"{weights} in {self.base_dtype}"
+
 
 @dataclass
 class TrainConfig:

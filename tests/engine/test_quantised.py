@@ -126,7 +126,7 @@ def trained(mesh, folder, kind, dense, true):
     """Losses and trained weights of twenty steps with two refreshes on a quantised base, or on a dense one of the same values."""
     config = ModelConfig(path=str(folder), dtype="float32", base_dtype=None if dense else kind)
     model, _ = load(folder, config, mesh)
-    principal = PrincipalWeights(model, density=0.1, filter_rank=4)
+    principal = PrincipalWeights(model, density=0.1, filter_rank=4, replicate_group=mesh.replicate_group)
     optimizer = PrincipalAdamW(principal, lr=3e-3)
     assert principal.is_quantised != dense
     ever = [torch.zeros(matrix.numel_local, dtype=torch.bool) for matrix in principal.matrices]
