@@ -55,13 +55,19 @@ def test_weights_are_the_nearest_levels_of_their_block(kind, columns):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [128, 100])
 def test_exact_weights_stay_exact_over_quantised_ones(kind, dtype, columns):
-    """Through additions, fewer and more entries than other shards, and distances beyond a byte."""
+    """Through additions, fewer and more entries than other shards, and distances beyond a byte; written in order, as weights that
+    are trained are, or not, as those of matrices whose columns alternate."""
     random = torch.Generator().manual_seed(0)
     base = (torch.randn(37, columns, generator=random) * 0.02).to(dtype)
     held = QuantisedRows(kind, columns, 40, 37, dtype, torch.device("cpu"))
     held.fill(0, base[:20])
     held.fill(20, base[20:])
-    held.original = lambda positions: base.view(-1)[positions.long()]
+
+    def original(positions):
+        assert (positions.diff() > 0).all()  # as they are read from files
+        return base.view(-1)[positions.long()]
+
+    held.original = original
     now = Format(kind, columns).rounded(base)
     assert torch.equal(held.dense(), now)
     flat, ever = now.view(-1), torch.zeros(37 * columns, dtype=torch.bool)
@@ -75,17 +81,19 @@ def test_exact_weights_stay_exact_over_quantised_ones(kind, dtype, columns):
         assert torch.equal(whole, out)
         return whole
 
-    for number, room in ((60, 0), (5, 7), (900, 0), (0, 3)):
-        chosen = torch.randperm(37 * columns, generator=random)[:number].sort().values.int()
+    for number, room, is_ordered in ((60, 0, True), (5, 7, True), (900, 0, False), (700, 0, True), (0, 3, True)):
+        chosen = torch.randperm(37 * columns, generator=random)[:number].int()
+        chosen = chosen.sort().values if is_ordered else chosen
         held.lay_out(held.add(chosen) + room)
         new = chosen.long()[~ever[chosen.long()]]
         flat[new] = base.view(-1)[new]
         ever[new] = True
         assert torch.equal(held.read(chosen), flat[chosen.long()])
-        learned = torch.randn(number, generator=random)
-        held.write(chosen, learned)
-        flat[chosen.long()] = learned.to(dtype)
-        assert torch.equal(held.dense(), now)
+        for positions in (chosen, chosen.clone()):
+            learned = torch.randn(number, generator=random)
+            held.write(positions, learned)
+            flat[positions.long()] = learned.to(dtype)
+            assert torch.equal(held.dense(), now)
         assert torch.equal(held.dense(5, 9), now[5:9])
         assert torch.equal(held.read(torch.arange(37 * columns).int()), flat)
         whole = gathered()
