@@ -173,14 +173,16 @@ def trained(mesh, folder, kind, dense, true):
     return losses, principal.state_dict(optimizer), rows
 
 
-@pytest.mark.parametrize(("world_size", "kind"), [(1, "int8"), (2, "nf4"), (3, "fp8"), (3, "nf4")])
-def test_trains_as_on_a_dense_model_of_the_rounded_weights(world_size, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("world_size", "replicas", "kind"), [(1, 1, "int8"), (2, 1, "nf4"), (3, 1, "fp8"), (3, 1, "nf4"), (4, 2, "int8")]
+)
+def test_trains_as_on_a_dense_model_of_the_rounded_weights(world_size, replicas, kind, tmp_path):
     """To the bit, with refreshes; matrices of 93, 50, 30 and 6 rows are shared unevenly by 2 and 3 ranks."""
     base = builders.llama(tmp_path / "base")
     true = load_file(base / "model.safetensors")
     rounded = rounded_copy(tmp_path / "rounded", base, kind)
-    found = ranks.run(world_size, trained, base, kind, False, true)
-    wanted = ranks.run(world_size, trained, rounded, kind, True, true)
+    found = ranks.run(world_size, trained, base, kind, False, true, dp_replicate=replicas)
+    wanted = ranks.run(world_size, trained, rounded, kind, True, true, dp_replicate=replicas)
     for (losses, state, rows), (dense_losses, dense_state, dense_rows) in zip(found, wanted, strict=True):
         assert losses == dense_losses
         assert losses[-1] < losses[0]
