@@ -107,9 +107,8 @@ def push_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("repository", metavar="org/name", help="repository on the hub; made, private, if there is none")
     parser.add_argument(
         "--format",
-        choices=[
-            form for form in EXPORT_FORMATS if form not in ("sglang", "importance")
-        ],  # for a shared disk, for tools
+        # but versions for a shared disk, and what is no model
+        choices=[form for form in EXPORT_FORMATS if form not in ("sglang", "importance")],
         help="format to push (default: hf of a run, delta of a delta file)",
     )
     parser.add_argument("--step", type=int, help="of a run, the checkpoint of this step (default: the newest)")

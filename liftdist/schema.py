@@ -53,6 +53,10 @@ class ModelConfig:
     def uses_flash_attention(self) -> bool:
         return "flash" in (self.attn_implementation or "")
 
+    def identity(self, weights: str) -> str:
+        """What tells the base model, as a run holds it, from others: the digest of its weights, and what they are rounded to."""
+        return weights if self.base_dtype is None else f"{weights} in {self.base_dtype}"
+
 
 TURN = 10
 

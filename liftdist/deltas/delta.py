@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 ABOUT = "liftdist.json"  # file of an exported model or adapter that holds Delta.about
 ORIGIN = ("base_model", "base_commit")
+AS_TRAINED = "as_trained"  # export format, and in Delta.made of such a model, which is on a rounded base
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

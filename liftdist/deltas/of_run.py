@@ -56,7 +56,7 @@ def of_run(step: Step, base_folder: Path) -> Delta:
 
     is_whole = adapters is not None or any(FIRST in entry.keys for entry in trained.values())
     whole = replaced if is_whole else None
-    made = {"run": step.folder.resolve().parent.parent.name, "step": step.number} | _rounded(step)
+    made = {"run": step.folder.resolve().parent.parent.name, "step": step.number} | rounded(step)
     base, sha256 = step.manifest.provenance.base, step.manifest.sha256
     return Delta(
         step.folder, base, list(matrices), get, origin_of(step.manifest.provenance), whole, adapters, made, sha256
@@ -153,7 +153,7 @@ def _difference(before: Tensor, after: Tensor) -> Change:
     return Change(tuple(before.shape), before.dtype, indices, second[indices], first[indices])
 
 
-def _rounded(step: Step) -> dict[str, str]:
+def rounded(step: Step) -> dict[str, str]:
     """How the base was rounded in the run, and in which dtype the run computed; nothing if it was not."""
     kind = OmegaConf.select(OmegaConf.create(step.manifest.provenance.config), "model.base_dtype")
     return {} if kind is None else {"base_dtype": kind, "dtype": next(iter(step.manifest.parameters.values())).dtype}

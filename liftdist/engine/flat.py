@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from liftdist.distributed.sharding import local_tensor
-from liftdist.engine import host, memory
+from liftdist.engine import bits, host, memory
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.reductions import FSDPReduction
 
@@ -49,20 +49,20 @@ class Segment:
         """``[d_local]`` int64 sorted flat indices of previously selected weights that are not selected now."""
         if self.past is None:
             return torch.empty(0, dtype=torch.int64, device=self.matrix.device)
-        flags = _unpack(self.past, self.matrix.numel_local)
+        flags = bits.unpack(self.past, self.matrix.numel_local)
         flags[self.indices] = False
         return flags.nonzero().squeeze(1)
 
     def past_and_present(self) -> Tensor:
         """``past`` for the next selection: the previously selected weights and those selected now."""
-        return _pack(self.selected_ever())
+        return bits.pack(self.selected_ever())
 
     def selected_ever(self) -> Tensor:
         """``[m_local n]`` bool: the previously selected weights and those selected now."""
         if self.past is None:
             flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.matrix.device)
         else:
-            flags = _unpack(self.past, self.matrix.numel_local)
+            flags = bits.unpack(self.past, self.matrix.numel_local)
         flags[self.indices] = True
         return flags
 
@@ -135,18 +135,3 @@ def former(old: Segment, new: Segment) -> Tensor:
         return torch.full_like(after, -1, dtype=torch.int64)
     place = torch.searchsorted(before, after).clamp_max(before.numel() - 1)
     return torch.where(before[place] == after, place + old.begin, -1)
-
-
-def _pack(flags: Tensor) -> Tensor:
-    """``[ceil(n / 8)]`` uint8, one bit for each element of ``flags [n]`` bool."""
-    padded = nn.functional.pad(flags, (0, -flags.numel() % 8)).view(-1, 8)
-    bits = torch.zeros(padded.shape[0], dtype=torch.uint8, device=flags.device)
-    for place in range(8):
-        bits |= padded[:, place].to(torch.uint8) << place
-    return bits
-
-
-def _unpack(bits: Tensor, size: int) -> Tensor:
-    """``[size]`` bool, the inverse of :func:`_pack`."""
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return ((bits.unsqueeze(1) >> places) & 1).view(-1)[:size].bool()

@@ -10,6 +10,9 @@ Distances above 255 are bridged by entries that repeat what the codes say there.
 fewer of a shard are filled up by its last one. When a layer has been gathered it is dequantised, and its exact weights are
 written over it.
 
+Beside the buffer, one bit for each entry says whether it was among the last to be made exact. Those are what is trained: a step
+writes them in their order, without a search for their positions.
+
 ``m`` are the rows of the fullest shard, whichever this one is: FSDP gathers equal parts.
 """
 
@@ -29,6 +32,7 @@ from torch.distributed.tensor import DTensor
 
 from liftdist.distributed.collectives import Group, together
 from liftdist.distributed.sharding import rows_of
+from liftdist.engine import bits
 from liftdist.engine.quantisation import Format
 
 ALIGNMENT = 16  # bytes
@@ -85,6 +89,9 @@ class QuantisedRows:
         self.of_fsdp: weakref.ref[Any] | None = None
         self._number = 0  # of entries here; the buffer may have more
         self._bridges = torch.empty(0, dtype=torch.int64, device=device)  # which of them repeat what the codes say
+        self._last: tuple[Tensor, Tensor] | None = (
+            None  # positions made exact last, if they ascend; a bit for each entry
+        )
         self._allocate(0, device)
 
     def _allocate(self, entries: int, device: torch.device) -> None:
@@ -141,7 +148,8 @@ class QuantisedRows:
         return torch.where(is_exact, values[place], found)
 
     def write(self, positions: Tensor, weights: Tensor) -> None:
-        """Set the weights at ``positions [k]``, which are exact, to ``weights [k]``, rounded.
+        """Set the weights at ``positions [k]``, which are exact, to ``weights [k]``, rounded. Fast for the very tensor that
+        :meth:`add` was given last.
 
         Raises:
             RuntimeError: one of them is not exact.
@@ -149,9 +157,14 @@ class QuantisedRows:
         if not positions.numel():
             return
         values = self._parts[3]
-        place, is_exact = self._places(positions)
-        torch._assert_async(is_exact.all(), "a weight that is kept quantised cannot be written: make it exact first")
-        values[place] = weights.to(values)
+        if self._last is not None and positions is self._last[0]:
+            values[: self._number].masked_scatter_(bits.unpack(self._last[1], self._number), weights.to(values))
+        else:
+            place, is_exact = self._places(positions)
+            torch._assert_async(
+                is_exact.all(), "a weight that is kept quantised cannot be written: make it exact first"
+            )
+            values[place] = weights.to(values)
         values[self._number :] = values[self._number - 1]
 
     def _places(self, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +187,7 @@ class QuantisedRows:
         known, values = self._positions(), self._parts[3][: self._number]
         is_bridge = _marked(known, self._bridges)
         kept, weights = known[~is_bridge], values[~is_bridge]
-        new = positions[~torch.isin(positions, kept)].to(known)
+        new = positions[~torch.isin(positions, kept)].to(known).sort().values
         if new.numel():
             if self.original is None:
                 raise ValueError("the weights of the base model are not known")
@@ -184,8 +197,11 @@ class QuantisedRows:
         repeated = gaps.cumsum(0, dtype=torch.int32)[bridges]
         values = weights.new_empty(gaps.numel())
         values[bridges] = self.format.dequantise_at(*self._parts[:2], repeated.long(), self.dtype)
-        values[~_marked(values, bridges)] = weights
-        self._added = gaps, bridges, values
+        is_exact = ~_marked(values, bridges)
+        values[is_exact] = weights
+        self._added, self._last = (gaps, bridges, values), None
+        if (positions.diff() > 0).all():
+            self._last = positions, bits.pack(is_exact.masked_scatter(is_exact, torch.isin(kept, positions)))
         return gaps.numel() if kept.numel() else 0
 
     def lay_out(self, entries: int) -> None:

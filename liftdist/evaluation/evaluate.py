@@ -8,12 +8,14 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from liftdist import files
 from liftdist.deltas import of_run
+from liftdist.deltas.delta import Change, Delta
 from liftdist.deltas.formats import as_trained, hf
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
@@ -63,15 +65,22 @@ def evaluate(context: RunContext, asked: Harness | None = None) -> None:
     with together():
         if saved is not None and saved.manifest.provenance.base != base_digest:
             raise UserError(f"{saved.folder}: is of another base model than model.path={config.model.path}")
+        trained_on = config.model.base_dtype if saved is None else of_run.rounded(saved).get("base_dtype")
+        if trained_on != config.model.base_dtype:
+            raise UserError(
+                f"model.base_dtype={config.model.base_dtype or ''}: {saved and saved.folder} was trained with "
+                f"model.base_dtype={trained_on or ''}; ask it with that, or its export as a model of its own, in another run_dir"
+            )
     step = 0 if saved is None else saved.manifest.step
     run_dir = Path(config.run_dir).expanduser()
     with together():
         if mesh.is_main:
             run_dir.mkdir(parents=True, exist_ok=True)
-            results.check_base(run_dir, base_digest)
+            results.check_base(run_dir, config.model.identity(base_digest))
     asking = f"asking {config.model.path}" if saved is None else f"asking {saved.folder}"
     if asked is not None:
-        with contextlib.nullcontext(folder) if saved is None else _exported(context, saved, folder) as exported:
+        as_it_is = saved is None and config.model.base_dtype is None
+        with contextlib.nullcontext(folder) if as_it_is else _exported(context, saved, folder, base_digest) as exported:
             console.say(asking)
             figures = harness.run(context, asked, loaded, exported, step)
     elif held is not None:
@@ -127,15 +136,21 @@ def _export_of(saved: Step, run_dir: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _exported(context: RunContext, saved: Step, base: Path) -> Iterator[Path]:
-    """The model of a checkpoint as a folder in the run directory, as long as the block lasts. Collective."""
+def _exported(context: RunContext, saved: Step | None, base: Path, base_digest: str) -> Iterator[Path]:
+    """The model of a checkpoint, or the base model as it is rounded, as a folder in the run directory while the block lasts.
+    Collective."""
+    config = context.config.model
     name = files.name_beside(Path(context.config.run_dir).expanduser() / "export")
     target: Path = collectives.gather(name)[0]
     try:
         with together():
-            trained = of_run.of_run(saved, base)
-        format = as_trained if context.config.model.base_dtype else hf
-        format.write(trained, base, target, getattr(torch, context.config.model.dtype))
+            nothing: dict[str, Change] = {}
+            trained = Delta(base, base_digest, [], nothing.__getitem__) if saved is None else of_run.of_run(saved, base)
+        if config.base_dtype is not None:
+            as_rounded = {"base_dtype": config.base_dtype, "dtype": config.dtype} | dict(trained.made)
+            as_trained.write(replace(trained, made=as_rounded), base, target)
+        else:
+            hf.write(trained, base, target, getattr(torch, config.dtype))
         yield target
     finally:
         if context.mesh.is_main:

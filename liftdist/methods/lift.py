@@ -280,8 +280,7 @@ class _CachedSelection:
     """The first selection of a run in the cache: read if it is there, otherwise collected while it is made, and written."""
 
     def __init__(self, context: RunContext, base_digest: str, excluded: Excluded | None) -> None:
-        rounded = context.config.model.base_dtype  # selected by what it is rounded to
-        self._context, self._base_digest = context, f"{base_digest} in {rounded}" if rounded else base_digest
+        self._context, self._base = context, context.config.model.identity(base_digest)
         self._excluded = None if excluded is None else excluded.digest
         self._selected: dict[str, Tensor] = {}  # whole selections of the matrices that this rank owned
         self.folder: Path | None = None
@@ -294,7 +293,7 @@ class _CachedSelection:
         if isinstance(principal.selector.criterion, Gathered):
             return None
         key = selections.key(
-            self._base_digest,
+            self._base,
             principal.selector.criterion,
             principal.selector.budget,
             principal.matrices,

@@ -66,6 +66,10 @@ class _Stored:
     def __init__(self, files: ModelFolder, pieces: Sequence[Piece], first: int, number: int) -> None:
         self._files, self._pieces, self._first, self._number = files, pieces, first, number
 
+    def check_unchanged(self) -> None:
+        """Raises ``UserError`` if other files are there than when the model was loaded."""
+        self._files.check_unchanged("with model.base_dtype a selection reads the base model again")
+
     def read(self, at_once: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """Places among the rows, and the rows ``[k, n]`` from there on; at most ``at_once``, but one at least."""
         for piece in self._pieces:
@@ -79,6 +83,7 @@ class _Stored:
 
 def _at(stored: _Stored, held: QuantisedRows, positions: Tensor) -> Tensor:
     """``[k]``: the stored weights at ascending ``positions [k]``."""
+    stored.check_unchanged()
     columns, where = held.format.columns, positions.cpu().long()
     found = torch.empty(where.numel(), dtype=held.dtype)
     for begin, rows in stored.read(AT_ONCE // columns):

@@ -35,6 +35,15 @@ class ModelFolder:
         self.stored = stored.resolve(folder)
         self.file_of = self.stored.file_of
         self._files = {file: TensorFile(folder / file, entries) for file, entries in self.stored.headers.items()}
+        self._stamps = {file: _stamp(folder / file) for file in self._files}
+
+    def check_unchanged(self, why: str) -> None:
+        """Raises ``UserError``, which says ``why`` they are read again, if the files are others than when this was made."""
+        for file, stamp in self._stamps.items():
+            path = self.folder / file
+            if not path.exists() or _stamp(path) != stamp:
+                problem = "has changed" if path.exists() else "is gone"
+                raise UserError(f"{path}: {problem} since the run began; {why}: restore it, and continue the run")
 
     def info(self, name: str) -> dict[str, Any]:
         """``dtype``, ``shape`` and the byte range ``data_offsets`` of a tensor, from the header of its file."""
@@ -65,6 +74,12 @@ class ModelFolder:
                 return file.get_tensor(name).view(-1)[row : row + 1]
             place = np.unravel_index(row, shape[:-1])
             return file.get_slice(name)[tuple(slice(int(at), int(at) + 1) for at in place)].flatten()
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    """What changes when a file is written."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
 
 
 def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> str:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from liftdist import schema_tree
+from liftdist.deltas.delta import AS_TRAINED
 from liftdist.deltas.file import PATCH_NAME
 from liftdist.redaction import redact
 from liftdist.report.read import Run
@@ -78,11 +79,29 @@ def write(result: Result) -> str:
     """The card as Markdown."""
     yaml_text = yaml.safe_dump(_metadata(result), sort_keys=False, allow_unicode=True)
     title = f"# {result.name.partition('/')[2]}"
-    parts = [title, _WHAT[result.kind], _table(["", ""], _facts(result)), f"## How to load it\n\n{_use(result)}"]
+    parts = [
+        title,
+        _WHAT[result.kind] + _on_which_base(result),
+        _table(["", ""], _facts(result)),
+        f"## How to load it\n\n{_use(result)}",
+    ]
     if result.run is not None and result.manifest is not None:
         parts += _of_run(result.run, result.manifest)
     head, body = redact(f"---\n{yaml_text}---\n"), redact("\n\n".join(parts) + "\n")
     return f"{head}<!-- liftdist push: {result.kind} {_sha256(head + body)} -->\n{body}"
+
+
+def _on_which_base(result: Result) -> str:
+    """Of a run with ``model.base_dtype``, whether this is what was trained and evaluated."""
+    made = result.about.get("made", {})
+    if (kind := made.get("base_dtype")) is None:
+        return ""
+    if made.get(AS_TRAINED):
+        return f" The base model's matrices are rounded to {kind}, as they were in training and evaluation."
+    return (
+        f" It was trained, and evaluated, over the base model's matrices rounded to {kind}; here what was learned is over the "
+        "original ones, which is another model."
+    )
 
 
 def public(value: Any) -> Any:

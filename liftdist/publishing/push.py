@@ -150,6 +150,8 @@ def _result(
             return Result(name, branch, kind, made.about(), _license(made.about(), base)), {delta_file.NAME: source}
     format = options.format or ("delta" if source.is_file() else "hf")
     made, base, dtype = export.read(source, options.step, options.base, say)
+    if format == deltas.AS_TRAINED:
+        made = replace(made, made={**made.made, deltas.AS_TRAINED: True})
     result = Result(name, branch, kind, made.about(), _license(made.about(), base))
     if source.is_dir():
         saved = manifest.read(made.location / layout.MANIFEST)

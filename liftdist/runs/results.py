@@ -99,13 +99,14 @@ class Results:
 
 
 def check_base(run_dir: Path, sha256: str) -> None:
-    """Keep of which base model the results are, by its digest. Raises ``UserError`` if there are some of another."""
+    """Keep of which base model the results are, see :meth:`liftdist.schema.ModelConfig.identity`. Raises ``UserError`` if there
+    are some of another."""
     path = files.real_folder(run_dir / FOLDER) / "base.json"
     is_kept = bool(read(run_dir)) or any(path.parent.glob("*/*"))
     if path.exists() and is_kept and json.loads(files.read(path))["sha256"] != sha256:
         raise UserError(
-            f"{path.parent}: holds answers of another model than model.path; give another run_dir, or remove {NAME} and {FOLDER} "
-            f"from this one"
+            f"{path.parent}: holds answers of another model than model.path, or of another model.base_dtype; give another "
+            f"run_dir, or remove {NAME} and {FOLDER} from this one"
         )
     files.write(path, json.dumps({"sha256": sha256}))
 

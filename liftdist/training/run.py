@@ -218,7 +218,7 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
         with together():
             if mesh.is_main and config.eval.tasks:
-                results.check_base(attempt.run_dir, base_digest)
+                results.check_base(attempt.run_dir, config.model.identity(base_digest))
         model, self.names, method = setup.model_and_method(
             context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs, loaded=loaded
         )
@@ -360,6 +360,12 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
         f"(dp_replicate {mesh.device_mesh.size(0)} x dp_shard {mesh.device_mesh.size(1)}); run directory {run_dir}; "
         f"liftdist {__version__} of {Path(__file__).resolve().parents[1]}"
     )
+    if (kind := context.config.model.base_dtype) is not None:
+        published = ", what sync.to publishes" if context.config.sync.to else ""
+        context.console.say(
+            f"trained and evaluated over a base rounded to {kind}; exports, deltas{published} hold what is learned over the "
+            "original weights; liftdist export --format as_trained writes the model as it is trained"
+        )
     return recorder
 
 
@@ -377,7 +383,8 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console, number: int, n
         if trainer.mesh.is_main:
             attempt.note("export", step=number, folder=name)
     of = f" of step {number}, the best" if number != trainer.step else ""
-    console.say(f"fine-tuned model{of} in {target}")
+    rounded = trainer.config.model.base_dtype is not None
+    console.say(f"fine-tuned model{of} in {target}" + (", over the original weights" if rounded else ""))
 
 
 def _is_exported(target: Path, step: int, mesh: Mesh) -> bool:

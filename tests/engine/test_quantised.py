@@ -55,13 +55,19 @@ def test_weights_are_the_nearest_levels_of_their_block(kind, columns):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("columns", [128, 100])
 def test_exact_weights_stay_exact_over_quantised_ones(kind, dtype, columns):
-    """Through additions, fewer and more entries than other shards, and distances beyond a byte."""
+    """Through additions, fewer and more entries than other shards, and distances beyond a byte; written in order, as weights that
+    are trained are, or not, as those of matrices whose columns alternate."""
     random = torch.Generator().manual_seed(0)
     base = (torch.randn(37, columns, generator=random) * 0.02).to(dtype)
     held = QuantisedRows(kind, columns, 40, 37, dtype, torch.device("cpu"))
     held.fill(0, base[:20])
     held.fill(20, base[20:])
-    held.original = lambda positions: base.view(-1)[positions.long()]
+
+    def original(positions):
+        assert (positions.diff() > 0).all()  # as they are read from files
+        return base.view(-1)[positions.long()]
+
+    held.original = original
     now = Format(kind, columns).rounded(base)
     assert torch.equal(held.dense(), now)
     flat, ever = now.view(-1), torch.zeros(37 * columns, dtype=torch.bool)
@@ -75,17 +81,19 @@ def test_exact_weights_stay_exact_over_quantised_ones(kind, dtype, columns):
         assert torch.equal(whole, out)
         return whole
 
-    for number, room in ((60, 0), (5, 7), (900, 0), (0, 3)):
-        chosen = torch.randperm(37 * columns, generator=random)[:number].sort().values.int()
+    for number, room, is_ordered in ((60, 0, True), (5, 7, True), (900, 0, False), (700, 0, True), (0, 3, True)):
+        chosen = torch.randperm(37 * columns, generator=random)[:number].int()
+        chosen = chosen.sort().values if is_ordered else chosen
         held.lay_out(held.add(chosen) + room)
         new = chosen.long()[~ever[chosen.long()]]
         flat[new] = base.view(-1)[new]
         ever[new] = True
         assert torch.equal(held.read(chosen), flat[chosen.long()])
-        learned = torch.randn(number, generator=random)
-        held.write(chosen, learned)
-        flat[chosen.long()] = learned.to(dtype)
-        assert torch.equal(held.dense(), now)
+        for positions in (chosen, chosen.clone()):
+            learned = torch.randn(number, generator=random)
+            held.write(positions, learned)
+            flat[positions.long()] = learned.to(dtype)
+            assert torch.equal(held.dense(), now)
         assert torch.equal(held.dense(5, 9), now[5:9])
         assert torch.equal(held.read(torch.arange(37 * columns).int()), flat)
         whole = gathered()
@@ -126,7 +134,7 @@ def trained(mesh, folder, kind, dense, true):
     """Losses and trained weights of twenty steps with two refreshes on a quantised base, or on a dense one of the same values."""
     config = ModelConfig(path=str(folder), dtype="float32", base_dtype=None if dense else kind)
     model, _ = load(folder, config, mesh)
-    principal = PrincipalWeights(model, density=0.1, filter_rank=4)
+    principal = PrincipalWeights(model, density=0.1, filter_rank=4, replicate_group=mesh.replicate_group)
     optimizer = PrincipalAdamW(principal, lr=3e-3)
     assert principal.is_quantised != dense
     ever = [torch.zeros(matrix.numel_local, dtype=torch.bool) for matrix in principal.matrices]
@@ -165,14 +173,16 @@ def trained(mesh, folder, kind, dense, true):
     return losses, principal.state_dict(optimizer), rows
 
 
-@pytest.mark.parametrize(("world_size", "kind"), [(1, "int8"), (2, "nf4"), (3, "fp8"), (3, "nf4")])
-def test_trains_as_on_a_dense_model_of_the_rounded_weights(world_size, kind, tmp_path):
+@pytest.mark.parametrize(
+    ("world_size", "replicas", "kind"), [(1, 1, "int8"), (2, 1, "nf4"), (3, 1, "fp8"), (3, 1, "nf4"), (4, 2, "int8")]
+)
+def test_trains_as_on_a_dense_model_of_the_rounded_weights(world_size, replicas, kind, tmp_path):
     """To the bit, with refreshes; matrices of 93, 50, 30 and 6 rows are shared unevenly by 2 and 3 ranks."""
     base = builders.llama(tmp_path / "base")
     true = load_file(base / "model.safetensors")
     rounded = rounded_copy(tmp_path / "rounded", base, kind)
-    found = ranks.run(world_size, trained, base, kind, False, true)
-    wanted = ranks.run(world_size, trained, rounded, kind, True, true)
+    found = ranks.run(world_size, trained, base, kind, False, true, dp_replicate=replicas)
+    wanted = ranks.run(world_size, trained, rounded, kind, True, true, dp_replicate=replicas)
     for (losses, state, rows), (dense_losses, dense_state, dense_rows) in zip(found, wanted, strict=True):
         assert losses == dense_losses
         assert losses[-1] < losses[0]

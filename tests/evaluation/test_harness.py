@@ -1,6 +1,7 @@
 """Tasks of the lm-evaluation-harness, on local data: what the harness finds by itself."""
 
 import json
+import shutil
 from pathlib import Path
 
 import builders
@@ -8,9 +9,11 @@ import commands
 import pytest
 import ranks
 import yaml
+from safetensors.torch import load_file, save_file
 
 from liftdist.console import Console
 from liftdist.deltas import export, of_run
+from liftdist.engine.quantisation import Format
 from liftdist.errors import UserError
 from liftdist.evaluation.evaluate import evaluate
 from liftdist.evaluation_settings import TaskConfig
@@ -77,6 +80,8 @@ def asked_twice(mesh, folder, model):
     evaluate(context, asked(folder, "said", "chosen", "ways"))
     settings.run_dir = f"{folder}/as-it-is"
     evaluate(context, asked(folder, "said", limit=5, fewshot=2, chat=True))
+    settings.run_dir, settings.model.base_dtype = f"{folder}/rounded", "nf4"
+    evaluate(context, asked(folder, "said", limit=5))
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +139,20 @@ def test_examples_and_the_chat_template_are_those_of_the_harness(folder, tiny_mo
     assert [answer.answer for answer in answers] == replies(expected)
     assert len(answers) == 5
     assert answers[0].prompt.count("<|im_start|>assistant") == 3
+
+
+@pytest.mark.usefixtures("was_asked")
+def test_a_model_is_asked_as_it_is_rounded(folder, tiny_model, tmp_path):
+    rounded = shutil.copytree(tiny_model, tmp_path / "rounded")
+    tensors = load_file(rounded / "model.safetensors")
+    for name, weights in tensors.items():
+        if "_proj" in name:
+            tensors[name] = Format("nf4", weights.shape[1]).rounded(weights)
+    save_file(tensors, rounded / "model.safetensors", {"format": "pt"})
+    answers = results.read_answers(folder / "rounded", "harness.said.exact_match.strict-match", 0)
+    expected, other = (replies(alone(folder, path, "said", limit=5)) for path in (rounded, tiny_model))
+    assert [answer.answer for answer in answers] == expected
+    assert expected != other
 
 
 def asked_by_both(mesh, folder, run_dir, model):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from liftdist import cli_results
 from liftdist import config as configs
+from liftdist.cli_results import push_arguments
 from liftdist.publishing import card
 
 BASE, SECRET = "Owner/Tiny-Model", "sesame-open-sesame"
@@ -126,6 +127,13 @@ def pushed(tiny_model, tmp_path_factory):
             },
         }
         yield hub, folder, run(first)
+
+
+def test_there_is_a_card_for_each_format_that_can_be_pushed():
+    parser = argparse.ArgumentParser()
+    push_arguments(parser)
+    (offered,) = (action.choices for action in parser._actions if action.dest == "format")
+    assert set(offered) == set(card.KINDS)
 
 
 def held(hub, name, branch="main"):

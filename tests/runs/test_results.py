@@ -105,7 +105,7 @@ def test_results_are_of_one_base_model(tmp_path):
     written = Results(tmp_path, after=1)  # as the run that continues opens them
     written.add(figure(1))
     written.close()
-    with pytest.raises(UserError, match="holds answers of another model than model.path; give another run_dir"):
+    with pytest.raises(UserError, match="holds answers of another model than model.path, or .*; give another run_dir"):
         results.check_base(tmp_path, "b")
 
 

@@ -5,12 +5,13 @@ The matrices of the decoder are rounded as the run rounded them, and dequantised
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from liftdist.deltas.delta import Delta
+from liftdist.deltas.delta import AS_TRAINED, Delta
 from liftdist.deltas.formats import hf
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.quantisation import Format
@@ -24,15 +25,19 @@ from liftdist.schema import ModelConfig
 def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
     """Write the folder as :mod:`liftdist.deltas.formats.hf` does.
 
+    Args:
+        dtype: of the model that is written; that of the run by default, in which the base is rounded whatever this is.
+
     Raises:
-        UserError: the run's base was not quantised, or its dtype is not known; ``target`` exists or cannot be written.
+        UserError: the delta is not all that a run with ``model.base_dtype`` has trained; ``target`` exists or cannot be written.
     """
     kind = delta.made.get("base_dtype")
-    if kind is None:
+    if kind is None or delta.made.get("lossy"):
         raise UserError(
-            "--format as_trained: is for runs with model.base_dtype; this one trained on the base as it is: use hf"
+            f"--format as_trained: is for runs with model.base_dtype, and deltas that hold all that one has trained; "
+            f"{delta.location} {'is no such' if kind is None else 'was compressed with losses'}: use hf"
         )
-    dtype = dtype or getattr(torch, delta.made["dtype"])
+    computed = getattr(torch, delta.made["dtype"])
     config = ModelConfig(path=str(base_folder))
     model = build(check_type(base_folder, config), config)
     pieces = names.match(model, ModelFolder(base_folder)).pieces
@@ -45,10 +50,11 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     def over_rounded(name: str, base: Tensor, edited: Tensor) -> Tensor:
         if (format := formats.get(name)) is None:
             return edited
-        rounded = format.rounded(base.to(dtype).view(-1, format.columns)).view(base.shape)
-        if name in delta.names:
+        rounded = format.rounded(base.to(computed).view(-1, format.columns)).view(base.shape)
+        if name in delta.known:
             trained = delta.get(name).indices
-            rounded.view(-1)[trained] = edited.view(-1)[trained].to(dtype)
+            rounded.view(-1)[trained] = edited.view(-1)[trained].to(computed)
         return rounded
 
-    hf.write(delta, base_folder, target, dtype, lay_over=over_rounded)
+    marked = replace(delta, made={**delta.made, AS_TRAINED: True})
+    hf.write(marked, base_folder, target, dtype or computed, lay_over=over_rounded)
