@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -249,6 +250,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen2_vl": MROPE,
     "qwen2_5_vl": MROPE,
     "qwen3_vl": MROPE,
+    "qwen3_vl_moe": MROPE,
+    "qwen3_vl_moe_resaved": dict(MROPE, model_type="qwen3_vl_moe"),
+    "ernie4_5_vl_moe": dict(text_config=dict(MROPE["text_config"], moe_intermediate_size=[24, 24])),
     "qwen3_5": {},
     "llama4": dict(text_config=dict(moe_layers=[], intermediate_size_mlp=45, attention_chunk_size=8)),
     "internvl": {},
@@ -275,6 +279,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "aria": {},
     "minicpmv4_6": {},
 }
+
+#: Tensors whose last two dimensions the publisher has the other way round than transformers, which saves its own.
+TRANSPOSED = {"qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj")}
 
 #: Families that transformers itself cannot build or run here, or that are refused, and why.
 NOT_HERE = {
@@ -320,6 +327,12 @@ def make(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
         for param in model.parameters():
             param += 0.05 * torch.randn_like(param)
     model.to(dtype).save_pretrained(folder)
+    if endings := TRANSPOSED.get(family):
+        file = folder / "model.safetensors"
+        stored = load_file(file)
+        turned = {name: tensor.mT.contiguous() for name, tensor in stored.items() if name.endswith(endings)}
+        assert turned
+        save_file(stored | turned, file, {"format": "pt"})
     return folder
 
 

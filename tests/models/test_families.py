@@ -48,11 +48,13 @@ ON_TWO_RANKS = (
     "qwen3_moe",
     "gpt_oss",
     "granitemoe",
+    "qwen3_vl_moe",
 )
 ON_THREE_RANKS = (
     "qwen3_moe",
     "mixtral_of_five",
     "gpt_oss",
+    "qwen3_vl_moe",
 )  # experts that three ranks do not share evenly, or not all have
 LENGTHS = (11, 7)
 
@@ -260,7 +262,9 @@ def test_dropout_is_said_by_its_key(family, overrides, said):
     assert build.dropout(settings) == said
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mllama", "phi4_multimodal", "fuyu", "qwen3_5", "llama4"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "mllama", "phi4_multimodal", "fuyu", "qwen3_5", "llama4", "ernie4_5_vl_moe"]
+)
 def test_what_encodes_images_and_sound_is_not_trained(family):
     settings = families.config(family)
     model = build.build(settings, ModelConfig())
