@@ -244,7 +244,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     # language models of multimodal checkpoints
     "gemma3": {},
-    "gemma3n": {},
+    "gemma3n": dict(vision_config=dict(architecture="test_efficientnet")),
     "gemma4": {},
     "mistral3": {},
     "qwen2_vl": MROPE,
@@ -270,26 +270,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mllama": {},
     "lfm2_vl": {},
     "ovis2": {},
-    "perception_lm": {},
+    "perception_lm": dict(
+        vision_config=dict(
+            architecture="vit_pe_core_tiny_patch16_384", model_args=dict(embed_dim=32, depth=2, num_heads=4)
+        )
+    ),
     "qwen2_audio": {},
     "voxtral": {},
     "phi4_multimodal": {},
     "qwen2_5_omni_thinker": MROPE,
     "fuyu": {},
-    "aria": {},
+    "aria": dict(text_config=dict(intermediate_size=24)),
     "minicpmv4_6": {},
 }
 
 #: Tensors whose last two dimensions the publisher has the other way round than transformers, which saves its own.
 TRANSPOSED = {"qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj")}
 
+#: Families that are compared only where timm is installed.
+OF_TIMM = ("gemma3n", "perception_lm")
+
 #: Families that transformers itself cannot build or run here, or that are refused, and why.
 NOT_HERE = {
-    "gemma3n": "needs timm",
-    "perception_lm": "needs timm",
+    **dict.fromkeys(OF_TIMM, "needs timm; compared where that is installed"),
     "paligemma": "reads text in both directions",
     "phimoe": "draws experts at random in training",
-    "aria": "its experts need sizes that are multiples of 16 bytes",
 }
 
 

@@ -165,7 +165,9 @@ def trained_and_exported(mesh, folder, run_dir):
 def cases():
     for name in families.FAMILIES:
         marks = [] if name in SHORT else [pytest.mark.slow]
-        if name in families.NOT_HERE:
+        if name in families.OF_TIMM:
+            marks.append(pytest.mark.skipif(not is_timm_available(), reason="needs timm and torchvision"))
+        elif name in families.NOT_HERE:
             continue
         yield pytest.param(1, name, id=f"{name}-1", marks=marks)
         if name in ON_TWO_RANKS:
@@ -209,7 +211,8 @@ REFUSED = {
     "a decoder of several models": (lambda: AutoConfig.for_model("blt"), "has no decoder with a list of layers"),
     "a library that is absent": (
         lambda: AutoConfig.for_model("gemma3n"),
-        "the model cannot be built: TimmWrapperModel requires the timm library",
+        "the model cannot be built: TimmWrapperModel requires the timm library but it was not found in your environment. You can "
+        "install it with pip: `pip install timm`",
     ),
 }
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
