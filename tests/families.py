@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
@@ -243,12 +244,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     ),
     # language models of multimodal checkpoints
     "gemma3": {},
-    "gemma3n": {},
+    "gemma3n": dict(vision_config=dict(architecture="test_efficientnet")),
     "gemma4": {},
     "mistral3": {},
     "qwen2_vl": MROPE,
     "qwen2_5_vl": MROPE,
     "qwen3_vl": MROPE,
+    "qwen3_vl_moe": MROPE,
+    "qwen3_vl_moe_resaved": dict(MROPE, model_type="qwen3_vl_moe"),
+    "ernie4_5_vl_moe": dict(text_config=dict(MROPE["text_config"], moe_intermediate_size=[24, 24])),
     "qwen3_5": {},
     "llama4": dict(text_config=dict(moe_layers=[], intermediate_size_mlp=45, attention_chunk_size=8)),
     "internvl": {},
@@ -266,23 +270,31 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mllama": {},
     "lfm2_vl": {},
     "ovis2": {},
-    "perception_lm": {},
+    "perception_lm": dict(
+        vision_config=dict(
+            architecture="vit_pe_core_tiny_patch16_384", model_args=dict(embed_dim=32, depth=2, num_heads=4)
+        )
+    ),
     "qwen2_audio": {},
     "voxtral": {},
     "phi4_multimodal": {},
     "qwen2_5_omni_thinker": MROPE,
     "fuyu": {},
-    "aria": {},
+    "aria": dict(text_config=dict(intermediate_size=24)),
     "minicpmv4_6": {},
 }
 
+#: Tensors whose last two dimensions the publisher has the other way round than transformers, which saves its own.
+TRANSPOSED = {"qwen3_vl_moe": ("experts.gate_up_proj", "experts.down_proj")}
+
+#: Families that are compared only where timm is installed.
+OF_TIMM = ("gemma3n", "perception_lm")
+
 #: Families that transformers itself cannot build or run here, or that are refused, and why.
 NOT_HERE = {
-    "gemma3n": "needs timm",
-    "perception_lm": "needs timm",
+    **dict.fromkeys(OF_TIMM, "needs timm; compared where that is installed"),
     "paligemma": "reads text in both directions",
     "phimoe": "draws experts at random in training",
-    "aria": "its experts need sizes that are multiples of 16 bytes",
 }
 
 
@@ -320,6 +332,12 @@ def make(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Path:
         for param in model.parameters():
             param += 0.05 * torch.randn_like(param)
     model.to(dtype).save_pretrained(folder)
+    if endings := TRANSPOSED.get(family):
+        file = folder / "model.safetensors"
+        stored = load_file(file)
+        turned = {name: tensor.mT.contiguous() for name, tensor in stored.items() if name.endswith(endings)}
+        assert turned
+        save_file(stored | turned, file, {"format": "pt"})
     return folder
 
 

@@ -19,6 +19,7 @@ from liftdist.registry import FORMATS
 
 CHECKED_RECORDS = 1000  # records checked before ranks start
 _RENDERED = "text"  # the format of what many data sets hold besides: a record's parts in one text
+_MARK = "label"  # false of a reply that is not to be learned, in data sets of single replies with a verdict on each
 
 
 def text(record: Record, key: str) -> str:
@@ -99,12 +100,14 @@ def reader(source: Source, config: DataSource) -> Reader:
     if config.prompt_template is None:
         format = _format(where, first, config)
         read, used = format.read, {own.get(name, name) for name in _fields(format)}
+        name = format.__name__.rpartition(".")[2]
 
         def by_format(record: Record) -> Content:
             content.refuse_media(record, "the record")
+            if name != _RENDERED and _MARK not in used:
+                _refuse_marked(record, section)
             return read(_renamed(record, own, section))
 
-        name = format.__name__.rpartition(".")[2]
         weighing, fields = _weighing(config, by_format, format.RESPONSE and own.get(format.RESPONSE, format.RESPONSE))
         return Reader(weighing, name, frozenset(used) | fields, source.is_table)
     prompt = wording.Template.parse(f"{section}.prompt_template", config.prompt_template)
@@ -123,10 +126,21 @@ def reader(source: Source, config: DataSource) -> Reader:
         response = wording.Template.of_field(f"{section}.prompt_template", own.get(format.RESPONSE, format.RESPONSE))
 
     def worded(record: Record) -> Text:
+        if config.response_template is None and _MARK not in prompt.fields | response.fields:
+            _refuse_marked(record, section)
         return Text([(prompt.fill(record), False), (response.fill(record), True)])
 
     weighing, fields = _weighing(config, worded, response.only_field)
     return Reader(weighing, "", prompt.fields | response.fields | fields, source.is_table)
+
+
+def _refuse_marked(record: Record, section: str) -> None:
+    """Raises ``ValueError`` for a reply that the record says is a bad one."""
+    if record.get(_MARK) is False:
+        raise ValueError(
+            f"{_MARK} is false, which marks a reply that is not to be learned: leave such records out; where the field means "
+            f"something else, rename it, or give {section}.prompt_template and {section}.response_template"
+        )
 
 
 def _weighing(

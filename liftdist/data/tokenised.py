@@ -51,7 +51,7 @@ NOT_IN_TOKENS = (
     "eval_share",
     "packing",
 )
-FORMAT = 6  # version of the layout of parts
+FORMAT = 7  # version of the layout of parts, and of what is refused
 _CHUNK = 64  # records whose tokens are Python objects at a time
 _FEW = 2  # parts that are made here: other processes take seconds to begin
 FIRST_PLACES = 3  # that are named of what was left out

@@ -48,7 +48,11 @@ def change_module(
         shape = shapes[name]
         for change in valued(name, undo, apply):
             if change.shape != shape:
-                raise UserError(f"{name} is {list(shape)}, the delta is for {list(change.shape)}")
+                turned = change.shape == (*shape[:-2], *shape[:-3:-1])
+                remedy = (
+                    "; if files hold it transposed, change the folder (liftdist apply), and load it" if turned else ""
+                )
+                raise UserError(f"{name} is {list(shape)}, the delta is for {list(change.shape)}{remedy}")
         for piece in pieces[name]:
             param = params[piece.source]
             first, rows = rows_local(param)

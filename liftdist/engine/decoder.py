@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-#: Classes of modules inside a decoder that encode images or sound, or attend to what is encoded.
-_ENCODES = re.compile("Vision|Audio|Perceiver|CrossAttention")
+#: Names and classes of modules inside a decoder that encode images or sound, attend to what is encoded, or read that alone.
+_ENCODES = re.compile("vision|audio|Vision|Audio|Perceiver|CrossAttention")
 
 
 def text_decoder(model: nn.Module) -> nn.Module:
@@ -49,8 +49,9 @@ def towers(model: nn.Module) -> list[nn.Module]:
                 yield child
 
     def inside(module: nn.Module) -> Iterator[nn.Module]:
-        for child in module.children():
-            if _ENCODES.search(type(child).__name__) or any(_is_model(part) for part in child.modules()):
+        for name, child in module.named_children():
+            is_apart = _ENCODES.search(type(child).__name__) or _ENCODES.search(name)
+            if is_apart or any(_is_model(part) for part in child.modules()):
                 yield child
             else:
                 yield from inside(child)

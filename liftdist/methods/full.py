@@ -229,6 +229,8 @@ def _matrices(name: str, param: nn.Parameter, names: NameMap, dtype: torch.dtype
     """A parameter as the base model's files hold it: whole, or in tensors of their own, such as the matrices of experts."""
     pieces, whole = names.pieces[name], place_of(name, param)
     called = [name] if len(pieces) == 1 else [piece.source for piece in pieces]
+    if len(set(called)) < len(called):  # matrices of one tensor
+        called = [f"{name}.{number}" for number in range(len(pieces))]
     return [
         describe(label, dataclasses.replace(whole, rows=piece.rows, first_row=piece.row), dtype)
         for label, piece in zip(called, pieces, strict=True)

@@ -58,7 +58,9 @@ def build(hf_config: Any, config: ModelConfig) -> PreTrainedModel:
                 trust_remote_code=config.trust_remote_code,
             )
     except (ValueError, ImportError) as error:
-        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        said, *more = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        if said.endswith(":") and more:  # the remedy is on the next line
+            said = f"{said} {more[0].partition('. ')[0]}"
         setting = (
             f"model.attn_implementation={config.attn_implementation}" if config.attn_implementation else "model.path"
         )

@@ -49,7 +49,12 @@ def verify(model: PreTrainedModel, files: ModelFolder, names: NameMap, rng: rand
             continue
         row = rng.randrange(len(rows))
         piece = next(p for p in names.pieces[name] if p.row <= first + row < p.row + p.rows)
-        expected = files.row(piece.source, first + row - piece.row + piece.source_row).to(tensor.dtype)
+        place = first + row - piece.row
+        if piece.across:
+            stored = files.column(piece.source, place, piece.source_row, piece.across)
+        else:
+            stored = files.row(piece.source, place + piece.source_row)
+        expected = stored.to(tensor.dtype)
         if held is not None:
             expected = held.format.rounded(expected.unsqueeze(0))
         if not torch.equal(rows[row].cpu().flatten(), expected.flatten()):
@@ -71,10 +76,17 @@ class _Stored:
         self._files.check_unchanged("with model.base_dtype a selection reads the base model again")
 
     def read(self, at_once: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Places among the rows, and the rows ``[k, n]`` from there on; at most ``at_once``, but one at least."""
+        """Places among the rows, and the rows ``[k, n]`` from there on; at most ``at_once``, but one, or one matrix, at least."""
         for piece in self._pieces:
             begin = max(piece.row - self._first, 0)
             end = min(piece.row + piece.rows - self._first, self._number)
+            if piece.across and begin < end:  # at once: each of its rows is in all of those there
+                columns = slice(self._first + begin - piece.row, self._first + end - piece.row)
+                yield (
+                    begin,
+                    self._files.rows(piece.source, piece.source_row, piece.source_row + piece.across)[:, columns].T,
+                )
+                continue
             step = max(at_once or end - begin, 1)
             for row in range(begin, end, step):
                 stored = self._first + row - piece.row + piece.source_row

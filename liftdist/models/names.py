@@ -8,7 +8,10 @@ here on numbers of rows in place of their weights, and the result says where eac
                                                             rows I to 2 I      experts.0.up_proj.weight [I, H]
                                                             rows 2 I to 3 I    experts.1.gate_proj.weight [I, H], and so on
 
-A row is a slice along the last dimension: ``[E, 2 I, H]`` has ``2 E I``. Of a vector it is one entry.
+A row is a slice along the last dimension: ``[E, 2 I, H]`` has ``2 E I``. Of a vector it is one entry. A converter that transposes
+makes them of columns, of matrix after matrix:
+
+    model.layers.0.mlp.experts.down_proj [E, H, I]          rows 0 to H        columns of rows 0 to I of it, [E, I, H]
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Transpose,
     WeightConverter,
     WeightRenaming,
     dot_natural_key,
@@ -46,12 +50,13 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Piece(NamedTuple):
-    """Consecutive rows of a tensor which are consecutive rows of another one, its source."""
+    """Consecutive rows of a tensor which are consecutive rows of another one, its source, or all columns of such rows."""
 
     source: str
     source_row: int  # the first, there
     row: int  # the first, here
     rows: int
+    across: int = 0  # if not 0, row i here is column i there, in so many rows
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,9 @@ class NameMap:
         pieces = self.pieces[place.parameter]
         piece = pieces[bisect.bisect(pieces, place.first_row, key=lambda piece: piece.row) - 1]
         if place.first_row + place.rows <= piece.row + piece.rows:
+            if piece.across:
+                first = (piece.source_row + place.first_column) * piece.rows + place.first_row - piece.row
+                return piece.source, Part(first, 1, place.step * piece.rows)
             first = piece.source_row + place.first_row - piece.row
             return piece.source, Part(first * place.width + place.first_column, place.width, place.step)
         parts = ", ".join(piece.source for piece in pieces)
@@ -110,7 +118,7 @@ def in_memory(model: nn.Module) -> tuple[dict[str, list[Piece]], dict[str, tuple
     numbers, params = _RowNumbers(), dict(model.named_parameters())
     state = {name: numbers.of(name, param.shape) for name, param in params.items()}
     if isinstance(model, PreTrainedModel):
-        state = revert_weight_conversion(model, state)
+        state = revert_weight_conversion(_OfRows(model), state)
     pieces = {name: numbers.runs(rows) for name, rows in state.items()}
     widths = {name: params[found[0].source].shape[-1:] for name, found in pieces.items()}
     return pieces, {name: (*rows.shape[:-1], *widths[name]) for name, rows in state.items()}
@@ -207,13 +215,15 @@ class _Found:
             steps = ", ".join(type(operation).__name__ for operation in converter.operations)
             sources = sorted(converter.layer_targets[name], key=dot_natural_key)
             try:
-                made = converter.convert(name, model=self.model, config=self.model.config)
+                made = converter.convert(name, model=_OfRows(self.model), config=self.model.config)
             except Exception as error:  # the library raises errors of many kinds
                 made, steps = {name: torch.empty(0)}, f"{steps}: {str(error).splitlines()[0] if str(error) else error}"
             rows_of = {target: rows[0] if isinstance(rows, list) else rows for target, rows in made.items()}
+            transposes = any(isinstance(operation, Transpose) for operation in converter.operations)
             is_map = numbers.are_those_of(sources, rows_of.values())
             for target, rows in rows_of.items():
-                pieces = self._pieces(target, rows, numbers) if is_map and target in self.state else None
+                find = self._columns if transposes and rows.shape[-1:] != (1,) else self._pieces
+                pieces = find(target, rows, numbers) if is_map and target in self.state else None
                 if pieces is None:
                     self.problems.append(f"{sources[0]} would have to be converted ({steps})")
                 else:
@@ -238,6 +248,33 @@ class _Found:
         if len(pieces) > len(sources) or (len(shape) > 1 and widths != {shape[-1]}):
             return None
         return tuple(pieces)
+
+    def _columns(self, name: str, rows: Tensor, numbers: _RowNumbers) -> tuple[Piece, ...] | None:
+        """The pieces of a tensor whose rows are columns, one for each matrix in it, from the numbers of rows with those."""
+        shape = self.state[name].shape
+        if tuple(rows.shape) != (*shape[:-2], 1, shape[-1]):
+            return None
+        pieces = []
+        for number, block in enumerate(rows.reshape(-1, shape[-1])):
+            (piece, *others) = numbers.runs(block)
+            if others or self.files.info(piece.source)["shape"][-1] != shape[-2]:
+                return None
+            pieces.append(Piece(piece.source, piece.source_row, number * shape[-2], shape[-2], piece.rows))
+        return tuple(pieces)
+
+
+class _OfRows:
+    """Stands for a model where a converter asks for the shape of a parameter: that of the numbers of its rows."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def get_parameter(self, name: str) -> Tensor:
+        param = self._model.get_parameter(name)
+        return param[..., :1] if param.ndim > 1 else param
 
 
 class _RowNumbers:

@@ -24,10 +24,16 @@ class Part(NamedTuple):
         return self.offset + rows * self.row + (indices - rows * columns) * self.column
 
     def inside(self, indices: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """The inverse, for a matrix ``[rows, columns]``: which ``indices [k]`` are in it, ``[k]`` bool, and theirs there."""
+        """The inverse, for a matrix ``[rows, columns]``: which of sorted ``indices [k]`` are in it, and theirs, ascending."""
         places = indices.long() - self.offset
-        row = places.div(self.row, rounding_mode="floor")
-        place = places - row * self.row
-        column = place // self.column
-        found = (row >= 0) & (row < rows) & (place % self.column == 0) & (column < columns)
-        return found, (row * columns + column)[found]
+        outer, inner = max(self.row, self.column), min(self.row, self.column)
+        far = places.div(outer, rounding_mode="floor")
+        near = (places - far * outer) // inner
+        row, column = (far, near) if self.row == outer else (near, far)
+        fits = (row >= 0) & (row < rows) & (column >= 0) & (column < columns)
+        found = (fits & ((places - far * outer) % inner == 0)).nonzero().squeeze(1)
+        flat = (row * columns + column)[found]
+        if self.row < self.column:
+            flat, order = flat.sort()
+            found = found[order]
+        return found, flat

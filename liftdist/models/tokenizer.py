@@ -1,7 +1,7 @@
 """The tokenizer of a model's folder, if it is the one that the model was made with.
 
-transformers makes a tokenizer even of a folder that holds no vocabulary, which knows no text, and converts what has no
-``tokenizer.json``, not always right.
+transformers makes a tokenizer even of a folder that holds no vocabulary, which knows no text, or no merges, which knows only
+letters, and converts what has no ``tokenizer.json``, not always right.
 """
 
 from __future__ import annotations
@@ -32,6 +32,12 @@ def load_tokenizer(folder: Path, config: ModelConfig) -> PreTrainedTokenizerBase
     names = {_FAST, _SENTENCEPIECE, *_OTHERS, *made.vocab_files_names.values()}
     if made.is_fast and not any((folder / name).is_file() for name in names):
         raise UserError(f"{where}: holds no vocabulary of a tokenizer; copy {_FAST} from where the model is from")
+    merges = folder / made.vocab_files_names.get("merges_file", "merges.txt")
+    if made.is_fast and not (folder / _FAST).is_file() and merges.is_file() and not _holds_merges(merges):
+        raise UserError(
+            f"model.path {merges}: holds no merges, so that each letter would be a token; copy it, or {_FAST}, from where the "
+            "model is from"
+        )
     if is_converted:
         _check_converted(made, folder / _SENTENCEPIECE)
     return made
@@ -42,6 +48,12 @@ def _reason(error: Exception) -> str:
     if lines[0].startswith("Couldn't instantiate"):  # what could be it is a list on the next lines
         return f"holds none that can be read without its class; copy {_FAST} from where the model is from"
     return lines[0]
+
+
+def _holds_merges(file: Path) -> bool:
+    return any(
+        line.strip() and not line.startswith("#version") for line in file.read_text(encoding="utf-8").splitlines()
+    )
 
 
 def _check_converted(made: PreTrainedTokenizerBase, file: Path) -> None:

@@ -75,6 +75,13 @@ class ModelFolder:
             place = np.unravel_index(row, shape[:-1])
             return file.get_slice(name)[tuple(slice(int(at), int(at) + 1) for at in place)].flatten()
 
+    def column(self, name: str, column: int, first: int, rows: int) -> Tensor:
+        """The entries of a column in ``rows`` rows of one matrix of a tensor, as :meth:`row`."""
+        with safe_open(self.folder / self.file_of[name], framework="pt") as file:
+            *outer, row = (int(at) for at in np.unravel_index(first, self.info(name)["shape"][:-1]))
+            block = (*(slice(at, at + 1) for at in outer), slice(row, row + rows), slice(column, column + 1))
+            return file.get_slice(name)[block].flatten()
+
 
 def _stamp(path: Path) -> tuple[int, int]:
     """What changes when a file is written."""

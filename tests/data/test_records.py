@@ -305,11 +305,36 @@ def test_names_and_wordings_that_do_not_fit(record, settings, problem, tmp_path)
             dict(prompt_template="{q}", response_template="{a}"),
             ["question", "answer"],
         ),
+        ({"prompt": "a", "completion": "b", "label": True}, {}, ["label"]),
+        ({"prompt": "a", "completion": "b", "label": 0}, {}, ["label"]),
+        ({"prompt": "a", "completion": "b", "label": "bad"}, {}, ["label"]),
+        ({"text": "a", "label": False}, {}, ["label"]),
+        ({"q": "a", "a": "b", "label": False}, dict(prompt_template="{q}", response_template="{a}"), ["label"]),
     ],
 )
 def test_fields_that_do_not_reach_the_tokens_are_known(record, settings, expected, tmp_path):
     read, _ = reader(write(tmp_path, record), **settings)
     assert read.unused(record) == expected
+
+
+@pytest.mark.parametrize(
+    ("record", "settings"),
+    [
+        ({"prompt": "a", "completion": "b"}, {}),
+        ({"prompt": MESSAGES[:1], "completion": MESSAGES[1:]}, {}),
+        ({"messages": MESSAGES}, {}),
+        ({"instruction": "a", "input": "b", "output": "c"}, {}),
+        ({"q": "a", "answer": "b"}, dict(fields={"question": "q"})),
+        ({"question": "a", "answer": "b"}, dict(prompt_template="{question}")),
+    ],
+)
+def test_a_reply_that_is_marked_as_bad_is_not_learned(record, settings, tmp_path):
+    path = write(tmp_path, {**record, "label": True}, {**record, "label": False})
+    with pytest.raises(
+        UserError, match=":2: label is false, which marks a reply that is not to be learned: leave"
+    ) as caught:
+        contents(path, **settings)
+    assert "\n" not in str(caught.value)
 
 
 def test_what_does_not_reach_the_tokens_is_said_once(tokenizer, tmp_path):

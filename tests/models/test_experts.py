@@ -1,6 +1,9 @@
 """Experts: selected matrix by matrix as their checkpoint holds them, saved, exported, applied and undone by those names."""
 
+import shutil
+
 import builders
+import families
 import pytest
 import ranks
 import torch
@@ -14,7 +17,9 @@ from liftdist.deltas.module import change_module
 from liftdist.engine import selection
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
+from liftdist.engine.quantisation import Format
 from liftdist.models.load import load
+from liftdist.runs import checkpoint
 from liftdist.schema import ModelConfig
 
 DENSITY, FILTER_RANK = 0.1, 4
@@ -103,3 +108,49 @@ def test_a_run_is_exported_applied_and_undone_by_the_names_of_the_checkpoint(smo
     change_module(model, undo=one)
     before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).state_dict()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.slow
+def test_runs_on_experts_that_are_stored_transposed(smollm2, monkeypatch, tmp_path):
+    """Fully, and over a rounded base, whose rows are those of the parameters, by blocks that files have in columns."""
+    special = dict(image_token_id=49150, video_token_id=49149, vision_start_token_id=49148, vision_end_token_id=49147)
+    monkeypatch.setattr(
+        families, "SMALL", families.SMALL | special | dict(vocab_size=49152, max_position_embeddings=512)
+    )
+    base = families.make(tmp_path / "base", "qwen3_vl_moe")
+    for name in builders.TOKENIZER_FILES:
+        shutil.copy(smollm2 / name, base / name)
+    records = builders.write_records(tmp_path / "records.jsonl")
+    name = "model.language_model.layers.1.mlp.experts.down_proj"
+    before = load_file(base / "model.safetensors")[name]
+
+    def trained(kind, *asked):
+        folder = tmp_path / kind
+        folder.mkdir()
+        config = write_config(folder, base, records, data=dict(eval_path=None), train=dict(steps=2, eval_interval=0))
+        run = run_command("train", config, "--nproc", 2, *asked)
+        assert run.returncode == 0, run.stdout
+        return load_file(folder / "run" / "export" / "model.safetensors")[name]
+
+    after = trained("full", "method=full", "selection.density=null")
+    assert (after != before).float().mean() > 0.9
+    step = checkpoint.open_step(tmp_path / "full" / "run" / "checkpoints" / "step-00000002")
+    for expert, stored in enumerate(after):
+        assert torch.equal(step.whole(f"{name}.{expert}", "values").view(stored.mT.shape), stored.mT)
+
+    changed = (after := trained("rounded", "model.base_dtype=nf4")) != before
+    assert 0 < changed.float().mean() < 0.1
+    liftdist(
+        "export",
+        tmp_path / "rounded/run",
+        "--format",
+        "as_trained",
+        "--output",
+        tmp_path / "out",
+        "--cache-dir",
+        tmp_path,
+    )
+    exact = load_file(tmp_path / "out" / "model.safetensors")[name]
+    rows = before.mT.reshape(-1, before.shape[1])
+    assert torch.equal(exact[changed], after[changed])
+    assert torch.equal(exact[~changed], Format("nf4", rows.shape[1]).rounded(rows).view(before.mT.shape).mT[~changed])

@@ -30,10 +30,11 @@ from liftdist.runs.saver import Checkpointer
 from liftdist.schema import ModelConfig
 from liftdist.training.objective import token_losses
 
-SHORT = (  # one of each kind; all others are slow together
-    "gpt2", "falcon", "mamba2", "zamba2", "falcon_h1", "lfm2", "apertus", "qwen3_5", "gemma4", "qwen2_5_vl", "llama4", "mllama",
-    "qwen3_moe", "mixtral_of_five", "gpt_oss",
-)  # fmt: skip
+SHORT = {  # one of each kind, and on how many ranks; all others are slow together
+    **dict.fromkeys(("gpt2", "falcon", "mamba2", "falcon_h1", "lfm2", "apertus", "gemma4", "qwen2_5_vl"), (1,)),
+    "llama4": (1,), "mllama": (1,), "qwen3_vl_moe": (2,), "mixtral_of_five": (3,),
+    "zamba2": (1, 2), "qwen3_5": (1, 2), "qwen3_moe": (1, 3), "gpt_oss": (1, 3),
+}  # fmt: skip
 ON_TWO_RANKS = (
     "gpt2",
     "zamba2",
@@ -48,11 +49,13 @@ ON_TWO_RANKS = (
     "qwen3_moe",
     "gpt_oss",
     "granitemoe",
+    "qwen3_vl_moe",
 )
 ON_THREE_RANKS = (
     "qwen3_moe",
     "mixtral_of_five",
     "gpt_oss",
+    "qwen3_vl_moe",
 )  # experts that three ranks do not share evenly, or not all have
 LENGTHS = (11, 7)
 
@@ -162,14 +165,16 @@ def trained_and_exported(mesh, folder, run_dir):
 
 def cases():
     for name in families.FAMILIES:
-        marks = [] if name in SHORT else [pytest.mark.slow]
-        if name in families.NOT_HERE:
+        marks = []
+        if name in families.OF_TIMM:
+            marks.append(pytest.mark.skipif(not is_timm_available(), reason="needs timm and torchvision"))
+        elif name in families.NOT_HERE:
             continue
-        yield pytest.param(1, name, id=f"{name}-1", marks=marks)
-        if name in ON_TWO_RANKS:
-            yield pytest.param(2, name, id=f"{name}-2", marks=marks)
-        if name in ON_THREE_RANKS:
-            yield pytest.param(3, name, id=f"{name}-3", marks=marks)
+        sizes = [1, *[2] * (name in ON_TWO_RANKS), *[3] * (name in ON_THREE_RANKS)]
+        assert set(SHORT.get(name, ())) <= set(sizes)
+        for size in sizes:
+            slow = [] if size in SHORT.get(name, ()) else [pytest.mark.slow]
+            yield pytest.param(size, name, id=f"{name}-{size}", marks=marks + slow)
 
 
 @pytest.mark.parametrize(("world_size", "family"), cases())
@@ -207,7 +212,8 @@ REFUSED = {
     "a decoder of several models": (lambda: AutoConfig.for_model("blt"), "has no decoder with a list of layers"),
     "a library that is absent": (
         lambda: AutoConfig.for_model("gemma3n"),
-        "the model cannot be built: TimmWrapperModel requires the timm library",
+        "the model cannot be built: TimmWrapperModel requires the timm library but it was not found in your environment. You can "
+        "install it with pip: `pip install timm`",
     ),
 }
 SIZES = dict(vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
@@ -260,7 +266,9 @@ def test_dropout_is_said_by_its_key(family, overrides, said):
     assert build.dropout(settings) == said
 
 
-@pytest.mark.parametrize("family", ["gemma3", "mllama", "phi4_multimodal", "fuyu", "qwen3_5", "llama4"])
+@pytest.mark.parametrize(
+    "family", ["gemma3", "mllama", "phi4_multimodal", "fuyu", "qwen3_5", "llama4", "ernie4_5_vl_moe"]
+)
 def test_what_encodes_images_and_sound_is_not_trained(family):
     settings = families.config(family)
     model = build.build(settings, ModelConfig())

@@ -88,6 +88,17 @@ def test_a_folder_without_a_vocabulary_is_refused(settings, model_type, tmp_path
     )
 
 
+@pytest.mark.parametrize("merges", ["", "#version: 0.2\n"])
+def test_a_vocabulary_without_merges_is_refused(merges, bpe, tmp_path):
+    """transformers makes a tokenizer of it that cuts every word into letters."""
+    folder = folder_of(tmp_path, "qwen2", {"tokenizer_class": "Qwen2Tokenizer"}, **bpe | {"merges__txt": merges})
+    assert AutoTokenizer.from_pretrained(folder).tokenize("Hello") == list("Hello")
+    with pytest.raises(
+        UserError, match="merges.txt: holds no merges, so that each letter would be a token; copy it, or tok"
+    ):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("settings", "files", "problem"),
     [

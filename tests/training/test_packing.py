@@ -152,7 +152,7 @@ def test_a_model_packs_exactly_or_is_refused(family):
         assert difference < 1e-5
 
 
-@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("rows", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(
     "family", [family for family in FAMILIES if not family.endswith("mamba")]
 )  # they fail in bf16 here
@@ -258,7 +258,7 @@ def from_behind(hidden, samples):
 MIXTURES = (convolution, wide, state, block, sink, whole_batch, from_behind)
 
 
-@pytest.mark.parametrize("layer", [0, -1])
+@pytest.mark.parametrize("layer", [pytest.param(0, marks=pytest.mark.slow), -1])
 @pytest.mark.parametrize("mix", MIXTURES)
 @pytest.mark.parametrize(
     ("family", "dtype", "strength"),
@@ -319,9 +319,16 @@ def test_a_missing_kernel_is_named(family):
     assert "set data.packing=false, or: `causal_conv1d_fn`" in how(model_of(family))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_a_pretrained_model_is_not_refused_for_its_rounding(dtype, smollm2):
-    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype).requires_grad_(False)
+@pytest.mark.parametrize(
+    ("dtype", "layers"),
+    [
+        (torch.bfloat16, 5),
+        pytest.param(torch.bfloat16, 30, marks=pytest.mark.slow),  # minutes where bfloat16 is emulated
+        pytest.param(torch.float32, 30, marks=pytest.mark.slow),
+    ],
+)
+def test_a_pretrained_model_is_not_refused_for_its_rounding(dtype, layers, smollm2):
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype, num_hidden_layers=layers).requires_grad_(False)
     in_chunks(model)
     assert how(model, rows=2, max_length=300) == POSITIONS
 

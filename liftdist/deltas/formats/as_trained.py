@@ -42,15 +42,18 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
     model = build(check_type(base_folder, config), config)
     pieces = names.match(model, ModelFolder(base_folder)).pieces
     formats = {
-        piece.source: Format(kind, place.width)
+        piece.source: (Format(kind, place.width), bool(piece.across))
         for place in principal_matrices(model).values()
         for piece in pieces[place.parameter]
     }
 
     def over_rounded(name: str, base: Tensor, edited: Tensor) -> Tensor:
-        if (format := formats.get(name)) is None:
+        if name not in formats:
             return edited
-        rounded = format.rounded(base.to(computed).view(-1, format.columns)).view(base.shape)
+        format, is_transposed = formats[name]
+        held = base.to(computed).mT.contiguous() if is_transposed else base.to(computed)
+        rounded = format.rounded(held.view(-1, format.columns)).view(held.shape)
+        rounded = rounded.mT.contiguous() if is_transposed else rounded
         if name in delta.known:
             trained = delta.get(name).indices
             rounded.view(-1)[trained] = edited.view(-1)[trained].to(computed)
