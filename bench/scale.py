@@ -90,9 +90,12 @@ class Folder:
         return rows
 
 
-def settings(ranks: int, replicas: int, density: float = 0.05, base_dtype: str | None = None, **mesh) -> Config:
+def settings(
+    ranks: int, replicas: int, density: float = 0.05, base_dtype: str | None = None, on_host: bool = False, **mesh
+) -> Config:
     """The config of a step: two micro-batches per rank, each of one sequence."""
     config = measure.config()
+    config.optimizer.device = "cpu" if on_host else None
     config.model.base_dtype = base_dtype
     config.selection.density = density
     config.data.max_length = 2048
@@ -145,6 +148,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
                 method.reduce(torch.ones(()))
                 method.clip()
                 method.step()
+            on_host = _on_host(method)
         groups = {device_mesh.get_group(axis).group_name: axis for axis in ("dp_replicate", "dp_shard")}
         measured = {
             f"{groups[name]} {operation}": counts
@@ -156,6 +160,8 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         dist.destroy_process_group()
     planned_collectives: dict[str, list[int]] = {}
     for one in footprint.traffic(size, config, replicas, shards):
+        if one.axis == "host":
+            continue
         counts = planned_collectives.setdefault(f"{one.axis} {one.operation}", [0, 0])
         counts[0] += one.calls
         counts[1] += one.payload
@@ -167,7 +173,7 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
         "planned_read": size.itemsize * sum(unit.padded(shards) for unit in size.units) + size.buffers,
         "collectives": measured,
         "planned_collectives": planned_collectives,
-        "peak": live.peak,
+        "peak": live.peak - on_host,
         "planned_peak": footprint.peak(planned | {"selecting": 0, "previously selected": 0}),
     }
 
@@ -200,7 +206,18 @@ def _principal(config: Config, mesh: Mesh, model: Any) -> PrincipalWeights:
             for matrix, count in zip(principal.matrices, principal.counts, strict=True)
         ],
         sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
+        device=config.optimizer.device,
     )
+
+
+def _on_host(method: Any) -> int:
+    """Bytes of what is on the host, which is counted as the rest is: all tensors here are of one device."""
+    if not isinstance(method, Lift) or not method.principal.is_on_host:
+        return 0
+    principal = method.principal
+    states = (state for state in method.optimizer.state[principal.values].values() if state.ndim)
+    parts = (part.kept for part in principal.parts)
+    return sum(tensor.nbytes for tensor in (principal.values, principal.values.grad, *states, *parts))
 
 
 def _dense(config: Config, mesh: Mesh, model: Any, stored: names.NameMap) -> Full:
@@ -226,6 +243,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
     parser.add_argument("--base-dtype", choices=("int8", "fp8", "nf4"), help="as model.base_dtype")
+    parser.add_argument("--on-host", action="store_true", help="as optimizer.device=cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     results = {}
@@ -233,7 +251,11 @@ def main() -> None:
         for ranks in options.ranks:
             for replicas in (1, ranks // 8) if ranks > 8 else (1,):
                 began = time.perf_counter()
-                found = step(MODELS[name], settings(ranks, replicas, base_dtype=options.base_dtype), ranks)
+                found = step(
+                    MODELS[name],
+                    settings(ranks, replicas, base_dtype=options.base_dtype, on_host=options.on_host),
+                    ranks,
+                )
                 took = time.perf_counter() - began
                 key = f"{name}, {replicas} x {ranks // replicas}"
                 results[key] = found | {"balance": balance(MODELS[name], ranks)}

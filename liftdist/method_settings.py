@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
-from liftdist.schema_tree import FIXED, STATE, Problem, setting
+from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
 
 BY_GRADIENTS = ("gradient", "sensitivity", "spiel")  # criteria that need data
 
@@ -326,6 +326,13 @@ class OptimizerConfig:
         "loses updates that these would round away",
         choices=("float32", "bfloat16"),
         changes=STATE,
+    )
+    device: str | None = setting(
+        None,
+        "where trained values, their gradient, Adam's moments and indices are kept, and stepped: `cpu` is the host, which leaves "
+        "a GPU's memory to the model; where the model is if unset",
+        choices=("cpu",),
+        changes=NOTHING,
     )
     max_grad_norm: float | None = setting(None, "clip the gradient of what is trained to this global norm", above=0)
     schedule: str = setting(

@@ -83,16 +83,29 @@ def cores(groups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgr
         groups: where control groups are mounted.
         of: says in which of them this process is.
     """
-    found = float(len(os.sched_getaffinity(0)))
+    found = [_quota(group) for group in _groups("cpu", groups, of)]
+    return max(1, int(min(len(os.sched_getaffinity(0)), *found, float("inf"))))
+
+
+def memory(groups: Path = Path("/sys/fs/cgroup"), of: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes of memory that this machine has, or of those its control groups let this process and its like use together."""
+    found = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for group in _groups("memory", groups, of):
+        for name in ("memory.max", "memory.limit_in_bytes"):
+            with contextlib.suppress(OSError, ValueError):  # there is one of them, or none; or "max"
+                found.append(int((group / name).read_text()))
+    return min(found)
+
+
+def _groups(controller: str, groups: Path, of: Path) -> Iterator[Path]:
+    """The control groups of this process that have a controller, and those around them."""
     with contextlib.suppress(OSError):
         for line in of.read_text().splitlines():
             _, controllers, name = line.split(":", 2)
-            if controllers == "" or "cpu" in controllers.split(","):
+            if controllers == "" or controller in controllers.split(","):
                 root = groups / controllers if controllers else groups
                 group = root / name.strip("/")
-                for folder in (group, *(parent for parent in group.parents if parent.is_relative_to(root))):
-                    found = min(found, _quota(folder))
-    return max(1, int(found))
+                yield from (group, *(parent for parent in group.parents if parent.is_relative_to(root)))
 
 
 def _quota(group: Path) -> float:

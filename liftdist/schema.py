@@ -49,6 +49,10 @@ class ModelConfig:
     compile: bool = setting(False, "`torch.compile` each decoder layer", changes=NOTHING)
     trust_remote_code: bool = setting(False, "run model code that comes with the weights", changes=NOTHING)
 
+    @property
+    def uses_flash_attention(self) -> bool:
+        return "flash" in (self.attn_implementation or "")
+
 
 TURN = 10
 
@@ -84,6 +88,12 @@ class TrainConfig:
     steps: int | None = setting(None, "optimizer steps; overrides `epochs`", at_least=1)
     batch_size: int = setting(16, "sequences per optimizer step, over all ranks", at_least=1)
     micro_batch_size: int = setting(4, "sequences per forward and backward of a rank", at_least=1, changes=NOTHING)
+    fit_memory: bool = setting(
+        False,
+        "choose `train.micro_batch_size` and `model.activation_checkpointing` by the plan: the largest micro-batch that fits the "
+        "memory of a rank",
+        changes=NOTHING,
+    )
     seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)
     eval_interval: int = setting(
         0, "steps between evaluations; 0: only before and after training", at_least=0, changes=NOTHING
@@ -344,6 +354,11 @@ class Config:
                 yield "method", "must be lift with train.variants: no other method leaves the model as it was"
             if self.model.base_dtype is not None:
                 yield "model.base_dtype", "must be unset with train.variants: what one has trained would stay exact"
+            if self.train.fit_memory:
+                yield (
+                    "train.fit_memory",
+                    "must be false with train.variants: it plans one run; set train.micro_batch_size",
+                )
             if self.model.compile:
                 yield (
                     "model.compile",
@@ -355,8 +370,8 @@ class Config:
             yield "train.eval_kl", "needs held-out data: give data.eval_path, data.eval_sources or data.eval_share"
         if self.optimizer.dtype == "bfloat16" and self.model.dtype == "float32":
             yield "optimizer.dtype", "must be float32 with model.dtype=float32, or set model.dtype=bfloat16"
-        flash = "flash" in (self.model.attn_implementation or "")
-        if self.data.packing and flash and self.train.micro_batch_size != 1:
+        of_one = self.train.fit_memory or self.train.micro_batch_size == 1
+        if self.data.packing and self.model.uses_flash_attention and not of_one:
             yield (
                 "train.micro_batch_size",
                 "must be 1 with data.packing and flash attention (raise data.max_length instead), "
@@ -367,6 +382,8 @@ class Config:
         """What methods that train whole parameters do not have."""
         if self.optimizer.name != "adamw":
             yield "optimizer.name", f"must be adamw with method={self.method}"
+        if self.optimizer.device is not None:
+            yield "optimizer.device", f"is for method=lift: method={self.method} trains weights where the model is"
         if self.optimizer.bias_correction != "step":
             yield (
                 "optimizer.bias_correction",

@@ -63,10 +63,15 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             joined = True
             with importing():  # transformers, which takes seconds, in which other nodes may still be starting
                 from liftdist.evaluation.evaluate import evaluate
+                from liftdist.planning import fit
                 from liftdist.training import setup
                 from liftdist.training.run import train_all
             drawn = [Path(one.run_dir).expanduser() for one, _ in runs if one.metrics.images and mesh.is_main]
-            context = RunContext(config, mesh, Console(mesh.is_main), CancellationPoint(stop))
+            console = Console(mesh.is_main)
+            if config.train.fit_memory and options.only is None:  # of one run
+                config = fit.to_memory(config, mesh, console)
+                runs = [(config, text) for _, text in runs]
+            context = RunContext(config, mesh, console, CancellationPoint(stop))
             if options.only == "select":
                 setup.select_only(context)
             elif options.only == "eval":

@@ -61,12 +61,76 @@ def test_adamw_and_write_back_in_one_kernel(dtype):
         assert torch.allclose(one, stock, rtol=1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, atol=1e-6)
 
 
+def on_values(device, dtype):
+    """First weights after steps that check what travels; kernels that are slow stand before the copies."""
+    model = mlp(dtype).cuda()
+    principal = make(model, method="exact", device=device)
+    optimizer = PrincipalAdamW(principal, lr=1e-3, betas=(0.9, 0.95), eps=1e-6, weight_decay=0.1)
+    optimizer.in_one_kernel = False
+    dense, first = [[] for _ in principal.parts], None
+    for part, gradients in zip(principal.parts, dense, strict=True):
+        part.param.register_hook(lambda gradient, to=gradients: to.append(gradient.detach().float().flatten()))
+    for seed in range(4):
+        if seed == 2:
+            principal.refresh(optimizer)
+        for micro in range(2):
+            inputs = torch.randn(16, 30, generator=torch.Generator().manual_seed(2 * seed + micro)).to(dtype).cuda()
+            torch.cuda._sleep(50_000_000)
+            model(inputs).square().mean().backward()
+        arrived = principal.values.grad.clone()  # at once, as any optimizer would take it
+        pairs = zip(dense, principal.parts, strict=True)
+        assert torch.equal(arrived.cuda(), torch.cat([sum(taken)[part.positions] for taken, part in pairs]))
+        for gradients in dense:
+            gradients.clear()
+        principal.reduce_gradients(torch.tensor(2.0, device="cuda"))
+        assert principal.clip_grad_norm_(1.0).is_cuda
+        torch.cuda._sleep(50_000_000)
+        optimizer.step()
+        held = principal.values.detach().clone()
+        principal.values.data.add_(1.0)  # before it has been sent
+        read = torch.cat([part.read(part.positions) for part in principal.parts])
+        assert torch.equal(read.cpu(), held.cpu().to(dtype))
+        principal.values.data.copy_(held)
+        first = first if seed else read
+    state = optimizer.state[principal.values]
+    assert {tensor.device.type for tensor in (principal.values, state["exp_avg"])} == {device or "cuda"}
+    assert all(part.kept.is_pinned() for part in principal.parts) == (device == "cpu")
+    return first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_values_on_the_host_of_a_model_on_a_gpu(dtype):
+    first, other = on_values(None, dtype), on_values("cpu", dtype)
+    assert torch.allclose(first, other, rtol=1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_gpu_memory_of_principal_weights(device):
+    """What is on the host takes none: 20 B a weight."""
+    torch.cuda.empty_cache()
+    model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(4))).cuda()
+    model.requires_grad_(False)
+    before = torch.cuda.memory_allocated()
+    principal = make(model, density=0.5, device=device, criterion=lambda weight, count, seed: torch.arange(count))
+    optimizer = PrincipalAdamW(principal)
+    for _ in range(2):
+        model(torch.ones(4, 2048, device="cuda")).mean().backward()
+        principal.reduce_gradients()
+        optimizer.step()
+    torch.cuda.synchronize()
+    each = (torch.cuda.memory_allocated() - before) / principal.num_selected
+    assert each == pytest.approx(20, rel=0.05) if device is None else each < 1
+
+
+@pytest.mark.parametrize("device", [None, "cpu"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_on_a_gpu(dtype, tiny_model, tmp_path):
+def test_a_run_on_a_gpu(dtype, device, tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
+    where = [] if device is None else [f"optimizer.device={device}"]
     run = run_command(
-        "train", config, f"model.dtype={dtype}", "train.deterministic=true", environment={"CUDA_VISIBLE_DEVICES": "0"}
-    )
+        "train", config, f"model.dtype={dtype}", "train.deterministic=true", *where,
+        environment={"CUDA_VISIBLE_DEVICES": "0"},
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(line["memory_gib/device_peak/rank0"] > 0 for line in lines if "train/loss" in line)
@@ -74,14 +138,15 @@ def test_a_run_on_a_gpu(dtype, tiny_model, tmp_path):
     assert losses[-1] < losses[0]
 
 
-def test_a_run_on_a_gpu_continues_to_the_bit(tiny_model, tmp_path):
+@pytest.mark.parametrize("device", ["", "cpu"])
+def test_a_run_on_a_gpu_continues_to_the_bit(device, tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
     last = tmp_path / "run" / "checkpoints" / "step-00000005"
     hashes = []
     for _ in range(2):
         run = run_command(
             "train", config, "model.dtype=bfloat16", "train.deterministic=true", "train.export=false",
-            "checkpoint.interval=1", "checkpoint.keep=9", environment={"CUDA_VISIBLE_DEVICES": "0"},
+            f"optimizer.device={device}", "checkpoint.interval=1", "checkpoint.keep=9", environment={"CUDA_VISIBLE_DEVICES": "0"},
         )  # fmt: skip
         assert run.returncode == 0, run.stdout
         files = json.loads((last / "manifest.json").read_text())["files"]

@@ -79,6 +79,10 @@ class PrincipalAdamW(torch.optim.AdamW):
                 loss = closure()
         values, gradient = self.principal.values, self.principal.values.grad
         unsupported = len(self.param_groups) > 1 or any(self.param_groups[0][key] for key in ("amsgrad", "maximize"))
+        if self.in_one_kernel and self.principal.is_on_host:
+            raise ValueError(
+                "in_one_kernel needs values on the GPU: leave it False with PrincipalWeights(device='cpu')"
+            )
         if (self.by_age or self.decay_to_base) and unsupported:
             raise ValueError("by_age and decay_to_base: not with amsgrad, maximize or several parameter groups")
         if self.in_one_kernel and not unsupported and gradient is not None and self.state[values] and values.numel():

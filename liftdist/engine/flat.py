@@ -2,7 +2,8 @@
 
 values[begin : begin + k_local] = W_local.flat[indices]         one bit per weight marks previous selections
 
-The matrices of a parameter have adjacent segments, so that one pass over the memory of the parameter serves them all.
+The matrices of a parameter have adjacent segments, so that one pass over the memory of the parameter serves them all. Positions
+are where the flat vector is, on the model's device or on the host, and are brought to the model where they are needed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from liftdist.engine import memory
+from liftdist.distributed.sharding import local_tensor
+from liftdist.engine import host, memory
 from liftdist.engine.matrices import Matrix
 from liftdist.engine.reductions import FSDPReduction
 
@@ -24,9 +26,14 @@ class Segment:
     """A matrix and its segment of the flat vector."""
 
     matrix: Matrix
-    positions: Tensor  # [k_local] int32, into the memory of the parameter, see matrices.py
+    kept: Tensor  # positions, as they are kept
     begin: int
     past: Tensor | None = None  # [ceil(m_local n / 8)] uint8, one bit per weight: previously selected
+
+    @property
+    def positions(self) -> Tensor:
+        """``[k_local]`` int32, into the memory of the parameter, see matrices.py; on its device."""
+        return self.kept.to(self.matrix.device, non_blocking=True)
 
     @property
     def indices(self) -> Tensor:
@@ -35,13 +42,13 @@ class Segment:
 
     @property
     def span(self) -> slice:
-        return slice(self.begin, self.begin + self.positions.numel())
+        return slice(self.begin, self.begin + self.kept.numel())
 
     @property
     def dropped(self) -> Tensor:
         """``[d_local]`` int64 sorted flat indices of previously selected weights that are not selected now."""
         if self.past is None:
-            return self.positions.new_empty(0, dtype=torch.int64)
+            return torch.empty(0, dtype=torch.int64, device=self.matrix.device)
         flags = _unpack(self.past, self.matrix.numel_local)
         flags[self.indices] = False
         return flags.nonzero().squeeze(1)
@@ -53,7 +60,7 @@ class Segment:
     def selected_ever(self) -> Tensor:
         """``[m_local n]`` bool: the previously selected weights and those selected now."""
         if self.past is None:
-            flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.positions.device)
+            flags = torch.zeros(self.matrix.numel_local, dtype=torch.bool, device=self.matrix.device)
         else:
             flags = _unpack(self.past, self.matrix.numel_local)
         flags[self.indices] = True
@@ -65,9 +72,18 @@ class Part:
     """A parameter that holds trained matrices, and its segment of the flat vector."""
 
     param: nn.Parameter
-    positions: Tensor  # [k_local] int32, into this rank's part of the parameter
+    kept: Tensor  # positions, as they are kept
     begin: int
     reduction: FSDPReduction | None
+
+    @property
+    def positions(self) -> Tensor:
+        """``[k_local]`` int32, into this rank's part of the parameter; on its device."""
+        return self.kept.to(self.device, non_blocking=True)
+
+    @property
+    def device(self) -> torch.device:
+        return local_tensor(self.param).device
 
     def read(self, positions: Tensor) -> Tensor:
         """``[k]`` in the dtype of the parameter: its weights at ``positions [k]``."""
@@ -79,11 +95,14 @@ class Part:
 
     @property
     def span(self) -> slice:
-        return slice(self.begin, self.begin + self.positions.numel())
+        return slice(self.begin, self.begin + self.kept.numel())
 
 
 def lay_out(
-    matrices: Sequence[Matrix], indices: Sequence[Tensor], reductions: Mapping[int, FSDPReduction]
+    matrices: Sequence[Matrix],
+    indices: Sequence[Tensor],
+    reductions: Mapping[int, FSDPReduction],
+    on_host: bool = False,
 ) -> tuple[list[Segment], list[Part]]:
     """The segments of matrices, and those of the parameters that hold them.
 
@@ -91,6 +110,7 @@ def lay_out(
         matrices: those of a parameter adjacent.
         indices: of each, ``[k_local]`` into this rank's rows, sorted.
         reductions: how the gradient of each parameter is reduced, by its ``id``.
+        on_host: keep positions there.
     """
     segments: list[Segment] = []
     parts: list[Part] = []
@@ -100,6 +120,7 @@ def lay_out(
         param, device = pairs[0][0].param, pairs[0][0].device
         found = [matrix.positions(chosen.to(device, torch.int32)).contiguous() for matrix, chosen in pairs]
         whole = torch.cat(found) if len(found) > 1 else found[0]
+        whole = host.kept(whole) if on_host else whole
         parts.append(Part(param, whole, begin, reductions.get(id(param))))
         for (matrix, _), own in zip(pairs, whole.split([part.numel() for part in found]), strict=True):
             segments.append(Segment(matrix, own, begin))

@@ -6,6 +6,8 @@ For matrix j this rank holds rows W_j [m_j, n] (a shard, or all of it) and sorte
     values.grad= concat over j of dL/dW_j.flat[S_j]        float32, never rounded after the reduction   and two moments
     positions  = concat over j of S_j                      int32, in the memory of the parameter         4 B
 
+With ``device="cpu"`` all three are on the host, and optimizers that run there step the values: see host.py for what travels.
+
 With ``dtype=torch.bfloat16`` the values and the moments take 2 B each: updates that bf16 rounds away are lost, as where
 bf16 weights are trained without master values.
 
@@ -23,7 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +33,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from liftdist.distributed.collectives import Group, all_reduce_sum, together
 from liftdist.distributed.sharding import fsdp_modules, local_tensor, reshard
-from liftdist.engine import optimizer_states, quantised, reductions
+from liftdist.engine import host, optimizer_states, quantised, reductions
 from liftdist.engine.base_values import BaseValues
 from liftdist.engine.budgets.per_matrix import PerMatrix
 from liftdist.engine.clip import clip_grad_norm_
@@ -79,6 +81,8 @@ class PrincipalWeights:
         dtype: of the values and, with them, of the optimizer's element-wise states: float32, which keeps what weights in bf16
             would round away, or bfloat16, for a model in bfloat16. Gradients are float32 either way, which torch's own
             optimizers do not step bfloat16 values by: take :class:`liftdist.engine.adamw.PrincipalAdamW`.
+        device: ``"cpu"`` keeps values, gradient and positions on the host; an optimizer of :attr:`values` steps them there. By
+            default they are where the model is.
         multiple_of: pad the flat vector with zeros to a multiple of this. Optimizers that quantise their state in blocks,
             such as torchao's, do not quantise vectors of other lengths.
         sparse_reduce_scatter: exchange only the principal entries of gradients between FSDP2 shards. The modules keep this
@@ -91,7 +95,7 @@ class PrincipalWeights:
 
     Raises:
         ValueError: nothing to train, a sharding that is not by rows, weights that are not finite (named), a model that
-            has principal weights already, a setting out of range, bfloat16 values of other weights.
+            has principal weights already, a setting out of range, bfloat16 values of other weights, another device.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class PrincipalWeights:
         replicate_group: Group = None,
         initial_indices: Callable[[PrincipalWeights], list[Tensor] | None] | None = None,
         dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
         multiple_of: int = 1,
         sparse_reduce_scatter: bool = True,
         keep_base: bool = False,
@@ -142,6 +147,11 @@ class PrincipalWeights:
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
         if dtype == torch.bfloat16 and (others := [m for m in self.matrices if m.dtype != dtype]):
             raise ValueError(f"dtype bfloat16 is for bfloat16 weights: {others[0].name} has {others[0].dtype}")
+        self.device = self.matrices[0].device  # of the model
+        self.is_on_host = device is not None and torch.device(device).type == "cpu"
+        if device is not None and not self.is_on_host:
+            raise ValueError(f"device must be cpu, or None for that of the model, got {device}")
+        self._arrivals = host.Arrivals()
         kept = {id(param) for param in trained}
         for param in model.parameters():
             param.requires_grad_(id(param) in kept)
@@ -181,7 +191,10 @@ class PrincipalWeights:
     def _movements(self) -> dict[int, tuple[Tensor, Tensor]]:
         base, values = self._kept_base().of(self.parts), self.values.detach().float()
         pairs = zip(self.parts, base, strict=True)
-        return {id(part.param): (part.positions, values[part.span] - before.float()) for part, before in pairs}
+        return {
+            id(part.param): (part.positions, values[part.span].to(part.device) - before.float())
+            for part, before in pairs
+        }
 
     def check_excluded(self) -> None:
         """Raises ``UserError`` if a weight that must not be selected was, before it was excluded. Collective."""
@@ -213,24 +226,29 @@ class PrincipalWeights:
         for reduction in self._reductions.values():
             reduction.drop()  # left over if a matrix of the module took no part in the backward
         grad = self._attached_grad()
-        all_reduce_sum(grad, self.replicate_group)
+        if grad.device == self.device or self.replicate_group is None:
+            all_reduce_sum(grad, self.replicate_group)
+        else:  # by way of the device, whose links are the faster ones
+            for entries in (grad[part.span] for part in self.parts):
+                entries.copy_(all_reduce_sum(host.sent(entries, self.device, entries.dtype), self.replicate_group))
         if divisor is None:
             divisor = 1 if self.replicate_group is None else self.replicate_group.size()
-        grad.div_(divisor)
+        grad.div_(divisor.to(grad.device) if isinstance(divisor, Tensor) else divisor)
 
     def clip_grad_norm_(self, max_norm: float | None) -> Tensor:
         """Scale the gradient so that its norm over all shards is at most ``max_norm``; return the norm before.
 
         If the norm is not finite, the gradient is left unchanged for the caller to handle.
         """
-        return clip_grad_norm_([self._attached_grad()], max_norm, self.shard_group)
+        return clip_grad_norm_([self._attached_grad()], max_norm, self.shard_group, self.device)
 
     @torch.no_grad()
     def write_back(self) -> None:
         """Write the values into the model's weights, rounded to their dtype, and clear the flat gradient."""
         gradient = self._attached_grad()
         for part in self.parts:
-            part.write(part.positions, self.values[part.span])
+            values = self.values[part.span]
+            part.write(part.positions, host.sent(values, part.device, part.param.dtype) if self.is_on_host else values)
         gradient.zero_()
         self.written_back()
 
@@ -301,7 +319,7 @@ class PrincipalWeights:
         for part in self.parts:
             part.reduction = self._reductions.get(id(part.param))
             if part.reduction is not None:
-                part.reduction.choose(part.param, part.positions)
+                part.reduction.choose(part.param, part.kept)
             _taken[part.param] = weakref.ref(self)
         self._base.swap(self.parts)
         self._has_left = False
@@ -354,7 +372,7 @@ class PrincipalWeights:
         if self.selector.replaces:
             self._restore_base(old_parts)
         # [k_local] place of each new entry in the old vector, -1 if it was not selected
-        source = self._flat([former(old, new) for old, new in zip(old_segments, self._segments, strict=True)], -1)
+        source = self._flat((former(old, new) for old, new in zip(old_segments, self._segments, strict=True)), -1)
         stayed = source >= 0
         values = self._read_shards()
         values[stayed] = old_values[source[stayed]]
@@ -365,8 +383,8 @@ class PrincipalWeights:
             moved = begun.get(key, torch.zeros_like(values)).to(before.dtype)
             moved[stayed] = before[source[stayed]]
             state[key] = optimizer_states.in_own_format(optimizer, key, self.values, moved)
-        selected = sum(indices.numel() for indices in self.indices)
-        count = torch.stack([stayed.sum(), torch.tensor(selected, device=stayed.device)])
+        selected = sum(segment.kept.numel() for segment in self._segments)
+        count = torch.stack([stayed.sum().to(self.device), torch.tensor(selected, device=self.device)])
         kept, total = all_reduce_sum(count, self.shard_group).tolist()
         return kept / max(total, 1)
 
@@ -399,7 +417,7 @@ class PrincipalWeights:
         number = self.selector.criterion.batches  # type: ignore[attr-defined]
         pairs = [(sums[id(part.param)], part.positions) for part in self.parts]
         mean, square = (
-            self._flat([states[place].index_select(0, where) for states, where in pairs]) / number for place in (0, 1)
+            self._flat(states[place].index_select(0, where) for states, where in pairs) / number for place in (0, 1)
         )
         return optimizer_states.gathered(optimizer, self.values, mean, square, number)
 
@@ -469,7 +487,7 @@ class PrincipalWeights:
                 segment.past = Segment(matrix, matrix.positions(dropped), 0).past_and_present()
 
         def flat(key: str) -> Tensor:
-            return self._flat([state[f"{matrix.name}/{key}"] for matrix in self.matrices]).to(self.values.device)
+            return self._flat(state[f"{matrix.name}/{key}"] for matrix in self.matrices)
 
         self._replace_values(flat("values").to(self.dtype))  # a state may have been saved in the other one
         self.write_back()
@@ -494,12 +512,13 @@ class PrincipalWeights:
 
     def drop_gradients(self) -> None:
         """Clear the flat gradient, as if there had been no backward."""
+        self._arrivals.drop()
         self._attached_grad().zero_()
 
     def _replace_values(self, values: Tensor) -> None:
         self.values.grad = None  # before the length changes
         self.values.data = values
-        self._grad = torch.zeros_like(values, dtype=torch.float32)
+        self._grad = torch.zeros_like(self.values, dtype=torch.float32)
         self.values.grad = self._grad
         self._require_gradients(self.counts)
 
@@ -512,31 +531,33 @@ class PrincipalWeights:
 
     def _lay_out(self, indices: Sequence[Tensor]) -> None:
         """Make the segments of matrices and parameters from the local indices of each matrix."""
-        self._segments, self.parts = lay_out(self.matrices, indices, self._reductions)
+        self._segments, self.parts = lay_out(self.matrices, indices, self._reductions, self.is_on_host)
         for part in self.parts:
             if part.reduction is not None:
-                part.reduction.choose(part.param, part.positions)
+                part.reduction.choose(part.param, part.kept)
         quantised.make_exact(
             [part.param for part in self.parts], [part.positions for part in self.parts], self.shard_group
         )
         if self._base is not None:
             self._base.add(self.parts)
         if not self.selector.is_known:
-            sizes = torch.tensor([segment.positions.numel() for segment in self._segments])
-            self.counts = all_reduce_sum(sizes.to(self.matrices[0].device), self.shard_group).tolist()
+            sizes = torch.tensor([segment.kept.numel() for segment in self._segments])
+            self.counts = all_reduce_sum(sizes.to(self.device), self.shard_group).tolist()
 
     def _read_shards(self) -> Tensor:
         """``[k_local]`` in :attr:`dtype`, the principal weights as the model holds them."""
-        return self._flat([part.read(part.positions).to(self.dtype) for part in self.parts])
+        return self._flat(part.read(part.positions).to(self.dtype) for part in self.parts)
 
-    def _flat(self, parts: list[Tensor], padding: float = 0) -> Tensor:
-        """The concatenation of vectors, padded as ``values`` is."""
-        flat = torch.cat(parts)
+    def _flat(self, parts: Iterable[Tensor], padding: float = 0) -> Tensor:
+        """The concatenation of vectors, padded as ``values`` is, and where that is."""
+        where = torch.device("cpu") if self.is_on_host else self.device
+        flat = torch.cat([part.to(where) for part in parts])
         return nn.functional.pad(flat, (0, -flat.numel() % self._multiple_of), value=padding)
 
     def _attached_grad(self) -> Tensor:
         self.check_not_at_base()
         if self.values.grad is None:  # cleared by optimizer.zero_grad(set_to_none=True)
+            self._arrivals.drop()
             self._grad.zero_()
             self.values.grad = self._grad
         return self.values.grad
@@ -553,7 +574,11 @@ class PrincipalWeights:
         source = local_tensor(dense)
         if part.reduction is not None:
             source = part.reduction.unrounded(source)
-        self._attached_grad()[part.span] += source.reshape(-1).index_select(0, part.positions)
+        entries, target = source.reshape(-1).index_select(0, part.positions), self._attached_grad()[part.span]
+        if self.is_on_host:
+            self._arrivals.add(target, entries)
+        else:
+            target += entries
 
 
 def _check_free(params: Sequence[Tensor]) -> None:

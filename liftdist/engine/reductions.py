@@ -69,7 +69,7 @@ class FSDPReduction:
         return sum(self._sizes.values())
 
     def choose(self, param: nn.Parameter, indices: Tensor) -> None:
-        """Set the principal weights of this rank's rows of ``param`` to ``indices``, ``[k_local]`` int32."""
+        """Set the principal weights of this rank's rows of ``param`` to ``indices``, ``[k_local]`` int32, on any device."""
         self._indices[id(param)] = indices
         self._width = None
 
@@ -124,7 +124,8 @@ class FSDPReduction:
             return
         sizes = self._sizes
         offsets = itertools.accumulate(sizes.values(), initial=0)
-        mine = torch.cat([self._indices[key] + offset for key, offset in zip(sizes, offsets, strict=False)])
+        here = [self._indices[key].to(output_tensor.device, non_blocking=True) for key in sizes]
+        mine = torch.cat([indices + offset for indices, offset in zip(here, offsets, strict=False)])
         where = mine.new_empty(shards * width)
         all_gather_single(where, nn.functional.pad(mine, (0, width - mine.numel())), group=group)
         rows = torch.arange(shards, device=where.device).mul_(row).repeat_interleave(width)

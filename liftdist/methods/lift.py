@@ -140,7 +140,8 @@ class Lift:
         lines = [
             f"weights of the model      {everything}",
             f"principal weights         {self.principal.num_selected} ({self.principal.num_selected / everything:.2%})",
-            f"on the fullest rank       {fullest} ({fullest * each / GIB:.3f} GiB of values, gradient, states and indices)",
+            f"on the fullest rank       {fullest} ({fullest * each / GIB:.3f} GiB of values, gradient, states and indices"
+            f"{', on the host' if self.principal.is_on_host else ''})",
         ]
         for matrix, count in zip(self.matrices, self.principal.counts, strict=True):
             lines.append(f"{matrix.name}  {list(matrix.shape)}  {count}")
@@ -212,6 +213,7 @@ def attach(
             modules=choice.modules,
             replicate_group=context.mesh.replicate_group,
             dtype=getattr(torch, config.optimizer.dtype),
+            device=config.optimizer.device,
             initial_indices=_no_indices if from_checkpoint else initial,
             sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
             keep_base=config.keeps_base or context.shares_model,
@@ -231,6 +233,8 @@ def attach(
         console.say(
             f"left out: {sum(principal.selector.num_excluded)} weights of {len(choice.exclude)} deltas (selection.exclude)"
         )
+    if principal.is_on_host and principal.device.type == "cpu":
+        console.say("optimizer.device=cpu saves nothing here: the model is on the CPU as well")
     kinds = Counter(map(_kind, principal.matrices))
     console.say("trained: " + ", ".join(f"{number} {kind}" for kind, number in kinds.items()))
     return Lift(config, principal, cached.folder)

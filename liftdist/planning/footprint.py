@@ -7,6 +7,7 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
                                        in place of 2, and 3 B for each exact weight over them: value and distance
     principal            20 d N / S    values, gradient and two moments 4 B each, indices 4 B; other optimizers: their states
                          14 d N / S    with optimizer.dtype=bfloat16: values and moments 2 B each
+                                       with optimizer.device=cpu all of it on the host, and none here
     base values           6 d N / S    where they are kept: 2 B each, indices 4 B; a refresh adds those of weights new to it
     previously selected  N / (8 S)     one bit per weight, from the first refresh on
     other variants       these three   of each run besides the one that has the model
@@ -23,6 +24,8 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
     activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
 
 Traffic is that of ring algorithms: n (S - 1) / S for an all-gather or reduce-scatter of n bytes, twice that for an all-reduce.
+With optimizer.device=cpu, between a rank and its host: gradients 4 B each and positions 4 B each in every micro-batch, once more
+where they are sent to the other shards; after it values 2 B and positions 4 B each. Of a refresh nothing is counted.
 """
 
 from __future__ import annotations
@@ -137,7 +140,8 @@ def _reduction(
 
 
 def _of_others(size: Sizes, config: Config, shards: int) -> int:
-    return sum(_of_lift(size, config, shards, selected(size, config), shares=True).values())
+    parts = _of_lift(size, config, shards, selected(size, config), shares=True)
+    return sum(part for name, part in parts.items() if name != ON_HOST)
 
 
 def _of_lift(
@@ -146,7 +150,9 @@ def _of_lift(
     bits = sum(unit.padded(shards, trained=True) for unit in size.units) if config.selection.refresh_interval else 0
     held = sum(_width(unit, counts, shards) for unit in size.units)
     base = {"base values": (4 + size.itemsize) * held} if config.keeps_base or shares else {}
-    return {"principal": _bytes_each(config) * held, **base, "previously selected": bits // 8}
+    principal = _bytes_each(config) * held
+    where = {"principal": 0, ON_HOST: principal} if config.optimizer.device == "cpu" else {"principal": principal}
+    return {**where, **base, "previously selected": bits // 8}
 
 
 def _packed(unit: FSDPUnit, size: Sizes, counts: Mapping[str, int], shards: int) -> int:
@@ -197,6 +203,12 @@ def _is_sparse(config: Config) -> bool:
     return config.method == "lift" and config.mesh.sparse_reduce_scatter
 
 
+def _is_exchanged(unit: FSDPUnit, config: Config, counts: Mapping[str, int], shards: int) -> bool:
+    """Whether those of a unit are, and not whole."""
+    entries, row = _width(unit, counts, shards), unit.padded(shards, trained=True)
+    return shards > 1 and _is_sparse(config) and 8 * entries < 4 * row
+
+
 def _element(config: Config) -> int:
     """Bytes of a trained value."""
     return torch.finfo(getattr(torch, config.optimizer.dtype)).bits // 8
@@ -221,6 +233,7 @@ def _states(config: Config) -> int:
     return len(OPTIMIZERS.load(config.optimizer.name).element_states(config.optimizer))
 
 
+ON_HOST = "principal, on the host"
 HELD = ("weights", "principal", "base values", "previously selected", "other variants", "trained", "places")
 
 
@@ -270,7 +283,8 @@ def _needing_gradients(size: Sizes, config: Config) -> list[FSDPUnit]:
 
 @dataclass(frozen=True)
 class Collective:
-    """All collectives of one kind over one mesh axis in one optimizer step."""
+    """All collectives of one kind over one mesh axis in one optimizer step, or all copies in one direction between a rank and its
+    host, whose axis is ``host``."""
 
     axis: str
     operation: str
@@ -283,6 +297,8 @@ class Collective:
             "all_gather": ranks - 1,
             "reduce_scatter": (ranks - 1) / ranks,
             "all_reduce": 2 * (ranks - 1) / ranks,
+            "to_host": 1,
+            "to_device": 1,
         }
         return round(self.payload * per_payload[self.operation])
 
@@ -301,7 +317,7 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         reduced = [unit for unit in _needing_gradients(size, config) if unit.trained]
         widths = [_width(unit, counts, shards) for unit in reduced]
         dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
-        sparse = [_is_sparse(config) and 8 * w < d // shards for w, d in zip(widths, dense, strict=True)]
+        sparse = [_is_exchanged(unit, config, counts, shards) for unit in reduced]
         indices = sum(4 * width for width, is_sparse in zip(widths, sparse, strict=True) if is_sparse)
         gradients = sum(
             4 * shards * w if is_sparse else d for w, d, is_sparse in zip(widths, dense, sparse, strict=True)
@@ -319,11 +335,38 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         counts = selected(size, config)
         if config.method == "lift":
             flat = sum(_width(unit, counts, shards) for unit in size.units)
-            found.append(Collective("dp_replicate", "all_reduce", 1, 4 * flat))
+            parts = sum(map(_parameters, size.units)) if config.optimizer.device == "cpu" else 1
+            found.append(Collective("dp_replicate", "all_reduce", parts, 4 * flat))
         else:  # one for each parameter
             whole = sum(unit.padded(shards, trained=True) for unit in size.units)
             found.append(Collective("dp_replicate", "all_reduce", len(size.trained), _element(config) * whole))
-    return found
+    return [*found, *_copies(size, config, replicas, shards)] if config.optimizer.device == "cpu" else found
+
+
+def _copies(size: Sizes, config: Config, replicas: int, shards: int) -> list[Collective]:
+    """What travels between a rank and its host, as engine/host.py says."""
+    micro, counts = micro_batches(config, replicas * shards), selected(size, config)
+    units = [unit for unit in size.units if unit.trained]
+    reduced = [unit for unit in _needing_gradients(size, config) if unit.trained]
+    exchanged = [unit for unit in reduced if _is_exchanged(unit, config, counts, shards)]
+
+    def copies(operation: str, *parts: tuple[int, list[FSDPUnit], int]) -> Collective:
+        """Of how often, of which units, bytes of an entry."""
+        calls = sum(times * _parameters(unit) for times, found, _ in parts for unit in found)
+        payload = sum(times * each * _width(unit, counts, shards) for times, found, each in parts for unit in found)
+        return Collective("host", operation, calls, payload)
+
+    values, between = (1, units, size.itemsize), (int(replicas > 1), units, 4)
+    to_base = int(config.optimizer.decay_towards == "base"), units, size.itemsize
+    return [
+        copies("to_host", (micro, reduced, 4), between, to_base),
+        copies("to_device", (micro, reduced, 4), (micro, exchanged, 4), between, values, (1, units, 4)),
+    ]
+
+
+def _parameters(unit: FSDPUnit) -> int:
+    """How many of its parameters hold trained matrices."""
+    return len({place.parameter for place in unit.trained.values()})
 
 
 def _width(unit: FSDPUnit, counts: Mapping[str, int], shards: int) -> int:

@@ -19,11 +19,9 @@ from liftdist.console import GIB
 from liftdist.distributed.sharding import advice_on_padding
 from liftdist.engine import selection
 from liftdist.errors import UserError
-from liftdist.models import build
-from liftdist.models.hub import resolve_config
-from liftdist.planning import activations, footprint, shapes
+from liftdist.planning import fit, footprint
+from liftdist.planning.fit import USABLE, Requirements
 from liftdist.planning.shapes import Sizes
-from liftdist.registry import METHODS
 from liftdist.schema import Config
 
 
@@ -46,7 +44,8 @@ GPUS = {
     "b200": Gpu(180, 2250, 8000, 900),
     "mi300x": Gpu(192, 1307, 5300, 448),
 }
-USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context, NCCL and fragmentation
+HOST_LINK = 25.0  # bandwidth of a GPU to its host, GB/s per direction: PCIe 4.0 x16
+HOST_MEMORY = 100.0  # memory bandwidth of a node's processors, GB/s, as they step the values of all its ranks
 EFFICIENCY = 0.4  # fraction of peak FLOP/s in forward and backward
 SELECTION_RATE = 1e12  # FLOP/s of a factorisation on a GPU
 DISK_RATE = 1e9  # bytes/s that a rank writes
@@ -71,23 +70,20 @@ def plan(
     Raises:
         UserError: as ``liftdist train``, for an invalid mesh layout, model or ``selection.modules``.
     """
-    # use transformers' default attention: the configured one may not be installed here, and needs about as much memory
-    config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
     replicas, shards = config.mesh.layout(nodes * gpus_per_node)
-    hf_config = build.check_type(resolve_config(config.model.path, config.model.revision), config.model)
-    model = build.build(hf_config, config.model)
-    METHODS.load(config.method).extend(config, model)
-    size = shapes.sizes(model, config)
-    probes: dict[int, activations.Activations] = {}
+    usable = round(USABLE * gpu.memory * GIB) if gpu else None
+    if config.train.fit_memory:
+        if usable is None:
+            raise UserError("train.fit_memory: give the memory that it is to fit, --gpu or --gpu-memory")
+        requirements, _ = fit.fitting(config, nodes * gpus_per_node, usable)
+    else:
+        requirements = Requirements(config)
+    config, size = requirements.config, requirements.size
 
     def memory_of(count: int) -> dict[str, int]:
-        rows = footprint.rows(config, replicas * count)
-        if rows not in probes:
-            probes[rows] = activations.activations(hf_config, config, rows)
-        return footprint.memory(size, config, count, probes[rows], others)
+        return requirements.memory(replicas, count, others)
 
     parts = memory_of(shards)
-    usable = round(USABLE * gpu.memory * GIB) if gpu else None
     costs = [0.0]
     if config.method == "lift":
         costs = [selection.cost_of(footprint.criterion(config), m, n) for m, n in size.trained.values()]
@@ -104,6 +100,12 @@ def plan(
     result: dict[str, Any] = {
         "layout": {"nodes": nodes, "gpus_per_node": gpus_per_node, "dp_replicate": replicas, "dp_shard": shards},
         "model": {"parameters": size.numel, "matrices": len(size.trained), "principal": selected},
+        "fitted": {
+            "micro_batch_size": config.train.micro_batch_size,
+            "recomputes": config.model.activation_checkpointing,
+        }
+        if config.train.fit_memory
+        else None,
         "memory": parts,
         "peak": footprint.peak(parts),
         "usable": usable,
@@ -149,17 +151,20 @@ def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, resul
     rates = {
         "dp_shard": gpu.link if inside else link,
         "dp_replicate": link / min(layout["dp_shard"], layout["gpus_per_node"]) if nodes > 1 else gpu.link,
+        "host": HOST_LINK,
     }
     taken = dict.fromkeys(rates, 0.0)
     for one in result["traffic"]:
         taken[one["axis"]] += one["sent"] / (rates[one["axis"]] * 1e9)
-    update = 60 * result["model"]["principal"] / layout["dp_shard"] / (gpu.hbm * 1e9)  # bytes read and written
-    seconds = max(compute, taken["dp_shard"]) + taken["dp_replicate"] + update
+    stepping = HOST_MEMORY / layout["gpus_per_node"] if config.optimizer.device == "cpu" else gpu.hbm
+    update = 60 * result["model"]["principal"] / layout["dp_shard"] / (stepping * 1e9)  # bytes read and written
+    seconds = max(compute, taken["dp_shard"]) + taken["dp_replicate"] + taken["host"] + update
     return {
         "seconds": seconds,
         "computing": compute,
         "dp_shard": taken["dp_shard"],
         "dp_replicate": taken["dp_replicate"],
+        "host": taken["host"],
         "updating": update,
         "tokens_per_second": tokens / seconds,
     }
@@ -186,7 +191,9 @@ def _advice(config: Config, rows: int, found: dict[str, Any], minimum: int | Non
     """How to make a run fit. ``minimum``: bytes that a rank needs however many shards there are; None if more shards help."""
     if minimum is None:
         nodes = -(-found["smallest"] // found["layout"]["gpus_per_node"])
-        return f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+        also = found["peak"] - found["memory"].get("principal", 0) <= found["usable"]
+        needed = f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
+        return needed + (", or optimizer.device=cpu" if also else "")
     ways = [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
     ways += ["lower train.micro_batch_size"] if rows > 1 else []
     ways += ["lower data.max_length"]
@@ -248,9 +255,12 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         yield found["padding"]
     counts = model["parameters"] / 1e9, model["principal"] / 1e6, model["matrices"]
     yield "{:.2f} G parameters, {:.1f} M trained in {} matrices".format(*counts)
+    if found["fitted"]:
+        yield fit.described(found["fitted"]["micro_batch_size"], found["fitted"]["recomputes"])
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
         notes = {
+            footprint.ON_HOST: "not part of the peak",
             "base values": "at first; a refresh adds those of weights that were not selected before",
             "other variants": "of each run besides the one whose turn takes most, which is planned here",
             "first all-gather buffers": "in the first forward, instead of the lines below",
@@ -270,7 +280,8 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
         yield (
             f"step     {step['seconds']:.2f} s, {step['tokens_per_second']:,.0f} tokens/s: computing {step['computing']:.2f} s, "
             f"overlapped with shards {step['dp_shard']:.2f} s; replicas {step['dp_replicate']:.2f} s, "
-            f"update {step['updating']:.3f} s"
+            + (f"host {step['host']:.2f} s, " if step["host"] else "")
+            + f"update {step['updating']:.3f} s"
         )
         if found["selection"]["all"]:
             yield f"select   about {found['selection']['seconds']:.0f} s"

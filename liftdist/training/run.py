@@ -9,6 +9,7 @@ into the model, it trains some steps, and the base weights are put back. Everyth
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ from liftdist.runs.saver import Checkpointer
 from liftdist.runs.stop import CancellationPoint, StopRequests
 from liftdist.runs.watchdog import Watchdog
 from liftdist.schema import Config
-from liftdist.training import setup
+from liftdist.training import memory, setup
 from liftdist.training.inputs import Inputs, agree_on_commits, commits, hash_files, prepare_inputs
 from liftdist.training.loop import Loop
 from liftdist.training.publish import Publisher
@@ -155,7 +156,7 @@ def _in_turn(runs: Sequence[_Run], steps: int, failed: dict[int, UserError]) -> 
             for number, run in [*going.items()]:
                 with run.entered():
                     try:
-                        if run.loop.turn(steps):
+                        if run.turn(steps):
                             del going[number]
                     except UserError as error:  # on all ranks
                         run.console.say(f"FAILED, the others go on: {error}")
@@ -217,6 +218,8 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
             context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs, loaded=loaded
         )
         model.train()
+        if config.train.fit_memory:
+            memory.try_out(context, model, method)
         self.trainer = trainer = Trainer(config, mesh, inputs, model, method, cancellation.beat)
         if saved is not None:
             _resume(context, trainer, saved, attempt, state_changed)
@@ -253,10 +256,15 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         self.trainer.routing.is_counting = False
         self.trainer.method.leave()
 
+    def turn(self, most: float = math.inf) -> bool:
+        """See :meth:`Loop.turn`."""
+        with memory.explained(self.trainer.config):
+            return self.loop.turn(most)
+
     def to_the_end(self) -> None:
         """Train, of a model of its own. Raises ``Stopped`` after saving."""
         try:
-            self.loop.turn()
+            self.turn()
         except Stopped as reason:
             self.save(reason)
             raise

@@ -8,6 +8,9 @@ import builders
 import pytest
 import ranks
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig
 
 from bench import contenders, memory, scale
@@ -92,6 +95,8 @@ def test_statistics_of_gradients_are_counted(tmp_path):
         {},
         {"dtype": "bfloat16"},
         {"bias_correction": "entry"},
+        {"device": "cpu"},
+        {"name": "sgd", "device": "cpu"},
         {"name": "sgd"},
         {"name": "sgd", "momentum": 0.0},
         {"name": "sgd", "dtype": "bfloat16"},
@@ -106,13 +111,23 @@ def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
     planned = footprint.memory(size, config, 1, activations.Activations(0, 0, 0, 0))
     criterion, budget = rules(config.selection)
     dtype = getattr(torch, config.optimizer.dtype)
-    principal = PrincipalWeights(model, criterion=criterion, budget=budget, dtype=dtype, keep_base=config.keeps_base)
+    principal = PrincipalWeights(
+        model,
+        criterion=criterion,
+        budget=budget,
+        dtype=dtype,
+        device=config.optimizer.device,
+        keep_base=config.keeps_base,
+    )
     lift = Lift(config, principal)
     principal.values.grad.fill_(1.0)
     lift.step()
     held = [principal.values, principal.values.grad, *(part.positions for part in principal.parts)]
     held += [state for state in lift.optimizer.state[principal.values].values() if state.ndim]
-    assert planned["principal"] == sum(tensor.nbytes for tensor in held)
+    if config.optimizer.device is not None:
+        assert planned["principal"] == 0
+        assert footprint.peak(planned) == footprint.peak(planned | {footprint.ON_HOST: 0})
+    assert planned[footprint.ON_HOST if config.optimizer.device else "principal"] == sum(t.nbytes for t in held)
     saved = {key: tensor for key, tensor in lift.state_dict().items() if "/dropped" not in key}
     assert footprint.saved_bytes(config) * principal.num_selected == sum(tensor.nbytes for tensor in saved.values())
     kept = [*principal._base._positions, *principal._base._values] if config.keeps_base else []
@@ -127,6 +142,58 @@ def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
         assert grown > 1.8
 
 
+class Copies(TorchDispatchMode):
+    """Calls and bytes of copies of vectors between two kinds of devices, by the one on which they end."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = {}
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        source = arguments[1] if function is torch.ops.aten.copy_.default else arguments[0] if arguments else None
+        tensors = [tensor for tensor in (source, result) if isinstance(tensor, torch.Tensor) and tensor.ndim]
+        if len({tensor.device.type for tensor in tensors}) == 2:
+            calls, size = self.found.get(result.device.type, (0, 0))
+            self.found[result.device.type] = calls + 1, size + source.nbytes
+        return result
+
+
+def copied(_, folder):
+    """What a step of two micro-batches copies between a model on a device of fake tensors and its host; and what is planned."""
+    backend_registration._setup_privateuseone_for_python_backend("elsewhere")
+    config = Config()
+    config.model.dtype, config.optimizer.device = "float32", "cpu"
+    config.selection.density, config.train.batch_size, config.train.micro_batch_size = 0.1, 4, 2
+    model = build.build(AutoConfig.from_pretrained(folder), config.model)
+    size = shapes.sizes(model, config)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device="elsewhere:0")
+        principal = PrincipalWeights(
+            model,
+            budget=rules(config.selection)[1],
+            device="cpu",
+            initial_indices=lambda made: [torch.zeros(count, dtype=torch.int32) for count in made.counts],
+        )
+        lift = Lift(config, principal)
+        with Copies() as copies:
+            for _ in range(2):
+                sum(part.param.sum() for part in principal.parts).backward()
+            lift.reduce(torch.ones((), device="elsewhere:0"))
+            lift.clip()
+            lift.step()
+    planned = {one.operation: (one.calls, one.payload) for one in footprint.traffic(size, config, 1, 1)}
+    return copies.found, planned
+
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"), reason="needs a newer torch"
+)
+def test_copies_between_a_model_and_its_host_are_as_planned(tiny_model):
+    [(copies, planned)] = ranks.run(1, copied, tiny_model)
+    assert copies == {"cpu": planned["to_host"], "elsewhere": planned["to_device"]}
+
+
 @pytest.mark.parametrize(
     ("world", "replicas", "mesh"),
     [
@@ -139,6 +206,8 @@ def test_bytes_of_each_optimizer_are_those_that_it_holds(settings, tmp_path):
         (4, 4, {}),
         (1, 1, {}),
         (1, 1, {"base_dtype": "int8"}),
+        (1, 1, {"on_host": True}),
+        (8, 1, {"on_host": True}),
         (8, 1, {"base_dtype": "nf4"}),
         (12, 4, {"base_dtype": "fp8"}),
         (1024, 1, {"base_dtype": "nf4", "density": 0.3}),

@@ -189,6 +189,7 @@ def test_exports_hold_what_was_trained(kind, folder, tmp_path):
     ("overrides", "problem"),
     [
         (["optimizer.name=sgd"], "optimizer.name: must be adamw with method=full"),
+        (["optimizer.device=cpu"], "optimizer.device: is for method=lift: method=full trains weights where the model is"),
         (["optimizer.bias_correction=entry"], "optimizer.bias_correction: must be step with method=full"),
         (["train.loss=asft"], "train.loss: needs the values of the base model, which method=full does not keep"),
         (["train.eval_kl=true", "data.eval_share=0.1"], "train.eval_kl: needs the values of the base model"),

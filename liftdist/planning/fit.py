@@ -1,0 +1,142 @@
+"""``train.fit_memory``: the micro-batch and the recomputation with which a run fits the memory that its ranks have.
+
+memory of the smallest rank -> plans of growing micro-batches -> the largest that fits -> tried out before the first step
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from liftdist import environment, processes
+from liftdist.console import GIB, Console
+from liftdist.distributed import collectives
+from liftdist.distributed.collectives import together
+from liftdist.distributed.mesh import Mesh
+from liftdist.errors import UserError
+from liftdist.models import build
+from liftdist.models.hub import resolve_config
+from liftdist.planning import activations, footprint, shapes
+from liftdist.registry import METHODS
+from liftdist.schema import Config
+
+USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context, NCCL and fragmentation
+LIBRARIES = GIB  # memory of a rank on the host besides its tensors
+BUSY = 4096  # tokens of a micro-batch from which layers are not recomputed for the sake of a larger one
+
+
+class Requirements:
+    """The memory that a rank needs for a config, on any number of ranks.
+
+    Raises:
+        UserError: as ``liftdist train``, for an invalid model or ``selection.modules``.
+    """
+
+    def __init__(self, config: Config) -> None:
+        # transformers' default attention: the configured one may not be installed here, and needs about as much memory
+        self.config = dataclasses.replace(config, model=dataclasses.replace(config.model, attn_implementation=None))
+        self._hf_config = build.check_type(resolve_config(config.model.path, config.model.revision), config.model)
+        model = build.build(self._hf_config, self.config.model)
+        METHODS.load(config.method).extend(self.config, model)
+        self.size = shapes.sizes(model, self.config)
+        self._probes: dict[int, activations.Activations] = {}
+
+    def memory(self, replicas: int, shards: int, others: Sequence[Config] = ()) -> dict[str, int]:
+        """Bytes by part, see :func:`liftdist.planning.footprint.memory`."""
+        rows = footprint.rows(self.config, replicas * shards)
+        if rows not in self._probes:
+            self._probes[rows] = activations.activations(self._hf_config, self.config, rows)
+        return footprint.memory(self.size, self.config, shards, self._probes[rows], others)
+
+    def in_micro_batches_of(self, size: int) -> None:
+        """Plan for another ``train.micro_batch_size``."""
+        train = dataclasses.replace(self.config.train, micro_batch_size=size)
+        self.config = dataclasses.replace(self.config, train=train)
+
+
+def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]:
+    """``config`` with the largest micro-batch whose plan fits in ``usable`` bytes of a rank, and the bytes of its plan.
+
+    Layers are recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit, and more do
+    with it. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
+    """
+    replicas, shards = config.mesh.layout(ranks)
+    found: list[tuple[Requirements, int]] = []
+    for recomputes in (False, True):
+        model = dataclasses.replace(config.model, activation_checkpointing=recomputes)
+        requirements, planned = Requirements(dataclasses.replace(config, model=model)), dict[int, int]()
+        for size in sizes(config, ranks):
+            requirements.in_micro_batches_of(size)
+            planned[size] = footprint.peak(requirements.memory(replicas, shards))
+            if planned[size] > usable:
+                break
+        fit = [size for size, bytes_ in planned.items() if bytes_ <= usable]
+        size = max(fit, default=min(planned))
+        requirements.in_micro_batches_of(size)
+        found.append((requirements, planned[size]))
+        if fit and (size == sizes(config, ranks)[-1] or size * config.data.max_length >= BUSY):
+            break
+    most = max(
+        (one for one in found if one[1] <= usable), key=lambda one: one[0].config.train.micro_batch_size, default=None
+    )
+    return most or min(found, key=lambda one: one[1])
+
+
+def sizes(config: Config, ranks: int) -> list[int]:
+    """Sizes of a micro-batch, ascending: a rank's part of the batch, or a half of it, a quarter, ..., or one sequence."""
+    if config.data.packing and config.model.uses_flash_attention:
+        return [1]
+    share = math.ceil(config.train.batch_size / ranks)
+    return sorted({math.ceil(share / 2**halvings) for halvings in range(share.bit_length() + 1)})
+
+
+def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
+    """The config of a run with what ``train.fit_memory`` chooses; the same for the same config and ranks. Collective.
+
+    Raises:
+        UserError: the run does not fit, by its plan.
+    """
+    usable = min(collectives.gather(memory(mesh.device)))
+    chosen: tuple[int, bool, int] | None = None
+    with together():
+        if mesh.is_main:
+            optimizer = config.optimizer
+            if mesh.device.type == "cpu":  # what is kept on the host is kept in the same memory
+                optimizer = dataclasses.replace(optimizer, device=None)
+            requirements, peak = fitting(dataclasses.replace(config, optimizer=optimizer), mesh.world_size, usable)
+            if peak > usable:
+                raise UserError(
+                    f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "
+                    f"of one sequence whose layers are recomputed; liftdist plan says what takes them and what helps"
+                )
+            chosen = (
+                requirements.config.train.micro_batch_size,
+                requirements.config.model.activation_checkpointing,
+                peak,
+            )
+    size, recomputes, peak = collectives.gather(chosen)[0]
+    console.say(f"{described(size, recomputes)}: planned {peak / GIB:.2f} of {usable / GIB:.2f} GiB")
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, micro_batch_size=size),
+        model=dataclasses.replace(config.model, activation_checkpointing=recomputes),
+    )
+
+
+def described(micro_batch_size: int, recomputes: bool) -> str:
+    """What was chosen, in a line."""
+    return (
+        f"train.fit_memory: train.micro_batch_size={micro_batch_size} "
+        f"model.activation_checkpointing={str(recomputes).lower()}"
+    )
+
+
+def memory(device: torch.device) -> int:
+    """Bytes that the tensors of a rank may take: on a GPU ``USABLE`` of its memory, on the host that of the rank's part of the
+    machine's, or of its control group's, without ``LIBRARIES``."""
+    if device.type == "cuda":
+        return round(USABLE * torch.cuda.get_device_properties(device).total_memory)
+    return round(USABLE * processes.memory() / environment.LOCAL_WORLD_SIZE.get(1)) - LIBRARIES

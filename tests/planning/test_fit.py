@@ -1,0 +1,153 @@
+"""What ``train.fit_memory`` chooses, against plans of every choice, and a run that begins so."""
+
+import dataclasses
+import itertools
+import json
+
+import builders
+import pytest
+import ranks
+import torch
+from commands import call, run_command, user_error, write_config
+
+from liftdist import processes
+from liftdist.console import Console
+from liftdist.planning import fit, plan
+from liftdist.runs.context import RunContext
+from liftdist.training import memory
+
+SIZES = (1, 2, 3)  # of a micro-batch of six sequences on two ranks
+
+
+@pytest.fixture
+def config(tiny_model, tmp_path):
+    records = builders.write_records(tmp_path / "records.jsonl")
+    return builders.config(tiny_model, records, tmp_path, train=dict(batch_size=6))
+
+
+def deep(config, folder):
+    """With many layers, of which the activations are most of the memory."""
+    path = builders.llama(folder / "deep", num_hidden_layers=12)
+    model = dataclasses.replace(config.model, path=str(path))
+    return dataclasses.replace(config, model=model, data=dataclasses.replace(config.data, max_length=300))
+
+
+def peaks(config):
+    """Of two ranks, by (recomputes, sequences), from plans of their own."""
+    found = {}
+    for recomputes, size in itertools.product((False, True), SIZES):
+        model = dataclasses.replace(config.model, activation_checkpointing=recomputes)
+        train = dataclasses.replace(config.train, micro_batch_size=size)
+        found[recomputes, size] = plan.plan(dataclasses.replace(config, model=model, train=train), 1, 2)["peak"]
+    return found
+
+
+def test_the_largest_micro_batch_that_fits_is_chosen(config, tmp_path):
+    config = deep(config, tmp_path)
+    planned = peaks(config)
+    assert planned[True, 3] < planned[False, 1]
+
+    def chosen(usable):
+        requirements, peak = fit.fitting(config, 2, usable)
+        assert (peak <= usable) == (usable >= planned[True, 1])
+        made = requirements.config.model.activation_checkpointing, requirements.config.train.micro_batch_size
+        assert peak == planned[made]
+        return made
+
+    assert chosen(planned[False, 3]) == (False, 3)
+    assert chosen(planned[False, 3] - 1) == (True, 3)
+    assert chosen(planned[True, 3] - 1) == (True, 2)
+    assert chosen(planned[True, 1] - 1) == (True, 1)  # and is above what there is
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=fit.BUSY // 2))
+    planned = peaks(config)
+    assert chosen(planned[False, 2]) == (False, 2)  # which is enough
+
+
+def test_packing_for_flash_attention_keeps_to_one_sequence(config):
+    config.data.packing, config.model.attn_implementation = True, "flash_attention_2"
+    assert fit.sizes(config, 2) == [1]
+    config.data.packing = False
+    config.train.batch_size = 22
+    assert fit.sizes(config, 2) == [1, 2, 3, 6, 11]
+
+
+@pytest.mark.parametrize(
+    ("files", "of", "limit"),
+    [
+        ({"memory.max": "max\n"}, "0::/\n", None),
+        ({"memory.max": "1000000\n"}, "0::/\n", 1000000),
+        ({"job/step/memory.max": "max\n", "job/memory.max": "2000000\n"}, "0::/job/step\n", 2000000),
+        ({"memory/a/memory.limit_in_bytes": "3000000\n"}, "4:memory:/a\n3:cpu:/\n", 3000000),
+        ({"memory/a/memory.limit_in_bytes": "9223372036854771712\n"}, "4:memory:/a\n", None),
+    ],
+)
+def test_memory_is_that_of_the_control_groups(files, of, limit, tmp_path):
+    for name, text in files.items():
+        path = tmp_path / "groups" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    (tmp_path / "of").write_text(of)
+    assert processes.memory(tmp_path / "groups", tmp_path / "of") == (limit or processes.memory(tmp_path, tmp_path))
+
+
+def test_the_plan_says_what_is_chosen(config, tmp_path):
+    path = write_config(tmp_path, config.model.path, config.data.path, train=dict(fit_memory=True))
+    code, said = call("plan", path, "--gpus-per-node=2", "--gpu=h100")
+    assert code == 0, said
+    assert "train.fit_memory: train.micro_batch_size=3 model.activation_checkpointing=false" in said
+    found = json.loads(call("plan", path, "--gpus-per-node=2", "--gpu=h100", "--json")[1])
+    assert found["fitted"] == {"micro_batch_size": 3, "recomputes": False}
+    code, said = call("plan", path, "--gpus-per-node=2")
+    assert (code, "train.fit_memory: give the memory" in said) == (2, True)
+
+
+METHODS = {
+    "lift": dict(selection=dict(refresh_interval=2)),
+    "spiel": dict(selection=dict(criterion="spiel", refresh_interval=2, gradient_batches=1, final_refresh=2)),
+    "quantised": dict(model=dict(base_dtype="int8")),
+    "asft": dict(train=dict(loss="asft")),
+    "full": dict(method="full"),
+}
+
+
+def tried_out_or_not(mesh, config, settings):
+    found = []
+    for tries in (False, True):
+        changed = dataclasses.replace(config, method=settings.get("method", config.method))
+        for section, values in settings.items():
+            if section != "method":
+                given = dataclasses.replace(getattr(config, section), **values)
+                changed = dataclasses.replace(changed, **{section: given})
+        made = builders.trainer(mesh, changed)
+        if tries:
+            memory.try_out(RunContext(changed, mesh, Console(False)), made.model, made.method)
+        found.append([*(made.run_step()["train/loss"] for _ in range(3)), builders.global_digest(made)])
+    return found
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_tried_out_leaves_nothing_behind(method, config):
+    for without, tried in ranks.run(2, tried_out_or_not, config, METHODS[method]):
+        assert without == tried
+
+
+def test_a_run_begins_with_what_fits(config, tmp_path):
+    path = write_config(tmp_path, config.model.path, config.data.path, train=dict(steps=2, eval_interval=0))
+    ended = run_command("train", path, "--nproc", "2", "train.fit_memory=true", f"run_dir={tmp_path / 'fitted'}")
+    assert ended.returncode == 0, ended.stdout
+    assert "train.fit_memory: train.micro_batch_size=3 model.activation_checkpointing=false: planned" in ended.stdout
+    assert "the largest micro-batch, 3 x 64 tokens, fits" in ended.stdout
+    given = run_command("train", path, "--nproc", "2", "train.micro_batch_size=3", f"run_dir={tmp_path / 'given'}")
+    assert given.returncode == 0, given.stdout
+    fitted, given = (next(tmp_path.glob(f"{run}/export/*.safetensors")).read_bytes() for run in ("fitted", "given"))
+    assert fitted == given
+    ended = run_command("train", path, "train.fit_memory=true", "data.max_length=10000000", f"run_dir={tmp_path / 'x'}")
+    assert "even for micro-batches of one sequence whose layers are recomputed; liftdist plan says" in user_error(ended)
+
+
+def test_an_error_about_memory_says_what_helps(config):
+    helps = "lower train.micro_batch_size=2, set model.activation_checkpointing=true or set train.fit_memory=true; liftdist plan"
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{helps} .*can't allocate memory"), memory.explained(config):
+        torch.empty(1 << 50)
+    with pytest.raises(RuntimeError, match="^another$"), memory.explained(config):
+        raise RuntimeError("another")
