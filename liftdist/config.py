@@ -35,15 +35,8 @@ Where = Callable[[str], str]  # key -> where it was set
 #: that may not.
 OF_VARIANTS = ("selection.", "optimizer.", "data.", "train.", "eval.", "checkpoint.", "metrics.", "sync.")
 OF_ALL_VARIANTS = (
-    *(
-        "selection.modules",
-        "optimizer.device",
-        "data.packing",
-        "data.max_length",
-        "train.micro_batch_size",
-        "train.deterministic",
-    ),
-    *("train.fit_memory", "train.stop_signals", "train.hang_timeout", "train.turn", "train.variants"),
+    *("selection.modules", "data.packing", "data.max_length", "train.micro_batch_size", "train.fit_memory"),
+    *("train.deterministic", "train.stop_signals", "train.hang_timeout", "train.turn", "train.variants"),
 )
 
 

@@ -358,10 +358,11 @@ class Config:
                 yield "method", "must be lift with train.variants: no other method leaves the model as it was"
             if self.model.base_dtype is not None:
                 yield "model.base_dtype", "must be unset with train.variants: what one has trained would stay exact"
-            if self.optimizer.device is not None:
-                yield "optimizer.device", "must be unset with train.variants: weights leave the model on its device"
             if self.train.fit_memory:
-                yield "train.fit_memory", "must be false with train.variants: liftdist plan says what fits"
+                yield (
+                    "train.fit_memory",
+                    "must be false with train.variants: it plans one run; set train.micro_batch_size",
+                )
             if self.model.compile:
                 yield (
                     "model.compile",

@@ -68,8 +68,9 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
                 from liftdist.training.run import train_all
             drawn = [Path(one.run_dir).expanduser() for one, _ in runs if one.metrics.images and mesh.is_main]
             console = Console(mesh.is_main)
-            if config.train.fit_memory and runs:
-                runs = [(fit.to_memory(one, mesh, console), text) for one, text in runs]
+            if config.train.fit_memory and options.only is None:  # of one run
+                config = fit.to_memory(config, mesh, console)
+                runs = [(config, text) for _, text in runs]
             context = RunContext(config, mesh, console, CancellationPoint(stop))
             if options.only == "select":
                 setup.select_only(context)

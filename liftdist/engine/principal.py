@@ -319,7 +319,7 @@ class PrincipalWeights:
         for part in self.parts:
             part.reduction = self._reductions.get(id(part.param))
             if part.reduction is not None:
-                part.reduction.choose(part.param, part.positions)
+                part.reduction.choose(part.param, part.kept)
             _taken[part.param] = weakref.ref(self)
         self._base.swap(self.parts)
         self._has_left = False

@@ -140,7 +140,8 @@ def _reduction(
 
 
 def _of_others(size: Sizes, config: Config, shards: int) -> int:
-    return sum(_of_lift(size, config, shards, selected(size, config), shares=True).values())
+    parts = _of_lift(size, config, shards, selected(size, config), shares=True)
+    return sum(part for name, part in parts.items() if name != ON_HOST)
 
 
 def _of_lift(

@@ -9,6 +9,7 @@ into the model, it trains some steps, and the base weights are put back. Everyth
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -151,8 +152,16 @@ def _in_turn(runs: Sequence[_Run], steps: int, failed: dict[int, UserError]) -> 
     """
     going = dict(enumerate(runs))
     try:
-        with memory.explained(runs[0].trainer.config):
-            _take_turns(going, steps, failed)
+        while going:
+            for number, run in [*going.items()]:
+                with run.entered():
+                    try:
+                        if run.turn(steps):
+                            del going[number]
+                    except UserError as error:  # on all ranks
+                        run.console.say(f"FAILED, the others go on: {error}")
+                        failed[number] = error
+                        del going[number]
     except Stopped as reason:
         unsaved: list[str] = []
         for run in going.values():
@@ -164,20 +173,6 @@ def _in_turn(runs: Sequence[_Run], steps: int, failed: dict[int, UserError]) -> 
         if unsaved:
             raise UserError("; ".join(unsaved)) from None
         raise
-
-
-def _take_turns(going: dict[int, _Run], steps: int, failed: dict[int, UserError]) -> None:
-    """Let runs train for some steps at a time, and leave ``going`` at their ends. Collective."""
-    while going:
-        for number, run in [*going.items()]:
-            with run.entered():
-                try:
-                    if run.loop.turn(steps):
-                        del going[number]
-                except UserError as error:  # on all ranks
-                    run.console.say(f"FAILED, the others go on: {error}")
-                    failed[number] = error
-                    del going[number]
 
 
 class _Run(contextlib.AbstractContextManager["_Run"]):
@@ -261,11 +256,15 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         self.trainer.routing.is_counting = False
         self.trainer.method.leave()
 
+    def turn(self, most: float = math.inf) -> bool:
+        """See :meth:`Loop.turn`."""
+        with memory.explained(self.trainer.config):
+            return self.loop.turn(most)
+
     def to_the_end(self) -> None:
         """Train, of a model of its own. Raises ``Stopped`` after saving."""
         try:
-            with memory.explained(self.trainer.config):
-                self.loop.turn()
+            self.turn()
         except Stopped as reason:
             self.save(reason)
             raise

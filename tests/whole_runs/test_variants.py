@@ -167,6 +167,7 @@ def test_what_variants_have_in_common_cannot_be_set_by_one(words, problem, tiny_
         ("method=full", "method: must be lift with train.variants"),
         ("model.base_dtype=int8", "model.base_dtype: must be unset with train.variants"),
         ("model.compile=true", "model.compile: must be false with train.variants"),
+        ("train.fit_memory=true", "train.fit_memory: must be false with train.variants"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(override, problem, tiny_model, tmp_path):
