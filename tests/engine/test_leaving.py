@@ -11,7 +11,7 @@ from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria.magnitude import Magnitude
 from liftdist.engine.sgd import PrincipalSGD
 
-OTHERS = (dict(density=0.1), dict(density=0.3), dict(density=0.2, criterion=Magnitude()))
+OTHERS = (dict(density=0.1, device="cpu"), dict(density=0.3), dict(density=0.2, criterion=Magnitude()))
 STEPS = 6
 
 
