@@ -130,7 +130,7 @@ def by_eval(path: Path, config: Config, base: Path, target: Path) -> Ask:
 
 def _eval(path: Path, config: Config, folder: Path, run_dir: Path) -> None:
     words = [str(path), f"model.path={folder.absolute()}", f"run_dir={run_dir.absolute()}"]
-    words += ["model.revision=null"] if config.model.revision is not None else []
+    words += ["model.revision="] if config.model.revision is not None else []
     ended = subprocess.run(
         [sys.executable, "-m", "liftdist", "eval", *words],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,

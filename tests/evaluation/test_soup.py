@@ -57,7 +57,10 @@ def made(tiny_model, tmp_path_factory):
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     task = dict(name="replies", kind="perplexity", path=str(folder / "questions.jsonl"))
     builders.write_records(folder / "records.jsonl")
-    commands.write_config(folder, base, folder / "records.jsonl", eval=dict(tasks=[task]))
+    config = commands.write_config(folder, base, folder / "records.jsonl", eval=dict(tasks=[task]))
+    config.write_text(
+        config.read_text().replace("model:\n", "model:\n  revision: main\n")
+    )  # which candidates have none of
     return folder
 
 
@@ -126,7 +129,17 @@ def test_a_candidate_is_asked_as_the_model_that_it_makes(made, tmp_path):
 
 @pytest.mark.slow
 def test_the_command_asks_its_tasks_and_leaves_out_what_harms(made, tmp_path):
-    words = ("merge", made / "harms", made / "better", "--rule", "greedy", "--eval", made / "config.yaml")
+    words = (
+        "merge",
+        made / "harms",
+        made / "better",
+        "--rule",
+        "greedy",
+        "--base",
+        made / "base",
+        "--eval",
+        made / "config.yaml",
+    )
     said = liftdist(*words, "--output", tmp_path / "out", "--cache-dir", made / "cache")
     assert "left out: harms" in said
     scores = {what: float(number) for number, what in re.findall(r"^ *(-?\d+\.\d{4})  (.*)$", said, re.MULTILINE)}
