@@ -91,12 +91,18 @@ class Folder:
 
 
 def settings(
-    ranks: int, replicas: int, density: float = 0.05, base_dtype: str | None = None, on_host: bool = False, **mesh
+    ranks: int,
+    replicas: int,
+    density: float = 0.05,
+    base_dtype: str | None = None,
+    on_host: bool = False,
+    keep_gathered: int = 0,
+    **mesh,
 ) -> Config:
     """The config of a step: two micro-batches per rank, each of one sequence."""
     config = measure.config()
     config.optimizer.device = "cpu" if on_host else None
-    config.model.base_dtype = base_dtype
+    config.model.base_dtype, config.model.keep_gathered = base_dtype, keep_gathered
     config.selection.density = density
     config.data.max_length = 2048
     config.train.micro_batch_size, config.train.batch_size = 1, 2 * ranks

@@ -46,6 +46,13 @@ class ModelConfig:
     activation_checkpointing: bool = setting(
         False, "recompute each decoder layer in backward instead of keeping its activations", changes=NOTHING
     )
+    keep_gathered: int = setting(
+        0,
+        "decoder layers, the last ones, whose gathered weights are kept from forward to backward: they are gathered once and not "
+        "twice, and every rank holds them whole",
+        at_least=0,
+        changes=NOTHING,
+    )
     compile: bool = setting(False, "`torch.compile` each decoder layer", changes=NOTHING)
     trust_remote_code: bool = setting(False, "run model code that comes with the weights", changes=NOTHING)
 

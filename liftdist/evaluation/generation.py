@@ -108,7 +108,7 @@ def unsharded(model: PreTrainedModel) -> Iterator[Unsharded]:
     modules = fsdp_modules(model)
     device = next(model.parameters()).device
     missing = sum(param.numel() * param.element_size() for param in model.parameters() if isinstance(param, DTensor))
-    if collectives.agree(device.type == "cuda" and missing > 0.9 * torch.cuda.mem_get_info(device)[0]):
+    if collectives.agree(device.type == "cuda" and missing > 0.9 * _free(device)):
         raise UserError(
             f"eval.tasks: answers need the whole model, {missing / 2**30:.1f} GiB, on every rank, which has no room for it; "
             f"leave them out, and evaluate the exported model"
@@ -125,6 +125,12 @@ def unsharded(model: PreTrainedModel) -> Iterator[Unsharded]:
         for group, info in zip(groups, kept, strict=True):
             if group is not None:
                 group.post_forward_mesh_info = info
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU that can be allocated: those that PyTorch has kept from tensors that are gone are, too."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 def _batches(lengths: Sequence[int]) -> list[list[int]]:

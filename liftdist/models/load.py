@@ -133,6 +133,8 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
         unit(embedding)
         # only itself, which prefetches nothing: by default FSDP would gather the embedding again
         layers[0].set_modules_to_backward_prefetch([layers[0]])  # type: ignore[operator]
+    for layer in layers[max(0, len(layers) - config.keep_gathered) :]:
+        layer.set_reshard_after_forward(False)  # type: ignore[operator]
     unit(model)
     for module in fsdp_modules(model):
         module.set_gradient_divide_factor(1.0)

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from liftdist import environment, processes
+from liftdist import environment, processes, schema_tree
 from liftdist.console import GIB, Console
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
@@ -56,9 +57,16 @@ class Requirements:
         train = dataclasses.replace(self.config.train, micro_batch_size=size)
         self.config = dataclasses.replace(self.config, train=train)
 
+    def keeping(self, layers: int) -> None:
+        """Plan for another ``model.keep_gathered``."""
+        self.config = dataclasses.replace(
+            self.config, model=dataclasses.replace(self.config.model, keep_gathered=layers)
+        )
+
 
 def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]:
-    """``config`` with the largest micro-batch whose plan fits in ``usable`` bytes of a rank, and the bytes of its plan.
+    """``config`` with the largest micro-batch whose plan fits in ``usable`` bytes of a rank, with as many layers kept gathered as
+    fit then, and the bytes of its plan.
 
     Layers are recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit, and more do
     with it. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
@@ -66,7 +74,7 @@ def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]
     replicas, shards = config.mesh.layout(ranks)
     found: list[tuple[Requirements, int]] = []
     for recomputes in (False, True):
-        model = dataclasses.replace(config.model, activation_checkpointing=recomputes)
+        model = dataclasses.replace(config.model, activation_checkpointing=recomputes, keep_gathered=0)
         requirements, planned = Requirements(dataclasses.replace(config, model=model)), dict[int, int]()
         for size in sizes(config, ranks):
             requirements.in_micro_batches_of(size)
@@ -82,7 +90,16 @@ def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]
     most = max(
         (one for one in found if one[1] <= usable), key=lambda one: one[0].config.train.micro_batch_size, default=None
     )
-    return most or min(found, key=lambda one: one[1])
+    if most is None:
+        return min(found, key=lambda one: one[1])
+    requirements, peak = most
+    for layers in range(1, len(requirements.size.layers) + 1) if shards > 1 else ():
+        requirements.keeping(layers)
+        if (more := footprint.peak(requirements.memory(replicas, shards))) > usable:
+            requirements.keeping(layers - 1)
+            break
+        peak = more
+    return requirements, peak
 
 
 def sizes(config: Config, ranks: int) -> list[int]:
@@ -100,7 +117,7 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
         UserError: the run does not fit, by its plan.
     """
     usable = min(collectives.gather(memory(mesh.device)))
-    chosen: tuple[int, bool, int] | None = None
+    chosen: tuple[dict[str, Any], int] | None = None
     with together():
         if mesh.is_main:
             optimizer = config.optimizer
@@ -112,26 +129,29 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
                     f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "
                     f"of one sequence whose layers are recomputed; liftdist plan says what takes them and what helps"
                 )
-            chosen = (
-                requirements.config.train.micro_batch_size,
-                requirements.config.model.activation_checkpointing,
-                peak,
-            )
-    size, recomputes, peak = collectives.gather(chosen)[0]
-    console.say(f"{described(size, recomputes)}: planned {peak / GIB:.2f} of {usable / GIB:.2f} GiB")
-    return dataclasses.replace(
-        config,
-        train=dataclasses.replace(config.train, micro_batch_size=size),
-        model=dataclasses.replace(config.model, activation_checkpointing=recomputes),
-    )
+            chosen = choice(requirements.config), peak
+    values, peak = collectives.gather(chosen)[0]
+    console.say(f"{described(values)}: planned {peak / GIB:.2f} of {usable / GIB:.2f} GiB")
+    for key, value in values.items():
+        section, name = key.split(".")
+        config = dataclasses.replace(
+            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
+        )
+    return config
 
 
-def described(micro_batch_size: int, recomputes: bool) -> str:
+CHOSEN = ("train.micro_batch_size", "model.activation_checkpointing", "model.keep_gathered")
+
+
+def choice(config: Config) -> dict[str, Any]:
+    """What ``train.fit_memory`` chooses, by setting, as a config has it."""
+    values = {key: value for key, _, value in schema_tree.walk(config)}
+    return {key: values[key] for key in CHOSEN}
+
+
+def described(values: Mapping[str, Any]) -> str:
     """What was chosen, in a line."""
-    return (
-        f"train.fit_memory: train.micro_batch_size={micro_batch_size} "
-        f"model.activation_checkpointing={str(recomputes).lower()}"
-    )
+    return f"train.fit_memory: {' '.join(f'{key}={str(value).lower()}' for key, value in values.items())}"
 
 
 def memory(device: torch.device) -> int:

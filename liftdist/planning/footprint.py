@@ -73,6 +73,8 @@ def memory(
     left = max((reductions(unit, states).buffer for unit in of_layers[1:]), default=0)
     of_others = (kept.after + reductions(unit, states).peak for unit in rest)
     copying = buffered + copied + left if config.model.base_dtype else 0  # of the next layer, before its backward
+    staying = min(config.model.keep_gathered, len(size.layers)) if shards > 1 else 0  # layers
+    ahead = 0 if staying > 1 else buffered  # of the next layer, unless that is kept, too
     return {
         "weights": sum(_packed(unit, size, counts, shards) for unit in size.units) + size.buffers,
         **(
@@ -89,15 +91,20 @@ def memory(
         else max(embedding, copied),
         # a layer is computed while the next one is gathered; of the former one the activations are freed, but FSDP keeps the
         # buffer from which its gradients were reduced
-        "layers, whole": gathered + buffered + max(0, left - kept.layer),
+        "layers, whole": max(1, staying) * gathered + ahead + max(0, left - kept.layer),
         "activations": kept.fixed + len(size.layers) * kept.layer,
         "computing": kept.backward,
         # a layer is freed before its gradients are reduced
         "reducing": max(
-            copying, kept.after + buffered + max(reductions(unit, states).peak for unit in of_layers), *of_others
+            copying,
+            max(0, staying - 1) * gathered
+            + kept.after
+            + ahead
+            + max(reductions(unit, states).peak for unit in of_layers),
+            *of_others,
         ),
         # FSDP keeps the all-gather buffer of the last layer until the forward has ended
-        "loss": buffered + kept.loss,
+        "loss": staying * gathered + buffered + kept.loss,
         "selecting": _selecting(size, config, shards, counts)
         if config.method == "lift"
         else _initialising(size, config),
@@ -308,8 +315,15 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
     micro = micro_batches(config, replicas * shards)
     found = []
     if shards > 1:
-        twice = [*size.layers, *([size.embedding] if size.embedding.trained else [])]  # in forward and in backward
-        once = [unit for unit in (size.embedding, size.root) if unit.shapes and unit not in twice]
+        first = max(0, len(size.layers) - config.model.keep_gathered)  # of the layers that stay gathered
+        twice = [
+            *size.layers[:first],
+            *([size.embedding] if size.embedding.trained else []),
+        ]  # in forward and in backward
+        once = [
+            *size.layers[first:],
+            *(unit for unit in (size.embedding, size.root) if unit.shapes and unit not in twice),
+        ]
         calls = 2 * len(twice) + len(once)
         counts = selected(size, config)
         gathered = sum(_packed(unit, size, counts, shards) for unit in (*twice, *twice, *once))

@@ -100,12 +100,7 @@ def plan(
     result: dict[str, Any] = {
         "layout": {"nodes": nodes, "gpus_per_node": gpus_per_node, "dp_replicate": replicas, "dp_shard": shards},
         "model": {"parameters": size.numel, "matrices": len(size.trained), "principal": selected},
-        "fitted": {
-            "micro_batch_size": config.train.micro_batch_size,
-            "recomputes": config.model.activation_checkpointing,
-        }
-        if config.train.fit_memory
-        else None,
+        "fitted": fit.choice(config) if config.train.fit_memory else None,
         "memory": parts,
         "peak": footprint.peak(parts),
         "usable": usable,
@@ -256,7 +251,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     counts = model["parameters"] / 1e9, model["principal"] / 1e6, model["matrices"]
     yield "{:.2f} G parameters, {:.1f} M trained in {} matrices".format(*counts)
     if found["fitted"]:
-        yield fit.described(found["fitted"]["micro_batch_size"], found["fitted"]["recomputes"])
+        yield fit.described(found["fitted"])
     yield "memory of the fullest rank"
     for name, size in found["memory"].items():
         notes = {

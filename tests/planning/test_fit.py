@@ -12,7 +12,7 @@ from commands import call, run_command, user_error, write_config
 
 from liftdist import processes
 from liftdist.console import Console
-from liftdist.planning import fit, plan
+from liftdist.planning import fit, footprint, plan
 from liftdist.runs.context import RunContext
 from liftdist.training import memory
 
@@ -50,9 +50,12 @@ def test_the_largest_micro_batch_that_fits_is_chosen(config, tmp_path):
     def chosen(usable):
         requirements, peak = fit.fitting(config, 2, usable)
         assert (peak <= usable) == (usable >= planned[True, 1])
-        made = requirements.config.model.activation_checkpointing, requirements.config.train.micro_batch_size
-        assert peak == planned[made]
-        return made
+        model, size = requirements.config.model, requirements.config.train.micro_batch_size
+        assert peak >= planned[model.activation_checkpointing, size]
+        if peak <= usable and model.keep_gathered < 12:
+            requirements.keeping(model.keep_gathered + 1)
+            assert footprint.peak(requirements.memory(1, 2)) > usable
+        return model.activation_checkpointing, size
 
     assert chosen(planned[False, 3]) == (False, 3)
     assert chosen(planned[False, 3] - 1) == (True, 3)
@@ -94,9 +97,11 @@ def test_the_plan_says_what_is_chosen(config, tmp_path):
     path = write_config(tmp_path, config.model.path, config.data.path, train=dict(fit_memory=True))
     code, said = call("plan", path, "--gpus-per-node=2", "--gpu=h100")
     assert code == 0, said
-    assert "train.fit_memory: train.micro_batch_size=3 model.activation_checkpointing=false" in said
+    assert (
+        "train.fit_memory: train.micro_batch_size=3 model.activation_checkpointing=false model.keep_gathered=2" in said
+    )
     found = json.loads(call("plan", path, "--gpus-per-node=2", "--gpu=h100", "--json")[1])
-    assert found["fitted"] == {"micro_batch_size": 3, "recomputes": False}
+    assert [*found["fitted"].values()] == [3, False, 2]
     code, said = call("plan", path, "--gpus-per-node=2")
     assert (code, "train.fit_memory: give the memory" in said) == (2, True)
 
@@ -135,7 +140,8 @@ def test_a_run_begins_with_what_fits(config, tmp_path):
     path = write_config(tmp_path, config.model.path, config.data.path, train=dict(steps=2, eval_interval=0))
     ended = run_command("train", path, "--nproc", "2", "train.fit_memory=true", f"run_dir={tmp_path / 'fitted'}")
     assert ended.returncode == 0, ended.stdout
-    assert "train.fit_memory: train.micro_batch_size=3 model.activation_checkpointing=false: planned" in ended.stdout
+    chosen = "train.micro_batch_size=3 model.activation_checkpointing=false model.keep_gathered=2"
+    assert f"train.fit_memory: {chosen}: planned" in ended.stdout
     assert "the largest micro-batch, 3 x 64 tokens, fits" in ended.stdout
     given = run_command("train", path, "--nproc", "2", "train.micro_batch_size=3", f"run_dir={tmp_path / 'given'}")
     assert given.returncode == 0, given.stdout

@@ -74,6 +74,16 @@ def test_warm_up_is_rounded_and_rounded_down_as_in_the_authors_code(reference, t
     assert found == [down if reference else nearest for _, _, nearest, down in WARMUPS]
 
 
+def test_layers_that_stay_gathered_hold_what_training_makes_of_them(run):
+    """Also after the forwards of the base model in which they were gathered."""
+    settings = dict(train=dict(loss="asft"), selection=dict(refresh_interval=2))
+    gathered_again = run(2, **settings)
+    for kept in (1, 9):
+        found = run(2, model=dict(keep_gathered=kept), **settings)
+        assert torch.equal(found.pop("values"), gathered_again["values"])
+        assert found == {key: gathered_again[key] for key in found}
+
+
 def test_what_must_not_change_the_result(run):
     plain = run()
     for same in (
