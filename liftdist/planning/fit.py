@@ -159,4 +159,4 @@ def memory(device: torch.device) -> int:
     machine's, or of its control group's, without ``LIBRARIES``."""
     if device.type == "cuda":
         return round(USABLE * torch.cuda.get_device_properties(device).total_memory)
-    return round(USABLE * processes.memory() / environment.LOCAL_WORLD_SIZE.get(1)) - LIBRARIES
+    return max(0, round(USABLE * processes.memory() / environment.LOCAL_WORLD_SIZE.get(1)) - LIBRARIES)

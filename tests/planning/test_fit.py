@@ -3,15 +3,17 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import builders
 import pytest
 import ranks
 import torch
-from commands import call, run_command, user_error, write_config
+from commands import call, run_command, write_config
 
 from liftdist import processes
 from liftdist.console import Console
+from liftdist.errors import UserError
 from liftdist.planning import fit, footprint, plan
 from liftdist.runs.context import RunContext
 from liftdist.training import memory
@@ -147,8 +149,21 @@ def test_a_run_begins_with_what_fits(config, tmp_path):
     assert given.returncode == 0, given.stdout
     fitted, given = (next(tmp_path.glob(f"{run}/export/*.safetensors")).read_bytes() for run in ("fitted", "given"))
     assert fitted == given
-    ended = run_command("train", path, "train.fit_memory=true", "data.max_length=10000000", f"run_dir={tmp_path / 'x'}")
-    assert "even for micro-batches of one sequence whose layers are recomputed; liftdist plan says" in user_error(ended)
+
+
+def on_a_small_machine(mesh, config):
+    processes.memory = lambda: fit.LIBRARIES + 2**20
+    with pytest.raises(UserError) as refused:
+        fit.to_memory(config, mesh, Console(False))
+    return str(refused.value)
+
+
+def test_what_does_not_fit_is_refused(config):
+    for said in ranks.run(2, on_a_small_machine, config):
+        assert re.match(
+            r"train.fit_memory: a rank has 0\.00 GiB, and needs \S+ GiB even for micro-batches of one sequence whose",
+            said,
+        )
 
 
 def test_an_error_about_memory_says_what_helps(config):
