@@ -1,6 +1,9 @@
-"""``train.fit_memory``: the micro-batch and the recomputation with which a run fits the memory that its ranks have.
+"""``train.fit_memory``: the micro-batch, the recomputation and the gathers with which a run fits the memory that its ranks have.
 
-memory of the smallest rank -> plans of growing micro-batches -> the largest that fits -> tried out before the first step
+    memory of the smallest rank -> plans of growing micro-batches -> the largest that fits
+                                -> as many layers kept gathered as fit beside it
+
+:mod:`liftdist.training.memory` tries it out before the first step.
 """
 
 from __future__ import annotations
