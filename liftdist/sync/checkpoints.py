@@ -18,6 +18,7 @@ from liftdist.models.weights import ModelFolder
 from liftdist.runs import checkpoint, claims
 from liftdist.runs.checkpoint import Step
 from liftdist.runs.claims import Event
+from liftdist.runs.manifest import Provenance
 from liftdist.safetensors_io import DTYPES
 from liftdist.sync.state import Support, Weights
 from liftdist.sync.version import CHANGES, FULL, Version
@@ -74,6 +75,7 @@ def publish(
                 if (step := tried(partial(source.step, name, sha256))) is None:
                     continue
                 writer = writer or source.writer(step, folder, keep, full_interval)
+                source.check_same()
                 if writer.version is not None and writer.version.source == sha256:
                     continue
                 if (state := tried(partial(source.state, step))) is not None:
@@ -128,22 +130,20 @@ class _Source:
     def __init__(self, run_dir: Path, base: Path | None, cache_dir: Path, say: Say) -> None:
         self._run_dir, self._given, self._cache_dir, self._say = run_dir, base, cache_dir, say
         self._model: ModelFolder | None = None
+        self._identity: str | None = None  # of the run whose versions are published
 
     def step(self, name: str, sha256: str) -> Step:
         """A checkpoint, verified. Raises ``UserError`` if it is damaged."""
         return of_run.intact(self._run_dir, {name: sha256}, self._say)
 
     def writer(self, step: Step, folder: Path, keep: int, full_interval: int) -> Writer:
-        model = self._base(step)
-        identity = claims.identity(self._run_dir)
-        assert identity is not None  # it has a checkpoint
-        stream = Stream(
-            identity,
-            self._run_dir.resolve().name,
-            step.manifest.provenance.base,
-            of_run.origin_of(step.manifest.provenance),
-        )
-        return Writer(folder, stream, lambda name, indices: read_at(model, name, indices), keep, full_interval)
+        self._identity = claims.identity(self._run_dir)
+        return writer_of(self._run_dir, step.manifest.provenance, self._base(step), folder, keep, full_interval)
+
+    def check_same(self) -> None:
+        """Raises ``UserError`` if the run has been begun anew since: its versions would be taken for those of the former one."""
+        if claims.identity(self._run_dir) != self._identity:
+            raise UserError(f"{self._run_dir}: is another run than when this began; publish it in a new folder")
 
     def _base(self, step: Step) -> ModelFolder:
         if self._model is None:
@@ -167,6 +167,16 @@ class _Source:
                 indices, values = of_run.in_tensor(matrices, step.touched, snapshot, step.columns)
             found[name] = weights_of(model, name, indices, values)
         return found
+
+
+def writer_of(
+    run_dir: Path, provenance: Provenance, model: ModelFolder, folder: Path, keep: int, full_interval: int
+) -> Writer:
+    """What writes the versions of a run of the base model ``model``. Raises ``UserError`` as it."""
+    identity = claims.identity(run_dir)
+    assert identity is not None  # an attempt has claimed it
+    stream = Stream(identity, run_dir.resolve().name, provenance.base, of_run.origin_of(provenance))
+    return Writer(folder, stream, partial(read_at, model), keep, full_interval)
 
 
 def weights_of(model: ModelFolder, name: str, indices: Tensor, values: Tensor) -> Weights:

@@ -21,7 +21,6 @@ from liftdist.sync import version as versions
 from liftdist.sync.reader import Follower, Unreachable
 from liftdist.sync.version import Version
 
-FORMATS = ("hf", "sglang")
 _POLL = 1.0  # seconds between two looks
 
 
@@ -35,7 +34,7 @@ def follow(
     say: Callable[[str], None],
     poll: float = _POLL,
 ) -> None:
-    """Write the newest version of a folder of versions in one of :data:`FORMATS`, and each newer one.
+    """Write the newest version of a folder of versions as ``form``, hf or sglang, and each newer one.
 
     A version that cannot be read yet is reported, and tried again.
 

@@ -81,6 +81,8 @@ class Follower:
             return
         try:
             is_same = self._number not in found or self._read(self._number).sha256 == self.version.sha256
+        except UserError:
+            raise  # of another run or base model
         except (ValueError, OSError):
             is_same = True  # removed now, or damaged since
         if not is_same or max(found, default=0) < self._number:
@@ -108,6 +110,8 @@ class Follower:
             if number <= target:
                 try:
                     manifests[number] = self._read(number)
+                except UserError:
+                    raise  # of another run or base model
                 except (ValueError, OSError) as error:
                     self.problems.append(str(error))
         ways: list[tuple[int, int | None]] = []  # bytes, and the full delta that it begins with

@@ -3,7 +3,7 @@
     DIR/lock                                   held by the process that writes
     DIR/version-00000007/manifest.json         what it is of, digests, and its own sha256
                          changes.safetensors   the difference to version 6, see state.py; not in the first version
-                         delta.safetensors     all changes to the base model, as `liftdist apply` takes them; in the newest alone
+                         delta.safetensors     all changes to the base model, as `liftdist apply` takes them; in the newest two
 
 A version appears whole, by one rename, under a number that nothing has. Its manifest names the sha256 of the manifest before
 it, the digest of the state after it, and size and sha256 of its files: what is missing, damaged or of another run is noticed.

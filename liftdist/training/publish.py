@@ -12,20 +12,20 @@ from pathlib import Path
 import torch.distributed as dist
 from torch import Tensor
 
+from liftdist import files
 from liftdist.deltas import of_run
 from liftdist.distributed.collectives import gather, together
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
 from liftdist.methods.base import Method
 from liftdist.models.weights import ModelFolder
-from liftdist.runs import claims
 from liftdist.runs.checkpoint import touched_of
 from liftdist.runs.manifest import Snapshot
 from liftdist.schema import SyncConfig
 from liftdist.sync import checkpoints
 from liftdist.sync.state import Weights
 from liftdist.sync.version import Version
-from liftdist.sync.writer import Stream, Writer
+from liftdist.sync.writer import Writer
 
 
 class Publisher:
@@ -55,16 +55,11 @@ class Publisher:
         with together():
             if mesh.is_main:
                 self._model = ModelFolder(base)
-                provenance = snapshot().provenance
-                identity = claims.identity(run_dir)
-                assert identity is not None  # this attempt has claimed it
-                origin = of_run.origin_of(provenance)
-                stream = Stream(identity, run_dir.resolve().name, provenance.base, origin)
-                folder = Path(settings.to).expanduser()
-                self._writer = Writer(
-                    folder,
-                    stream,
-                    lambda name, indices: checkpoints.read_at(self._model, name, indices),
+                self._writer = checkpoints.writer_of(
+                    run_dir,
+                    snapshot().provenance,
+                    self._model,
+                    Path(settings.to).expanduser(),
                     settings.keep,
                     settings.full_interval,
                 )
@@ -84,8 +79,8 @@ class Publisher:
                 try:
                     version = self._writer.publish(step, self._state(parts))
                     said = checkpoints.described(version, time.perf_counter() - began)
-                except UserError as error:
-                    said = str(error)
+                except (UserError, OSError) as error:
+                    said = files.reason(error) if isinstance(error, OSError) else str(error)
         text, size = gather((said, version and sum(file.bytes for file in version.files.values())))[0]
         self.last_step = self.last_step if size is None else step
         seconds = time.perf_counter() - began

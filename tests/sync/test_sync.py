@@ -167,8 +167,9 @@ def test_what_is_unlike_is_refused(base, tmp_path):
         with pytest.raises(UserError, match="step 2 is not published: .* not finite"):
             made.publish(2, bad)
         assert made.publish(2, state(base, 2)).number == 2
-    with pytest.raises(UserError, match="another base model"):
+    with pytest.raises(UserError, match="another base model") as refused:
         Follower(folder, "0" * 64).update()
+    assert refused.type is UserError  # and no later look will succeed
     for other in (dict(id="two", run="other"), dict(base="0" * 64)):
         with pytest.raises(UserError, match=r"versions of another (run|base model) \(mine\); give a new folder"):
             writer(folder, base, stream=stream(base, **other))
@@ -196,12 +197,18 @@ def test_what_is_unlike_is_refused(base, tmp_path):
 
     rebuilt = tmp_path / "rebuilt"
     with writer(rebuilt, base, stream=stream(base, id="two", run="other")) as made:
-        for step in (1, 2, 3):
+        for step in (1, 2):
             made.publish(step, state(base, step))
-    shutil.rmtree(folder)
-    rebuilt.rename(folder)
-    with pytest.raises(UserError, match="follow anew"):
-        one.update()
+        shutil.rmtree(folder)
+        for more in (False, True):  # as many versions as were followed, and one more
+            if more:
+                made.publish(3, state(base, 3))
+            shutil.copytree(rebuilt, folder, dirs_exist_ok=True)
+            with pytest.raises(
+                UserError, match="holds versions of run other now, not of mine; .* follow anew"
+            ) as refused:
+                one.update()
+            assert refused.type is UserError
 
 
 def test_a_run_that_went_back_gives_base_values_back(base, tmp_path):

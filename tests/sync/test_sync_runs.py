@@ -18,6 +18,7 @@ from liftdist.deltas.delta import bits
 from liftdist.errors import UserError
 from liftdist.models import weights
 from liftdist.models.weights import ModelFolder
+from liftdist.runs import claims
 from liftdist.sync import checkpoints, reader, version
 from liftdist.sync.reader import Follower
 
@@ -64,6 +65,8 @@ def test_ranks_publish_what_the_run_exports(base, records, tmp_path, method, wor
     same = assert_follows_to(tmp_path / "T", base, run / "export")
     assert (same.stream, same.state) == (published.stream, published.state)  # one run, the same weights
 
+    shutil.copytree(run / "checkpoints", tmp_path / "kept")
+
     def writer(source, *arguments, make=checkpoints._Source.writer):
         shutil.rmtree(run / "checkpoints")  # as a run removes old ones, while they are read
         return make(source, *arguments)
@@ -73,6 +76,19 @@ def test_ranks_publish_what_the_run_exports(base, records, tmp_path, method, wor
     with pytest.raises(UserError, match="holds no checkpoint that could be published"):
         checkpoints.publish(run, tmp_path / "U", base, tmp_path / "cache", 10, 1, False, said.append)
     assert "was removed during the export" in said[0]  # and others were waited for
+
+    def begun_anew(source, *arguments, make=checkpoints._Source.writer):
+        made = make(source, *arguments)
+        monkeypatch.setattr(claims, "identity", lambda _: "another")
+        return made
+
+    monkeypatch.undo()
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    shutil.copytree(tmp_path / "kept", run / "checkpoints")
+    monkeypatch.setattr(checkpoints._Source, "writer", begun_anew)
+    with pytest.raises(UserError, match="is another run than when this began; publish it in a new folder"):
+        checkpoints.publish(run, tmp_path / "V", base, tmp_path / "cache", 10, 1, True, said.append)
+    assert version.numbers(tmp_path / "V") == []
 
 
 def start(*words):
