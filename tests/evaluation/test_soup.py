@@ -57,10 +57,7 @@ def made(tiny_model, tmp_path_factory):
     (folder / "questions.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     task = dict(name="replies", kind="perplexity", path=str(folder / "questions.jsonl"))
     builders.write_records(folder / "records.jsonl")
-    config = commands.write_config(folder, base, folder / "records.jsonl", eval=dict(tasks=[task]))
-    config.write_text(
-        config.read_text().replace("model:\n", "model:\n  revision: main\n")
-    )  # which candidates have none of
+    commands.write_config(folder, base, folder / "records.jsonl", eval=dict(tasks=[task]))
     return folder
 
 
@@ -122,24 +119,16 @@ def perplexity(made, folder):
 
 
 def test_a_candidate_is_asked_as_the_model_that_it_makes(made, tmp_path):
-    ask = soup.by_eval(*soup.settings(made / "config.yaml"), made / "base", tmp_path / "out")
+    config = made / "revision.yaml"
+    config.write_text((made / "config.yaml").read_text().replace("model:\n", "model:\n  revision: main\n"))
+    ask = soup.by_eval(*soup.settings(config), made / "base", tmp_path / "out")  # a folder, which has no revisions
     assert ask(delta_file.read(made / "better")) == pytest.approx(-perplexity(made, "better-model"), rel=1e-3)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
 def test_the_command_asks_its_tasks_and_leaves_out_what_harms(made, tmp_path):
-    words = (
-        "merge",
-        made / "harms",
-        made / "better",
-        "--rule",
-        "greedy",
-        "--base",
-        made / "base",
-        "--eval",
-        made / "config.yaml",
-    )
+    words = ("merge", made / "harms", made / "better", "--rule", "greedy", "--eval", made / "config.yaml")
     said = liftdist(*words, "--output", tmp_path / "out", "--cache-dir", made / "cache")
     assert "left out: harms" in said
     scores = {what: float(number) for number, what in re.findall(r"^ *(-?\d+\.\d{4})  (.*)$", said, re.MULTILINE)}

@@ -274,9 +274,8 @@ def test_a_run_is_asked_afterwards(tiny_model, records, folder, tmp_path):
     assert exported.returncode == 0, exported.stdout
     assert results.read_answers(tmp_path / "other", "said", 0) == trained
     again = commands.run_command("eval", config, f"run_dir={tmp_path / 'other'}")
-    assert "other/eval: holds answers of another model than model.path; give another run_dir" in commands.user_error(
-        again
-    )
+    other = "other/eval: holds answers of another model than model.path, or of another model.base_dtype; give another run_dir"
+    assert other in commands.user_error(again)
     wrong = commands.run_command("eval", run_dir, f"model.path={run_dir / 'export'}")
     assert "is of another base model than model.path" in commands.user_error(wrong)
     nothing = commands.run_command("eval", run_dir, "eval.tasks=[]")
