@@ -110,6 +110,11 @@ def load_runs(path: str | Path, overrides: Sequence[str] = ()) -> list[tuple[Con
             runs.append(load(path, [*overrides, *own, *common]))
         except UserError as error:
             raise UserError(f"train.variants.{name}: {error}") from None
+    folders = [one.sync.to for one, _ in runs if one.sync.to is not None]
+    if len(set(folders)) < len(folders):
+        raise UserError(
+            "train.variants: several publish in one folder; give each a sync.to of its own, or leave it out"
+        )
     return runs or [(base, text)]
 
 

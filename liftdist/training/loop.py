@@ -91,10 +91,13 @@ class Loop:
         self.cancellation.boundary()
         is_end = trainer.step in (0, trainer.steps)
         due = [name for name in EVALUATIONS if is_end or self._is_due(_interval(config, name))]
-        if due:
-            self._evaluate(due)
+        is_best = False
+        if due and trainer.evaluated != trainer.step:
+            is_best = self._evaluate(due)
+            if trainer.best.reason_to_stop():  # so this is the end, after which all are made
+                self._evaluate([name for name in EVALUATIONS if name not in due])
         # more skipped steps may follow and end the run: the newest checkpoint must be from before the first of them
-        if trainer.step and self._is_due(config.checkpoint.interval) and not trainer.skipped_in_a_row:
+        if is_best or (trainer.step and self._is_due(config.checkpoint.interval) and not trainer.skipped_in_a_row):
             self._save()
         if self._publisher is not None and trainer.step and self._is_due(self._publisher.interval):
             self._publish(self._publisher)
@@ -109,10 +112,9 @@ class Loop:
     def _is_due(self, interval: int) -> bool:
         return bool(interval) and self.trainer.step % interval == 0
 
-    def _evaluate(self, names: Sequence[str]) -> None:
+    def _evaluate(self, names: Sequence[str]) -> bool:
+        """Whether the step is the best so far."""
         trainer = self.trainer
-        if trainer.evaluated == trainer.step:
-            return
         figures: dict[str, float] = {}
         for name in names:
             run = EVALUATIONS.load(name).run
@@ -126,9 +128,7 @@ class Loop:
                 if not tag.endswith(("/low", "/high"))
             )
             self.console.say(f"step {trainer.step}: {shown}")
-        if not trainer.skipped_in_a_row and trainer.best.compare(trainer.step, figures):
-            self.checkpointer.best = trainer.step
-            self._save()
+        return not trainer.skipped_in_a_row and trainer.best.compare(trainer.step, figures)
 
     def _save(self) -> None:
         """Start to save the current state, unless it is saved already."""
@@ -140,6 +140,7 @@ class Loop:
         self._report_save()
         if self.checkpointer.last_step == trainer.step:
             return
+        self.checkpointer.best = trainer.best.step  # not earlier: the save before would remove the former best
         self.checkpointer.save(trainer.method.state_dict(), trainer.method.matrices, self._snapshot())
         self.recorder.scalars(trainer.step, {"checkpoint/blocked_seconds": time.perf_counter() - began})
 

@@ -224,7 +224,6 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         if saved is not None:
             _resume(context, trainer, saved, attempt, state_changed)
         self._checkpointer = Checkpointer(attempt, mesh, config.checkpoint.keep, saved)
-        self._checkpointer.best = trainer.best.step
         changed = method.changes(self.names)
         trained = {name: stored for name, (stored, _) in changed.items()}
         copies = {stored: self.names.copies[stored] for stored in trained.values() if stored in self.names.copies}
@@ -277,9 +276,15 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         """Write the fine-tuned model, and that of the best step, if the config says so."""
         if self.trainer.config.train.export:
             _export(self.trainer, self._attempt, self.console, self.trainer.step, "export")
-            if (best := self.trainer.best.step) not in (None, self.trainer.step):
-                assert best is not None
-                _export(self.trainer, self._attempt, self.console, best, "export-best")
+            best = self.trainer.best.step
+            if best is not None and best != self.trainer.step:
+                folder = _checkpoint(self._attempt, best)
+                if collectives.agree(self.trainer.mesh.is_main and folder.is_dir()):
+                    _export(self.trainer, self._attempt, self.console, best, "export-best")
+                else:
+                    self.console.say(
+                        f"step {best}, the best, is not exported: {folder} could not be saved, or was removed"
+                    )
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
@@ -374,7 +379,7 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console, number: int, n
     target = run_dir / name
     if not _is_exported(target, number, trainer.mesh):
         with together():
-            step = checkpoint.open_step(run_dir / CHECKPOINTS / f"step-{number:08d}")
+            step = checkpoint.open_step(_checkpoint(attempt, number))
             trained = of_run.of_run(step, base_folder)
             if trainer.mesh.is_main and target.exists():  # exported before the run was extended
                 target.rename(layout.next_free(target))
@@ -384,6 +389,10 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console, number: int, n
     of = f" of step {number}, the best" if number != trainer.step else ""
     rounded = trainer.config.model.base_dtype is not None
     console.say(f"fine-tuned model{of} in {target}" + (", over the original weights" if rounded else ""))
+
+
+def _checkpoint(attempt: Attempt, step: int) -> Path:
+    return attempt.run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
 def _is_exported(target: Path, step: int, mesh: Mesh) -> bool:

@@ -1,6 +1,7 @@
 """The best step is kept and exported beside the last, training ends where nothing gets better, both over a stop."""
 
 import json
+import shutil
 
 import commands
 import pytest
@@ -52,12 +53,16 @@ def test_the_best_step_is_kept_and_exported(tiny_model, records, tmp_path):
         records,
         checkpoint=dict(interval=1, keep=1, best="eval/loss", best_of="max"),
         train=dict(steps=30, patience=2, eval_interval=2),
+        eval=dict(
+            tasks=[dict(name="said", kind="perplexity", path=str(records), limit=2)]
+        ),  # before and after training
         optimizer=dict(schedule="constant"),
     )
     run = commands.run_command("train", config)
     assert run.returncode == 0, run.stdout
     run_dir = tmp_path / "run"
     assert "training ends after step 6 of 30: eval/loss has not been better than" in run.stdout
+    assert "step 6: evaluation said/perplexity" in run.stdout
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000006"]
     best, last = (load_file(run_dir / folder / "model.safetensors") for folder in ("export-best", "export"))
     assert any(not torch.equal(best[name], last[name]) for name in best)
@@ -70,6 +75,10 @@ def test_the_best_step_is_kept_and_exported(tiny_model, records, tmp_path):
     assert sorted(path.name for path in (run_dir / "checkpoints").glob("step-*")) == ["step-00000002", "step-00000008"]
     exports = [e for events in claims.attempts(run_dir).values() for e in events if e["event"] == "export"]
     assert [(event["step"], event["folder"]) for event in exports] == [(6, "export"), (2, "export-best"), (8, "export")]
+    shutil.rmtree(run_dir / "checkpoints" / "step-00000002")
+    lost = commands.run_command("train", config, "train.patience=3")  # has nothing left to do
+    assert lost.returncode == 0, lost.stdout
+    assert "step 2, the best, is not exported: " in lost.stdout
     assert all(
         torch.equal(best[name], t) for name, t in load_file(run_dir / "export-best" / "model.safetensors").items()
     )

@@ -168,11 +168,12 @@ def test_what_variants_have_in_common_cannot_be_set_by_one(words, problem, tiny_
         ("model.base_dtype=int8", "model.base_dtype: must be unset with train.variants"),
         ("model.compile=true", "model.compile: must be false with train.variants"),
         ("train.fit_memory=true", "train.fit_memory: must be false with train.variants"),
+        ("sync.to=versions", "train.variants: several publish in one folder; give each a sync.to of its own"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(override, problem, tiny_model, tmp_path):
     file = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
-    code, said = call("train", file, "train.variants.a=optimizer.lr=1", override)
+    code, said = call("train", file, "train.variants.a=optimizer.lr=1", "train.variants.b=optimizer.lr=2", override)
     assert (code, len(said.splitlines())) == (2, 1)
     assert problem in said
 
