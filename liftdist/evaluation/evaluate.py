@@ -5,7 +5,6 @@ the run's own export."""
 from __future__ import annotations
 
 import contextlib
-import math
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -52,7 +51,7 @@ def evaluate(context: RunContext, asked: Harness | None = None) -> None:
         folder = resolve_model(config.model.path, config.model.revision)
     with together():
         if asked is None:
-            tasks.prepare(context, math.inf if held is None else held.room)
+            tasks.prepare(context) if held is None else tasks.prepare(context, held.room)
         else:
             try:
                 from liftdist.evaluation import harness
@@ -164,6 +163,5 @@ def _newest(context: RunContext) -> Step | None:
     with together():
         if context.mesh.is_main:
             accepts = checkpoint.accepted(run_dir, claims.attempts(run_dir))
-    accepts = collectives.gather(accepts)[0]
     say, beat, shard = context.console.say, context.cancellation.beat, context.mesh.rank % shards
-    return checkpoint.newest(run_dir, accepts, shard, shards, say, set_aside=False, beat=beat) if accepts else None
+    return checkpoint.newest(run_dir, accepts, shard, shards, say, set_aside=False, beat=beat)

@@ -148,26 +148,35 @@ def _prepared(config: Config, number: int, room: float) -> Asked:
     task, section = config.eval.tasks[number], f"eval.tasks.{number}"
     folder, encoder_of, text_config = encoding_of(config)
     encoder = encoder_of(task.source(section))
+    stops = _stops(section, folder, encoder)
+    own = (encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id, stops[0])
+    begin = [next(token for token in own if token is not None)]  # of a text without a prompt
     if task.kind == OWN_TEXT:
-        begin = encoder.tokenizer.bos_token_id
-        begin = encoder.tokenizer.eos_token_id if begin is None else begin
-        stops = _stops(section, folder, encoder)
-        return Asked(task, [], [("", [stops[0] if begin is None else begin])], encoder, stops)
+        return Asked(task, [], [("", begin)], encoder, stops)
     asked = questions(task, section)
     try:
-        prompts = [encoder.prompt(question.prompt) for question in asked]
+        prompts = [(text, ids or begin) for text, ids in (encoder.prompt(question.prompt) for question in asked)]
     except ValueError as error:
         raise UserError(f"{section}: {error}") from None
-    own = getattr(text_config, "max_position_embeddings", None) or math.inf
-    longest = max(len(ids) for _, ids in prompts)
-    needed = longest + (task.max_new_tokens if task.kind == GENERATION else 0)
-    if needed > min(own, room):
-        bound = f"the model's context is {own}" if own <= room else f"the server takes {room} (its --max-model-len)"
-        raise UserError(
-            f"{section}: the longest prompt of {longest} tokens and its answer need {needed} tokens, {bound}; lower "
-            f"{section}.max_new_tokens, or leave the question out"
+    context = getattr(text_config, "max_position_embeddings", None) or math.inf
+    needed = max(len(ids) + _longest_answer(task, encoder, one) for (_, ids), one in zip(prompts, asked, strict=True))
+    if needed > min(context, room):
+        bound = (
+            f"the model's context is {context}" if context <= room else f"the server takes {room} (its --max-model-len)"
         )
-    return Asked(task, asked, prompts, encoder, _stops(section, folder, encoder))
+        lower = f"lower {section}.max_new_tokens, or " if task.kind == GENERATION else ""
+        raise UserError(
+            f"{section}: the longest prompt with its answer needs {needed} tokens, {bound}; {lower}leave it out"
+        )
+    return Asked(task, asked, prompts, encoder, stops)
+
+
+def _longest_answer(task: TaskConfig, encoder: Encoder, question: Question) -> int:
+    """Tokens."""
+    if task.kind == GENERATION:
+        return task.max_new_tokens
+    replies = question.expected[:1] if task.kind == PERPLEXITY else question.options
+    return max(map(len, encoder.tokenizer(list(replies), add_special_tokens=False)["input_ids"]))
 
 
 def _stops(section: str, folder: Path, encoder: Encoder) -> list[int]:
@@ -192,7 +201,11 @@ def _on_own_text(context: RunContext, model: PreTrainedModel, method: Method, as
     with collectives.together():
         if mesh.is_main and path.exists():
             texts = json.loads(files.read(path))
-            texts = texts["texts"] if isinstance(texts, dict) else texts  # of an earlier version
+            if len(texts or ()) != task.size:
+                raise UserError(
+                    f"{path}: holds {len(texts or ())} texts, which were drawn once, not size={task.size}; set that size, or "
+                    f"give the task another name"
+                )
     texts = collectives.gather(texts)[0]
     if texts is None:
         config = context.config

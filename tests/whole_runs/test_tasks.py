@@ -12,6 +12,7 @@ import ranks
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bench.traffic import Traffic
 from liftdist.console import Console
 from liftdist.errors import Stopped
 from liftdist.evaluation import generation, tasks
@@ -142,8 +143,9 @@ def trained(mesh, folder, kind):
         for step in range(4):
             if name == "asked":
                 tasks.run(RunContext(settings, mesh, Console(False)), made.inputs, made.model, made.method, step)
-            losses.append(made.run_step()["train/loss"])
-        found.append((losses, builders.global_digest(made), made.model.training))
+            with (sent := Traffic()):
+                losses.append(made.run_step()["train/loss"])
+        found.append((losses, builders.global_digest(made), made.model.training, sent.by_group))
     return found
 
 
@@ -152,6 +154,24 @@ def test_training_goes_on_to_the_bit(kind, folder):
     (quiet, asked), *_ = ranks.run(2, trained, folder, kind)
     assert asked == quiet
     assert quiet[2]
+
+
+def of_a_text(mesh, folder):
+    (Path(folder) / "text.jsonl").write_text(json.dumps({"text": "Once upon a time"}))
+    settings = settings_of(folder, "tied", "text")
+    settings.eval.tasks = [TaskConfig(name="text", kind="perplexity", path=str(Path(folder) / "text.jsonl"))]
+    Path(settings.run_dir).mkdir(parents=True)
+    made = builders.trainer(mesh, settings)
+    return tasks.run(RunContext(settings, mesh, Console(False)), made.inputs, made.model, made.method, 0)
+
+
+def test_a_text_without_a_prompt_begins_as_documents_do(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder / "tied", dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tied")
+    ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer("Once upon a time")["input_ids"]]])
+    assert ids.shape[1] > 3
+    (found,) = ranks.run(1, of_a_text, folder)
+    assert found["eval/text/perplexity"] == pytest.approx(model(input_ids=ids, labels=ids).loss.exp().item(), rel=1e-5)
 
 
 def drifted(mesh, folder, kind, world):
@@ -287,12 +307,19 @@ def test_a_run_is_asked_afterwards(tiny_model, records, folder, tmp_path):
     [
         (dict(path="absent.jsonl"), "data absent.jsonl: no such file"),
         (dict(max_new_tokens=600), "lower eval.tasks.0.max_new_tokens"),
+        (
+            dict(path="long.jsonl", kind="perplexity", scorer=None),
+            "needs 601 tokens, the model's context is 512; leave it out",
+        ),
     ],
 )
 def test_what_cannot_be_asked_is_refused_before_the_model_is_loaded(
     settings, problem, tiny_model, records, folder, tmp_path
 ):
     task = dict(name="said", scorer="contains", path=str(folder / "questions.jsonl")) | settings
+    if task["path"] == "long.jsonl":
+        task["path"] = str(tmp_path / "long.jsonl")
+        (tmp_path / "long.jsonl").write_text(json.dumps({"text": " a" * 600}))
     config = commands.write_config(tmp_path, tiny_model, records, eval=dict(tasks=[task]))
     run = commands.run_command("train", config)
     assert problem in commands.user_error(run)
