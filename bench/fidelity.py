@@ -6,9 +6,10 @@
     test           the rates of each method whose frontier is the greatest there, with more seeds, asked the test questions
 
 A run is `liftdist train` on a config that is written to ``--output``, where its run directory is, too. It follows the paper's
-recipe: the Alpaca wording, a mean over sequences, its optimizer, as many refreshes in a run as there, and the step with the least
-loss on the development questions. Methods train equally many weights (`full`: all) on the same batches. Forgetting is the
-divergence from the base model on its own text, and the rise on prose, in nats a token; capitals of countries are asked besides.
+recipe: the Alpaca wording (on two cores: questions as they are, a third of the tokens), a mean over sequences, its optimizer, as
+many refreshes in a run as there, and the step with the least loss on the development questions. Methods train equally many
+weights (`full`: all) on the same batches. Forgetting is the divergence from the base model on its own text, and the rise on
+prose, in nats a token; capitals of countries are asked besides.
 
 Runs that have finished are not run again, so the same command goes on after an interruption; those that failed are tried again.
 Results are written after every run, and a picture at the end; :mod:`bench.frontier` says what is made of them. Checkpoints of a
@@ -22,6 +23,7 @@ import concurrent.futures
 import dataclasses
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -73,6 +75,7 @@ class Settings:
     tasks: list[Task]
     dtype: str
     steps: int
+    format: str = "alpaca"  # or prompt_completion
     rank: int = 0  # of LoRA, and of the filter: the paper finds filter ranks near the budget's best
     density: float = 0.05
     batch_size: int = 16
@@ -129,8 +132,9 @@ def preset(name: str, model: str) -> tuple[Settings, Plan, int]:
         _sums(4, 2, 64),
         Task("spell_backward", dict(min_word_len=3, max_word_len=5)),
     ]
-    settings = Settings(model, tasks, "float32", steps=40, development=64, own_texts=32)
-    return settings, Plan([*METHODS], rates(5e-4, 5e-5, 5e-4, 3)), 1
+    small = dict(batch_size=8, development=64, own_texts=24, own_tokens=48, prose=12, capitals=20, evaluations=1)
+    settings = Settings(model, tasks, "float32", steps=40, format="prompt_completion", **small)
+    return settings, Plan([*METHODS], rates(5e-4, 5e-5, 5e-4, 3)), 2
 
 
 @dataclass(frozen=True)
@@ -189,8 +193,8 @@ def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
     if given.get("criterion") == "random":
         chosen["selection"]["seed"] = trial.seed
     task = next(task for task in settings.tasks if task.kind == trial.task)
-    target = {"name": "target", "path": str(data / f"{trial.stage}.jsonl"), "format": "alpaca", "expected": "answer"}
-    capitals = {"name": "capitals", "path": str(known / "capitals.jsonl"), "format": "alpaca", "scorer": "contains"}
+    target = {"name": "target", "path": str(data / f"{trial.stage}.jsonl"), "expected": "answer"}
+    capitals = {"name": "capitals", "path": str(known / "capitals.jsonl"), "scorer": "contains"}
     prose = {"name": "prose", "path": str(known / "prose.jsonl"), "kind": "perplexity", "limit": settings.prose}
     own_text = {"task": "own_text", "size": settings.own_texts, "max_new_tokens": settings.own_tokens}
     interval = settings.steps // settings.evaluations
@@ -202,7 +206,7 @@ def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
         "data": {
             "path": str(data / "training.jsonl"),
             "eval_path": str(data / "development.jsonl"),
-            "format": "alpaca",
+            "format": settings.format,
             "max_length": settings.max_length,
         },
         **chosen,
@@ -226,8 +230,8 @@ def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
         "eval": {
             "interval": interval,
             "tasks": [
-                target | {"scorer": task.scorer, "max_new_tokens": task.new_tokens},
-                capitals | {"max_new_tokens": 16, "limit": settings.capitals},
+                target | {"format": settings.format, "scorer": task.scorer, "max_new_tokens": task.new_tokens},
+                capitals | {"format": settings.format, "max_new_tokens": 16, "limit": settings.capitals},
                 prose,
                 own_text,
             ],
@@ -237,8 +241,12 @@ def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
     }
 
 
-def run(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
-    """What a run found; it is run if it has not finished. Raises ``SystemExit`` if it is asked to stop."""
+def run(trial: Trial, settings: Settings, output: Path, jobs: int) -> dict[str, Any]:
+    """What a run found; it is run, on its share of the cores, if it has not finished.
+
+    Raises:
+        SystemExit: it was asked to stop.
+    """
     folder = trial.folder(output)
     if not _has_finished(folder):
         path = output / "configs" / f"{folder.name}.yaml"
@@ -246,7 +254,8 @@ def run(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
         path.write_text(yaml.safe_dump(config(trial, settings, output), sort_keys=False))
         with path.with_suffix(".log").open("a") as log:
             command = [sys.executable, "-m", "liftdist", "train", str(path), "--nproc", "1"]
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+            threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
+            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=threads).returncode
         if code == EXIT_STOPPED:
             sys.exit(f"{folder} was asked to stop; the same command goes on")
     found: dict[str, Any] = dataclasses.asdict(trial) | {"status": "failed", "reason": ""}
@@ -437,8 +446,8 @@ def _prepare(output: Path, settings: Settings) -> None:
     for task in tasks:
         folder = output / "problems" / task["kind"]
         if not (folder / "test.jsonl").exists():
-            problems.write(folder, task["kind"], task["arguments"], sizes)
-    problems.write_known(output / "problems")
+            problems.write(folder, task["kind"], task["arguments"], sizes, settings.format)
+    problems.write_known(output / "problems", settings.format)
     kept.write_text(json.dumps(now, indent=1) + "\n")
 
 
@@ -454,7 +463,7 @@ def carry_out(settings: Settings, plan: Plan, output: Path, out: Path, jobs: int
         print(f"{stage}: {len(planned)} runs, {fresh} to be run{then}", flush=True)
         before, found, taken = done, dict[int, dict[str, Any]](), list[float]()
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            started = [pool.submit(_unless_late, trial, settings, output, deadline) for trial in planned]
+            started = [pool.submit(_unless_late, trial, settings, output, jobs, deadline) for trial in planned]
             try:
                 for future in concurrent.futures.as_completed(started):
                     number = started.index(future)
@@ -485,14 +494,14 @@ def carry_out(settings: Settings, plan: Plan, output: Path, out: Path, jobs: int
 
 
 def _unless_late(
-    trial: Trial, settings: Settings, output: Path, deadline: float
+    trial: Trial, settings: Settings, output: Path, jobs: int, deadline: float
 ) -> tuple[dict[str, Any] | None, float | None]:
     """What a run found, and the seconds that it took now; nothing, if it has not finished and there is no time left."""
     if _has_finished(trial.folder(output)):
-        return run(trial, settings, output), None
+        return run(trial, settings, output, jobs), None
     if (begun := time.monotonic()) > deadline:
         return None, None
-    return run(trial, settings, output), time.monotonic() - begun
+    return run(trial, settings, output, jobs), time.monotonic() - begun
 
 
 if __name__ == "__main__":

@@ -50,8 +50,8 @@ def generated(generator: str, seed: int, **arguments: Any) -> Iterator[dict[str,
         yield {"instruction": one["question"], "output": str(one["answer"]), "answer": str(one["answer"])}
 
 
-def write(folder: Path, kind: str, arguments: dict[str, Any], sizes: dict[str, int]) -> None:
-    """``SPLIT.jsonl`` of each of ``sizes``, of :func:`sums` or of the generator that ``kind`` names.
+def write(folder: Path, kind: str, arguments: dict[str, Any], sizes: dict[str, int], form: str) -> None:
+    """``SPLIT.jsonl`` of each of ``sizes``, of :func:`sums` or of the generator that ``kind`` names, as ``data.format`` has it.
 
     Raises:
         ValueError: the generator repeats itself too often to fill them.
@@ -67,14 +67,21 @@ def write(folder: Path, kind: str, arguments: dict[str, Any], sizes: dict[str, i
             seen.add(record["instruction"])
             unseen.append(record)
     for split, size in sizes.items():
-        _lines(folder / f"{split}.jsonl", [unseen.pop() for _ in range(size)])
+        _lines(folder / f"{split}.jsonl", [_formed(unseen.pop(), form) for _ in range(size)])
 
 
-def write_known(folder: Path) -> None:
+def _formed(record: dict[str, str], form: str) -> dict[str, str]:
+    if form == "alpaca":
+        return record
+    question, answer = record.pop("instruction"), record.pop("output")
+    return {"prompt": question + "\n", "completion": answer} | record
+
+
+def write_known(folder: Path, form: str) -> None:
     """``capitals.jsonl`` and ``prose.jsonl``."""
     pairs = [pair.replace("_", " ").split(" ", 1) for pair in CAPITALS.split(", ")]
     asked = [{"instruction": f"What is the capital of {country}?", "output": city} for country, city in pairs]
-    _lines(folder / "capitals.jsonl", asked)
+    _lines(folder / "capitals.jsonl", [_formed(one, form) for one in asked])
     text = importlib.resources.files("reasoning_gym").joinpath("data/in_the_year_2889.txt").read_text()
     story = text[text.index("*** START") : text.index("*** END")]
     paragraphs = [paragraph.split() for paragraph in re.split(r"\n\s*\n", story)]

@@ -20,7 +20,7 @@ def records(path):
 
 def test_problems_are_worked_out_and_none_is_in_two_splits(tmp_path):
     sizes = dict(training=60, development=20, test=20)
-    problems.write(tmp_path, "sums", dict(terms=4, digits=2), sizes)
+    problems.write(tmp_path, "sums", dict(terms=4, digits=2), sizes, "alpaca")
     found = {split: records(tmp_path / f"{split}.jsonl") for split in problems.SPLITS}
     assert {split: len(some) for split, some in found.items()} == sizes
     every = [record for some in found.values() for record in some]
@@ -32,10 +32,22 @@ def test_problems_are_worked_out_and_none_is_in_two_splits(tmp_path):
         asked = record["instruction"].removeprefix("What is ").removesuffix("?")
         assert str(value(asked)) == said[-1][1] == record["answer"] == last.removeprefix("The answer is ")
     before = (tmp_path / "test.jsonl").read_text()
-    problems.write(tmp_path, "sums", dict(terms=4, digits=2), sizes)
+    problems.write(tmp_path, "sums", dict(terms=4, digits=2), sizes, "alpaca")
     assert (tmp_path / "test.jsonl").read_text() == before
     with pytest.raises(ValueError, match="makes 9 questions where 100 are needed"):
-        problems.write(tmp_path, "sums", dict(terms=1, digits=1), sizes)
+        problems.write(tmp_path, "sums", dict(terms=1, digits=1), sizes, "alpaca")
+
+
+def test_questions_are_the_same_in_both_formats(tmp_path):
+    sizes = dict(training=6, development=2, test=2)
+    for form in ("alpaca", "prompt_completion"):
+        problems.write(tmp_path / form, "sums", dict(terms=2, digits=2), sizes, form)
+        problems.write_known(tmp_path / form, form)
+    for name in ("training", "capitals"):
+        posed, plain = (records(tmp_path / form / f"{name}.jsonl") for form in ("alpaca", "prompt_completion"))
+        assert [(one["instruction"] + "\n", one["output"], one.get("answer")) for one in posed] == [
+            (one["prompt"], one["completion"], one.get("answer")) for one in plain
+        ]
 
 
 def value(text):
