@@ -92,8 +92,10 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A SLURM cluster of real daemons on this machine, six nodes with an address each; all tests share it."""
-    command = [ROOT / "slurm" / "cluster", "--dir", "/tmp/liftdist-slurm-tests", "--network", "10.78.0"]
+    """A SLURM cluster of real daemons on this machine, six nodes with an address each; all tests of a worker share it."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+    folder = f"/tmp/liftdist-slurm-tests-{worker}"
+    command = [ROOT / "slurm" / "cluster", "--dir", folder, "--network", f"10.78.{worker}"]
     subprocess.run([*command, "down"], check=False, capture_output=True)  # of tests that were killed
     started = subprocess.run(
         [*command, "up", "6", "--slurmd-timeout", "8"], check=False, capture_output=True, text=True
@@ -103,7 +105,7 @@ def cluster():
         assert "LIFTDIST_TEST_SLURM" not in os.environ, problem
         pytest.skip(f"needs SLURM: {problem}")
     before = os.environ.copy()
-    os.environ["SLURM_CONF"] = "/tmp/liftdist-slurm-tests/slurm.conf"
+    os.environ["SLURM_CONF"] = f"{folder}/slurm.conf"
     yield lambda *words: subprocess.run([*command, *words], check=True, capture_output=True, text=True).stdout
     os.environ.clear()
     os.environ.update(before)

@@ -322,7 +322,7 @@ def test_a_missing_kernel_is_named(family):
 @pytest.mark.parametrize(
     ("dtype", "layers"),
     [
-        (torch.bfloat16, 5),
+        (torch.bfloat16, 3),
         pytest.param(torch.bfloat16, 30, marks=pytest.mark.slow),  # minutes where bfloat16 is emulated
         pytest.param(torch.float32, 30, marks=pytest.mark.slow),
     ],
@@ -330,7 +330,7 @@ def test_a_missing_kernel_is_named(family):
 def test_a_pretrained_model_is_not_refused_for_its_rounding(dtype, layers, smollm2):
     model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=dtype, num_hidden_layers=layers).requires_grad_(False)
     in_chunks(model)
-    assert how(model, rows=2, max_length=300) == POSITIONS
+    assert how(model, rows=2, max_length=300 if layers == 30 else 100) == POSITIONS
 
 
 def test_training_goes_on_in_training_mode():
@@ -344,7 +344,7 @@ def test_training_goes_on_in_training_mode():
 def sharded(mesh):
     """The verdict on families, and the loss of packed samples in two forwards after it. Collective."""
     found = []
-    for family in ("llama", "opt", "gpt_oss", "bart", "falcon_mamba", "bamba"):
+    for family in ("llama", "opt", "bart", "falcon_mamba"):  # by positions, by a mask, neither, state
         model = model_of(family, prepare=lambda model: load.shard(model, ModelConfig(dtype="float32"), mesh)).eval()
         verdict = how(model, rows=2)
         packed, apart = rows_of((17, 5, 30), (9, 2, 21))
@@ -377,6 +377,7 @@ def test_a_user_is_refused_before_the_first_step(processes, tmp_path, smollm2, r
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_user_packs_with_a_mask(tmp_path, smollm2, records):
     model = builders.llama(tmp_path / "model", smollm2, "opt", ffn_dim=48, word_embed_proj_dim=50)
     config = commands.write_config(
