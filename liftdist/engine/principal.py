@@ -363,8 +363,9 @@ class PrincipalWeights:
         self.check_not_at_base()
         states = optimizer_states.of_elements(optimizer, self.values)
         old_segments, old_parts, old_values = self._segments, self.parts, self.values.detach()
-        self.selector.advance(number, self._loss_of if self.selector.learns else None)
-        self._lay_out(self.select())
+        with self.selector.advanced(number, self._loss_of):
+            chosen = self.select()
+        self._lay_out(chosen)
         if not self.num_selected:
             raise UserError(f"nothing is left to train: {self.selector.criterion} selects no weight of any matrix")
         for old, new in zip(old_segments, self._segments, strict=True):
