@@ -248,7 +248,7 @@ class PrincipalWeights:
         gradient = self._attached_grad()
         for part in self.parts:
             values = self.values[part.span]
-            part.write(part.positions, host.sent(values, part.device, part.param.dtype) if self.is_on_host else values)
+            part.write(part.kept, host.sent(values, part.device, part.param.dtype) if self.is_on_host else values)
         gradient.zero_()
         self.written_back()
 
@@ -536,9 +536,7 @@ class PrincipalWeights:
         for part in self.parts:
             if part.reduction is not None:
                 part.reduction.choose(part.param, part.kept)
-        quantised.make_exact(
-            [part.param for part in self.parts], [part.positions for part in self.parts], self.shard_group
-        )
+        quantised.make_exact([part.param for part in self.parts], [part.kept for part in self.parts], self.shard_group)
         if self._base is not None:
             self._base.add(self.parts)
         if not self.selector.is_known:
