@@ -397,9 +397,7 @@ class PrincipalWeights:
             self.written_back()
             parts = list(self.selector.backwards(TRIAL_BATCHES))
         self.written_back()
-        total = all_reduce_sum(
-            all_reduce_sum(torch.stack(parts).double().sum(), self.shard_group), self.replicate_group
-        )
+        total = all_reduce_sum(torch.stack(parts).double().sum(), self.shard_group, self.replicate_group)
         replicas = 1 if self.replicate_group is None else self.replicate_group.size()
         return total.item() / len(parts) / replicas
 

@@ -102,8 +102,12 @@ class Selector:
                 raise UserError(
                     f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
                 )
-            divide = getattr(self.budget, "divide", selection.compare)
-            counts = divide(matrices, counts, self.criterion, *shared)
+            if hasattr(self.budget, "divide"):
+                counts = self.budget.divide(
+                    counts, *selection.sums_of_scores(matrices, counts, self.criterion, *shared)
+                )
+            else:
+                counts = selection.compare(matrices, counts, self.criterion, *shared)
         return selection.select(matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
 
     @property

@@ -130,10 +130,10 @@ def test_it_continues_over_a_refresh(folder):
 
 def test_a_refresh_that_is_stopped_has_taught_nothing():
     """So the checkpoint of the stop is that of the step before, and what continues refreshes as if there had been no stop."""
-    stop_at = 0
+    stops: set[int] = set()  # numbers of matrices selected
 
     def progress(done, _):
-        if done == stop_at:
+        if done in stops:
             raise Stopped("SIGTERM")
 
     def begin():
@@ -156,11 +156,12 @@ def test_a_refresh_that_is_stopped_has_taught_nothing():
 
     principal, optimizer = begin()
     before = principal.scalar_states(optimizer)
-    for stop_at in range(1, LAYERS + 1):
+    for done in range(1, LAYERS + 1):
+        stops.add(done)
         with pytest.raises(Stopped):
             principal.refresh(optimizer)
         assert principal.scalar_states(optimizer) == before
-    stop_at = 0
+        stops.clear()
     plain, its_optimizer = begin()
     for _ in range(3):
         assert principal.refresh(optimizer) == plain.refresh(its_optimizer)
