@@ -212,7 +212,7 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         )
         state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
         with together():
-            if mesh.is_main and config.eval.tasks:
+            if mesh.is_main and (config.eval.tasks or (attempt.run_dir / results.FOLDER).exists()):
                 results.check_base(attempt.run_dir, config.model.identity(base_digest))
         model, self.names, method = setup.model_and_method(
             context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs, loaded=loaded
@@ -355,7 +355,8 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
         after = trainer.step if resumed else None if attempt.number == 1 else -1
         names = context.config.metrics.trackers if mesh.is_main else None
         if mesh.is_main and (run_dir / results.NAME).exists():
-            results.Results(run_dir, after).close()  # without what was found after the step that the run continues from
+            # without what was found after the step that the run continues from; what the base model was asked stays
+            results.Results(run_dir, after if after is None else max(after, 0)).close()
         recorder = Recorder(run_dir, names, after, context.console.say)
     recorder.text("config", text)
     recorder.text("parameters", trainer.method.describe(trainer.model))
