@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from liftdist import files
-from liftdist.runs import results
+from liftdist.runs import layout, results
 
 NAME = "SmolLM2-135M-Instruct"
 WEIGHTS = f"{NAME}.Q4_1.gguf"
@@ -81,7 +81,7 @@ def write_problems(folder: Path) -> None:
 
 def show(run: Path) -> None:
     """Print what the held-out problems say of a run, and where its results are."""
-    losses = [line["eval/loss"] for line in map(json.loads, (run / "metrics.jsonl").open()) if "eval/loss" in line]
+    losses = [line["eval/loss"] for line in map(json.loads, (run / layout.METRICS).open()) if "eval/loss" in line]
     scores = [figure for figure in results.read(run) if (figure.task, figure.metric) == (TASK, "accuracy")]
     if scores and scores[0].step:  # begun by a version that asked only later
         scores = []

@@ -130,6 +130,23 @@ def new_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextlib.contextmanager
+def scratch_beside(path: Path) -> Iterator[Path]:
+    """A hidden folder beside ``path``, where there is room for what is as large; removed at the end.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder = folder_beside(path.resolve())
+    except OSError as error:
+        raise UserError(f"{path}: what is needed for a while cannot be written beside it: {reason(error)}") from None
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def read(path: Path) -> str:
     """The text of a file. Raises ``OSError`` for a symbolic link, ``ValueError`` if it is not text."""
     with open(path, encoding="utf-8", opener=_no_link) as file:

@@ -185,7 +185,8 @@ class MetricsConfig:
     )
     images: bool = setting(
         False,
-        "draw at the end where principal weights lie, and how they changed, as images in TensorBoard; needs `liftdist[report]`",
+        "draw where principal weights lie, at each refresh, and at the end how they changed, as images in TensorBoard; needs "
+        "`liftdist[report]`",
         changes=NOTHING,
     )
 

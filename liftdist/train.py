@@ -66,6 +66,11 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
                 from liftdist.planning import fit
                 from liftdist.training import setup
                 from liftdist.training.run import train_all
+            pictures = None
+            if any(one.metrics.images for one, _ in runs):
+                from liftdist.report import images
+
+                pictures = images.of_selection
             drawn = [Path(one.run_dir).expanduser() for one, _ in runs if one.metrics.images and mesh.is_main]
             console = Console(mesh.is_main)
             if config.train.fit_memory and options.only is None:  # of one run
@@ -77,7 +82,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             elif options.only == "eval":
                 evaluate(context, harness)
             else:
-                train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn)
+                train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn, pictures)
         for run_dir in drawn:
             _draw(run_dir)
     except UserError as error:
@@ -106,7 +111,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
 def _draw(run_dir: Path) -> None:
     """Images of the weights. The run has finished and stays so if they cannot be made."""
     try:
-        from liftdist.report import images  # imports matplotlib
+        from liftdist.report import images
 
         for note in images.write(run_dir):
             _say(f"images: {note} (of `liftdist report {run_dir}`, which draws them, too)")

@@ -273,7 +273,7 @@ def _start_line(start: history.Event, ended: history.Event | None) -> str:
 def _figures(run_dir: Path) -> dict[str, Any]:
     """The newest line of the metrics that has a loss."""
     found: dict[str, Any] = {}
-    with contextlib.suppress(OSError), files.open_to_read(run_dir / "metrics.jsonl") as file:
+    with contextlib.suppress(OSError), files.open_to_read(run_dir / layout.METRICS) as file:
         file.seek(max(0, file.seek(0, os.SEEK_END) - 100_000))
         for line in file.read().splitlines():
             with contextlib.suppress(ValueError):

@@ -116,5 +116,9 @@ def of_step(step: Step, base_folder: Path) -> Adapters | None:
     given = OmegaConf.select(config, "lora", default={})
     settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(LoraConfig), given))
     assert isinstance(settings, LoraConfig)
-    trusted = bool(OmegaConf.select(config, "model.trust_remote_code"))
-    return Adapters(step, settings, ModelConfig(path=str(base_folder), trust_remote_code=trusted))
+    return Adapters(step, settings, ModelConfig(path=str(base_folder), trust_remote_code=trusts(step)))
+
+
+def trusts(step: Step) -> bool:
+    """Whether the run was to run code that comes with its base model."""
+    return bool(OmegaConf.select(OmegaConf.create(step.manifest.provenance.config), "model.trust_remote_code"))

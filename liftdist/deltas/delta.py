@@ -91,6 +91,7 @@ class Delta:
     compressed: bool = (
         False  # whether the file holds differences alone; of what was made of it, ``made`` says that it once did
     )
+    trusted: bool = False  # whether code that comes with the base model may be run: never by the word of a file
 
     @cached_property
     def known(self) -> frozenset[str]:

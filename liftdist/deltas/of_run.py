@@ -58,9 +58,8 @@ def of_run(step: Step, base_folder: Path) -> Delta:
     whole = replaced if is_whole else None
     made = {"run": step.folder.resolve().parent.parent.name, "step": step.number} | rounded(step)
     base, sha256 = step.manifest.provenance.base, step.manifest.sha256
-    return Delta(
-        step.folder, base, list(matrices), get, origin_of(step.manifest.provenance), whole, adapters, made, sha256
-    )
+    origin, trusted = origin_of(step.manifest.provenance), adapter.trusts(step)
+    return Delta(step.folder, base, list(matrices), get, origin, whole, adapters, made, sha256, trusted=trusted)
 
 
 def matrices_of(step: Step, stored_files: ModelFolder, adapters: Adapters | None = None) -> dict[str, list[str]]:

@@ -132,8 +132,9 @@ def all_work(work: Callable[[Callable[[], None]], T], alive: Callable[[], None])
     return done[0]
 
 
-def all_reduce_sum(tensor: Tensor, group: Group) -> Tensor:
-    """Sum over ``group``, in place."""
-    if group is not None:
-        dist.all_reduce(tensor, group=group)
+def all_reduce_sum(tensor: Tensor, *groups: Group) -> Tensor:
+    """Sum over ``groups``, one after the other, in place."""
+    for group in groups:
+        if group is not None:
+            dist.all_reduce(tensor, group=group)
     return tensor

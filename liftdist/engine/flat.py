@@ -90,7 +90,7 @@ class Part:
         return memory.read(self.param, positions)
 
     def write(self, positions: Tensor, weights: Tensor) -> None:
-        """Set the weights at ``positions [k]`` to ``weights [k]``, rounded to the dtype of the parameter."""
+        """Set the weights at ``positions [k]``, on any device, to ``weights [k]``, rounded to the dtype of the parameter."""
         memory.write(self.param, positions, weights)
 
     @property

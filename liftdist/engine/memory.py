@@ -38,7 +38,7 @@ def read(param: Tensor, positions: Tensor) -> Tensor:
 
 
 def write(param: Tensor, positions: Tensor, weights: Tensor) -> None:
-    """Set the weights at ``positions [k]`` to ``weights [k]``, rounded to the dtype of the parameter.
+    """Set the weights at ``positions [k]``, on any device, to ``weights [k]``, rounded to the dtype of the parameter.
 
     Raises:
         RuntimeError: one is kept quantised.
@@ -48,4 +48,4 @@ def write(param: Tensor, positions: Tensor, weights: Tensor) -> None:
         held.write(positions, weights)
         return
     memory = local_tensor(param).view(-1)
-    memory.index_copy_(0, positions.long(), weights.to(memory))
+    memory.index_copy_(0, positions.to(memory.device, non_blocking=True).long(), weights.to(memory))

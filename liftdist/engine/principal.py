@@ -248,7 +248,7 @@ class PrincipalWeights:
         gradient = self._attached_grad()
         for part in self.parts:
             values = self.values[part.span]
-            part.write(part.positions, host.sent(values, part.device, part.param.dtype) if self.is_on_host else values)
+            part.write(part.kept, host.sent(values, part.device, part.param.dtype) if self.is_on_host else values)
         gradient.zero_()
         self.written_back()
 
@@ -363,8 +363,9 @@ class PrincipalWeights:
         self.check_not_at_base()
         states = optimizer_states.of_elements(optimizer, self.values)
         old_segments, old_parts, old_values = self._segments, self.parts, self.values.detach()
-        self.selector.advance(number, self._loss_of if self.selector.learns else None)
-        self._lay_out(self.select())
+        with self.selector.advanced(number, self._loss_of):
+            chosen = self.select()
+        self._lay_out(chosen)
         if not self.num_selected:
             raise UserError(f"nothing is left to train: {self.selector.criterion} selects no weight of any matrix")
         for old, new in zip(old_segments, self._segments, strict=True):
@@ -396,9 +397,7 @@ class PrincipalWeights:
             self.written_back()
             parts = list(self.selector.backwards(TRIAL_BATCHES))
         self.written_back()
-        total = all_reduce_sum(
-            all_reduce_sum(torch.stack(parts).double().sum(), self.shard_group), self.replicate_group
-        )
+        total = all_reduce_sum(torch.stack(parts).double().sum(), self.shard_group, self.replicate_group)
         replicas = 1 if self.replicate_group is None else self.replicate_group.size()
         return total.item() / len(parts) / replicas
 
@@ -535,9 +534,7 @@ class PrincipalWeights:
         for part in self.parts:
             if part.reduction is not None:
                 part.reduction.choose(part.param, part.kept)
-        quantised.make_exact(
-            [part.param for part in self.parts], [part.positions for part in self.parts], self.shard_group
-        )
+        quantised.make_exact([part.param for part in self.parts], [part.kept for part in self.parts], self.shard_group)
         if self._base is not None:
             self._base.add(self.parts)
         if not self.selector.is_known:

@@ -149,7 +149,7 @@ class QuantisedRows:
 
     def write(self, positions: Tensor, weights: Tensor) -> None:
         """Set the weights at ``positions [k]``, which are exact, to ``weights [k]``, rounded. Fast for the very tensor that
-        :meth:`add` was given last.
+        :meth:`add` was given last, on whichever device it is: its entries are not read.
 
         Raises:
             RuntimeError: one of them is not exact.
@@ -160,7 +160,7 @@ class QuantisedRows:
         if self._last is not None and positions is self._last[0]:
             values[: self._number].masked_scatter_(bits.unpack(self._last[1], self._number), weights.to(values))
         else:
-            place, is_exact = self._places(positions)
+            place, is_exact = self._places(positions.to(values.device))
             torch._assert_async(
                 is_exact.all(), "a weight that is kept quantised cannot be written: make it exact first"
             )
@@ -176,7 +176,7 @@ class QuantisedRows:
         return place, known[place] == positions
 
     def add(self, positions: Tensor) -> int:
-        """Let the weights at ``positions [k]`` be exact, beside those that are: those of the base model at first.
+        """Let the weights at ``positions [k]``, on any device, be exact, beside those that are: those of the base model at first.
 
         Returns:
             How many entries that takes here; :meth:`lay_out` makes it so.
@@ -185,9 +185,10 @@ class QuantisedRows:
             ValueError: the weights of the base model are not known.
         """
         known, values = self._positions(), self._parts[3][: self._number]
+        here = positions.to(known.device)
         is_bridge = _marked(known, self._bridges)
         kept, weights = known[~is_bridge], values[~is_bridge]
-        new = positions[~torch.isin(positions, kept)].to(known).sort().values
+        new = here[~torch.isin(here, kept)].to(known).sort().values
         if new.numel():
             if self.original is None:
                 raise ValueError("the weights of the base model are not known")
@@ -200,8 +201,8 @@ class QuantisedRows:
         is_exact = ~_marked(values, bridges)
         values[is_exact] = weights
         self._added, self._last = (gaps, bridges, values), None
-        if (positions.diff() > 0).all():
-            self._last = positions, bits.pack(is_exact.masked_scatter(is_exact, torch.isin(kept, positions)))
+        if (here.diff() > 0).all():
+            self._last = positions, bits.pack(is_exact.masked_scatter(is_exact, torch.isin(kept, here)))
         return gaps.numel() if kept.numel() else 0
 
     def lay_out(self, entries: int) -> None:
@@ -300,7 +301,8 @@ def held_by(param: Tensor) -> QuantisedRows | None:
 
 
 def make_exact(params: Sequence[Tensor], positions: Sequence[Tensor], group: Group) -> None:
-    """Let the weights of those parameters that are quantised be exact at ``positions``, ``[k]`` in the shard of each.
+    """Let the weights of those parameters that are quantised be exact at ``positions``, ``[k]`` in the shard of each, on any
+    device.
 
     Collective over the group of the shards.
     """

@@ -54,9 +54,10 @@ class Budget(Protocol):
     def allot(self, shapes: Mapping[str, tuple[int, int]], /) -> Mapping[str, int]:
         """Number of weights to train of each matrix, from the shapes of all trained matrices; both by name.
 
-        With a member ``compares`` that is true the sum is divided anew by the scores: by ``divide``, or :func:`compare`. With one
-        ``redraws`` that is true it differs from one selection to the next, and is given how many there were before. One that also
-        has ``learn`` is given what that has returned last, see :mod:`liftdist.engine.budgets.ist`.
+        With a member ``compares`` that is true the sum is divided anew by the scores: by :func:`compare`, or by its ``divide``,
+        which is given these numbers and what :func:`sums_of_scores` finds, by matrix in the model's order, and returns how many
+        to train of each. With one ``redraws`` that is true it differs from one selection to the next, and is given how many there
+        were before. One that also has ``learn`` is given what that has returned last, see :mod:`liftdist.engine.budgets.ist`.
         """
 
 
@@ -166,8 +167,7 @@ def compare(
     _visit_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded, count)
 
     def over_ranks(numbers: Tensor) -> Tensor:
-        numbers = numbers.to(matrices[0].device)
-        return all_reduce_sum(all_reduce_sum(numbers, shard_group), replicate_group).cpu()
+        return all_reduce_sum(numbers.to(matrices[0].device), shard_group, replicate_group).cpu()
 
     merged = torch.zeros(BUCKETS, dtype=torch.int64)
     for one in found.values():
@@ -182,25 +182,6 @@ def compare(
     return [one + more for one, more in zip(above, apportion(total - sum(above), inside, inside), strict=True)]
 
 
-def in_proportion(
-    matrices: Sequence[Matrix],
-    counts: Sequence[int],
-    criterion: Scored,
-    shard_group: Group = None,
-    replicate_group: Group = None,
-    progress: Callable[[int, int], None] | None = None,
-    excluded: Excluded | None = None,
-) -> list[int]:
-    """Divide the sum of ``counts`` among the matrices in proportion to the sums of their scores.
-
-    Arguments and errors are those of :func:`compare`. Collective over both groups.
-    """
-    sums = sums_of_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded)
-    weights, caps = sums[:, 0].tolist(), sums[:, 1].long().tolist()
-    room = sum(cap for cap, weight in zip(caps, weights, strict=True) if weight)
-    return apportion(min(sum(counts), room), weights, caps)
-
-
 def sums_of_scores(
     matrices: Sequence[Matrix],
     counts: Sequence[int],
@@ -209,23 +190,22 @@ def sums_of_scores(
     replicate_group: Group = None,
     progress: Callable[[int, int], None] | None = None,
     excluded: Excluded | None = None,
-) -> Tensor:
-    """``[matrices, 2]`` float64 on the host: the sum of the scores of each, and how many are of weights that may be selected.
+) -> tuple[list[float], list[int]]:
+    """Of each matrix the sum of its scores, and how many are of weights that may be selected.
 
     Arguments and errors are those of :func:`compare`. Collective over both groups.
     """
-    sums = torch.zeros(
-        len(matrices), 2, dtype=torch.float64
-    )  # of the scores; how many are of weights that may be selected
+    sums = torch.zeros(2, len(matrices), dtype=torch.float64)
 
     def add(item: int, scores_of: Scores) -> None:
         for begin, rows in blocks(*matrices[item].shape):
             scores = scores_of(slice(begin, begin + rows))
-            sums[item, 0] += float(scores.clamp(min=0).double().sum())
-            sums[item, 1] += int((scores >= 0).sum())
+            sums[0, item] += float(scores.clamp(min=0).double().sum())
+            sums[1, item] += int((scores >= 0).sum())
 
     _visit_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded, add)
-    return all_reduce_sum(all_reduce_sum(sums.to(matrices[0].device), shard_group), replicate_group).cpu()
+    total, number = all_reduce_sum(sums.to(matrices[0].device), shard_group, replicate_group)
+    return total.tolist(), number.long().tolist()
 
 
 def _visit_scores(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -58,22 +59,24 @@ class Selector:
         """Whether the same number of weights of a matrix is selected each time, as the budget alone says."""
         return not (self._compares or self._redraws or selection.decides_number(self.criterion))
 
-    @property
-    def learns(self) -> bool:
-        """Whether the budget learns from what the model does."""
-        return hasattr(self.budget, "learn")
-
-    def advance(self, number: int | None = None, loss_of: LossOf | None = None) -> None:
-        """Go on to the next refresh, or to the one with this number, counted from 1.
+    @contextlib.contextmanager
+    def advanced(self, number: int | None, loss_of: LossOf) -> Iterator[None]:
+        """Go on to the next refresh, or to the one with this number, counted from 1; back if the block fails or is stopped.
 
         Args:
             loss_of: for a budget that learns.
         """
-        self.refreshes = self.refreshes + 1 if number is None else number
-        if self.learns and loss_of is not None:
-            shapes = {matrix.name: matrix.shape for matrix in self._matrices}
-            self.importance = self.budget.learn(self.importance, shapes, self.refreshes, loss_of)  # type: ignore[attr-defined]
-        self.allotted = self._allot()
+        before = self.refreshes, self.importance, self.allotted
+        try:
+            self.refreshes = self.refreshes + 1 if number is None else number
+            if self._learns:
+                shapes = {matrix.name: matrix.shape for matrix in self._matrices}
+                self.importance = self.budget.learn(self.importance, shapes, self.refreshes, loss_of)  # type: ignore[attr-defined]
+            self.allotted = self._allot()
+            yield
+        except BaseException:
+            self.refreshes, self.importance, self.allotted = before
+            raise
 
     def select(
         self,
@@ -99,8 +102,12 @@ class Selector:
                 raise UserError(
                     f"{self.budget} compares matrices, but the scores of {self.criterion} are no magnitudes"
                 )
-            divide = getattr(self.budget, "divide", selection.compare)
-            counts = divide(matrices, counts, self.criterion, *shared)
+            if hasattr(self.budget, "divide"):
+                counts = self.budget.divide(
+                    counts, *selection.sums_of_scores(matrices, counts, self.criterion, *shared)
+                )
+            else:
+                counts = selection.compare(matrices, counts, self.criterion, *shared)
         return selection.select(matrices, counts, self.criterion, *shared, self.refreshes, on_selected)
 
     @property
@@ -123,7 +130,7 @@ class Selector:
     def _allot(self) -> list[int]:
         shapes = {matrix.name: matrix.shape for matrix in self._matrices}
         redrawn: tuple[Any, ...] = (self.refreshes,) if self._redraws else ()
-        if self.learns:
+        if self._learns:
             redrawn = *redrawn, self.importance
         allotted = self.budget.allot(shapes, *redrawn)
         room = [matrix.numel - number for matrix, number in zip(self._matrices, self.num_excluded, strict=True)]
@@ -137,3 +144,7 @@ class Selector:
     @property
     def _compares(self) -> bool:
         return bool(getattr(self.budget, "compares", False))
+
+    @property
+    def _learns(self) -> bool:
+        return hasattr(self.budget, "learn")

@@ -147,7 +147,7 @@ def _exported(context: RunContext, saved: Step | None, base: Path, base_digest: 
             trained = Delta(base, base_digest, [], nothing.__getitem__) if saved is None else of_run.of_run(saved, base)
         if config.base_dtype is not None:
             as_rounded = {"base_dtype": config.base_dtype, "dtype": config.dtype} | dict(trained.made)
-            as_trained.write(replace(trained, made=as_rounded), base, target)
+            as_trained.write(replace(trained, made=as_rounded, trusted=config.trust_remote_code), base, target)
         else:
             hf.write(trained, base, target, getattr(torch, config.dtype))
         yield target

@@ -8,6 +8,7 @@ the same requests; of each kind of them a rank answers its share. A score is kep
 
 low, high    percentile bootstrap over questions, 95 %, where the score is the mean of theirs, as of other tasks
              value -/+ 1.96 standard errors by the harness elsewhere; none where it estimates none
+METRIC_change of the means alone, after the first step, where the base model was asked the same
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def run(context: RunContext, asked: Harness, loaded: Mapping[str, Loaded], folde
         UserError: the model or its tokenizer cannot be loaded; it has no chat template, and questions are to be worded by it.
     """
     figures: dict[str, float] = {}
+    unknown = 0
     model: _Shared | None = None
     with collectives.together():
         model = _Shared(context, folder, asked.chat)
@@ -109,12 +111,22 @@ def run(context: RunContext, asked: Harness, loaded: Mapping[str, Loaded], folde
             apply_chat_template=asked.chat,
             fewshot_as_multiturn=asked.chat,
         )
-        made: list[tuple[Figure, Sequence[Answer]]] = []
+        made: list[tuple[Figure, Sequence[Answer], bool]] = []
         with collectives.together():
             if context.mesh.is_main:
                 made = list(_figures(results, found["tasks"], step))
-        for number, figure in enumerate(collectives.gather([one for one, _ in made])[0]):
-            figures |= tasks.written(context, figure, made[number][1] if made else ())
+        for number, (figure, is_mean) in enumerate(collectives.gather([(one, mean) for one, _, mean in made])[0]):
+            answers = made[number][1] if made else ()
+            figures |= tasks.written(context, figure, answers)
+            if step and is_mean:
+                changed = tasks.since_base(context, figure, answers)
+                figures |= changed
+                unknown += not changed
+    if unknown:
+        context.console.say(
+            f"the change since the base model is not known of {unknown} scores, whose questions it was not asked: "
+            f"`liftdist eval CONFIG` with the same flags asks it before a run begins"
+        )
     return figures
 
 
@@ -229,8 +241,9 @@ def _problem(task: Any, asked: Harness) -> str | None:
 
 def _figures(
     results: Mapping[str, Any], asked: Mapping[str, Any], step: int
-) -> Iterator[tuple[Figure, Sequence[Answer]]]:
-    """What the harness has found of tasks and groups; of a task's questions each, if the metric scores them one by one."""
+) -> Iterator[tuple[Figure, Sequence[Answer], bool]]:
+    """What the harness has found of tasks and groups; of a task's questions each, if the metric scores them one by one; whether
+    it is the mean of these."""
     for name, found in results["results"].items():
         for key, value in found.items():
             metric, _, filtered = key.partition(",")
@@ -244,13 +257,14 @@ def _figures(
             ]
             scores, error = [answer.score for answer in answers], found.get(f"{metric}_stderr,{filtered}")
             low, high = None, None
-            if scores and math.isclose(float(value), sum(scores) / len(scores), rel_tol=1e-9):
+            is_mean = bool(scores) and math.isclose(float(value), sum(scores) / len(scores), rel_tol=1e-9)
+            if is_mean:
                 low, high = statistics.bootstrap(scores)
             elif isinstance(error, Real):
                 low, high = (float(value) + sigmas * float(error) for sigmas in (-_SIGMAS, _SIGMAS))
             title = ".".join(["harness", name.replace("/", "_"), metric, *([filtered] if filtered != "none" else [])])
             number = found.get("sample_count", {}).get(key) or len(samples) or found["sample_len"]
-            yield Figure(step, title, metric, float(value), low, high, number), answers
+            yield Figure(step, title, metric, float(value), low, high, number), answers, is_mean
 
 
 def _answer(task: Any, sample: Mapping[str, Any], metric: str) -> Answer:

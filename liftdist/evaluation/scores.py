@@ -1,6 +1,6 @@
 """What the answers to a task's questions come to, and how far that is from what the base model's come to.
 
-accuracy             mean score of the answers
+accuracy             mean score of the answers; so are those scores of the lm-evaluation-harness that have a change
 perplexity           exp(- log-likelihood of all replies / their tokens)
 METRIC_change        METRIC after a step - METRIC before the first one, both of the questions that were asked each time
 
@@ -11,7 +11,7 @@ low and high are a percentile bootstrap over questions, 95 %, for a change over 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +23,7 @@ from liftdist.runs.results import Answer, Figure
 
 def figure(step: int, task: str, metric: str, answers: Sequence[Answer]) -> Figure:
     """``metric``, accuracy or perplexity, of the answers, of which there must be some."""
-    rows, measure = _rows(answers), _MEASURES[metric]
+    rows, measure = _rows(answers), _measure(answers)
     return Figure(step, task, metric, measure(rows), *statistics.bootstrap(rows, measure), len(rows))
 
 
@@ -40,7 +40,7 @@ def change(run_dir: Path, after: Figure, answers: Sequence[Answer]) -> Figure | 
     if not both:
         return None
     pairs = np.stack([_rows([before[answer.question] for answer in both]), _rows(both)], axis=1)  # [questions, 2, 2]
-    measure = _MEASURES[after.metric]
+    measure = _measure(both)
 
     def difference(rows: np.ndarray) -> float:
         return measure(rows[:, 1]) - measure(rows[:, 0])
@@ -55,12 +55,14 @@ def _rows(answers: Sequence[Answer]) -> np.ndarray:
     return np.array([(answer.score, answer.tokens or 0) for answer in answers], np.float64)
 
 
-def _accuracy(rows: np.ndarray) -> float:
+def _measure(answers: Sequence[Answer]) -> Callable[[np.ndarray], float]:
+    """That of replies, whose tokens are known, or of answers."""
+    return _mean_score if answers[0].tokens is None else _perplexity
+
+
+def _mean_score(rows: np.ndarray) -> float:
     return float(rows[:, 0].mean())
 
 
 def _perplexity(rows: np.ndarray) -> float:
     return math.exp(-rows[:, 0].sum() / max(rows[:, 1].sum(), 1))
-
-
-_MEASURES = {"accuracy": _accuracy, "perplexity": _perplexity}

@@ -11,7 +11,6 @@ asked for comparison alone. What is chosen by these questions should be measured
 from __future__ import annotations
 
 import math
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -111,16 +110,12 @@ def by_eval(path: Path, config: Config, base: Path, target: Path) -> Ask:
     """What asks the tasks of a config file by ``liftdist eval``; beside ``target`` must be room for a model folder."""
 
     def ask(candidate: Delta | None) -> float:
-        with files.disk_errors(target):
-            scratch = files.folder_beside(target)
-        try:
+        with files.scratch_beside(target) as scratch:
             folder, run_dir = base, scratch / "run"
             if candidate is not None:
                 hf.write(candidate, base, folder := scratch / "model")
             _eval(path, config, folder, run_dir)
             values = [figure.number for figure in results.read(run_dir) if not figure.metric.endswith(results.CHANGE)]
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
         assert len(values) == len(config.eval.tasks)
         is_perplexity = config.eval.tasks[0].kind == PERPLEXITY
         return sum(values) / len(values) * (-1 if is_perplexity else 1)

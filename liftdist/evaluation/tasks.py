@@ -104,22 +104,22 @@ def _answered(
     every = sorted((one for part in collectives.gather(answers) for one in part), key=lambda one: one.id)
     every = [dataclasses.replace(one, how=task.how) for one in every]
     figure = scores.figure(step, task.title, "perplexity" if task.kind == PERPLEXITY else "accuracy", every)
-    return written(context, figure, every) | (_since_base(context, figure, every) if step else {})
+    figures, changed = written(context, figure, every), since_base(context, figure, every) if step else {}
+    if step and not changed:
+        context.console.say(
+            f"{task.title}: the change since the base model is not known, which was not asked these questions"
+        )
+    return figures | changed
 
 
-def _since_base(context: RunContext, figure: Figure, answers: Sequence[Answer]) -> dict[str, float]:
-    """The change since the base model, which is written, too; none, but a word, if that was not asked. Collective."""
+def since_base(context: RunContext, figure: Figure, answers: Sequence[Answer]) -> dict[str, float]:
+    """The change since the base model, by tag, which is written, too; nothing if that was not asked the same. Collective."""
     change: Figure | None = None
     with collectives.together():
         if context.mesh.is_main:
             change = scores.change(Path(context.config.run_dir).expanduser(), figure, answers)
     change = collectives.gather(change)[0]
-    if change is not None:
-        return written(context, change)
-    context.console.say(
-        f"{figure.task}: the change since the base model is not known, which was not asked these questions"
-    )
-    return {}
+    return {} if change is None else written(context, change)
 
 
 def written(context: RunContext, figure: Figure, answers: Sequence[Answer] = ()) -> dict[str, float]:

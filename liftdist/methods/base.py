@@ -23,6 +23,8 @@ from liftdist.engine.matrices import Matrix
 from liftdist.models.names import NameMap
 from liftdist.models.part import Part
 
+SURVIVED = "selection/survived"  # among the metrics of a step before which the weights were selected anew
+
 
 class Method(Protocol):
     """What is trained, and its optimizer."""

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
@@ -23,7 +24,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from liftdist.data.tokenised import IGNORED
 from liftdist.distributed import collectives
 from liftdist.errors import UserError
 from liftdist.method_settings import LoraConfig
@@ -32,7 +32,8 @@ PASSES = 20  # over all batches, after which peft would go on for ever
 
 
 class Passes(Protocol):
-    """Runs a number of batches, and calls ``before`` with a batch's labels ``[B, L]`` ahead of its forward."""
+    """Runs a number of batches, and calls ``before`` ahead of a batch's forward with which of its positions predict a label,
+    ``[B, L]`` bool."""
 
     def __call__(self, number: int, before: Callable[[Tensor], None]) -> Iterable[Tensor]: ...
 
@@ -60,12 +61,15 @@ def directions(
         eva_config=peft.EvaConfig(rho=settings.eva.rho, tau=settings.eva.tau),
     )
     chosen: dict[str, Tensor] = {}
+    is_first = True  # the pass from which peft learns which modules share their inputs: it hashes them value by value
 
-    def note(labels: Tensor) -> None:
-        chosen["positions"] = (labels != IGNORED).flatten()
+    def note(predict: Tensor) -> None:
+        chosen["positions"] = predict.flatten()
 
     def run() -> Iterator[Tensor]:
-        yield from passes(1, note)  # from which peft learns which modules share their inputs
+        nonlocal is_first
+        yield from passes(1, note)
+        is_first = False
         for _ in range(PASSES):
             yield from passes(settings.eva.batches, note)
 
@@ -93,7 +97,8 @@ def directions(
 
     def inputs_of(given: tuple[Tensor], _batch: Any, _name: str) -> Tensor:
         rows = given[0].flatten(0, -2)
-        return _of_all(rows[chosen["positions"].to(rows.device)], group)
+        found = _of_all(rows[chosen["positions"].to(rows.device)], group)
+        return _digest(found) if is_first else found
 
     with (
         torch.no_grad(),
@@ -122,7 +127,7 @@ def _check(layers: Mapping[str, Any], passes: Passes) -> None:
         seen[name] += len(given[0].flatten(0, -2))
 
     handles = [layer.base_layer.register_forward_hook(functools.partial(count, name)) for name, layer in layers.items()]
-    for _ in passes(1, lambda labels: tokens.append(labels.numel())):
+    for _ in passes(1, lambda predict: tokens.append(predict.numel())):
         pass
     for handle in handles:
         handle.remove()
@@ -145,3 +150,9 @@ def _of_all(rows: Tensor, group: dist.ProcessGroup) -> Tensor:
         if len(part):
             dist.broadcast(part, rank, group=group)
     return found
+
+
+def _digest(rows: Tensor) -> Tensor:
+    """``[32]`` uint8 on the host: the sha256 of ``rows [k, n]``."""
+    held = rows.cpu().contiguous().view(torch.uint8).numpy()
+    return torch.frombuffer(bytearray(hashlib.sha256(held.data).digest()), dtype=torch.uint8)

@@ -11,7 +11,7 @@ biases) have no weight decay.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -100,10 +100,16 @@ class Full:
         return self.dense.non_finite()
 
     def state_dict(self) -> dict[str, Tensor]:
+        return self._by_matrix(self._moments)
+
+    def weights(self) -> dict[str, Tensor]:
+        return self._by_matrix(lambda _: {})
+
+    def _by_matrix(self, moments: Callable[[nn.Parameter], dict[str, Tensor]]) -> dict[str, Tensor]:
         result: dict[str, Tensor] = {}
         for value, matrices in zip(self.dense.values, self._held, strict=True):
             flat = {"values": value.detach()}
-            flat |= {f"optimizer.{key}": tensor for key, tensor in self._moments(value).items()}
+            flat |= {f"optimizer.{key}": tensor for key, tensor in moments(value).items()}
             flat = {key: tensor.reshape(-1).to("cpu", copy=True) for key, tensor in flat.items()}
             for matrix in matrices:
                 held = slice(matrix.first_position, matrix.first_position + matrix.numel_local)
@@ -112,9 +118,6 @@ class Full:
                 ).long()
                 result |= {f"{matrix.name}/{key}": tensor[held] for key, tensor in flat.items()}
         return result
-
-    def weights(self) -> dict[str, Tensor]:
-        return {key: tensor for key, tensor in self.state_dict().items() if "/optimizer." not in key}
 
     def scalars(self) -> dict[str, float]:
         state = self.optimizer.state.get(self.dense.values[0], {})

@@ -27,6 +27,7 @@ from liftdist.engine.principal import IMPORTANCE, PrincipalWeights
 from liftdist.engine.selection import Budget, Criterion, decides_number
 from liftdist.errors import UserError
 from liftdist.method_settings import SelectionConfig
+from liftdist.methods.base import SURVIVED
 from liftdist.methods.named import Base, Excluded, Named
 from liftdist.models import build
 from liftdist.models.hub import resolve_model
@@ -62,7 +63,7 @@ class Lift:
         interval = self._config.selection.refresh_interval
         if not interval or step % interval or getattr(self.principal.selector.criterion, "stays", False):
             return {}
-        return {"selection/survived": self.principal.refresh(self.optimizer, number=step // interval)}
+        return {SURVIVED: self.principal.refresh(self.optimizer, number=step // interval)}
 
     def reselect(self, step: int) -> None:
         """Select again after loading a state of ``step`` that was made with other selection settings. Collective.

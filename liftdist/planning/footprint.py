@@ -25,7 +25,8 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
 
 Traffic is that of ring algorithms: n (S - 1) / S for an all-gather or reduce-scatter of n bytes, twice that for an all-reduce.
 With optimizer.device=cpu, between a rank and its host: gradients 4 B each and positions 4 B each in every micro-batch, once more
-where they are sent to the other shards; after it values 2 B and positions 4 B each. Of a refresh nothing is counted.
+where they are sent to the other shards; after it values 2 B each and, unless the base is quantised, positions 4 B each. Of a
+refresh nothing is counted.
 """
 
 from __future__ import annotations
@@ -371,10 +372,11 @@ def _copies(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
         return Collective("host", operation, calls, payload)
 
     values, between = (1, units, size.itemsize), (int(replicas > 1), units, 4)
+    in_order = config.model.base_dtype is not None  # values are written without their positions
     to_base = int(config.optimizer.decay_towards == "base"), units, size.itemsize
     return [
         copies("to_host", (micro, reduced, 4), between, to_base),
-        copies("to_device", (micro, reduced, 4), (micro, exchanged, 4), between, values, (1, units, 4)),
+        copies("to_device", (micro, reduced, 4), (micro, exchanged, 4), between, values, (int(not in_order), units, 4)),
     ]
 
 

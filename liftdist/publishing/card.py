@@ -20,7 +20,7 @@ from liftdist import schema_tree
 from liftdist.deltas.delta import AS_TRAINED
 from liftdist.deltas.file import PATCH_NAME
 from liftdist.redaction import redact
-from liftdist.report.read import Run
+from liftdist.report.read import Run, is_data
 from liftdist.runs.manifest import Manifest
 from liftdist.runs.results import Figure
 from liftdist.schema import Config
@@ -43,7 +43,6 @@ _WHAT = {
 }
 _MARK = re.compile(r"<!-- liftdist push: (\w+) ([0-9a-f]{64}) -->\n")
 _FOLDERS = re.compile(r"(?<![\w:/.<>~-])(?:~[\w-]*|\.{1,2})?/(?:[^\s/'\"`,;:()\[\]{}<>]+/)+")
-_DATA = re.compile(r"data\.(sources\.\d+\.)?path")
 
 
 @dataclass(frozen=True)
@@ -210,7 +209,7 @@ def _of_run(run: Run, manifest: Manifest) -> Iterator[str]:
 def _sources(run: Run, manifest: Manifest) -> Iterator[tuple[str, str]]:
     """Name and, of what is from the hub, commit of each source of training data; of local ones the last name of the path."""
     for key, value in run.settings.items():
-        if _DATA.fullmatch(key) and value:
+        if is_data(key) and value:
             name, _, commit = manifest.provenance.commits.get(key, "").rpartition("@")
             yield (name, commit) if name else (Path(str(value)).name, "")
 
@@ -223,7 +222,7 @@ def _decisive(run: Run) -> dict[str, Any]:
         for key, value in run.changed.items()
         if (leaf := fields.get(schema_tree.template(key, Config))) is not None
         and leaf.metadata["changes"] != NOTHING
-        and not (key == "model.path" or _DATA.fullmatch(key))
+        and not (key == "model.path" or is_data(key))
     }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,19 +115,6 @@ def _kind(options: argparse.Namespace) -> str:
     return card.KINDS["peft" if (source / ADAPTER).exists() else "hf"]
 
 
-@contextlib.contextmanager
-def _scratch(source: Path) -> Iterator[Path]:
-    """A hidden folder beside the source, which has room for what is as large; removed at the end."""
-    try:
-        folder = files.folder_beside(source.resolve())
-    except OSError as error:
-        raise UserError(f"{source}: beside it an export cannot be written: {files.reason(error)}") from None
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
 def _result(
     options: argparse.Namespace, kind: str, stack: contextlib.ExitStack, say: Callable[[str], None]
 ) -> tuple[Result, Contents]:
@@ -157,7 +143,7 @@ def _result(
         saved = manifest.read(made.location / layout.MANIFEST)
         settings = dict(schema_tree.leaves(yaml.safe_load(saved.provenance.config)))
         result = replace(result, run=replace(runs.read(source), settings=settings), manifest=saved)
-    target = stack.enter_context(_scratch(source)) / _FILES.get(format, "folder")
+    target = stack.enter_context(files.scratch_beside(source)) / _FILES.get(format, "folder")
     export.export(made, base, target, format, options.cache_dir, dtype)
     return result, {target.name: target} if target.is_file() else _contents(target)
 

@@ -102,8 +102,7 @@ class Run:
 
     @property
     def data(self) -> str:
-        paths = [v for key, v in self.settings.items() if re.fullmatch(r"data\.(path|sources\.\d+\.path)", key) and v]
-        return ", ".join(map(str, paths))
+        return ", ".join(str(value) for key, value in self.settings.items() if is_data(key) and value)
 
     @property
     def ranks(self) -> int | None:
@@ -149,6 +148,11 @@ class Run:
         return self.of_ranks("memory_gib/device_peak") or self.of_ranks("memory_gib/host_peak")
 
 
+def is_data(key: str) -> bool:
+    """Whether a setting, by its dotted key, says where training data are."""
+    return re.fullmatch(r"data\.(sources\.\d+\.)?path", key) is not None
+
+
 def _rank(item: tuple[re.Match[str] | None, Curve]) -> int:
     return int(item[0][1]) if item[0] else -1
 
@@ -164,7 +168,7 @@ def read(folder: Path) -> Run:
             [redact(line) for line in _text(folder / "command.txt").splitlines()],
             _attempts(folder),
             [event for event in history.read(folder) if event["event"] == "end"],
-            _curves(folder / "metrics.jsonl"),
+            _curves(folder / layout.METRICS),
             _evaluations(folder),
             _answers(folder),
         )

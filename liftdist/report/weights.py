@@ -33,6 +33,8 @@ from torch import Tensor
 
 from liftdist.deltas import of_run
 from liftdist.deltas.delta import Change, Delta
+from liftdist.distributed.collectives import all_reduce_sum
+from liftdist.engine.principal import PrincipalWeights
 from liftdist.errors import UserError
 from liftdist.models import weights
 from liftdist.models.weights import ModelFolder
@@ -155,17 +157,30 @@ def _lie(found: Weights, steps: Sequence[Step], over: Over) -> None:
         indices, (height, width) = newest.selected(name), entries[name].shape
         if not indices.numel():
             continue
-        found.rows[name] = _densest(indices // width, height)
-        found.columns[name] = _densest(indices % width, width)
+        found.rows[name] = _densest(torch.bincount(indices // width, minlength=height))
+        found.columns[name] = _densest(torch.bincount(indices % width, minlength=width))
         if oldest is not newest and (before := oldest.selected(name)).numel():
             found.survived[name] = float(torch.isin(before, indices, assume_unique=True).double().mean())
 
 
-def _densest(places: Tensor, size: int) -> float:
-    """The share of ``places`` in the fullest tenth of ``size``."""
-    counts = torch.bincount(places, minlength=size).sort(descending=True).values
-    tenth = max(1, round(size / 10))
-    return float(counts[:tenth].sum() / counts.sum())
+def of_selection(principal: PrincipalWeights) -> Weights:
+    """Where the principal weights of a model lie while it trains: the same on all ranks. Collective."""
+    found = Weights(selected=principal.num_selected)
+    for matrix, indices, number in zip(principal.matrices, principal.indices, principal.counts, strict=True):
+        height, width = matrix.shape
+        found.share[matrix.name] = number / matrix.numel
+        rows = torch.bincount(indices // width + matrix.row_bounds[matrix.shard], minlength=height)
+        counts = torch.cat([rows, torch.bincount(indices % width, minlength=width)])
+        all_reduce_sum(counts, principal.shard_group)
+        if number:
+            found.rows[matrix.name], found.columns[matrix.name] = map(_densest, counts.split([height, width]))
+    return found
+
+
+def _densest(counts: Tensor) -> float:
+    """The share of what is counted that is in the fullest tenth of the places."""
+    tenth = max(1, round(len(counts) / 10))
+    return float(counts.sort(descending=True).values[:tenth].sum() / counts.sum())
 
 
 def _compare_magnitudes(found: Weights, step: Step, files: ModelFolder, over: Over) -> None:

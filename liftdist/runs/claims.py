@@ -28,6 +28,7 @@ from liftdist import __version__, environment, files
 from liftdist.errors import UserError
 from liftdist.heartbeat import heartbeat
 from liftdist.processes import has_ended, start_time, this_process
+from liftdist.runs import results
 from liftdist.runs.layout import ATTEMPTS, CHECKPOINTS, LOGS, STOP_REQUESTED, TENSORBOARD, TRACKERS
 
 LEASE = 90.0  # seconds without a heartbeat after which an attempt is dead; network file systems cache mtimes up to 60 s
@@ -91,9 +92,10 @@ def check_free(run_dir: Path) -> None:
         UserError: it holds other contents than a run, another process uses it, or it cannot be written.
     """
     try:
-        if run_dir.exists() and (
-            not run_dir.is_dir() or (any(run_dir.iterdir()) and not (run_dir / ATTEMPTS).is_dir())
-        ):
+        is_known = run_dir.is_dir() and (
+            (run_dir / ATTEMPTS).is_dir() or results.are_alone(run_dir) or not any(run_dir.iterdir())
+        )
+        if run_dir.exists() and not is_known:
             raise UserError(f"run_dir {run_dir}: exists and holds no run; give another one (run_dir=...)")
         run_dir.mkdir(parents=True, exist_ok=True)
         for name in (ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS, TRACKERS):

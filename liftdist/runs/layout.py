@@ -9,6 +9,7 @@ from liftdist.errors import UserError
 
 ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboard", "logs"  # folders
 TRACKERS = "trackers"  # a folder, where clients of trackers are used
+METRICS = "metrics.jsonl"  # a line for each step that is recorded
 MANIFEST = "manifest.json"  # of a checkpoint
 STOP_REQUESTED = "stop-requested"  # a file that requests a stop
 

@@ -24,6 +24,7 @@ from typing import TypeVar, get_type_hints
 from liftdist import files
 from liftdist.errors import UserError
 from liftdist.runs import lines
+from liftdist.runs.layout import TENSORBOARD
 
 NAME, FOLDER, CHANGE = "eval.jsonl", "eval", "_change"
 _ANY = f"step-{'[0-9]' * 8}.jsonl"
@@ -109,6 +110,12 @@ def check_base(run_dir: Path, sha256: str) -> None:
             f"run_dir, or remove {NAME} and {FOLDER} from this one"
         )
     files.write(path, json.dumps({"sha256": sha256}))
+
+
+def are_alone(run_dir: Path) -> bool:
+    """Whether a folder holds nothing but what a model has answered before a run begins there."""
+    names = {path.name for path in run_dir.iterdir()}
+    return FOLDER in names and names <= {NAME, FOLDER, TENSORBOARD}
 
 
 def read(run_dir: Path) -> list[Figure]:

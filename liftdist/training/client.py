@@ -45,11 +45,13 @@ class Client:
 
     Services cannot rewind: steps that earlier attempts recorded and that are trained again are not recorded again.
 
-    Raises ``OSError`` once, when the client has failed; is silent from then on.
+    Raises ``UserError`` if the folder ``trackers`` is something else; ``OSError`` once, when the client has failed, and is silent
+    from then on.
     """
 
     def __init__(self, name: str, run_dir: Path, after: int | None) -> None:
         self._name, self._run_dir, self._after = name, run_dir, after
+        self._folder = files.real_folder(run_dir / layout.TRACKERS)
         self._recorded = -1 if after is None else _last_step(run_dir)
         self._process: subprocess.Popen[bytes] | None = None
         self._failed = False
@@ -90,9 +92,8 @@ class Client:
             self._fail(files.reason(error))
 
     def _open(self) -> subprocess.Popen[bytes]:
-        folder = files.real_folder(self._run_dir / layout.TRACKERS)
-        identity = self._identity(folder / f"{self._name}.json")
-        with files.open_to_append(folder / f"{self._name}.log") as log, signals.blocked():
+        identity = self._identity(self._folder / f"{self._name}.json")
+        with files.open_to_append(self._folder / f"{self._name}.log") as log, signals.blocked():
             self._process = subprocess.Popen(
                 [sys.executable, "-P", start.__file__, __name__, self._name, self._run_dir, identity.id],
                 stdin=subprocess.PIPE,
@@ -120,7 +121,7 @@ class Client:
 
     def _reason(self) -> str:
         """The last line that the client has printed."""
-        path = self._run_dir / layout.TRACKERS / f"{self._name}.log"
+        path = self._folder / f"{self._name}.log"
         with contextlib.suppress(OSError, ValueError):
             return redact(f"{(files.read(path).splitlines() or [''])[-1]} ({path})")
         return "its process has ended"
@@ -137,7 +138,7 @@ def _last_step(run_dir: Path) -> int:
     """The last step in ``metrics.jsonl``, before it is rewound; -1 if there is none."""
     last = -1
     with contextlib.suppress(OSError, ValueError):
-        for line in files.read(run_dir / "metrics.jsonl").splitlines():
+        for line in files.read(run_dir / layout.METRICS).splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
                 last = max(last, int(json.loads(line)["step"]))
     return last

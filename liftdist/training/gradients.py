@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from liftdist.data.batches import collate, to_device
 from liftdist.data.order import BatchOrder
+from liftdist.data.tokenised import IGNORED
 from liftdist.methods.eva import Passes
 from liftdist.registry import LOSSES
 from liftdist.runs.context import RunContext
@@ -48,7 +49,7 @@ def of_batches(context: RunContext, inputs: Inputs, model: nn.Module) -> Passes:
             divisor = objective.weigh(collate(samples, batch), reduction)[1]
             first, end = (len(batch) * shard // shards for shard in (mesh.rank % shards, mesh.rank % shards + 1))
             mine = collate(samples, batch[first:end])
-            before(mine["labels"])
+            before(mine["labels"] != IGNORED)
             weights, _ = objective.weigh(mine, reduction)
             total = objective.token_losses(model, to_device(mine, mesh.device), loss.per_token, weights)
             mean = total / (divisor or 1)  # a batch without labels has a loss of 0

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from liftdist import environment
 from liftdist.console import GIB
 from liftdist.distributed import collectives
 from liftdist.errors import UserError
+from liftdist.methods.base import SURVIVED, Method
 from liftdist.registry import EVALUATIONS
 from liftdist.runs.context import RunContext
 from liftdist.runs.manifest import Snapshot
@@ -19,6 +22,10 @@ from liftdist.training.publish import Publisher
 from liftdist.training.recorder import Recorder
 from liftdist.training.stopwatch import memory
 from liftdist.training.trainer import Trainer
+
+#: Tags and images ``[height, width, 3]`` uint8 of what a method has selected: drawn one by one on the main rank, which the second
+#: argument says; none on others. The call is collective.
+Pictures = Callable[[Method, bool], Iterator[tuple[str, np.ndarray]]]
 
 
 class Loop:
@@ -33,6 +40,7 @@ class Loop:
         snapshot: Callable[[], Snapshot],
         publisher: Publisher | None = None,
         runs: int = 1,
+        pictures: Pictures | None = None,
     ) -> None:
         self._context, self.trainer, self.recorder = context, trainer, recorder
         self.console, self.cancellation = context.console, context.cancellation
@@ -41,6 +49,7 @@ class Loop:
         self._failed_saves = self._failed_in_a_row = 0
         self._saved = f"step-{checkpointer.last_step:08d}" if checkpointer.last_step else None
         self._runs = runs  # that share the model
+        self._pictures = pictures if trainer.config.metrics.images else None
         self._lead = environment.LEAD.get(math.inf)  # seconds from the scheduler's warning to the time limit
 
     def turn(self, most: float = math.inf) -> bool:
@@ -68,6 +77,8 @@ class Loop:
                 tokens += figures.pop("local/tokens")
                 if trainer.problem:
                     self.console.say(trainer.problem)
+                if self._pictures is not None and SURVIVED in figures:
+                    self._draw(self._pictures)
                 if trainer.step % config.train.log_interval == 0 or trainer.step == trainer.steps:
                     elapsed = time.perf_counter() - began
                     figures |= rank_figures(trainer, elapsed, trainer.step - first, tokens)
@@ -101,6 +112,15 @@ class Loop:
             self._save()
         if self._publisher is not None and trainer.step and self._is_due(self._publisher.interval):
             self._publish(self._publisher)
+
+    def _draw(self, pictures: Pictures) -> None:
+        """Record what a refresh has selected. Training continues if that cannot be drawn."""
+        drawn = pictures(self.trainer.method, self.trainer.mesh.is_main)
+        try:
+            for tag, pixels in drawn:
+                self.recorder.image(self.trainer.step, tag, pixels)
+        except Exception as error:
+            self.console.say(f"images: cannot be drawn: {type(error).__name__}: {error}")
 
     def _publish(self, publisher: Publisher) -> None:
         """Publish the current weights as a version, unless they are published already."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+import numpy as np
 
 from liftdist.redaction import redact
 from liftdist.registry import TRACKERS
@@ -16,6 +18,13 @@ class Tracker(Protocol):
     def scalars(self, step: int, values: Mapping[str, float]) -> None: ...
     def text(self, tag: str, text: str) -> None: ...
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class Gallery(Protocol):
+    """A tracker that shows images."""
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None: ...
 
 
 class Recorder:
@@ -44,6 +53,10 @@ class Recorder:
 
     def text(self, tag: str, text: str) -> None:
         self._each(lambda tracker: tracker.text(tag, redact(text)))
+
+    def image(self, step: int, tag: str, pixels: np.ndarray) -> None:
+        """``pixels`` ``[height, width, 3]`` uint8, with those trackers that show images."""
+        self._each(lambda tracker: tracker.image(step, tag, pixels) if isinstance(tracker, Gallery) else None)
 
     def close(self) -> None:
         self._each(lambda tracker: tracker.close())

@@ -44,7 +44,7 @@ from liftdist.runs.watchdog import Watchdog
 from liftdist.schema import Config
 from liftdist.training import memory, setup
 from liftdist.training.inputs import Inputs, agree_on_commits, commits, hash_files, prepare_inputs
-from liftdist.training.loop import Loop
+from liftdist.training.loop import Loop, Pictures
 from liftdist.training.publish import Publisher
 from liftdist.training.recorder import Recorder
 from liftdist.training.trainer import Trainer
@@ -56,7 +56,12 @@ def train(config: Config, mesh: Mesh, text: str, allowed: set[str], stop: StopRe
 
 
 def train_all(
-    configs: Sequence[tuple[Config, str]], mesh: Mesh, allowed: set[str], stop: StopRequests, turn: int = 1
+    configs: Sequence[tuple[Config, str]],
+    mesh: Mesh,
+    allowed: set[str],
+    stop: StopRequests,
+    turn: int = 1,
+    pictures: Pictures | None = None,
 ) -> None:
     """Train each run to its last step, from its newest checkpoint if it has one. Collective.
 
@@ -67,6 +72,7 @@ def train_all(
             model, the mesh and the process are the same, see :func:`liftdist.config.load_runs`.
         allowed: kinds of changes that are allowed when a run continues, see :mod:`liftdist.runs.changes`.
         stop: the stop requests of this rank.
+        pictures: of a selection, to be recorded at each refresh of runs with ``metrics.images``.
 
     Raises:
         Stopped: on a stop request, after saving.
@@ -97,7 +103,9 @@ def train_all(
                     console = Console(mesh.is_main, of=attempt.run_dir.name if several else "")
                     context = RunContext(config, mesh, console, CancellationPoint(stop, watchdog), several)
                     loaded = (runs[0].trainer.model, runs[0].names) if runs else None
-                    runs.append(opened.enter_context(_Run(context, text, allowed, attempt, loaded, len(configs))))
+                    runs.append(
+                        opened.enter_context(_Run(context, text, allowed, attempt, loaded, len(configs), pictures))
+                    )
                 if several:
                     _in_turn(runs, turn, failed)
                 else:
@@ -191,6 +199,7 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         attempt: Attempt,
         loaded: tuple[PreTrainedModel, NameMap] | None = None,
         runs: int = 1,
+        pictures: Pictures | None = None,
     ) -> None:
         config, mesh, console, cancellation = context.config, context.mesh, context.console, context.cancellation
         self.console, self.name = console, attempt.run_dir.name
@@ -212,7 +221,7 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         )
         state_changed = _check_changes(context, provenance, saved, allowed, attempt.run_dir)
         with together():
-            if mesh.is_main and config.eval.tasks:
+            if mesh.is_main and (config.eval.tasks or (attempt.run_dir / results.FOLDER).exists()):
                 results.check_base(attempt.run_dir, config.model.identity(base_digest))
         model, self.names, method = setup.model_and_method(
             context, inputs.folder, base_digest, from_checkpoint=saved is not None, inputs=inputs, loaded=loaded
@@ -236,7 +245,9 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
         if config.sync.to is not None:
             self._publisher = Publisher(config.sync, attempt.run_dir, inputs.folder, mesh, method, snapshot)
         self._recorder = _recorder(context, trainer, text, attempt, resumed=saved is not None)
-        self.loop = Loop(context, trainer, self._recorder, self._checkpointer, snapshot, self._publisher, runs)
+        self.loop = Loop(
+            context, trainer, self._recorder, self._checkpointer, snapshot, self._publisher, runs, pictures
+        )
         if runs > 1:
             self._leave()
 
@@ -355,7 +366,8 @@ def _recorder(context: RunContext, trainer: Trainer, text: str, attempt: Attempt
         after = trainer.step if resumed else None if attempt.number == 1 else -1
         names = context.config.metrics.trackers if mesh.is_main else None
         if mesh.is_main and (run_dir / results.NAME).exists():
-            results.Results(run_dir, after).close()  # without what was found after the step that the run continues from
+            # without what was found after the step that the run continues from; what the base model was asked stays
+            results.Results(run_dir, after if after is None else max(after, 0)).close()
         recorder = Recorder(run_dir, names, after, context.console.say)
     recorder.text("config", text)
     recorder.text("parameters", trainer.method.describe(trainer.model))

@@ -16,6 +16,8 @@ from torch.utils import backend_registration
 from liftdist import PrincipalWeights
 from liftdist.engine import adamw, host, sgd
 from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.flat import Part
+from liftdist.engine.quantised import QuantisedRows
 from liftdist.method_settings import OptimizerConfig
 from liftdist.models.load import load
 from liftdist.schema import ModelConfig
@@ -210,3 +212,19 @@ def test_ranks_train_the_same_on_the_host(tmp_path):
         for other in others:
             assert other.keys() == first.keys()
             assert all(torch.equal(value, first[key]) for key, value in other.items())
+
+
+def written(mesh, folder):
+    """What is read after a write of values on the host, whose positions are another tensor each time they are at the model."""
+    model, _ = load(folder, ModelConfig(path=str(folder), base_dtype="nf4"), mesh)
+    with mock.patch.object(Part, "positions", property(lambda part: part.kept.clone())):
+        principal = PrincipalWeights(model, density=0.1, filter_rank=4, device="cpu")
+        principal.values.data.normal_(generator=torch.Generator().manual_seed(1))
+        with mock.patch.object(QuantisedRows, "_places", side_effect=AssertionError("positions were searched")):
+            principal.write_back()
+        held = torch.cat([part.read(part.positions) for part in principal.parts])
+    return torch.equal(held, principal.values.to(held.dtype))
+
+
+def test_positions_neither_travel_nor_are_searched_where_the_base_is_quantised(tmp_path):
+    assert ranks.run(1, written, builders.llama(tmp_path / "model", dtype=torch.bfloat16)) == [True]

@@ -127,6 +127,11 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path):
         claims.check_free(tmp_path)
     with pytest.raises(UserError, match="exists and holds no run"):
         claims.check_free(tmp_path / "file")
+    (tmp_path / "file").unlink()
+    for name in ("eval", "tensorboard"):  # of a model that was asked there
+        (tmp_path / name).mkdir()
+        claims.check_free(tmp_path)
+        (tmp_path / "attempts").rmdir()
 
 
 def test_symbolic_links_inside_a_run_directory_are_not_followed(tmp_path):

@@ -11,13 +11,18 @@ import pytest
 import ranks
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoModelForCausalLM
 
+from liftdist import PrincipalWeights
 from liftdist.console import Console
 from liftdist.data.order import BatchOrder
 from liftdist.distributed.collectives import gather
+from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.budgets.ist import Ist
+from liftdist.engine.criteria.magnitude import Magnitude
 from liftdist.engine.principal import TRIAL_BATCHES
+from liftdist.errors import Stopped
 from liftdist.training.inputs import prepare_inputs
 
 WORLDS = {"1": (1, 1), "2": (2, 1), "3": (3, 1), "2x2": (4, 2)}
@@ -54,9 +59,10 @@ def learned(mesh, folder):
     made.run_step()
     first = layers_of(principal)
     weights = {name: param.full_tensor().clone() for name, param in made.model.named_parameters()}
-    principal.selector.advance(1, principal._loss_of)
+    with principal.selector.advanced(1, principal._loss_of):
+        importance = principal.selector.importance
     assert all(torch.equal(param.full_tensor(), weights[name]) for name, param in made.model.named_parameters())
-    return first, weights, principal.selector.importance, gather(principal.selector.importance)
+    return first, weights, importance, gather(importance)
 
 
 def plain_importance(settings, weights):
@@ -120,6 +126,48 @@ def test_it_continues_over_a_refresh(folder):
     (on_one,) = ranks.run(1, builders.continued, settings, four_more)
     assert on_one[1:3] == expected[1:3]
     assert on_one[3] == pytest.approx(expected[3], rel=1e-2)
+
+
+def test_a_refresh_that_is_stopped_has_taught_nothing():
+    """So the checkpoint of the stop is that of the step before, and what continues refreshes as if there had been no stop."""
+    stops: set[int] = set()  # numbers of matrices selected
+
+    def progress(done, _):
+        if done in stops:
+            raise Stopped("SIGTERM")
+
+    def begin():
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Sequential(nn.Linear(20, 20), nn.Tanh()) for _ in range(LAYERS)))
+
+        def batches(number):
+            for seed in range(number):
+                yield model(torch.randn(8, 20, generator=torch.Generator().manual_seed(seed))).square().mean()
+
+        budget = Ist(density=0.3, layers=2, seed=5)
+        principal = PrincipalWeights(
+            model, criterion=Magnitude(), budget=budget, keep_base=True, backwards=batches, progress=progress
+        )
+        optimizer = PrincipalAdamW(principal, lr=0.2)
+        for loss in batches(2):
+            loss.backward()
+            optimizer.step()
+        return principal, optimizer
+
+    principal, optimizer = begin()
+    before = principal.scalar_states(optimizer)
+    for done in range(1, LAYERS + 1):
+        stops.add(done)
+        with pytest.raises(Stopped):
+            principal.refresh(optimizer)
+        assert principal.scalar_states(optimizer) == before
+        stops.clear()
+    plain, its_optimizer = begin()
+    for _ in range(3):
+        assert principal.refresh(optimizer) == plain.refresh(its_optimizer)
+        assert principal.selector.importance == plain.selector.importance
+        assert principal.counts == plain.counts
+    assert any(principal.selector.importance.values())
 
 
 def test_layers_that_matter_less_when_scaled_are_drawn_less():

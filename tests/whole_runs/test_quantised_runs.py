@@ -1,5 +1,8 @@
 """Runs on a quantised base: continued on other numbers of ranks, exported in both meanings, refused where it has none."""
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import builders
@@ -250,3 +253,43 @@ def test_what_a_quantised_base_is_not_for_is_refused(smollm2, tmp_path):
     said = liftdist("train", config, "method=full", "model.base_dtype=int8", code=2)
     assert "model.base_dtype: is for method=lift" in said
     assert "must be one of int8, fp8, nf4" in liftdist("train", config, "model.base_dtype=int4", code=2)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def trained_once(mesh, file):
+    return builders.run_once(mesh, *configs.load(file, ["model.base_dtype=nf4", "model.trust_remote_code=true"]))
+
+
+def test_a_model_with_code_of_its_own_is_written_as_trained(tiny_model, tmp_path):
+    """Where the run was to run that; by the word of a delta's file it is not."""
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    (base / "own.py").write_text(OWN_CODE)
+    own = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    settings = json.loads((base / "config.json").read_text()) | {"model_type": "own", "auto_map": own}
+    (base / "config.json").write_text(json.dumps(settings))
+    records = builders.write_records(tmp_path / "records.jsonl")
+    file = write_config(tmp_path, base, records, train=dict(steps=1, export=False))
+    assert ranks.run(1, trained_once, file) == ["finished"]
+    delta, folder = of_run.of_run_dir(tmp_path / "run", None, None)[:2]
+    as_trained.write(delta, folder, tmp_path / "out")
+    before, after = (load_file(path / "model.safetensors") for path in (base, tmp_path / "out"))
+    for name in delta.names:
+        rounded = Format("nf4", before[name].shape[1]).rounded(before[name])
+        changed = (after[name] != rounded).flatten().nonzero().squeeze(1)
+        assert 0 < len(changed) <= len(delta.get(name).indices)
+        assert torch.isin(changed, delta.get(name).indices).all()
+    assert (tmp_path / "out" / "own.py").read_text() == OWN_CODE
+    with pytest.raises(UserError, match="the folder contains its code: set model.trust_remote_code=true to run it"):
+        as_trained.write(replace(delta, trusted=False), folder, tmp_path / "other")

@@ -209,6 +209,13 @@ def test_a_client_that_is_not_installed_is_refused_with_the_remedy(tmp_path, mon
         configs.load(file, ["metrics.trackers=[tensorboard, tensorboard]"])
 
 
+def test_a_folder_that_is_something_else_is_refused_before_the_first_record(tmp_path):
+    """Where all ranks hear of it: what is recorded later is recorded by one."""
+    (tmp_path / "trackers").symlink_to("elsewhere")
+    with pytest.raises(UserError, match="trackers: is not a folder"):
+        Recorder(tmp_path, ["wandb"])
+
+
 def test_another_run_directory_is_another_run(tmp_path, monkeypatch):
     needs("trackio")
     for name, value in offline(tmp_path).items():

@@ -29,7 +29,8 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
         dtype: of the model that is written; that of the run by default, in which the base is rounded whatever this is.
 
     Raises:
-        UserError: the delta is not all that a run with ``model.base_dtype`` has trained; ``target`` exists or cannot be written.
+        UserError: the delta is not all that a run with ``model.base_dtype`` has trained; the base model brings its own code, and
+            the delta is not of a run with ``model.trust_remote_code``; ``target`` exists or cannot be written.
     """
     kind = delta.made.get("base_dtype")
     if kind is None or delta.made.get("lossy"):
@@ -38,7 +39,7 @@ def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | No
             f"{delta.location} {'is no such' if kind is None else 'was compressed with losses'}: use hf"
         )
     computed = getattr(torch, delta.made["dtype"])
-    config = ModelConfig(path=str(base_folder))
+    config = ModelConfig(path=str(base_folder), trust_remote_code=delta.trusted)
     model = build(check_type(base_folder, config), config)
     pieces = names.match(model, ModelFolder(base_folder)).pieces
     formats = {

@@ -12,16 +12,12 @@ Attention's own products, and that experts see some of the tokens, are left out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 
-from liftdist.distributed.collectives import Group
-from liftdist.engine import selection
-from liftdist.engine.matrices import Matrix
-from liftdist.engine.scores import Scored
 from liftdist.errors import UserError
 
 STEPS = 2048
@@ -36,31 +32,20 @@ class GreenTrainer:
 
     backward_flops: float
     compares: ClassVar[bool] = True
-    redraws: ClassVar[bool] = True
 
-    def allot(self, shapes: Mapping[str, tuple[int, int]], refreshes: int = 0) -> dict[str, int]:
+    def allot(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, int]:
         """All weights, of which :meth:`divide` leaves those of some matrices."""
         return {name: m * n for name, (m, n) in shapes.items()}
 
-    def divide(
-        self,
-        matrices: Sequence[Matrix],
-        counts: Sequence[int],
-        criterion: Scored,
-        shard_group: Group = None,
-        replicate_group: Group = None,
-        progress: Callable[[int, int], None] | None = None,
-        excluded: selection.Excluded | None = None,
-    ) -> list[int]:
-        """See :func:`liftdist.engine.selection.in_proportion`. Raises ``UserError`` if no matrix is cheap enough. Collective."""
-        sums = selection.sums_of_scores(matrices, counts, criterion, shard_group, replicate_group, progress, excluded)
-        importance, numbers = sums[:, 0].tolist(), sums[:, 1].long().tolist()
-        chosen = knapsack(importance, [matrix.numel for matrix in matrices], self.backward_flops)
+    def divide(self, counts: Sequence[int], importance: Sequence[float], most: Sequence[int]) -> list[int]:
+        """Of each matrix ``most``, all that can be taken of its ``counts`` weights, or none. Raises ``UserError`` if no matrix is
+        cheap enough."""
+        chosen = knapsack(importance, counts, self.backward_flops)
         if not any(chosen):
             raise UserError(
                 f"selection.backward_flops={self.backward_flops}: no matrix can be trained with so few operations; raise it"
             )
-        return [number if taken else 0 for number, taken in zip(numbers, chosen, strict=True)]
+        return [number if taken else 0 for number, taken in zip(most, chosen, strict=True)]
 
 
 def knapsack(importance: Sequence[float], costs: Sequence[int], share: float) -> list[bool]:

@@ -11,11 +11,10 @@ What a full matrix cannot take goes to the others in their proportions. AdaLoRA 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from liftdist.engine import selection
 from liftdist.engine.apportion import apportion
 from liftdist.engine.budgets.per_matrix import PerMatrix
 
@@ -31,7 +30,6 @@ class Sensitivity(PerMatrix):
     final_refresh: int = 1
     compares: ClassVar[bool] = True
     redraws: ClassVar[bool] = True
-    divide = staticmethod(selection.in_proportion)
 
     def allot(self, shapes: Mapping[str, tuple[int, int]], refreshes: int = 0) -> dict[str, int]:
         """Numbers whose sum is divided by the scores, by name."""
@@ -43,6 +41,11 @@ class Sensitivity(PerMatrix):
         total = round(last + (sum(first.values()) - last) * left)
         sizes = [m * n for m, n in shapes.values()]
         return dict(zip(shapes, apportion(total, sizes, sizes), strict=True))
+
+    def divide(self, counts: Sequence[int], sums: Sequence[float], most: Sequence[int]) -> list[int]:
+        """The sum of ``counts`` in proportion to ``sums``, of the scores of each matrix; ``most`` is how many can be taken."""
+        room = sum(number for number, total in zip(most, sums, strict=True) if total)
+        return apportion(min(sum(counts), room), sums, most)
 
 
 def make(settings: Any) -> Sensitivity:

@@ -8,14 +8,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from liftdist.runs import lines
-
-NAME = "metrics.jsonl"
+from liftdist.runs import layout, lines
 
 
 class Jsonl:
     def __init__(self, run_dir: Path, after: int | None) -> None:
-        self._file = lines.open_after(run_dir / NAME, after)
+        self._file = lines.open_after(run_dir / layout.METRICS, after)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
