@@ -21,6 +21,7 @@ from vllm.renderers.chat_utils import MM_PARSER_MAP
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from liftdist.errors import UserError
+from liftdist.serving.placement import Count, check_found
 from liftdist.serving.turns import Turns
 
 logger = init_logger("vllm.liftdist")
@@ -86,11 +87,7 @@ class DeltaLLM(AsyncLLM):
                 try:
                     found = await self.collective_rpc("load_delta", args=(key, path, self.base_digest))
                     _raise_first(found)
-                    placed, weights = sum(one["placed"] for one in found), found[0]["weights"]
-                    if placed < weights:
-                        raise UserError(
-                            f"{path}: vLLM's loader places {placed} of its {weights} weights; serve the merged model"
-                        )
+                    weights = check_found(path, [[Count(**one) for one in share["counts"]] for share in found])
                 except Exception:
                     await self.collective_rpc("forget_delta", args=(key,))
                     raise
