@@ -99,6 +99,14 @@ class TensorFile:
                 _read_into(file, memory_of(rows))
         return rows
 
+    def mapped(self, name: str) -> Tensor:
+        """As :meth:`read`, not empty: memory holds what is read of it, and the system takes that back where it lacks memory."""
+        info = self.entries[name]
+        begin, end = info["data_offsets"]
+        with self.path.open("rb") as file:
+            found = np.memmap(file, np.uint8, "c", data_begin(file) + begin, (end - begin,))
+        return torch.from_numpy(found).view(DTYPES[info["dtype"]]).view(info["shape"])
+
 
 class Spool(Mapping[str, Tensor]):
     """Tensors, none of them empty, that wait in an unnamed file of ``folder`` until they are saved; memory holds none of them."""
