@@ -40,15 +40,22 @@ def routes(folder: Path, given: Mapping[str, str]) -> Routes:
     if len(given) < 2:
         raise UserError(f"--examples {''.join(given)}: {AUTO} has one model to choose from; give examples of another")
     table = table_of(folder)
-    embedding = Embedding(table)
+    try:
+        embedding = Embedding(table)
+    except Exception as error:  # the library raises no other
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--examples: {folder / TOKENIZER}: cannot be read: {reason}; save the tokenizer again"
+        ) from None
     features = {}
     for name, path in given.items():
         source = sources.open_source(path, None, "train")
         total, feature = len(source), partial(_feature, embedding, _reader(source))
-        taken = [number * total // min(total, MOST) for number in range(min(total, MOST))]  # from all of the file
+        count = min(total, MOST)
+        taken = (number * total // count for number in range(count))  # from all of the file
         places = [place for number in taken for place in source.read(number, number + 1)]
         features[name] = [records.at(where, feature, record) for where, record in places]
-        Console(enabled=True).say(f"examples {name}: {len(places)} of {total} records of {path}")
+        Console(enabled=True).say(f"examples {name}: {count} of {total} records of {path}")
     return Routes.of(table, features)
 
 

@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
+import builders
 import pytest
 import reasoning_gym
 import torch
@@ -177,9 +178,13 @@ def test_a_model_that_is_called_auto_is_not_chosen_for(files, smollm2):
         launch.routes_of(smollm2, [f"base={files}/sums.jsonl"], ["auto", "base"])
 
 
-def test_a_base_model_without_a_tokenizer_of_one_file_is_refused(files, tmp_path):
+def test_a_base_model_without_a_tokenizer_of_one_file_is_refused(files, smollm2, tmp_path):
     with pytest.raises(UserError, match=r"holds no tokenizer\.json"):
         examples.table_of(tmp_path)
+    folder = builders.llama(tmp_path / "base", smollm2)
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read: .*; save the tokenizer again$"):
+        examples.routes(folder, {name: str(files / f"{name}.jsonl") for name in KINDS})
 
 
 @contextmanager
