@@ -403,6 +403,13 @@ def serve_arguments(parser: argparse.ArgumentParser) -> None:
         help="serve this delta as the model NAME: a file, or ORG/REPOSITORY@REVISION on the hub; may be repeated",
     )
     parser.add_argument(
+        "--examples",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="records of what NAME, a delta or the base model, is asked: the model auto chooses by them; for two models or more",
+    )
+    parser.add_argument(
         "--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine alone)"
     )
     parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: 8000)")
@@ -423,6 +430,7 @@ def serve(options: argparse.Namespace) -> None:
     launch.serve(
         options.base,
         options.delta,
+        options.examples,
         options.vllm,
         options.host,
         options.port,

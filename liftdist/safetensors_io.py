@@ -61,7 +61,7 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                file.write(_bytes(tensors[name]))
+                file.write(memory_of(tensors[name]))
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
 
@@ -96,8 +96,16 @@ class TensorFile:
             with self.path.open("rb", buffering=0) as file:
                 offset = begin * math.prod(row_shape) * rows.element_size()
                 file.seek(data_begin(file) + info["data_offsets"][0] + offset)
-                _read_into(file, _bytes(rows))
+                _read_into(file, memory_of(rows))
         return rows
+
+    def mapped(self, name: str) -> Tensor:
+        """As :meth:`read`, not empty: memory holds what is read of it, and the system takes that back where it lacks memory."""
+        info = self.entries[name]
+        begin, end = info["data_offsets"]
+        with self.path.open("rb") as file:
+            found = np.memmap(file, np.uint8, "c", data_begin(file) + begin, (end - begin,))
+        return torch.from_numpy(found).view(DTYPES[info["dtype"]]).view(info["shape"])
 
 
 class Spool(Mapping[str, Tensor]):
@@ -110,7 +118,7 @@ class Spool(Mapping[str, Tensor]):
     def add(self, name: str, tensor: Tensor) -> None:
         """Raises ``OSError`` if it cannot be written."""
         begin = self._file.seek(-(-self._file.seek(0, os.SEEK_END) // 8) * 8)  # aligned
-        self._file.write(_bytes(tensor))
+        self._file.write(memory_of(tensor))
         self._file.flush()
         self._entries[name] = begin, tensor.dtype, tensor.shape
 
@@ -151,11 +159,12 @@ def digest_of(tensors: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def bytes_of(tensor: Tensor) -> bytes:
-    """The bytes of a tensor on the host, row-major."""
-    return bytes(_bytes(tensor))
+    """A copy of :func:`memory_of` a tensor."""
+    return bytes(memory_of(tensor))
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def memory_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the host, row-major; those of the tensor itself, which may be written, where it is contiguous."""
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data
 
 

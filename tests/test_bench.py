@@ -17,6 +17,7 @@ from commands import ROOT
         "traffic --length 8",
         "load --rounds 1",
         "checkpoint --rounds 1",
+        "routing --examples 2 --questions 2",
         "compare --rounds 1 --steps 1 --rows 1 --length 8",
     ],
     ids=lambda words: words.split()[0],

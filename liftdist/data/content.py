@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from liftdist.data import json_text, templates
@@ -94,6 +94,16 @@ def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conve
     if not any(message["role"] == "assistant" for message in messages[len(messages) - len(turns) + prompt :]):
         raise ValueError(f"{key!r} has no assistant turn, so there is nothing to train on")
     return Conversation(messages, _tools(record), _arguments(record), frozenset(masked))
+
+
+def parted(content: Content) -> tuple[Content, str]:
+    """What stands before the last reply, and the reply."""
+    if isinstance(content, Text):
+        *before, (reply, _) = content.pieces
+        return replace(content, pieces=before, weights=()), reply
+    last = max(number for number, message in enumerate(content.messages) if message["role"] == "assistant")
+    prompt = replace(content, messages=content.messages[:last], masked=frozenset(), weights=())
+    return prompt, content.messages[last]["content"]
 
 
 def unread(content: Content, template: str) -> list[str]:

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from liftdist.models.weights import ModelFolder  # with libraries that a server may lack
 
 
+ITS_BASE = "--base must name its base"
+
+
 @dataclass(frozen=True)
 class Difference:
     """What changed in one tensor, for the one that knows what it holds."""
@@ -109,15 +112,22 @@ def on(delta: Delta, base: ModelFolder) -> Delta:
         change = delta.get(name)
         if isinstance(change, Change) and change.base is not None:
             return change
-        held = tuple(base.info(name)["shape"]) if name in base.file_of else None
-        if held != change.shape:
-            what = f"has no {name}" if held is None else f"{name} is {list(held)}"
-            raise UserError(
-                f"{base.folder}: {what}, {delta.location} is for {list(change.shape)}; --base must name its base"
-            )
-        before = base.read(name).flatten()[change.indices]
+        before = at(base, name, change.shape, change.indices, f"{delta.location} is", ITS_BASE)
         if isinstance(change, Difference):
             return change.applied(before)
         return replace(change, base=before.to(change.values.dtype))
 
     return replace(delta, get=get, compressed=False)
+
+
+def at(folder: ModelFolder, name: str, shape: tuple[int, ...], indices: Tensor, whose: str, remedy: str) -> Tensor:
+    """Weights ``[k]`` of a tensor in a folder, in its dtype. Raises ``UserError`` unless it has the shape of the delta's.
+
+    Args:
+        whose: begins what the message says of the delta, as ``"math.delta is"``.
+    """
+    found = tuple(folder.info(name)["shape"]) if name in folder.file_of else None
+    if found != shape:
+        what = f"has no {name}" if found is None else f"{name} is {list(found)}"
+        raise UserError(f"{folder.folder}: {what}, {whose} for {list(shape)}; {remedy}")
+    return folder.read(name).flatten()[indices]

@@ -58,11 +58,15 @@ def change_folder(
     deltas.check_same_base(apply, undo)
     given = [delta for delta in (apply, undo) if delta is not None]
     started_from = given[0]
-    for delta in (*given, *beside):
-        deltas.check_disjoint(delta, (other for other in beside if other is not delta))
+    every = [*given, *beside]
+    for number, delta in enumerate(every, 1):
+        deltas.check_disjoint(delta, every[max(number, len(given)) :])
         for name in delta.names:
             if name not in stored.file_of:
-                raise UserError(f"{folder}: has no {name}, which {delta.location} changes")
+                raise UserError(
+                    f"{folder}: has no {name}, which {delta.location} changes; give a folder with all tensors of its base model: "
+                    "a tied head, too, which transformers leaves out when it saves"
+                )
     present = [undo, *beside] if undo else beside
 
     def edited(name: str, tensor: Tensor) -> Tensor:

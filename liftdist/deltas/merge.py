@@ -23,13 +23,16 @@ from torch import Tensor
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import of_run
 from liftdist.deltas.delta import Change, Delta, bits, by_name, check_same_base, is_plain, no_values
-from liftdist.deltas.difference import on
+from liftdist.deltas.difference import ITS_BASE, at, on
 from liftdist.deltas.export import check_base
 from liftdist.errors import UserError
 from liftdist.models.weights import ModelFolder
 from liftdist.registry import MERGE_RULES
 from liftdist.runs import layout
 
+_LIKE_IT = (
+    "give a model of the same architecture whose files hold the same tensors, a tied head, too, where the delta has one"
+)
 SHARES = ("density", "beta", "gamma", "decay")  # options from 0 to 1
 
 
@@ -78,7 +81,10 @@ def merged(
 
     def get(name: str) -> Change:
         found = aligned(source[name], deltas, base)
-        before, stored = (found.base, found.stored) if onto is None else _at(onto[0], name, found.shape, found.indices)
+        before, stored = found.base, found.stored
+        if onto is not None:
+            before = at(onto[0], name, found.shape, found.indices, "the delta is", _LIKE_IT)
+            stored = before.dtype
         before = before.to(torch.promote_types(found.base.dtype, stored))
         difference = combine(found.differences, **given)
         after = (before.double() + difference).to(before.dtype)
@@ -123,7 +129,8 @@ def read(paths: Sequence[Path], base: Path | None, cache_dir: Path) -> list[Delt
         ) from None
     if base is not None:
         check_base(base, found[0], cache_dir)
-        found = [on(delta, ModelFolder(base)) if delta.compressed else delta for delta in found]
+        stored = ModelFolder(base)
+        found = [on(delta, stored) if delta.compressed else delta for delta in found]
     return found
 
 
@@ -184,7 +191,7 @@ def aligned(name: str, deltas: Sequence[Delta], base: ModelFolder | None = None)
     indices = any_changed.nonzero().squeeze(1)
     before = torch.zeros(len(indices), dtype=dtype)
     if base is not None:
-        before = _at(base, name, held[0].shape, indices)[0].to(dtype)
+        before = at(base, name, held[0].shape, indices, "the delta is", ITS_BASE).to(dtype)
     differences = torch.zeros(len(deltas), len(indices), dtype=torch.float64)
     values = torch.zeros(len(deltas), len(indices), dtype=dtype)
     for delta, change, row, value in zip(deltas, changes, differences, values, strict=True):
@@ -205,15 +212,3 @@ def _valued(name: str, delta: Delta) -> Change | None:
     if change is not None and not isinstance(change, Change):
         raise no_values(delta)
     return change
-
-
-def _at(folder: ModelFolder, name: str, shape: tuple[int, ...], indices: Tensor) -> tuple[Tensor, torch.dtype]:
-    """Weights ``[k]`` of a tensor in a folder, and their dtype. Raises ``UserError`` unless it has the shape of the delta's."""
-    found = tuple(folder.info(name)["shape"]) if name in folder.file_of else None
-    if found != shape:
-        what = f"has no {name}" if found is None else f"{name} is {list(found)}"
-        raise UserError(
-            f"{folder.folder}: {what}, the delta is for {list(shape)}; give a model of the same architecture"
-        )
-    tensor = folder.read(name)
-    return tensor.flatten()[indices], tensor.dtype

@@ -9,11 +9,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 from liftdist.data import records, sources, wording
-from liftdist.data.content import Content, Text
+from liftdist.data.content import Content, Text, parted
 from liftdist.data.sources import Record
 from liftdist.evaluation.generators import Generated
 from liftdist.evaluation_settings import GENERATION, MULTIPLE_CHOICE, PERPLEXITY, TaskConfig
@@ -68,7 +68,7 @@ def _question(
     number: int,
     record: Record,
 ) -> Question:
-    prompt, reply = _parted(read(record))
+    prompt, reply = parted(read(record))
     if task.kind != PERPLEXITY and isinstance(prompt, Text) and not any(text for text, _ in prompt.pieces):
         raise ValueError("has no prompt: all of the record is the reply")
     options = _options(task, section, record) if task.kind == MULTIPLE_CHOICE else []
@@ -83,16 +83,6 @@ def _question(
         return Question(number, prompt, tuple(map(compared, expected)), tuple(options), record)
     except ValueError as error:
         raise ValueError(f"{what} {error}, got {value!r:.80}") from None
-
-
-def _parted(content: Content) -> tuple[Content, str]:
-    """What stands before the last reply, and the reply."""
-    if isinstance(content, Text):
-        *before, (reply, _) = content.pieces
-        return replace(content, pieces=before, weights=()), reply
-    last = max(number for number, message in enumerate(content.messages) if message["role"] == "assistant")
-    prompt = replace(content, messages=content.messages[:last], masked=frozenset(), weights=())
-    return prompt, content.messages[last]["content"]
 
 
 def _options(task: TaskConfig, section: str, record: Record) -> Sequence[str]:

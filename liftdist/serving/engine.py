@@ -12,15 +12,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, ClassVar
 
-from prometheus_client import Histogram
+from prometheus_client import Counter, Histogram
 from vllm.logger import init_logger
 from vllm.renderers.chat_utils import MM_PARSER_MAP
 from vllm.v1.engine.async_llm import AsyncLLM
 
 from liftdist.errors import UserError
+from liftdist.serving.placement import Count, check_found
+from liftdist.serving.routing import AUTO
 from liftdist.serving.turns import Turns
 
 logger = init_logger("vllm.liftdist")
@@ -36,6 +38,7 @@ _SWITCHING = Histogram(
 _WAITING = Histogram(
     "liftdist_wait_seconds", "Seconds that a request waited for its turn.", ["model"], buckets=_SECONDS
 )
+ROUTED = Counter("liftdist_routed_requests", "Requests for the model auto, by the model that was chosen.", ["model"])
 
 
 class DeltaLLM(AsyncLLM):
@@ -43,6 +46,7 @@ class DeltaLLM(AsyncLLM):
 
     base_digest: ClassVar[str]  # of the base model that it is started with
     turn: ClassVar[float]  # seconds
+    chooses: ClassVar[bool] = False  # whether there is a model auto
     refusal: ClassVar[str | None] = None  # of the last delta that could not be loaded
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -79,18 +83,14 @@ class DeltaLLM(AsyncLLM):
         """
         name, path, key = lora_request.lora_name, lora_request.lora_path, str(next(self._numbers))
         try:
-            check_name(name, self._base)
+            check_name(name, [self._base, *([AUTO] if self.chooses else [])])
             async with self._turns.of(
                 None
             ):  # so that it can be compared with the base model, and none of this name is applied
                 try:
                     found = await self.collective_rpc("load_delta", args=(key, path, self.base_digest))
                     _raise_first(found)
-                    placed, weights = sum(one["placed"] for one in found), found[0]["weights"]
-                    if placed < weights:
-                        raise UserError(
-                            f"{path}: vLLM's loader places {placed} of its {weights} weights; serve the merged model"
-                        )
+                    weights = check_found(path, [[Count(**one) for one in share["counts"]] for share in found])
                 except Exception:
                     await self.collective_rpc("forget_delta", args=(key,))
                     raise
@@ -146,11 +146,11 @@ def check(config: Any, clients: int) -> None:
             raise UserError(f"vLLM {problem}")
 
 
-def check_name(name: str, base: str) -> None:
-    """Raises ``UserError`` for the name of the base model, which would answer, and for names by which vLLM takes an adapter
+def check_name(name: str, taken: Sequence[str]) -> None:
+    """Raises ``UserError`` for the name of another model, which would answer, and for names by which vLLM takes an adapter
     unasked: those of the parts of messages."""
-    if name == base:
-        raise UserError(f"delta {name}: is the name of the base model; give it another one")
+    if name in taken:
+        raise UserError(f"delta {name}: is the name of another model; give it another one")
     if name in {kind.split("_")[0] for kind in MM_PARSER_MAP}:
         raise UserError(f"delta {name}: vLLM takes this name for a kind of content in messages; give it another one")
 

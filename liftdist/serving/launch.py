@@ -42,6 +42,7 @@ _PROBE = "import importlib.util as u, sys; print(sys.version_info >= (3, 11), u.
 def serve(
     base: str,
     given: Sequence[str],
+    examples: Sequence[str],
     vllm: str | None,
     host: str,
     port: int,
@@ -54,12 +55,14 @@ def serve(
     Args:
         base: the base model, as a folder or ``NAME[@REVISION]`` on the hub.
         given: ``NAME=DELTA`` each; the delta as a file or ``NAME[@REVISION]`` on the hub.
+        examples: ``NAME=FILE`` each: records of what is asked of a model, by which the model ``auto`` chooses.
         vllm: the ``vllm`` command; by default that of ``PATH``.
         turn: seconds.
         arguments: of ``vllm serve``.
 
     Raises:
-        UserError: a delta is damaged, or of another base model; or vLLM is not found, or an argument is not its to take.
+        UserError: a delta is damaged, or of another base model; examples are no records, or of no model; or vLLM is not found, or
+            an argument is not its to take.
     """
     check_arguments(arguments)
     if not (math.isfinite(turn) and turn >= 0):
@@ -73,9 +76,12 @@ def serve(
         words += ["--served-model-name", base]
     if modules:
         words += ["--lora-modules", *modules]
-    command = [python, "-P", "-m", "liftdist.serving.main", "--base-digest", digest, "--turn", str(turn), "--"]
+    command = [python, "-P", "-m", "liftdist.serving.main", "--base-digest", digest, "--turn", str(turn)]
+    if examples:
+        words += ["--middleware", "liftdist.serving.router.Router"]
+        command += ["--routes", str(routes_of(folder, examples, [*(names or [base]), *read_names(given, ())]))]
     output.drain()
-    os.execve(python, [*command, *words, *arguments], environ(_package_alone(cache_dir)))
+    os.execve(python, [*command, "--", *words, *arguments], environ(_package_alone(cache_dir)))
 
 
 def check_deltas(
@@ -116,17 +122,51 @@ def check_deltas(
     return folder, digest, modules
 
 
+def routes_of(folder: Path, given: Sequence[str], served: Sequence[str]) -> Path:
+    """A file of the routes by examples, in memory: it lasts until this process has become vLLM's, and that has read it.
+
+    Args:
+        given: ``NAME=FILE`` each.
+        served: the names of the models that are served.
+
+    Raises:
+        UserError: of another form, of a model that is not served, twice of one, or as :func:`liftdist.serving.examples.routes`.
+    """
+    from liftdist.serving import examples  # with transformers, which takes seconds to import
+    from liftdist.serving.routing import AUTO
+
+    named: dict[str, str] = {}
+    for text in given:
+        name, path = _parted("--examples", text, "NAME=FILE")
+        if name in named:
+            raise UserError(f"--examples {text}: {name} has examples already; put them into one file")
+        if name not in served:
+            raise UserError(f"--examples {text}: no model {name} is served; name one of {', '.join(served)}")
+        named[name] = path
+    if AUTO in served:
+        raise UserError(f"--examples: the model {AUTO} chooses by them; give the one that has this name another one")
+    descriptor = os.memfd_create("routes", 0)  # inherited
+    file = Path(f"/dev/fd/{descriptor}")
+    examples.routes(folder, named).save(file)
+    return file
+
+
 def read_names(given: Sequence[str], taken: Sequence[str]) -> dict[str, str]:
     """Deltas by the names of their models. Raises ``UserError`` for another form, or a name that is given twice or taken."""
     named: dict[str, str] = {}
     for text in given:
-        name, _, path = text.partition("=")
-        if not name or not path:
-            raise UserError(f"--delta {text}: must be NAME=FILE, or NAME=ORG/REPOSITORY[@REVISION] of the hub")
+        name, path = _parted("--delta", text, "NAME=FILE, or NAME=ORG/REPOSITORY[@REVISION] of the hub")
         if name in taken or name in named:  # under a name of the base model, that one would answer
             raise UserError(f"--delta {text}: {name} is the name of another model; give it another one")
         named[name] = path
     return named
+
+
+def _parted(option: str, text: str, form: str) -> tuple[str, str]:
+    name, _, path = text.partition("=")
+    if not name or not path:
+        raise UserError(f"{option} {text}: must be {form}")
+    return name, path
 
 
 def check_arguments(arguments: Sequence[str]) -> None:

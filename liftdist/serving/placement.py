@@ -32,6 +32,15 @@ _ELSEWISE = (
 
 
 @dataclass(frozen=True)
+class Count:
+    """How many of some tensors' changed weights a rank's share holds."""
+
+    names: str  # of the tensors: the first and the last
+    placed: int
+    weights: int  # that the whole delta changes
+
+
+@dataclass(frozen=True)
 class Placed:
     """The changed weights of a delta in one storage of the model."""
 
@@ -41,29 +50,51 @@ class Placed:
     values: Tensor  # [k] likewise
 
 
-def place(model: nn.Module, delta: Delta) -> tuple[list[Placed], int]:
-    """The part of a delta that this rank's share of a model holds, and the number of weights that the whole delta changes.
+def place(model: nn.Module, delta: Delta) -> tuple[list[Placed], list[Count]]:
+    """The part of a delta that this rank's share of a model holds, and how many weights that is, by groups of tensors.
 
     Raises:
         UserError: the loader knows a tensor not, or not with this shape; or keeps it in another form.
     """
     found: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
-    total = 0
+    counts = []
     for chunk in _chunks(delta):
-        total += sum(change.indices.numel() for _, change in chunk)
         base, values = _copies(model, delta, chunk, "base"), _copies(model, delta, chunk, "values")
         if [index.shape for _, index, _ in base] != [index.shape for _, index, _ in values]:
             raise UserError(f"{delta.location}: {_range(chunk)}: {_ELSEWISE}")
         for (target, index, old), (_, _, new) in zip(base, values, strict=True):
             if index.numel():
                 found.setdefault(target.untyped_storage().data_ptr(), []).append((target, index, old, new))
+        held = sum(index.numel() for _, index, _ in base)
+        counts.append(Count(_range(chunk), held, sum(change.indices.numel() for _, change in chunk)))
     placed = []
     for copies in found.values():
         target = copies[0][0]
         storage = torch.empty(0, dtype=target.dtype, device=target.device).set_(target.untyped_storage())
         index, old, new = (torch.cat([copy[part] for copy in copies]) for part in (1, 2, 3))
         placed.append(Placed(storage, index.to(torch.int32 if storage.numel() < 2**31 else torch.int64), old, new))
-    return placed, total
+    return placed, counts
+
+
+def check_found(path: str, shares: Sequence[Sequence[Count]]) -> int:
+    """The number of weights that a delta changes, if some rank has each.
+
+    A sum over all tensors would not tell: what is held by several ranks, such as norms, could make up for what none holds. It is
+    taken over each group of tensors, 64 MiB or a single one.
+
+    Args:
+        shares: of the ranks, as :func:`place` gives them.
+
+    Raises:
+        UserError: the ranks together hold fewer weights of some tensors than the delta changes.
+    """
+    for ranks in zip(*shares, strict=True):
+        placed, group = sum(one.placed for one in ranks), ranks[0]
+        if placed < group.weights:
+            raise UserError(
+                f"{path}: {group.names}: vLLM's loader places {placed} of {group.weights} weights; serve the merged model"
+            )
+    return sum(one.weights for one in shares[0])
 
 
 def holds(placed: Sequence[Placed], part: str) -> bool:
@@ -85,7 +116,8 @@ def write(placed: Sequence[Placed], part: str) -> None:
 
 def check_in_use(model: nn.Module, placed: Sequence[Placed]) -> None:
     """Raises ``UserError`` if the model has been given other storages since."""
-    if any(one.storage.untyped_storage().data_ptr() not in _storages(model) for one in placed):
+    storages = _storages(model)
+    if any(one.storage.untyped_storage().data_ptr() not in storages for one in placed):
         raise UserError("the engine has replaced its weights since the delta was loaded; restart it")
 
 

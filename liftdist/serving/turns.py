@@ -29,7 +29,6 @@ class Turns:
         switch: makes the engine hold the second model in place of the first; no request runs meanwhile. If it raises, the engine
             holds nobody knows what: no request begins any more, and each raises that error.
         seconds: for which a turn lasts at least, if requests for its model go on coming.
-        held: the model that the engine holds now.
         clock: seconds that never go back.
     """
 
@@ -37,11 +36,10 @@ class Turns:
         self,
         switch: Callable[[str | None, str | None], Awaitable[None]],
         seconds: float,
-        held: str | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._switch, self._seconds, self._clock = switch, seconds, clock
-        self.held = held
+        self.held: str | None = None  # the model that the engine holds, which begins with the base model
         self.error: Exception | None = None
         self._began = clock()
         self._running = 0

@@ -9,6 +9,7 @@ vLLM's engine does both. vLLM imports this module in each worker before it loads
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class DeltaWorker:
             base_digest: of the base model that the engine was given, as ``liftdist show`` prints it.
 
         Returns:
-            ``placed``, the number of its weights in this worker's share, and ``weights``, those that it changes.
+            ``counts``, of groups of tensors: their ``names``, the ``weights`` that the delta changes, and those of them that are
+            ``placed`` in this worker's share; what several workers hold is counted on each.
         """
         try:
             if self.vllm_config.quant_config is not None:
@@ -67,7 +69,7 @@ class DeltaWorker:
                 raise UserError(
                     f"{path}: is for another base model than the one that is served; `liftdist show` names it"
                 )
-            placed, weights = placement.place(self.model_runner.get_model(), delta)
+            placed, counts = placement.place(self.model_runner.get_model(), delta)
             if not placement.holds(placed, "base"):
                 raise UserError(
                     f"{path}: the engine does not hold the base values of the delta; restart it with its base model"
@@ -75,7 +77,7 @@ class DeltaWorker:
         except UserError as error:
             return {"error": str(error)}
         self._deltas[key] = placed
-        return {"placed": sum(one.index.numel() for one in placed), "weights": weights}
+        return {"counts": [asdict(one) for one in counts]}
 
     def switch_delta(self, undo: str | None, apply: str | None) -> dict[str, Any]:
         """Undo a delta and apply another, or one of both, to the bit.

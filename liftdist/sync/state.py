@@ -84,14 +84,15 @@ def digest(state: State) -> str:
     """sha256 over name, shape, indices and values of every tensor, 64 hexadecimal digits."""
     return digests.of_parts(
         [
-            [name, held.support.sha256, str(held.values.dtype), hashlib.sha256(_memory(held.values)).hexdigest()]
+            [
+                name,
+                held.support.sha256,
+                str(held.values.dtype),
+                hashlib.sha256(safetensors_io.memory_of(held.values)).hexdigest(),
+            ]
             for name, held in sorted(state.items())
         ]
     )
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    return tensor.contiguous().view(torch.uint8).numpy().data
 
 
 def moved(before: Weights | None, after: Weights) -> Tensor:

@@ -227,6 +227,13 @@ def test_a_head_that_is_stored_beside_the_embedding_it_is_tied_to_moves_with_it(
     made = load_file(tmp_path / "made" / "model.safetensors")
     assert torch.equal(made[embedding], made[head])
     torch.testing.assert_close(made[embedding], new[embedding] + 0.25)
+    words = ("merge", tmp_path / "moved", "--rule", "sum", "--onto", base, "--output", tmp_path / "back", *at)
+    assert f"has no {head}" in (said := liftdist(*words, code=2))
+    assert "whose files hold the same tensors, a tied head, too" in said
+    assert not (tmp_path / "back").exists()
+    said = liftdist("apply", tmp_path / "moved", base, "--output", tmp_path / "back", *at, code=2)
+    assert f"has no {head}" in said
+    assert "with all tensors of its base model: a tied head, too" in said
 
 
 def test_what_a_rule_does_not_take_is_refused():

@@ -87,6 +87,21 @@ def test_a_delta_has_no_name_of_the_base_model(made, words, monkeypatch):
     assert "one is the name of another model" in refusal(*given, "--", *words.split(), "--seed", "1")
 
 
+def test_examples_are_of_a_model_under_a_name_that_it_answers_under(made, monkeypatch):
+    monkeypatch.setattr(launch, "python_of", lambda vllm: sys.executable)
+    given = [
+        made / "base",
+        "--delta",
+        f"one={made}/one.delta",
+        "--cache-dir",
+        made / "cache",
+        "--examples",
+        "b=x.jsonl",
+    ]
+    assert f"no model b is served; name one of {made / 'base'}, one" in refusal(*given)
+    assert "no model b is served; name one of c, one" in refusal(*given, "--", "--served-model-name", "c")
+
+
 def test_the_environment_of_vllm_is_asked_for(made, without_vllm):
     given = [made / "base", "--delta", f"one={made}/one.delta", "--cache-dir", made / "cache"]
     assert "no command vllm in PATH" in refusal(*given)
@@ -128,7 +143,7 @@ def test_only_this_package_is_added_to_the_environment_of_vllm(tmp_path):
     (folder / "liftdist").symlink_to(tmp_path)  # another package lay here
     assert launch._package_alone(tmp_path) == folder
     code = (
-        "import sys, liftdist.serving.placement, liftdist.serving.turns, liftdist.deltas.file\n"
+        "import sys, liftdist.serving.placement, liftdist.serving.turns, liftdist.serving.router, liftdist.deltas.file\n"
         "print(liftdist.__file__)\n"
         "sys.exit(any(name in sys.modules for name in ('transformers', 'torch.distributed.fsdp')))"
     )

@@ -69,6 +69,13 @@ class Packed(nn.Module):
                 target.copy_(share)
 
 
+class Replicating(Packed):
+    """With values that every rank holds, as of few heads on many ranks."""
+
+    def share(self, name, tensor):
+        return tensor if "v_proj" in name else super().share(name, tensor)
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, smollm2):
     """A base model, two others made from it, and their deltas."""
@@ -91,11 +98,11 @@ def same(model, other):
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_a_delta_applied_undone_and_swapped_gives_the_model_that_the_loader_makes(made, ranks, dtype):
     _, tensors, (one, two) = made
-    found = changes = 0
+    found, shares = 0, []
     for rank in range(ranks):
         of = {name: Packed(tensors[name], rank, ranks, dtype) for name in tensors}
         model = Packed(tensors["base"], rank, ranks, dtype)
-        (first, changes), (second, _) = placement.place(model, one), placement.place(model, two)
+        (first, counts), (second, _) = placement.place(model, one), placement.place(model, two)
         assert same(model, of["base"])  # finding writes nothing
         assert placement.holds(first, "base")
         assert placement.holds(second, "base")
@@ -111,7 +118,9 @@ def test_a_delta_applied_undone_and_swapped_gives_the_model_that_the_loader_make
         placement.write(second, "base")
         assert same(model, of["base"])
         found += sum(len(part.index) for part in first)
-    assert found == changes == sum(one.get(name).indices.numel() for name in one.names)
+        shares.append(counts)
+    assert found >= placement.check_found("one", shares) == sum(one.get(name).indices.numel() for name in one.names)
+    assert ranks > 1 or found == placement.check_found("one", shares)
 
 
 def refusal(model, delta):
@@ -155,15 +164,27 @@ def test_weights_that_a_kernel_has_packed_away_are_refused(made):
     assert "in another form than the checkpoint" in refusal(model, one)
 
 
-def test_weights_that_the_loader_leaves_out_are_missed(made):
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_weights_that_the_loader_leaves_out_are_missed(made, ranks, monkeypatch):
+    """Also where others, that several ranks hold, are more than those."""
+    monkeypatch.setattr(
+        placement, "_STAGED", 1
+    )  # a group is one tensor, as in models of more than a few million weights
     _, tensors, (one, _) = made
-    model = Packed(tensors["base"])
-    load = model.load_weights
-    model.load_weights = lambda weights: load(
-        (name, tensor) for name, tensor in weights if "layers.1.mlp.up" not in name
-    )
-    placed, weights = placement.place(model, one)
-    assert sum(len(part.index) for part in placed) < weights
+    shares = []
+    for rank in range(ranks):
+        model = Replicating(tensors["base"], rank, ranks)
+        load = model.load_weights
+        model.load_weights = lambda weights, load=load: load(
+            (name, tensor) for name, tensor in weights if "layers.1.self_attn.k" not in name
+        )
+        placed, counts = placement.place(model, one)
+        assert sum(len(part.index) for part in placed) == sum(count.placed for count in counts)
+        shares.append(counts)
+    total = sum(count.placed for share in shares for count in share)
+    assert (total >= sum(count.weights for count in shares[0])) == (ranks > 1)
+    with pytest.raises(UserError, match=r"one: .*layers\.1\.self_attn\.k_proj\.weight: .* places 0 of \d+ weights"):
+        placement.check_found("one", shares)
 
 
 def test_a_model_that_is_given_other_weights_later_is_found_out(made):

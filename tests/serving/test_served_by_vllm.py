@@ -41,17 +41,19 @@ def made(tmp_path_factory, smollm2):
 
 
 @contextmanager
-def serving(made, model, *deltas, log="log", more=(), **variables):
+def serving(made, model, *deltas, log="log", more=(), examples=(), **variables):
     words = [sys.executable, ROOT / "liftdist" / "start.py", "liftdist", "serve", made / model]
     words += ["--vllm", vllm_servers.command(), "--cache-dir", made / "cache"]
     words += [word for name in deltas for word in ("--delta", f"{name}={made}/{name}.delta")]
+    words += [word for name in examples for word in ("--examples", f"{name}={made}/{name}.jsonl")]
     options = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "--served-model-name", "base", *more]
     with vllm_servers.started(words, made / log, after=["--", *options], **variables) as running:
         yield running
 
 
-def post(url, path, body):
-    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+def post(url, path, body, key=""):
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url + path, json.dumps(body).encode() if body else None, headers)
     return urllib.request.urlopen(request, timeout=600)
 
 
@@ -60,9 +62,9 @@ def asked(model, question, **others):
     return dict(model=model, prompt=question) | settings | others
 
 
-def answer(url, model, question):
+def answer(url, model, question, key=""):
     """Token ids and their log-probabilities."""
-    found = json.load(post(url, "/v1/completions", asked(model, question)))
+    found = json.load(post(url, "/v1/completions", asked(model, question), key))
     assert found["model"] == model
     choice = found["choices"][0]
     return choice["token_ids"], choice["logprobs"]["token_logprobs"]
@@ -121,6 +123,44 @@ def test_models_are_served_side_by_side_each_as_itself(made, expected):
         for name in reversed(NAMES):
             assert answer(url, name, QUESTIONS[0]) == expected[name, QUESTIONS[0]]
             assert streamed(url, name, QUESTIONS[1]) == expected[name, QUESTIONS[1]][0]
+
+
+def test_auto_is_the_model_whose_examples_are_nearest(made):
+    asks = {
+        "base": ["What is 2 + 3?", "What is 40 - 8?", "What is 7 * 6?", "What is 12 + 30?"],
+        "one": ["Name a red flower.", "Name a river in Spain.", "Name a large bird.", "Name an old song."],
+    }
+    for name, texts in asks.items():
+        lines = [json.dumps(dict(question=text, answer="yes")) for text in texts[:3]]
+        (made / f"{name}.jsonl").write_text("\n".join(lines))
+    settings = dict(temperature=0, max_tokens=8, min_tokens=8, return_token_ids=True)
+    runtime = dict(VLLM_API_KEY="k", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1")
+    with serving(made, "base", "one", log="log-auto", examples=asks, **runtime) as (url, _):
+        for name, texts in asks.items():
+            own = answer(url, name, texts[-1], key="k")
+            for path, asking in (
+                ("completions", dict(prompt=texts[-1])),
+                ("chat/completions", dict(messages=[dict(role="user", content=texts[-1])])),
+                ("completions", dict(prompt=texts[-1], stream=True)),
+            ):
+                reply = post(url, f"/v1/{path}", dict(model="auto") | settings | asking, key="k").read().decode()
+                parts = [line.removeprefix("data: ") for line in reply.splitlines() if line]
+                found = [json.loads(part) for part in parts if part != "[DONE]"]
+                assert {one["model"] for one in found} == {name}
+                if "prompt" in asking:
+                    assert [token for one in found for token in one["choices"][0]["token_ids"]] == own[0]
+        with pytest.raises(urllib.error.HTTPError, match="400"):
+            post(url, "/v1/chat/completions", dict(model="auto", messages=[]), key="k")
+        with pytest.raises(urllib.error.HTTPError, match="500") as refused:
+            post(url, "/v1/load_lora_adapter", dict(lora_name="auto", lora_path=f"{made}/two.delta"), key="k")
+        assert "auto: is the name of another model" in refused.value.read().decode()
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            post(url, "/v1/completions", asked("auto", "Name a tree."))
+        figures = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
+        for name in asks:
+            assert f'liftdist_routed_requests_total{{model="{name}"}} 3.0' in figures
+        listed = json.load(post(url, "/v1/models", None, key="k"))["data"]
+        assert [one["id"] for one in listed] == ["base", "one", "auto"]
 
 
 def check_many(url, expected):
