@@ -46,6 +46,12 @@ class ModelConfig:
     activation_checkpointing: bool = setting(
         False, "recompute each decoder layer in backward instead of keeping its activations", changes=NOTHING
     )
+    offload_activations: bool = setting(
+        False,
+        "let what decoder layers keep for their backward lie on the host until then: with `model.activation_checkpointing` their "
+        "inputs",
+        changes=NOTHING,
+    )
     keep_gathered: int = setting(
         0,
         "decoder layers, the last ones, whose gathered weights are kept from forward to backward: they are gathered once and not "
@@ -59,6 +65,15 @@ class ModelConfig:
     @property
     def uses_flash_attention(self) -> bool:
         return "flash" in (self.attn_implementation or "")
+
+    def problems(self) -> Iterator[Problem]:
+        if self.offload_activations and self.compile:
+            yield "offload_activations", "must be false with model.compile, whose kernels decide what is kept"
+
+    @property
+    def keeps_less_by(self) -> list[str]:
+        """The settings by which a layer keeps less on its device than what autograd saves."""
+        return [f"model.{name}" for name in ("activation_checkpointing", "offload_activations") if getattr(self, name)]
 
     def identity(self, weights: str) -> str:
         """What tells the base model, as a run holds it, from others: the digest of its weights, and what they are rounded to."""

@@ -123,10 +123,12 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
     chosen: tuple[dict[str, Any], int] | None = None
     with together():
         if mesh.is_main:
-            optimizer = config.optimizer
+            planned = config
             if mesh.device.type == "cpu":  # what is kept on the host is kept in the same memory
-                optimizer = dataclasses.replace(optimizer, device=None)
-            requirements, peak = fitting(dataclasses.replace(config, optimizer=optimizer), mesh.world_size, usable)
+                optimizer = dataclasses.replace(config.optimizer, device=None)
+                model = dataclasses.replace(config.model, offload_activations=False)
+                planned = dataclasses.replace(config, optimizer=optimizer, model=model)
+            requirements, peak = fitting(planned, mesh.world_size, usable)
             if peak > usable:
                 raise UserError(
                     f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "

@@ -21,7 +21,8 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
     reducing             in place of both, when that layer is freed: its gradients with the buffer into which they are copied, or
                          that buffer with what its reduction takes. What gloo, on processors, copies besides is left out
     statistics           4 N / S       of selection.criterion=gradient, 8 N / S of sensitivity, while a selection is made
-    activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
+    activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors;
+                         with model.offload_activations what of it is not on the host
 
 Traffic is that of ring algorithms: n (S - 1) / S for an all-gather or reduce-scatter of n bytes, twice that for an all-reduce.
 With optimizer.device=cpu, between a rank and its host: gradients 4 B each and positions 4 B each in every micro-batch, once more
@@ -93,6 +94,7 @@ def memory(
         # buffer from which its gradients were reduced
         "layers, whole": max(1, staying) * gathered + ahead + max(0, left - kept.layer),
         "activations": kept.fixed + len(size.layers) * kept.layer,
+        **({OFFLOADED: len(size.layers) * kept.on_host} if config.model.offload_activations else {}),
         "computing": kept.backward,
         # a layer is freed before its gradients are reduced
         "reducing": max(
@@ -241,6 +243,7 @@ def _states(config: Config) -> int:
 
 
 ON_HOST = "principal, on the host"
+OFFLOADED = "activations, on the host"
 HELD = ("weights", "principal", "base values", "previously selected", "other variants", "trained", "places")
 
 

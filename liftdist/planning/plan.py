@@ -256,6 +256,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     for name, size in found["memory"].items():
         notes = {
             footprint.ON_HOST: "not part of the peak",
+            footprint.OFFLOADED: "not part of the peak",
             "base values": "at first; a refresh adds those of weights that were not selected before",
             "other variants": "of each run besides the one whose turn takes most, which is planned here",
             "first all-gather buffers": "in the first forward, instead of the lines below",

@@ -38,6 +38,7 @@ ON_REAL_RANKS = (
     {"train__micro_batch_size": 2, "data__max_length": 300, "data__packing": True},
     {"train__micro_batch_size": 1, "data__max_length": 1500},
     {"train__micro_batch_size": 2, "data__max_length": 300, "model__activation_checkpointing": True},
+    {"train__micro_batch_size": 2, "data__max_length": 300, "model__offload_activations": True},
     LENGTH_4,
     {**LENGTH_4, "selection__density": 0.4, "optimizer__dtype": "bfloat16"},
     {**LENGTH_4, "selection__density": 0.6, "optimizer__dtype": "bfloat16"},
