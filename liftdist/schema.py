@@ -21,6 +21,8 @@ from liftdist.registry import LOSSES, METHODS, TRACKERS
 from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
 from liftdist.signals import STOP_SIGNALS
 
+SELECTIVE = "selective"
+
 
 @dataclass
 class ModelConfig:
@@ -43,8 +45,11 @@ class ModelConfig:
     attn_implementation: str | None = setting(
         None, "attention implementation, as transformers names it; its default if unset", changes=NOTHING
     )
-    activation_checkpointing: bool = setting(
-        False, "recompute each decoder layer in backward instead of keeping its activations", changes=NOTHING
+    activation_checkpointing: bool | int | str = setting(
+        False,
+        "recompute decoder layers in backward instead of keeping their activations: `true` each layer, a number n every n-th, "
+        "`selective` what each layer computes besides its products with weights and its attention, whose results are kept",
+        changes=NOTHING,
     )
     offload_activations: bool = setting(
         False,
@@ -67,8 +72,19 @@ class ModelConfig:
         return "flash" in (self.attn_implementation or "")
 
     def problems(self) -> Iterator[Problem]:
+        value = self.activation_checkpointing
+        if value != SELECTIVE if isinstance(value, str) else value < 1 and value is not False:
+            yield (
+                "activation_checkpointing",
+                f"must be true, false, {SELECTIVE}, or a whole number n, to recompute every n-th layer, got {value!r}",
+            )
         if self.offload_activations and self.compile:
             yield "offload_activations", "must be false with model.compile, whose kernels decide what is kept"
+
+    @property
+    def recomputed_every(self) -> int:
+        """Of so many layers, the first is recomputed; 0: none is."""
+        return 1 if self.activation_checkpointing == SELECTIVE else int(self.activation_checkpointing)
 
     @property
     def keeps_less_by(self) -> list[str]:
