@@ -86,6 +86,14 @@ class ModelConfig:
         """Of so many layers, the first is recomputed; 0: none is."""
         return 1 if self.activation_checkpointing == SELECTIVE else int(self.activation_checkpointing)
 
+    def lighter(self, on_gpu: bool = True) -> list[str]:
+        """What would let layers keep less, as advice; nothing if they keep the least."""
+        if self.recomputed_every != 1 or self.activation_checkpointing == SELECTIVE:
+            return ["set model.activation_checkpointing=true"]
+        return (
+            ["set model.offload_activations=true"] if on_gpu and not (self.offload_activations or self.compile) else []
+        )
+
     @property
     def keeps_less_by(self) -> list[str]:
         """The settings by which a layer keeps less on its device than what autograd saves."""
@@ -132,8 +140,8 @@ class TrainConfig:
     micro_batch_size: int = setting(4, "sequences per forward and backward of a rank", at_least=1, changes=NOTHING)
     fit_memory: bool = setting(
         False,
-        "choose `train.micro_batch_size` and `model.activation_checkpointing` by the plan: the largest micro-batch that fits the "
-        "memory of a rank",
+        "choose `train.micro_batch_size` and `model.activation_checkpointing` (`false`, 2 or `true`) by the plan: the largest "
+        "micro-batch that fits the memory of a rank",
         changes=NOTHING,
     )
     seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)

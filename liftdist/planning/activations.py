@@ -33,10 +33,36 @@ class Activations(NamedTuple):
     backward: int  # in addition, while one layer's backward runs, with the gradients of its weights
     after: int = 0  # in addition, when that has ended: below zero, as what the layer kept is freed
     on_host: int = 0  # per layer, on the host
+    spared: int = 0  # of what a layer keeps, in each that is recomputed while others are not
+    spared_on_host: int = 0
 
 
 def activations(hf_config: Any, config: Config, rows: int) -> Activations:
-    """Activations of ``rows`` sequences: runs the real model with one and two layers, forward and backward, on fake tensors."""
+    """Activations of ``rows`` sequences: runs the real model with one and two layers, forward and backward, on fake tensors.
+
+    Where some layers are recomputed, both kinds are run; the last one recomputed has its backward when those after it are freed.
+    """
+    every = config.model.recomputed_every
+    if every <= 1:
+        return _of_layers_alike(hf_config, config, rows)
+    kept, less = (
+        _of_layers_alike(
+            hf_config,
+            dataclasses.replace(config, model=dataclasses.replace(config.model, activation_checkpointing=recomputed)),
+            rows,
+        )
+        for recomputed in (False, True)
+    )
+    freed = (hf_config.get_text_config(decoder=True).num_hidden_layers - 1) % every * kept.layer
+    return kept._replace(
+        backward=max(kept.backward, less.backward - freed),
+        after=max(kept.after, less.after - freed),
+        spared=kept.layer - less.layer,
+        spared_on_host=kept.on_host - less.on_host,
+    )
+
+
+def _of_layers_alike(hf_config: Any, config: Config, rows: int) -> Activations:
     loss = LOSSES.load(config.train.loss).make(config.train)
     kept, sent, losses, backwards, after = [], [], [], [], 0
     for layers in (1, 2):

@@ -71,13 +71,13 @@ def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]
     """``config`` with the largest micro-batch whose plan fits in ``usable`` bytes of a rank, with as many layers kept gathered as
     fit then, and the bytes of its plan.
 
-    Layers are recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit, and more do
-    with it. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
+    Every second layer is recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit,
+    and more do with it; every layer likewise. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
     """
     replicas, shards = config.mesh.layout(ranks)
     found: list[tuple[Requirements, int]] = []
-    for recomputes in (False, True):
-        model = dataclasses.replace(config.model, activation_checkpointing=recomputes, keep_gathered=0)
+    for recomputed in (False, 2, True):
+        model = dataclasses.replace(config.model, activation_checkpointing=recomputed, keep_gathered=0)
         requirements, planned = Requirements(dataclasses.replace(config, model=model)), dict[int, int]()
         for size in sizes(config, ranks):
             requirements.in_micro_batches_of(size)

@@ -253,6 +253,18 @@ def test_operations_are_of_the_gradients_that_are_needed(tmp_path):
     assert footprint.operations(size, config) == every  # those of any may be needed after a refresh
 
 
+@pytest.mark.parametrize(
+    ("world", "recomputed", "offloads"),
+    [(8, 2, False), (1, 3, True), (8, "selective", False), (1, False, True), (8, True, True)],
+)
+def test_what_layers_keep_is_planned(world, recomputed, offloads):
+    config = scale.settings(world, 1)
+    config.model.activation_checkpointing, config.model.offload_activations = recomputed, offloads
+    config.data.max_length = 300
+    found = scale.step(SMALL | {"num_hidden_layers": 6}, config, world)
+    assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
+
+
 @pytest.mark.parametrize(("world", "replicas"), [(1024, 1), (8, 1), (12, 4), (4, 4), (1, 1)])
 @pytest.mark.parametrize(("dtype", "tied"), [("float32", False), ("bfloat16", True)])
 def test_a_step_of_full_fine_tuning_is_as_planned(world, replicas, dtype, tied):
