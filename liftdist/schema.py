@@ -21,6 +21,8 @@ from liftdist.registry import LOSSES, METHODS, TRACKERS
 from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
 from liftdist.signals import STOP_SIGNALS
 
+SELECTIVE = "selective"
+
 
 @dataclass
 class ModelConfig:
@@ -43,8 +45,17 @@ class ModelConfig:
     attn_implementation: str | None = setting(
         None, "attention implementation, as transformers names it; its default if unset", changes=NOTHING
     )
-    activation_checkpointing: bool = setting(
-        False, "recompute each decoder layer in backward instead of keeping its activations", changes=NOTHING
+    activation_checkpointing: bool | int | str = setting(
+        False,
+        "recompute decoder layers in backward instead of keeping their activations: `true` each layer, a number n every n-th, "
+        "`selective` what each layer computes besides its products with weights and its attention, whose results are kept",
+        changes=NOTHING,
+    )
+    offload_activations: bool = setting(
+        False,
+        "let what decoder layers keep for their backward lie on the host until then: with `model.activation_checkpointing` their "
+        "inputs",
+        changes=NOTHING,
     )
     keep_gathered: int = setting(
         0,
@@ -59,6 +70,34 @@ class ModelConfig:
     @property
     def uses_flash_attention(self) -> bool:
         return "flash" in (self.attn_implementation or "")
+
+    def problems(self) -> Iterator[Problem]:
+        value = self.activation_checkpointing
+        if value != SELECTIVE if isinstance(value, str) else value < 1 and value is not False:
+            yield (
+                "activation_checkpointing",
+                f"must be true, false, {SELECTIVE}, or a whole number n, to recompute every n-th layer, got {value!r}",
+            )
+        if self.offload_activations and self.compile:
+            yield "offload_activations", "must be false with model.compile, whose kernels decide what is kept"
+
+    @property
+    def recomputed_every(self) -> int:
+        """Of so many layers, the first is recomputed; 0: none is."""
+        return 1 if self.activation_checkpointing == SELECTIVE else int(self.activation_checkpointing)
+
+    def lighter(self, on_gpu: bool = True) -> list[str]:
+        """What would let layers keep less, as advice; nothing if they keep the least."""
+        if self.recomputed_every != 1 or self.activation_checkpointing == SELECTIVE:
+            return ["set model.activation_checkpointing=true"]
+        return (
+            ["set model.offload_activations=true"] if on_gpu and not (self.offload_activations or self.compile) else []
+        )
+
+    @property
+    def keeps_less_by(self) -> list[str]:
+        """The settings by which a layer keeps less on its device than what autograd saves."""
+        return [f"model.{name}" for name in ("activation_checkpointing", "offload_activations") if getattr(self, name)]
 
     def identity(self, weights: str) -> str:
         """What tells the base model, as a run holds it, from others: the digest of its weights, and what they are rounded to."""
@@ -101,8 +140,8 @@ class TrainConfig:
     micro_batch_size: int = setting(4, "sequences per forward and backward of a rank", at_least=1, changes=NOTHING)
     fit_memory: bool = setting(
         False,
-        "choose `train.micro_batch_size` and `model.activation_checkpointing` by the plan: the largest micro-batch that fits the "
-        "memory of a rank",
+        "choose `train.micro_batch_size` and `model.activation_checkpointing` (`false`, 2 or `true`) by the plan: the largest "
+        "micro-batch that fits the memory of a rank",
         changes=NOTHING,
     )
     seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)

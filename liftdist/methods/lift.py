@@ -160,10 +160,10 @@ def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
         UserError: no module fits ``selection.modules``, or gradients cannot be gathered without dropout.
     """
     choice = config.selection
-    if choice.needs_data and config.model.activation_checkpointing and build.dropout(model.config):
+    if choice.needs_data and (by := config.model.keeps_less_by) and build.dropout(model.config):
         raise UserError(
-            f"selection.{choice.needs_data} gathers gradients without dropout, which layers that are recomputed would "
-            f"have; set model.activation_checkpointing=false, or the rates in config.json to 0"
+            f"selection.{choice.needs_data} gathers gradients without dropout, which layers that are recomputed or offloaded "
+            f"would have; set {'=false and '.join(by)}=false, or the rates in config.json to 0"
         )
     trained = {place.param for place in places(config, model).values()}
     for param in model.parameters():

@@ -179,16 +179,3 @@ def own_embedding(model: PreTrainedModel) -> nn.Module | None:
     if head is None or {id(param) for param in head.parameters()} & {id(param) for param in embedding.parameters()}:
         return None
     return embedding
-
-
-def recompute(model: PreTrainedModel, config: ModelConfig) -> None:
-    """Enable activation checkpointing of each decoder layer, if the config requests it."""
-    if config.activation_checkpointing:  # transformers 5.17 has the older name
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        try:
-            enable({"use_reentrant": False})
-        except ValueError as error:
-            raise UserError(
-                f"model.activation_checkpointing=true: {str(error).splitlines()[0]}; set it to false"
-            ) from None
-        model.disable_input_require_grads()  # only reentrant checkpointing needs it; the embedding has no backward

@@ -26,6 +26,7 @@ from liftdist.engine import quantised
 from liftdist.engine.decoder import towers
 from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
+from liftdist.models import recompute
 from liftdist.models.build import (
     build,
     check_type,
@@ -33,7 +34,6 @@ from liftdist.models.build import (
     decoder_layers,
     kept_in_float32,
     own_embedding,
-    recompute,
     tensors,
 )
 from liftdist.models.fill import fill, verify
@@ -92,7 +92,7 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
 
     Scalars, which have no rows, are whole on every rank.
     """
-    recompute(model, config)
+    recompute.keep(model, config)
     dtype = getattr(torch, config.dtype)
     kept = set(kept_in_float32(model, dtype).values())
     masters = {p for p in model.parameters() if p.requires_grad and p.dtype != dtype and p not in kept}

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, masking_utils
 from transformers.integrations import moe
 
 from liftdist.errors import UserError
-from liftdist.models import build
+from liftdist.models import build, recompute
 from liftdist.models.head import in_chunks
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.registry import LOSSES, METHODS
@@ -32,12 +32,39 @@ class Activations(NamedTuple):
     loss: int  # in addition, while the loss is computed
     backward: int  # in addition, while one layer's backward runs, with the gradients of its weights
     after: int = 0  # in addition, when that has ended: below zero, as what the layer kept is freed
+    on_host: int = 0  # per layer, on the host
+    spared: int = 0  # of what a layer keeps, in each that is recomputed while others are not
+    spared_on_host: int = 0
 
 
 def activations(hf_config: Any, config: Config, rows: int) -> Activations:
-    """Activations of ``rows`` sequences: runs the real model with one and two layers, forward and backward, on fake tensors."""
+    """Activations of ``rows`` sequences: runs the real model with one and two layers, forward and backward, on fake tensors.
+
+    Where some layers are recomputed, both kinds are run; the last one recomputed has its backward when those after it are freed.
+    """
+    every = config.model.recomputed_every
+    if every <= 1:
+        return _of_layers_alike(hf_config, config, rows)
+    kept, less = (
+        _of_layers_alike(
+            hf_config,
+            dataclasses.replace(config, model=dataclasses.replace(config.model, activation_checkpointing=recomputed)),
+            rows,
+        )
+        for recomputed in (False, True)
+    )
+    freed = (hf_config.get_text_config(decoder=True).num_hidden_layers - 1) % every * kept.layer
+    return kept._replace(
+        backward=max(kept.backward, less.backward - freed),
+        after=max(kept.after, less.after - freed),
+        spared=kept.layer - less.layer,
+        spared_on_host=kept.on_host - less.on_host,
+    )
+
+
+def _of_layers_alike(hf_config: Any, config: Config, rows: int) -> Activations:
     loss = LOSSES.load(config.train.loss).make(config.train)
-    kept, losses, backwards, after = [], [], [], 0
+    kept, sent, losses, backwards, after = [], [], [], [], 0
     for layers in (1, 2):
         live, ended = LiveBytes(), list[int]()
         packed, grouped, placed = packing_known(config.data.packing), grouped_products_known(), places_known(config)
@@ -46,7 +73,7 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
         with FakeTensorMode(allow_non_fake_inputs=True), packed, grouped, placed, live:
             model.to_empty(device="cpu").train()
             model.tie_weights()  # which it has put apart
-            build.recompute(model, config.model)
+            recompute.keep(model, config.model)
             decoder_layers = build.decoder_layers(model)
             for module in decoder_layers:
                 _drop_gradients(module, functools.partial(_note, live, ended))
@@ -64,13 +91,14 @@ def activations(hf_config: Any, config: Config, rows: int) -> Activations:
                 base = model.hidden_at(tokens, None, places) if loss.needs_base else None
             total = model.chunked_loss(tokens, None, places, tokens, loss.per_token, base=base)
             kept.append(live.now - before)
+            sent.append(live.offloaded)
             losses.append(live.peak - live.now)
             live.peak = live.now
             total.backward()
             backwards.append(live.peak - before - kept[-1])
             after = ended[0] - before - kept[-1] if ended else 0
     layer = kept[1] - kept[0]
-    return Activations(kept[0] - layer, layer, losses[1], backwards[1], after)
+    return Activations(kept[0] - layer, layer, losses[1], backwards[1], after, sent[1] - sent[0])
 
 
 def _note(live: LiveBytes, ended: list[int]) -> None:

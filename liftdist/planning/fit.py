@@ -71,13 +71,13 @@ def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]
     """``config`` with the largest micro-batch whose plan fits in ``usable`` bytes of a rank, with as many layers kept gathered as
     fit then, and the bytes of its plan.
 
-    Layers are recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit, and more do
-    with it. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
+    Every second layer is recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit,
+    and more do with it; every layer likewise. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
     """
     replicas, shards = config.mesh.layout(ranks)
     found: list[tuple[Requirements, int]] = []
-    for recomputes in (False, True):
-        model = dataclasses.replace(config.model, activation_checkpointing=recomputes, keep_gathered=0)
+    for recomputed in (False, 2, True):
+        model = dataclasses.replace(config.model, activation_checkpointing=recomputed, keep_gathered=0)
         requirements, planned = Requirements(dataclasses.replace(config, model=model)), dict[int, int]()
         for size in sizes(config, ranks):
             requirements.in_micro_batches_of(size)
@@ -123,10 +123,12 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
     chosen: tuple[dict[str, Any], int] | None = None
     with together():
         if mesh.is_main:
-            optimizer = config.optimizer
+            planned = config
             if mesh.device.type == "cpu":  # what is kept on the host is kept in the same memory
-                optimizer = dataclasses.replace(optimizer, device=None)
-            requirements, peak = fitting(dataclasses.replace(config, optimizer=optimizer), mesh.world_size, usable)
+                optimizer = dataclasses.replace(config.optimizer, device=None)
+                model = dataclasses.replace(config.model, offload_activations=False)
+                planned = dataclasses.replace(config, optimizer=optimizer, model=model)
+            requirements, peak = fitting(planned, mesh.world_size, usable)
             if peak > usable:
                 raise UserError(
                     f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "

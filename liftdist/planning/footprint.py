@@ -21,7 +21,8 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
     reducing             in place of both, when that layer is freed: its gradients with the buffer into which they are copied, or
                          that buffer with what its reduction takes. What gloo, on processors, copies besides is left out
     statistics           4 N / S       of selection.criterion=gradient, 8 N / S of sensitivity, while a selection is made
-    activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors
+    activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors;
+                         where each n-th is recomputed, of both kinds; with model.offload_activations what is not on the host
 
 Traffic is that of ring algorithms: n (S - 1) / S for an all-gather or reduce-scatter of n bytes, twice that for an all-reduce.
 With optimizer.device=cpu, between a rank and its host: gradients 4 B each and positions 4 B each in every micro-batch, once more
@@ -93,7 +94,12 @@ def memory(
         # a layer is computed while the next one is gathered; of the former one the activations are freed, but FSDP keeps the
         # buffer from which its gradients were reduced
         "layers, whole": max(1, staying) * gathered + ahead + max(0, left - kept.layer),
-        "activations": kept.fixed + len(size.layers) * kept.layer,
+        "activations": kept.fixed + len(size.layers) * kept.layer - recomputed(size, config) * kept.spared,
+        **(
+            {OFFLOADED: len(size.layers) * kept.on_host - recomputed(size, config) * kept.spared_on_host}
+            if config.model.offload_activations
+            else {}
+        ),
         "computing": kept.backward,
         # a layer is freed before its gradients are reduced
         "reducing": max(
@@ -242,6 +248,7 @@ def _states(config: Config) -> int:
 
 
 ON_HOST = "principal, on the host"
+OFFLOADED = "activations, on the host"
 HELD = ("weights", "principal", "base values", "previously selected", "other variants", "trained", "places")
 
 
@@ -253,6 +260,12 @@ def peak(parts: dict[str, int]) -> int:
     gathering = parts["root, whole"] + parts["first all-gather buffers"]
     statistics = parts.get("statistics", 0)
     return held + max(training + statistics, gathering, parts["selecting"] + statistics)
+
+
+def recomputed(size: Sizes, config: Config) -> int:
+    """How many layers are recomputed."""
+    every = config.model.recomputed_every
+    return -(-len(size.layers) // every) if every else 0
 
 
 def criterion(config: Config) -> Any:

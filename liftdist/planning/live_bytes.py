@@ -1,7 +1,11 @@
-"""Bytes of live tensors, real or fake, on any device: what a run needs, without what an allocator caches."""
+"""Bytes of live tensors, real or fake, on any device: what a run needs, without what an allocator caches.
+
+Activations that lie on the host (``model.offload_activations``) are counted apart, also where the device is the host.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from typing import Any
 from unittest import mock
@@ -13,20 +17,26 @@ from torch.utils._pytree import tree_iter
 
 from liftdist.distributed.sharding import local_tensor
 from liftdist.engine import quantised
+from liftdist.models import offload
 
 
 class LiveBytes(TorchDispatchMode):
     """Counts the storages of all tensors that operations return inside ``with``, while they are alive.
 
     Tensors that existed before are counted only if they are passed to :meth:`add`.
+
+    Attributes:
+        offloaded: bytes of activations on the host.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.offloaded = 0
         self._known: dict[int, tuple[weakref.ref, int]] = {}  # by address
-        self._resizing: Any = None
+        self._patches = contextlib.ExitStack()
+        self._is_elsewhere = False  # what is made now
 
     def add(self, tensor: Tensor) -> None:
         """Count the storage of ``tensor`` until it is freed."""
@@ -47,7 +57,7 @@ class LiveBytes(TorchDispatchMode):
         self.peak = max(self.peak, self.now)
 
     def __enter__(self) -> LiveBytes:
-        resize = torch.UntypedStorage.resize_
+        resize, to_host = torch.UntypedStorage.resize_, offload.to_host
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:  # FSDP frees gathered parameters by resizing
             result = resize(storage, size)
@@ -57,18 +67,29 @@ class LiveBytes(TorchDispatchMode):
                 self._grow(size - known[1])
             return result
 
-        self._resizing = mock.patch.object(torch.UntypedStorage, "resize_", resized)
-        self._resizing.start()
+        def sent(storage: Tensor) -> Tensor:
+            self._is_elsewhere = True
+            held = to_host(storage)
+            self._is_elsewhere = False
+            self._send(held.nbytes)
+            weakref.finalize(held.untyped_storage(), self._send, -held.nbytes)
+            return held
+
+        self._patches.enter_context(mock.patch.object(torch.UntypedStorage, "resize_", resized))
+        self._patches.enter_context(mock.patch.object(offload, "to_host", sent))
         super().__enter__()
         return self
 
+    def _send(self, size: int) -> None:
+        self.offloaded += size
+
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._resizing.stop()
+        self._patches.close()
 
     def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), keywords: Any = None) -> Any:
         result = function(*arguments, **(keywords or {}))
-        for tensor in tree_iter(result):
+        for tensor in () if self._is_elsewhere else tree_iter(result):
             if isinstance(tensor, Tensor):
                 self.add(tensor)
         return result

@@ -22,7 +22,7 @@ from liftdist.errors import UserError
 from liftdist.planning import fit, footprint
 from liftdist.planning.fit import USABLE, Requirements
 from liftdist.planning.shapes import Sizes
-from liftdist.schema import Config
+from liftdist.schema import SELECTIVE, Config
 
 
 class Gpu(NamedTuple):
@@ -139,7 +139,12 @@ def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, resul
     """Estimated seconds of a step: compute at ``EFFICIENCY``, overlapped with the collectives inside a replica."""
     layout = result["layout"]
     ranks = layout["dp_replicate"] * layout["dp_shard"]
-    recomputed = 2 * (size.numel - size.towers.numel) if config.model.activation_checkpointing else 0
+    share = (
+        footprint.recomputed(size, config) / len(size.layers)
+        if config.model.activation_checkpointing != SELECTIVE
+        else 0
+    )
+    recomputed = 2 * share * (size.numel - size.towers.numel)
     tokens = result["step"]["tokens"]
     compute = tokens * (footprint.operations(size, config) + recomputed) / (ranks * EFFICIENCY * gpu.tflops * 1e12)
     inside = layout["gpus_per_node"] % layout["dp_shard"] == 0
@@ -151,6 +156,8 @@ def _times(size: Sizes, config: Config, gpu: Gpu, link: float, nodes: int, resul
     taken = dict.fromkeys(rates, 0.0)
     for one in result["traffic"]:
         taken[one["axis"]] += one["sent"] / (rates[one["axis"]] * 1e9)
+    sent = 2 * footprint.micro_batches(config, ranks) * result["memory"].get(footprint.OFFLOADED, 0)  # there and back
+    taken["host"] += sent / (HOST_LINK * 1e9)
     stepping = HOST_MEMORY / layout["gpus_per_node"] if config.optimizer.device == "cpu" else gpu.hbm
     update = 60 * result["model"]["principal"] / layout["dp_shard"] / (stepping * 1e9)  # bytes read and written
     seconds = max(compute, taken["dp_shard"]) + taken["dp_replicate"] + taken["host"] + update
@@ -189,7 +196,7 @@ def _advice(config: Config, rows: int, found: dict[str, Any], minimum: int | Non
         also = found["peak"] - found["memory"].get("principal", 0) <= found["usable"]
         needed = f"it needs {found['smallest']} shards" + (f", {nodes} nodes" if nodes > 1 else "")
         return needed + (", or optimizer.device=cpu" if also else "")
-    ways = [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
+    ways = config.model.lighter()
     ways += ["lower train.micro_batch_size"] if rows > 1 else []
     ways += ["lower data.max_length"]
     if found["memory"]["root, whole"] + found["memory"]["first all-gather buffers"] > found["usable"]:
@@ -256,6 +263,7 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
     for name, size in found["memory"].items():
         notes = {
             footprint.ON_HOST: "not part of the peak",
+            footprint.OFFLOADED: "not part of the peak",
             "base values": "at first; a refresh adds those of weights that were not selected before",
             "other variants": "of each run besides the one whose turn takes most, which is planned here",
             "first all-gather buffers": "in the first forward, instead of the lines below",

@@ -54,7 +54,7 @@ def explained(config: Config) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError) and "DefaultCPUAllocator: can't allocate" not in str(error):
             raise
         ways = [f"lower train.micro_batch_size={config.train.micro_batch_size}"]
-        ways += [] if config.model.activation_checkpointing else ["set model.activation_checkpointing=true"]
+        ways += config.model.lighter(on_gpu=isinstance(error, torch.OutOfMemoryError))
         ways += ["lower data.max_length"] if config.train.fit_memory else ["set train.fit_memory=true"]
         first = next(iter(str(error).splitlines()), "")
         raise torch.OutOfMemoryError(

@@ -69,6 +69,8 @@ def _model(context: RunContext, folder: Path, inputs: Inputs | None) -> tuple[Pr
         context.console.say(
             "this processor has no instructions for bfloat16, which makes it about ten times slower than model.dtype=float32"
         )
+    if config.model.offload_activations and mesh.device.type == "cpu":
+        context.console.say("model.offload_activations=true saves nothing here: the model is on the CPU as well")
     replicas, shards = mesh.device_mesh.shape
     if padded := advice_on_padding((param.shape for param in model.parameters()), replicas, shards):
         context.console.say(padded)

@@ -37,7 +37,7 @@ def deep(config, folder):
 def peaks(config):
     """Of two ranks, by (recomputes, sequences), from plans of their own."""
     found = {}
-    for recomputes, size in itertools.product((False, True), SIZES):
+    for recomputes, size in itertools.product((False, 2, True), SIZES):
         model = dataclasses.replace(config.model, activation_checkpointing=recomputes)
         train = dataclasses.replace(config.train, micro_batch_size=size)
         found[recomputes, size] = plan.plan(dataclasses.replace(config, model=model, train=train), 1, 2)["peak"]
@@ -60,7 +60,8 @@ def test_the_largest_micro_batch_that_fits_is_chosen(config, tmp_path):
         return model.activation_checkpointing, size
 
     assert chosen(planned[False, 3]) == (False, 3)
-    assert chosen(planned[False, 3] - 1) == (True, 3)
+    assert chosen(planned[False, 3] - 1) == (2, 3)
+    assert chosen(planned[2, 3] - 1) == (True, 3)
     assert chosen(planned[True, 3] - 1) == (True, 2)
     assert chosen(planned[True, 1] - 1) == (True, 1)  # and is above what there is
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=fit.BUSY // 2))
@@ -170,5 +171,14 @@ def test_an_error_about_memory_says_what_helps(config):
     helps = "lower train.micro_batch_size=2, set model.activation_checkpointing=true or set train.fit_memory=true; liftdist plan"
     with pytest.raises(torch.OutOfMemoryError, match=f"^{helps} .*can't allocate memory"), memory.explained(config):
         torch.empty(1 << 50)
+    config.model.activation_checkpointing = True
+    without = "lower train.micro_batch_size=2 or set train.fit_memory=true; liftdist plan"
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{without} .*can't allocate memory"), memory.explained(config):
+        torch.empty(1 << 50)  # on the host, where offloading saves nothing
+    helps = (
+        "lower train.micro_batch_size=2, set model.offload_activations=true or set train.fit_memory=true; liftdist plan"
+    )
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{helps} .*full"), memory.explained(config):
+        raise torch.OutOfMemoryError("full")
     with pytest.raises(RuntimeError, match="^another$"), memory.explained(config):
         raise RuntimeError("another")

@@ -38,6 +38,7 @@ ON_REAL_RANKS = (
     {"train__micro_batch_size": 2, "data__max_length": 300, "data__packing": True},
     {"train__micro_batch_size": 1, "data__max_length": 1500},
     {"train__micro_batch_size": 2, "data__max_length": 300, "model__activation_checkpointing": True},
+    {"train__micro_batch_size": 2, "data__max_length": 300, "model__offload_activations": True},
     LENGTH_4,
     {**LENGTH_4, "selection__density": 0.4, "optimizer__dtype": "bfloat16"},
     {**LENGTH_4, "selection__density": 0.6, "optimizer__dtype": "bfloat16"},
@@ -250,6 +251,18 @@ def test_operations_are_of_the_gradients_that_are_needed(tmp_path):
     assert footprint.memory(size, config, 2, kept)["layers, whole"] < held
     config.selection = dataclasses.replace(config.selection, density=None, budget="half", shares=[])
     assert footprint.operations(size, config) == every  # those of any may be needed after a refresh
+
+
+@pytest.mark.parametrize(
+    ("world", "recomputed", "offloads"),
+    [(8, 2, False), (1, 3, True), (8, "selective", False), (1, False, True), (8, True, True)],
+)
+def test_what_layers_keep_is_planned(world, recomputed, offloads):
+    config = scale.settings(world, 1)
+    config.model.activation_checkpointing, config.model.offload_activations = recomputed, offloads
+    config.data.max_length = 300
+    found = scale.step(SMALL | {"num_hidden_layers": 6}, config, world)
+    assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
 
 
 @pytest.mark.parametrize(("world", "replicas"), [(1024, 1), (8, 1), (12, 4), (4, 4), (1, 1)])

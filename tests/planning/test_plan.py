@@ -49,6 +49,9 @@ def test_what_does_not_fit_is_said_with_what_would(config):
     assert re.search(r"it needs at least [\d.]+ GiB on any number of shards: use GPUs with more memory", said)
     _, said = call("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib}", "data.max_length=50000")
     assert "GiB on any number of shards: set model.activation_checkpointing=true, or lower data.max_length" in said
+    recomputed = "data.max_length=50000", "model.activation_checkpointing=true"
+    _, said = call("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib}", *recomputed)
+    assert "GiB on any number of shards: set model.offload_activations=true, or lower data.max_length" in said
 
 
 @pytest.mark.parametrize(
@@ -120,3 +123,25 @@ def test_every_choice_of_weights_is_planned(config):
     ):
         code, said = call("plan", config, "--gpus-per-node=2", "selection.density=", *words)
         assert (code, "how many weights are trained is known when they are selected" in said) == (2, True), said
+
+
+def test_a_step_that_recomputes_less_or_sends_activations_takes_as_long_as_that(config):
+    def planned(*overrides):
+        return json.loads(call("plan", config, "--gpus-per-node=2", "--gpu=h100", "--json", *overrides)[1])
+
+    kept, every, second, selective = (
+        planned(f"model.activation_checkpointing={choice}") for choice in ("false", "true", "2", "selective")
+    )
+    assert selective["step"]["computing"] == kept["step"]["computing"]
+    assert second["step"]["computing"] - kept["step"]["computing"] == pytest.approx(
+        (every["step"]["computing"] - kept["step"]["computing"]) / 2
+    )
+    assert [one["memory"]["activations"] for one in (kept, selective, every)] == sorted(
+        (one["memory"]["activations"] for one in (kept, selective, every)), reverse=True
+    )
+    offloaded = planned("model.offload_activations=true")
+    on_host = offloaded["memory"]["activations, on the host"]
+    assert offloaded["memory"]["activations"] < every["memory"]["activations"]
+    assert 0 < on_host <= kept["memory"]["activations"]
+    micro = 2  # of two sequences each
+    assert offloaded["step"]["host"] == pytest.approx(2 * micro * on_host / 25e9)

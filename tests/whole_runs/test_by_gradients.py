@@ -187,12 +187,11 @@ def test_layers_are_recomputed_as_in_training(folder):
     assert after
 
 
-def test_dropout_in_recomputed_layers_is_refused(tiny_model, tmp_path):
+@pytest.mark.parametrize("setting", ["activation_checkpointing", "offload_activations"])
+def test_dropout_in_layers_that_keep_less_is_refused(setting, tiny_model, tmp_path):
     model = builders.llama(tmp_path / "model", tiny_model, "gpt2", n_embd=48, n_head=4)
     builders.write_records(tmp_path / "records.jsonl")
     settings = builders.config(model, tmp_path / "records.jsonl", tmp_path, selection=dict(criterion="gradient"))
-    settings.model.activation_checkpointing = True
-    with pytest.raises(
-        AssertionError, match="gathers gradients without dropout, which layers that are recomputed would have"
-    ):
+    setattr(settings.model, setting, True)
+    with pytest.raises(AssertionError, match=f"without dropout, which layers .* would have; set model.{setting}=false"):
         ranks.run(1, builders.trainer, settings)
