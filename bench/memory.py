@@ -1,6 +1,6 @@
 """Live bytes of a rank in one training step, against the planner's estimate.
 
-python -m bench memory [--ranks 2] [--rows 2] [--length 512] [--model FOLDER] [--out FILE]
+python -m bench memory [--ranks 2] [--rows 2] [--length 512] [--ways kept recomputed] [--model FOLDER] [--out FILE]
 """
 
 from __future__ import annotations
@@ -24,6 +24,16 @@ from liftdist.models.load import load
 from liftdist.planning import activations, footprint, shapes
 from liftdist.planning.live_bytes import LiveBytes
 from liftdist.schema import Config
+
+#: What layers keep for their backward: ``model.activation_checkpointing`` and ``model.offload_activations``.
+WAYS: dict[str, tuple[bool | int | str, bool]] = {
+    "kept": (False, False),
+    "recomputed": (True, False),
+    "second": (2, False),
+    "selective": ("selective", False),
+    "offloaded": (False, True),
+    "recomputed-offloaded": (True, True),
+}
 
 
 def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -65,16 +75,17 @@ def main() -> None:
     parser = measure.parser("memory", __doc__, ranks=2)
     parser.add_argument("--rows", type=int, default=2, help="sequences per micro-batch")
     parser.add_argument("--length", type=int, default=512, help="tokens per sequence")
+    parser.add_argument("--ways", nargs="+", default=["kept", "recomputed"], choices=list(WAYS))
     options = measure.on_ranks(parser)
     config = measure.config()
     config.train.micro_batch_size, config.data.max_length = options.rows, options.length
     results: dict[str, Any] = {"ranks": options.ranks, "rows": options.rows, "length": options.length, "results": {}}
     with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
-        for recomputed in (False, True):
-            config.model.activation_checkpointing = recomputed
+        for way in options.ways:
+            config.model.activation_checkpointing, config.model.offload_activations = WAYS[way]
             found = collectives.gather(measured(options.model, config, mesh))
             fullest = max(found, key=lambda one: one["peak"])
-            results["results"]["recomputed" if recomputed else "kept"] = fullest
+            results["results"][way] = fullest
     if os.environ["RANK"] == "0":
         print(f"{measure.machine()}, torch {torch.__version__}, {options.ranks} ranks; MiB")
         for name, one in results["results"].items():

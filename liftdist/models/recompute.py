@@ -5,9 +5,10 @@ The function by which transformers recomputes a layer is called in place of its 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
@@ -35,7 +36,8 @@ def keep(model: PreTrainedModel, config: ModelConfig) -> None:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         ways: dict[str, Any] = {"use_reentrant": False}
         if config.activation_checkpointing == SELECTIVE:
-            ways["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _policy)
+            plain = functools.partial(create_selective_checkpoint_contexts, _policy)  # as torch.compile wants it
+            ways["context_fn"] = plain if config.compile else _contexts
         try:
             enable(ways)
         except ValueError as error:
@@ -65,6 +67,25 @@ def _checkpointed(model: PreTrainedModel, asked: str) -> list[Any]:
 def _policy(_: Any, operation: Any, *arguments: Any, **keywords: Any) -> CheckpointPolicy:  # noqa: ARG001
     kept = _KEPT.search(str(operation))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _contexts() -> tuple[contextlib.AbstractContextManager[Any], contextlib.AbstractContextManager[Any]]:
+    forward, again = create_selective_checkpoint_contexts(_policy)
+    return forward, _explained(again)
+
+
+@contextlib.contextmanager
+def _explained(recomputing: contextlib.AbstractContextManager[Any]) -> Iterator[None]:
+    try:
+        with recomputing:
+            yield
+    except RuntimeError as error:
+        if "has been mutated" not in str(error):
+            raise
+        raise UserError(
+            "model.activation_checkpointing=selective: a layer of this model changes the result of a product in place, which "
+            "cannot be kept; set it to true"
+        ) from None
 
 
 def _call(function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

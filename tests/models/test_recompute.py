@@ -3,6 +3,7 @@
 import dataclasses
 
 import builders
+import families
 import pytest
 import ranks
 import torch
@@ -10,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liftdist import config as configs
 from liftdist.errors import UserError
+from liftdist.models.load import load
 from liftdist.models.recompute import keep
 from liftdist.schema import ModelConfig
 
@@ -74,6 +76,20 @@ def test_training_is_the_same_to_the_bit(family, world_size, smollm2, records, t
     settings = builders.config(model, records, tmp_path, train=dict(steps=3))
     for found in ranks.run(world_size, trained, settings):
         assert all(one == found[0] for one in found)
+
+
+def refused(mesh, folder):
+    model, _ = load(folder, ModelConfig(path=str(folder), dtype="float32", activation_checkpointing="selective"), mesh)
+    loss = model.train()(torch.arange(16).view(2, 8)).logits.sum()
+    with pytest.raises(
+        UserError, match="a layer of this model changes the result of a product in place, which cannot be"
+    ):
+        loss.backward()
+
+
+def test_a_product_that_is_changed_in_place_is_not_kept(tmp_path):
+    """GPT-OSS adds the bias of an expert so."""
+    ranks.run(1, refused, families.make(tmp_path / "model", "gpt_oss"))
 
 
 @pytest.mark.parametrize("text", ["true", "false", "1", "4", "selective"])
