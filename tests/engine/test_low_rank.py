@@ -80,10 +80,15 @@ def test_an_outlier_does_not_fool_the_fast_method():
     assert overlap(low_rank.select(weight, k, 16, "fast"), low_rank.select(weight.double(), k, 16, "exact")) > 0.995
 
 
-def test_fast_agrees_on_every_matrix_of_a_real_model(smollm2):
+@pytest.mark.parametrize("layers", [pytest.param(range(30), marks=pytest.mark.slow), range(0, 30, 10)])
+def test_fast_agrees_on_every_matrix_of_a_real_model(layers, smollm2):
     """Overlap >= 99.9 % on average and 99.5 % at worst at filter ranks 32, 64 and 128, and no miss above its estimate."""
-    weights = {name: w.float() for name, w in load_file(smollm2 / "model.safetensors").items() if "_proj" in name}
-    assert len(weights) == 210
+    weights = {
+        name: w.float()
+        for name, w in load_file(smollm2 / "model.safetensors").items()
+        if "_proj" in name and int(name.split(".")[2]) in layers
+    }
+    assert len(weights) == 7 * len(layers)
     overlaps = {32: [], 64: [], 128: []}
     torch.set_num_threads(2)  # for the oracle
     for name, weight in weights.items():

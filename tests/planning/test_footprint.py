@@ -60,7 +60,7 @@ def a_step(mesh, folder, settings):
     return found["peak"], found["planned"]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_planned_memory_is_that_of_a_rank(world, tmp_path):
     sizes = {"hidden_size": 256, "intermediate_size": 700, "num_attention_heads": 4, "num_hidden_layers": 4}
     folder = builders.llama(tmp_path / "model", dtype=torch.bfloat16, vocab_size=3000, **sizes)
@@ -276,7 +276,10 @@ def test_a_step_of_full_fine_tuning_is_as_planned(world, replicas, dtype, tied):
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
 
 
-@pytest.mark.parametrize(("world", "replicas"), [(64, 1), (8, 1), (12, 4), (1, 1)])
+@pytest.mark.parametrize(
+    ("world", "replicas"),
+    [(12, 4), *(pytest.param(world, 1, marks=pytest.mark.slow) for world in (1, 8, 64))],
+)
 @pytest.mark.parametrize(
     ("dtype", "variant"),
     [("float32", "lora"), ("bfloat16", "dora"), ("float32", "miss"), ("float32", "adalora"), ("float32", "eva")],
@@ -313,7 +316,11 @@ EXPERTS = {
 
 
 @pytest.mark.parametrize(
-    ("world", "length", "recomputed"), [(1, 2048, True), (2, 64, True), (8, 300, False), (24, 2048, True)]
+    ("world", "length", "recomputed"),
+    [
+        (8, 300, False),
+        *(pytest.param(*each, True, marks=pytest.mark.slow) for each in ((1, 2048), (2, 64), (24, 2048))),
+    ],
 )
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_a_step_of_experts_is_as_planned(kind, world, length, recomputed):
@@ -393,7 +400,7 @@ def test_memory_of_the_decomposition_of_inputs(shape):
 
     def passes(number, before):
         for _ in range(number):
-            before(torch.zeros(2, 400))
+            before(torch.ones(2, 400, dtype=torch.bool))
             yield layers["q"](inputs)
 
     with meshes.start(lambda ranks: (1, ranks), timedelta(minutes=1)) as mesh, LiveBytes() as live:

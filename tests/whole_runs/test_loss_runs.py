@@ -135,7 +135,7 @@ def on_one_rank(tiny_model, tmp_path_factory):
     return ranks.run(1, trained, tiny_model, builders.write_records(folder / "records.jsonl"), folder)[0]
 
 
-@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("world", ["1", "2", pytest.param("3", marks=pytest.mark.slow), "replicas"])
 def test_losses_are_those_of_plain_models_on_any_ranks(world, tiny_model, records, tmp_path, on_one_rank):
     size, replicas = WORLDS[world]
     results = [on_one_rank]

@@ -228,7 +228,7 @@ def test_a_cached_selection_is_of_the_base_as_it_was_rounded(smollm2, tmp_path):
     assert not are_same
 
 
-@pytest.mark.parametrize("setting", ["activation_checkpointing", "compile"])
+@pytest.mark.parametrize("setting", ["activation_checkpointing", pytest.param("compile", marks=pytest.mark.slow)])
 def test_layers_are_recomputed_and_compiled_as_without(smollm2, tmp_path, setting):
     base = builders.llama(tmp_path / "model", smollm2)
     records = builders.write_records(tmp_path / "records.jsonl")

@@ -149,7 +149,7 @@ def trained(mesh, folder, kind):
     return found
 
 
-@pytest.mark.parametrize("kind", ["tied", "bfloat16"])
+@pytest.mark.parametrize("kind", ["tied", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_training_goes_on_to_the_bit(kind, folder):
     (quiet, asked), *_ = ranks.run(2, trained, folder, kind)
     assert asked == quiet
@@ -306,7 +306,7 @@ def test_a_run_is_asked_afterwards(tiny_model, records, folder, tmp_path):
     ("settings", "problem"),
     [
         (dict(path="absent.jsonl"), "data absent.jsonl: no such file"),
-        (dict(max_new_tokens=600), "lower eval.tasks.0.max_new_tokens"),
+        pytest.param(dict(max_new_tokens=600), "lower eval.tasks.0.max_new_tokens", marks=pytest.mark.slow),
         (
             dict(path="long.jsonl", kind="perplexity", scorer=None),
             "needs 601 tokens, the model's context is 512; leave it out",
