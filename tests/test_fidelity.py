@@ -10,7 +10,7 @@ import pytest
 import yaml
 from commands import run_command
 
-from bench import fidelity, frontier, problems
+from bench import fidelity, frontier, problems, trials
 from liftdist import config as configs
 
 
@@ -57,14 +57,14 @@ def value(text):
 
 @pytest.mark.parametrize("preset", ["cpu", "gpu", "tiny"], ids="preset-{}".format)
 def test_every_config_is_one_of_the_product(preset, tmp_path):
-    settings, plan, _ = fidelity.preset(preset, "model")
+    settings, plan, _ = trials.preset(preset, "model")
     settings.rank = 14
     assert len({len(rates) for rates in plan.rates.values()}) == 1  # equally many chances for each method
-    planned = list(fidelity.trials(settings, plan, "development", []))
+    planned = list(trials.trials(settings, plan, "development", []))
     found = {}
     for trial in {trial.method: trial for trial in planned}.values():
         path = tmp_path / "config.yaml"
-        path.write_text(yaml.safe_dump(fidelity.config(trial, settings, tmp_path)))
+        path.write_text(yaml.safe_dump(trials.config(trial, settings, tmp_path)))
         config, _ = configs.load(str(path), [])
         assert config.unused() == []
         assert (config.optimizer.lr, config.train.seed) == (trial.lr, trial.seed)
@@ -76,7 +76,7 @@ def test_every_config_is_one_of_the_product(preset, tmp_path):
 
 
 def test_rates_are_tested_on_other_runs_than_those_that_chose_them():
-    settings, plan, _ = fidelity.preset("tiny", "model")
+    settings, plan, _ = trials.preset("tiny", "model")
     settings.tasks = settings.tasks[:1]
     scores = {("lift", 1e-3): "1000", ("lift", 2e-3): "1100", ("full", 1e-4): "1110", ("full", 2e-4): "1111"}
     done = [
@@ -86,13 +86,13 @@ def test_rates_are_tested_on_other_runs_than_those_that_chose_them():
         )
         for (method, lr), right in scores.items()
     ]  # fmt: skip
-    planned = list(fidelity.trials(settings, plan, "test", done))
+    planned = list(trials.trials(settings, plan, "test", done))
     assert {(trial.method, trial.lr) for trial in planned} == {("lift", 2e-3), ("full", 1e-4)}  # 2e-4 forgets too much
     assert [(trial.method, trial.seed) for trial in planned] == [("lift", 1), ("full", 1), ("lift", 2), ("full", 2)]
 
 
 def test_runs_of_other_settings_are_not_mixed(tmp_path):
-    settings, *_ = fidelity.preset("tiny", "model")
+    settings, *_ = trials.preset("tiny", "model")
     fidelity._prepare(tmp_path, settings)
     fidelity._prepare(tmp_path, settings)
     settings.steps = 3
