@@ -171,7 +171,7 @@ def of_selection(principal: PrincipalWeights) -> Weights:
         found.share[matrix.name] = number / matrix.numel
         rows = torch.bincount(indices // width + matrix.row_bounds[matrix.shard], minlength=height)
         counts = torch.cat([rows, torch.bincount(indices % width, minlength=width)])
-        all_reduce_sum(counts, principal.shard_group)
+        counts = all_reduce_sum(counts.to(matrix.device), principal.shard_group)  # indices may lie on the host
         if number:
             found.rows[matrix.name], found.columns[matrix.name] = map(_densest, counts.split([height, width]))
     return found
