@@ -12,8 +12,8 @@ weights (`full`: all) on the same batches. Forgetting is the divergence from the
 prose, in nats a token; capitals of countries are asked besides.
 
 Runs that have finished are not run again, so the same command goes on after an interruption; those that failed are tried again.
-Results are written after every run, and a picture at the end; :mod:`bench.trials` says which runs there are, :mod:`bench.frontier`
-what is made of them. Checkpoints of a finished run are removed.
+Results are written after every run, and a picture at the end; :mod:`bench.trials` says which runs there are, and
+:mod:`bench.frontier` what is made of them. Checkpoints of a finished run are removed.
 """
 
 from __future__ import annotations
