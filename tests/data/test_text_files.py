@@ -1,6 +1,7 @@
 """JSON Lines, JSON, CSV and TSV as people have them; what is damaged or unclear is refused in one line that names its place."""
 
 import bz2
+import functools
 import gzip
 import json
 import lzma
@@ -18,8 +19,9 @@ from liftdist.errors import UserError
 
 RECORDS = [{"prompt": f"é{number} plus 1 is\n", "completion": f'"{number + 1}"'} for number in range(3000)]
 JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS)
+compress_gzip = functools.partial(gzip.compress, mtime=0)  # bytes that name a test are the same in every process
 COMPRESSED = {
-    ".gz": gzip.compress,
+    ".gz": compress_gzip,
     ".bz2": bz2.compress,
     ".xz": lzma.compress,
     ".zst": lambda data: pyarrow.Codec("zstd").compress(data, asbytes=True),
@@ -67,9 +69,9 @@ FORMS = {
     "no-last-newline.csv": csv_of(RECORDS).rstrip().encode(),
     "a.tsv": csv_of(RECORDS, "\t").encode(),
     **{f"a.jsonl{suffix}": compress(JSONL.encode()) for suffix, compress in COMPRESSED.items()},
-    "a.csv.GZ": gzip.compress(csv_of(RECORDS).encode()),
+    "a.csv.GZ": compress_gzip(csv_of(RECORDS).encode()),
     "array.json.zst": COMPRESSED[".zst"](json.dumps(RECORDS, indent=1).encode()),
-    "two-members.jsonl.gz": b"".join(gzip.compress(part.encode()) for part in (JSONL[:5001], JSONL[5001:])),
+    "two-members.jsonl.gz": b"".join(compress_gzip(part.encode()) for part in (JSONL[:5001], JSONL[5001:])),
     "two-frames.jsonl.zst": b"".join(COMPRESSED[".zst"](part.encode()) for part in (JSONL[:5001], JSONL[5001:])),
 }
 
@@ -263,9 +265,9 @@ def test_a_bad_row_is_named(text, problem, tmp_path, monkeypatch):
         ("a.json", b"[\n]\n", "holds no record"),
         ("a.csv", b"", "holds no record"),
         ("a.csv", b"a,b\n\n\n", "holds no record"),
-        ("a.jsonl.gz", gzip.compress(b""), "holds no record"),
-        ("a.jsonl.gz", gzip.compress(JSONL.encode())[:-3000], "cannot be read: Compressed file ended before"),
-        ("a.jsonl.gz", gzip.compress(JSONL.encode())[:-8] + b"12345678", "cannot be read: CRC check failed"),
+        ("a.jsonl.gz", compress_gzip(b""), "holds no record"),
+        ("a.jsonl.gz", compress_gzip(JSONL.encode())[:-3000], "cannot be read: Compressed file ended before"),
+        ("a.jsonl.gz", compress_gzip(JSONL.encode())[:-8] + b"12345678", "cannot be read: CRC check failed"),
         ("a.jsonl.gz", GOOD.encode(), "cannot be read: Not a gzipped file"),
         ("a.jsonl.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\x03" + b"\xff" * 99, "cannot be read: "),
         ("a.jsonl.bz2", bz2.compress(JSONL.encode())[:-20], "cannot be read: Compressed file ended before"),
@@ -276,7 +278,7 @@ def test_a_bad_row_is_named(text, problem, tmp_path, monkeypatch):
         ("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n", "a pointer of Git LFS"),
         ("a.txt", b"a", "must end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet, .arrow"),
         ("a.jsonl.zip", b"a", "must end in .jsonl"),
-        ("a.parquet.gz", gzip.compress(b"a"), "must end in .jsonl"),
+        ("a.parquet.gz", compress_gzip(b"a"), "must end in .jsonl"),
         ("jsonl", b"a", "must end in .jsonl"),
     ],
     ids=shown,
@@ -364,7 +366,7 @@ def test_a_damaged_line_beyond_the_first_records_ends_the_run(tokenizer, tmp_pat
     from liftdist.data.chat import Encoder
 
     path = tmp_path / "a.jsonl.gz"
-    path.write_bytes(gzip.compress((GOOD * 2100 + '{"prompt": "a"\n').encode()))
+    path.write_bytes(compress_gzip((GOOD * 2100 + '{"prompt": "a"\n').encode()))
     config = builders.config(tmp_path, path, tmp_path).data
     with pytest.raises(UserError, match=r"a.jsonl.gz:2101: not JSON"):
         tokenised.tokenise(
