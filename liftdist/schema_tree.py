@@ -138,6 +138,12 @@ def _texts(section: type, prefix: str) -> Iterator[tuple[str, str]]:
 
 
 @functools.cache
+def switches(root: type) -> set[str]:
+    """The settings that are true or false, by their key as in :func:`settings`."""
+    return {key for key, leaf in settings(root) if leaf.type in (bool, "bool")}
+
+
+@functools.cache
 def _hints(section: type) -> dict[str, Any]:
     return typing.get_type_hints(section)
 

@@ -107,7 +107,8 @@ class Source:
         """Make texts of the scalars of a setting that are to be texts.
 
         Raises:
-            UserError: YAML has lost a part of a text, or reads a number in another base than ten; a value that is none of JSON.
+            UserError: YAML has lost a part of a text, or reads a number in another base than ten; a value that is none of JSON; a
+                number for a switch.
         """
         kind = schema_tree.kind_of_text(key, self.root)
         if kind == schema_tree.NAMED_VALUES and not isinstance(node, yaml.MappingNode):
@@ -122,6 +123,11 @@ class Source:
                 raise UserError(
                     f"{self.place(name)}: {key}: YAML reads {node.value} in base {base}; write it in base 10"
                 )
+            is_switch = schema_tree.template(key, self.root) in schema_tree.switches(self.root)
+            if (
+                is_switch and node.tag in (_INT, _FLOAT) and node.value not in ("0", "1")
+            ):  # any number but 0 would be true
+                raise UserError(f"{self.place(name)}: {key}: must be true or false, got {node.value}")
             return
         if kind == schema_tree.TEXTS and isinstance(node, yaml.MappingNode):
             raise UserError(f"{self.place(name)}: {key}: must be a list, not settings")

@@ -255,6 +255,9 @@ def test_lists_that_lose_something_are_refused(entries, tmp_path):
         ("optimizer.lr=1:30.5", "optimizer.lr: YAML reads 1:30.5 in base 60"),
         ("slurm.gpus_per_node=0017", "slurm.gpus_per_node: YAML reads 0017 in base 8"),
         ("train.seed=-0_7", "YAML reads -0_7 in base 8"),
+        ("model.offload_activations=2", "model.offload_activations: must be true or false, got 2"),
+        ("data.packing=-1", "data.packing: must be true or false, got -1"),
+        ("eval.tasks=[{path: a, inside_words: 10}]", "eval.tasks.0.inside_words: must be true or false, got 10"),
         (
             "data.subset=${x",
             r"data.subset: is no interpolation such as ${oc.env:NAME}; write \${ for the characters ${",
