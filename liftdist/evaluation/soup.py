@@ -126,13 +126,19 @@ def by_eval(path: Path, config: Config, base: Path, target: Path) -> Ask:
 def _eval(path: Path, config: Config, folder: Path, run_dir: Path) -> None:
     words = [str(path), f"model.path={folder.absolute()}", f"run_dir={run_dir.absolute()}"]
     words += ["model.revision="] if config.model.revision is not None else []
-    ended = subprocess.run(
+    with subprocess.Popen(
         [sys.executable, "-m", "liftdist", "eval", *words],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", check=False,
-    )  # fmt: skip
-    if ended.returncode:
-        said = [line for line in ended.stdout.splitlines() if line.startswith("liftdist: ")]
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+    ) as process:  # fmt: skip
+        try:
+            output, _ = process.communicate()
+        except BaseException:
+            process.terminate()
+            process.communicate()  # until its ranks, too, write no more to the folder that is about to be removed
+            raise
+    if process.returncode:
+        said = [line for line in output.splitlines() if line.startswith("liftdist: ")]
         if not said:
-            sys.stderr.write(ended.stdout)
-        reason = said[-1].removeprefix("liftdist: ") if said else f"ended with code {ended.returncode}"
+            sys.stderr.write(output)
+        reason = said[-1].removeprefix("liftdist: ") if said else f"ended with code {process.returncode}"
         raise UserError(f"liftdist eval {path}: {reason}")

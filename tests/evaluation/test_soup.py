@@ -4,6 +4,10 @@ import json
 import math
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import builders
 import commands
@@ -140,6 +144,22 @@ def test_the_command_asks_its_tasks_and_leaves_out_what_harms(made, tmp_path):
     assert (one.made["merge"], one.made["tasks"], one.base_digest) == ("greedy", ["replies"], other.base_digest)
     assert all(torch.equal(one.get(name).values, other.get(name).values) for name in other.names)
     assert "merge greedy" in liftdist("show", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_one_that_is_ended_leaves_nothing(made, tmp_path, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(temporary := tmp_path / "temporary"))
+    temporary.mkdir()
+    words = ("merge", made / "harms", "--rule", "greedy", "--eval", made / "config.yaml", "--output", tmp_path / "out")
+    command = [sys.executable, "-m", "liftdist", *map(str, words), "--cache-dir", str(made / "cache")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        while not list(temporary.glob("liftdist-*")) and process.poll() is None:  # of the command that asks
+            time.sleep(0.02)
+        process.terminate()
+        said, _ = process.communicate()
+    assert (process.returncode, said.splitlines()[-1]) == (128 + signal.SIGTERM, "liftdist: ended by SIGTERM")
+    assert list(temporary.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [temporary]
 
 
 def test_what_tells_nothing_of_candidates_is_refused(made, tmp_path):
