@@ -125,6 +125,7 @@ class Encoder:
             text = "".join(piece for piece, _ in content.pieces)
             return text, self._begun(content, self._encode(text, []))[0]
         self._check_template(content)
+        replies.check_prompt(content.messages, lambda turns, open_reply: self._render(content, turns, open_reply)[0])
         text = self._render(content, content.messages, True)[0]
         return text, self._encode(text, [])[0]
 

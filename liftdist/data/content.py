@@ -30,6 +30,7 @@ ROLES = {
 #: Fields beside the turns that a conversation takes.
 OPTIONAL = ("system", "tools", "functions", "chat_template_kwargs")
 _CALLS = ("function_call", "tool_call")  # speakers of ShareGPT whose text is a call
+_OF_CALL = ("name", "arguments", "parameters")  # of a function that is called
 _WEIGHTS = ("weight", "train", "training", "trainable", "loss", "loss_mask")  # of a message: false or 0 is not learned
 _OTHER_WEIGHTS = ("mask", "masked", "loss_weight", "loss_scale", "train_detail")
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
@@ -82,7 +83,7 @@ def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conve
     if not isinstance(turns, list) or not turns:
         raise ValueError(f"{key!r} must be a list of turns, got {'an empty list' if turns == [] else _kind(turns)}")
     messages, masked = [], set()
-    if system := record.get("system"):
+    if not is_empty(system := record.get("system")):
         messages.append({"role": "system", "content": text_of(system, "'system'")})
     for number, turn in enumerate(turns, 1):
         made, is_learned = _message(turn, f"turn {number} of {key!r}")
@@ -96,14 +97,24 @@ def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conve
     return Conversation(messages, _tools(record), _arguments(record), frozenset(masked))
 
 
+def is_empty(value: Any) -> bool:
+    """Whether a field of a record holds nothing; 0 and false are something."""
+    return value is None or value in ("", [], {})
+
+
 def parted(content: Content) -> tuple[Content, str]:
     """What stands before the last reply, and the reply."""
     if isinstance(content, Text):
         *before, (reply, _) = content.pieces
         return replace(content, pieces=before, weights=()), reply
-    last = max(number for number, message in enumerate(content.messages) if message["role"] == "assistant")
+    last = last_reply(content)
     prompt = replace(content, messages=content.messages[:last], masked=frozenset(), weights=())
     return prompt, content.messages[last]["content"]
+
+
+def last_reply(content: Conversation) -> int:
+    """The number of the message that is the last reply."""
+    return max(number for number, message in enumerate(content.messages) if message["role"] == "assistant")
 
 
 def unread(content: Content, template: str) -> list[str]:
@@ -111,12 +122,12 @@ def unread(content: Content, template: str) -> list[str]:
     if isinstance(content, Text):
         return []
     arguments = set(content.arguments) - templates.variables(template)[0] if content.arguments else set()
-    return sorted(arguments | {name for name in set(_names(content)) if not templates.mentions(template, name)})
+    tools = {"tools"} if content.tools and not templates.mentions(template, "tools") else set()
+    return sorted(arguments | tools | {key for key in set(_keys(content)) if not templates.reads(template, key)})
 
 
-def _names(content: Conversation) -> Iterator[str]:
-    if content.tools:
-        yield "tools"
+def _keys(content: Conversation) -> Iterator[str]:
+    """The keys of messages and calls that not every template reads."""
     for message in content.messages:
         yield from (name for name in message if name not in ("role", "content"))
         for call in message.get("tool_calls", ()):
@@ -166,15 +177,19 @@ def _is_learned(given: dict[str, Any], role: str, where: str) -> bool:
     for name in _OTHER_WEIGHTS:
         if name in given:
             raise ValueError(f"{where}: {name!r} is not used; say by 'weight', 0 or 1, whether a reply is learned")
-    is_learned = True
+    marks = dict[str, bool]()
     for name in [name for name in _WEIGHTS if name in given]:
         value = given.pop(name)
         if value not in (0, 1) or isinstance(value, str):
             raise ValueError(f"{where}: {name!r} must be 0 or 1, or true or false, got {value!r:.40}")
         if value and role != "assistant":
             raise ValueError(f"{where}: {name!r} asks to learn a turn of role {role!r}, but only replies are learned")
-        is_learned &= bool(value)
-    return is_learned
+        marks[name] = bool(value)
+    if len(set(marks.values())) > 1:
+        raise ValueError(
+            f"{where}: {' and '.join(map(repr, marks))} say of a reply that it is learned, and that it is not"
+        )
+    return all(marks.values())
 
 
 def refuse_media(holder: Mapping[str, Any], where: str) -> None:
@@ -234,7 +249,11 @@ def _call(call: Any, where: str) -> dict[str, Any]:
         raise ValueError(f"{where}: a tool call must be of type 'function', got {kind!r}")
     function = others.pop("function", None)
     if function is None:  # without the envelope
-        function = {name: others.pop(name) for name in ("name", "arguments", "parameters") if name in others}
+        function = {name: others.pop(name) for name in _OF_CALL if name in others}
+    elif beside := [name for name in _OF_CALL if name in others]:
+        raise ValueError(
+            f"{where}: a tool call has 'function' and {beside[0]!r} beside it; give the call in one of the two"
+        )
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise ValueError(f"{where}: a tool call needs a name and arguments, got {json.dumps(call, default=str)[:80]}")
     function = dict(function)
@@ -251,11 +270,12 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 def _tools(record: Record) -> list[Any] | None:
     """The tools that the model may call, each as ``{"type": "function", "function": {"name", ...}}``."""
-    if record.get("tools") and record.get("functions"):
+    keys = [key for key in ("tools", "functions") if not is_empty(record.get(key))]
+    if len(keys) > 1:
         raise ValueError("the record has both 'tools' and 'functions'; leave one of them out")
-    key = "tools" if record.get("tools") else "functions"
+    key = keys[0] if keys else "tools"
     tools = _parsed(record.get(key), repr(key))
-    if not tools:
+    if is_empty(tools):
         return None
     tools = [_parsed(tool, repr(key)) for tool in tools] if isinstance(tools, list) else tools
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

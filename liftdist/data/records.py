@@ -39,7 +39,7 @@ def optional_text(record: Record, key: str) -> str:
 
 def pairs(record: Record, key: str) -> list[tuple[str, str]]:
     """The pairs of texts in field ``key``: what was asked, and the reply. Raises ``ValueError`` for anything else."""
-    given = record.get(key) or []
+    given = [] if content.is_empty(record.get(key)) else record[key]
     if not isinstance(given, list) or not all(
         isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
         for pair in given
@@ -122,6 +122,11 @@ def reader(source: Source, config: DataSource) -> Reader:
         if format.RESPONSE is None:
             raise UserError(
                 f"{section}.prompt_template: {where} has no field that is the response; give {section}.response_template"
+            )
+        if config.format != "auto" and (others := sorted(own.keys() - {format.RESPONSE})):
+            raise UserError(
+                f"{section}.fields.{others[0]}: is not used with {section}.prompt_template, which names the records' own fields; "
+                f"leave it out"
             )
         response = wording.Template.of_field(f"{section}.prompt_template", own.get(format.RESPONSE, format.RESPONSE))
 

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,8 @@ Render = Callable[[Sequence[Message], bool], str]  # messages, whether the promp
 
 _MARK = "qX7z{}Zq"  # letters and digits, which no template escapes, and in no conversation
 _THOUGHT = "</think>"  # ends reasoning
+_SAID = ("content", "tool_calls")  # what a reply says and does, and all prompts after it tell
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _PROBE = {"role": "user", "content": _MARK.format("")}
 
 
@@ -70,8 +73,23 @@ def find(
         if number in wanted:
             found.append(reply)
             _check_complete(number, message, whole[reply.begin : reply.end])
+        else:
+            _check_shown(number, messages, render, whole[reply.begin : reply.end])
         reached = reply.end
     return found
+
+
+def check_prompt(messages: Sequence[Message], render: Render) -> None:
+    """Raises ``ValueError`` if the prompt that follows from messages drops one, or what a reply says or calls."""
+
+    def prompt(some: Sequence[Message], _: bool) -> str:
+        return render(some, True)
+
+    whole = prompt(messages, True)
+    _positions(messages, prompt, whole)
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            _check_shown(number, messages, render, whole)
 
 
 def _positions(messages: Sequence[Message], render: Render, whole: str) -> dict[int, tuple[int, int]]:
@@ -214,47 +232,82 @@ def _at_token_border(text: str, place: int, special: re.Pattern[str]) -> bool:
 
 def _check_complete(number: int, message: Message, learned: str) -> None:
     """Raises :class:`Changed` unless all that the user gave of a reply is in the learned text."""
-    for key, text in given_texts(message):
-        if not _contains(learned, text):
-            raise Changed(f"the chat template drops {key} of message {number + 1}, or a part of it")
-        if key == "content" and 0 < text.count(_THOUGHT) < learned.count(_THOUGHT):
-            raise ValueError(
-                f"the chat template writes {_THOUGHT} once more than message {number + 1} has it; give the reasoning as "
-                "'reasoning_content' of the message"
-            )
+    if key := _missing(message, learned, _SAID + _REASONING):
+        raise Changed(f"the chat template drops {key} of message {number + 1}, or a part of it")
+    content = message.get("content")
+    if isinstance(content, str) and 0 < content.count(_THOUGHT) < learned.count(_THOUGHT):
+        raise ValueError(
+            f"the chat template writes {_THOUGHT} once more than message {number + 1} has it; give the reasoning as "
+            "'reasoning_content' of the message"
+        )
+
+
+def _check_shown(number: int, messages: Sequence[Message], render: Render, shown: str) -> None:
+    """Raises ``ValueError`` unless what a reply says and calls, its reasoning aside, is in the text before a later one; or, where
+    the template leaves things out of the past, in the text in which it is the newest."""
+    content = messages[number].get("content")
+    said = {**messages[number], "content": content.rpartition(_THOUGHT)[2] if isinstance(content, str) else content}
+    if _missing(said, shown, _SAID) and (key := _missing(said, render(messages[: number + 1], False), _SAID)):
+        raise ValueError(
+            f"the chat template drops {key} of message {number + 1}, or a part of it; use another data.chat_template, which "
+            "keeps it"
+        )
 
 
 class Changed(ValueError):
     """A part of a reply is not in the rendering of the whole conversation."""
 
 
-def given_texts(message: Message) -> list[tuple[str, str]]:
-    """The texts of a reply that must be learned, each with the name of its key."""
-    found = [
-        (key, message[key])
-        for key in ("content", "reasoning_content", "thinking", "reasoning")
-        if isinstance(message.get(key), str)
-    ]
+def given(message: Message) -> list[tuple[str, Any]]:
+    """The texts, numbers and switches of a reply that must be learned, each with the name of its key."""
+    found = [(key, message[key]) for key in ("content", *_REASONING) if isinstance(message.get(key), str)]
     for call in message.get("tool_calls") or ():
-        found += [("tool_calls", text) for text in _texts(call.get("function", call), ("name", "arguments"))]
+        function = call.get("function", call)
+        found += [
+            ("tool_calls", function.get("name")),
+            *(("tool_calls", one) for one in _inner(function.get("arguments"))),
+        ]
     return found
 
 
-def _texts(value: Any, keys: Sequence[str] = ()) -> list[str]:
-    if isinstance(value, str):
-        return [value]
+def _inner(value: Any) -> Iterator[Any]:
+    """The names and values in a value of JSON. Tables hold null where a row has no such name: it says nothing."""
     if isinstance(value, Mapping):
-        return [text for key, inner in value.items() if not keys or key in keys for text in _texts(inner)]
-    if isinstance(value, list | tuple):
-        return [text for inner in value for text in _texts(inner)]
-    return []
+        for name, inner in value.items():
+            if inner is not None:
+                yield from (name, *_inner(inner))
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _inner(inner)
+    elif value is not None:
+        yield value
 
 
-def _contains(rendered: str, text: str) -> bool:
-    """Whether each line of a text stands in the rendering, as it is or as JSON writes it; blanks do not count."""
-    squeezed = re.sub(r"\s+", "", rendered)
-    parts = (re.sub(r"\s+", "", part) for part in re.split(r"</?think(?:ing)?>", text))
-    return all(
-        part in squeezed or json.dumps(part)[1:-1] in squeezed or json.dumps(part, ensure_ascii=False)[1:-1] in squeezed
-        for part in parts
-    )
+def _missing(message: Message, shown: str, keys: Sequence[str]) -> str | None:
+    """The first of the keys of a reply of which something does not stand in a text as often as the reply says it.
+
+    A text stands there as it is or as JSON writes it, without the marks of reasoning; blanks do not count.
+    """
+    squeezed = _squeezed(shown)
+    said = [
+        (key, part)
+        for key, value in given(message)
+        if key in keys
+        for part in (re.split(r"</?think(?:ing)?>", value) if isinstance(value, str) else [value])
+    ]
+    often = Counter(str(part) for key, part in said if key in _SAID)
+    for key, part in said:
+        forms = {_squeezed(form) for form in _forms(part)}
+        if "" not in forms and sum(map(squeezed.count, forms)) < max(1, often[str(part)] if key in _SAID else 1):
+            return key
+    return None
+
+
+def _forms(value: Any) -> list[str]:
+    if isinstance(value, str):
+        return [value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1]]
+    return [str(value), json.dumps(value)]
+
+
+def _squeezed(text: str) -> str:
+    return re.sub(r"\s+", "", text)

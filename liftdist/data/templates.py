@@ -22,6 +22,12 @@ def mentions(template: str, name: str) -> bool:
     return re.search(rf"\b{re.escape(name)}\b", template) is not None
 
 
+@functools.lru_cache(maxsize=1024)
+def reads(template: str, key: str) -> bool:
+    """Whether the template's text asks for a key, ``message.KEY`` or ``message['KEY']``, of a message or of anything else."""
+    return re.search(rf"\.\s*{re.escape(key)}\b|(['\"]){re.escape(key)}\1", template) is not None
+
+
 @functools.lru_cache(maxsize=16)
 def variables(template: str) -> tuple[frozenset[str], frozenset[str]]:
     """The variables that a template may take from outside, and those of them that look meant for it.

@@ -155,7 +155,7 @@ def test_what_stands_beside_the_turns(fields, expected):
         ([{"train": False}, {"train": True}], {1}),
         ([{"loss": True}, {"loss_mask": 0}], {3}),
         ([{"training": False}, {"trainable": False}], {1, 3}),
-        ([{"weight": 1, "train": False}, {"weight": None}], {1}),
+        ([{"weight": 0, "train": False}, {"weight": None}], {1}),
         ([{}, {}], set()),
     ],
 )
@@ -245,6 +245,10 @@ def test_replies_that_are_not_to_be_learned(weights, masked):
             {"messages": [USER, {**REPLY, "weight": 0.5}]},
             "turn 2 of 'messages': 'weight' must be 0 or 1, or true or false, got 0.5",
         ),
+        (
+            {"messages": [USER, {**REPLY, "weight": 1, "train": False}]},
+            "turn 2 of 'messages': 'weight' and 'train' say of a reply that it is learned, and that it is not",
+        ),
         ({"messages": [USER, {**REPLY, "train": "false"}]}, "'train' must be 0 or 1, or true or false, got 'false'"),
         (
             {"messages": [{**USER, "weight": 1}, REPLY]},
@@ -299,7 +303,17 @@ def test_replies_that_are_not_to_be_learned(weights, masked):
             {"conversations": [HUMAN, {"from": "tool_call", "value": "{}", "tool_calls": [call({})]}]},
             "a call in its text and 'tool_calls'",
         ),
+        (
+            {"messages": [USER, assistant(tool_calls=[{"function": {"name": "add"}, "arguments": {"a": 1}}])]},
+            "turn 2 of 'messages': a tool call has 'function' and 'arguments' beside it; give the call in one of the two",
+        ),
+        (
+            {"messages": [USER, assistant(tool_calls=[call({}) | {"name": "sub"}])]},
+            "a tool call has 'function' and 'name' beside it",
+        ),
         # beside the turns
+        ({"messages": [USER, REPLY], "system": False}, "'system' must hold text, got bool"),
+        ({"messages": [USER, REPLY], "tools": 0}, "'tools' must be a list of objects, or JSON of one"),
         ({"messages": [USER, REPLY], "tools": "add"}, "'tools': not JSON: 'add'"),
         ({"messages": [USER, REPLY], "tools": {"name": "add"}}, "'tools' must be a list of objects, or JSON of one"),
         ({"messages": [USER, REPLY], "functions": "[1]"}, "'functions' must be a list of objects, or JSON of one"),
@@ -334,6 +348,8 @@ CHATML = "{% for message in messages %}<|{{ message['role'] }}|>{{ message['cont
         (read([USER, {**REPLY, "name": "Al", "mood": 3}]), CHATML, ["mood", "name"]),
         (read([USER, {**REPLY, "name": "Al"}]), CHATML + "{{ messages[0].name }}", []),
         (read([USER, {**REPLY, "name": "Al"}]), CHATML + "{{ surname }}", ["name"]),
+        (read([USER, {**REPLY, "tools": [TOOL]}]), CHATML + "{{ tools | tojson }}", ["tools"]),
+        (read([USER, {**REPLY, "tools": [TOOL]}]), CHATML + "{{ messages[0]['tools'] }}", []),
         (read([USER, REPLY], tools=[TOOL]), CHATML, ["tools"]),
         (read([USER, REPLY], tools=[TOOL]), CHATML + "{{ tools | tojson }}", []),
         (read([USER, REPLY], chat_template_kwargs={"enable_thinking": False}), CHATML, ["enable_thinking"]),

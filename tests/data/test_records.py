@@ -259,6 +259,11 @@ def test_own_names_and_own_wording(record, settings, expected, tmp_path):
         ),
         ({"q": "a", "a": "b"}, dict(prompt_template="{q}"), "data.jsonl:1: fields q, a fit no format"),
         (
+            {"instruction": "a", "output": "b"},
+            dict(prompt_template="{instruction}", format="alpaca", fields={"input": "lost", "output": "output"}),
+            "data.fields.input: is not used with data.prompt_template, which names the records' own fields; leave it out",
+        ),
+        (
             {"messages": MESSAGES},
             dict(prompt_template="{messages}"),
             "data.jsonl:1 has no field that is the response; give data.response_template",

@@ -256,6 +256,63 @@ def test_what_a_template_does_not_say_is_refused(template, messages, problem, to
         assert "data.turns" not in str(caught.value)
 
 
+def of_calls(written):
+    """A template that writes of a reply with calls what ``written`` says of each ``call``, and nothing else."""
+    call = f"{{% for c in m.tool_calls %}}{{% set call = c.function %}}{written}{{% endfor %}}"
+    head = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}" + call
+    head += "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+    return head + "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+JSON_CALLS = "{{ call | tojson }}"
+
+
+def calling(*arguments, content=""):
+    """A conversation in which the second message calls a tool with each of the arguments."""
+    calls = [{"type": "function", "function": {"name": "area", "arguments": given}} for given in arguments]
+    return [
+        {"role": "user", "content": "How large?"},
+        assistant(content, tool_calls=calls),
+        {"role": "tool", "content": "12"},
+        assistant("Twelve."),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "messages", "key"),
+    [
+        (JSON_CALLS, calling({"a": 3, "is_round": False, "deep": [{"b": None, "c": 0.5}]}), None),
+        ("{{ call.name }}{% for name, one in call.arguments.items() %} {{ name }}={{ one }}{% endfor %}",
+         calling({"a": 3, "is_round": False}), None),
+        ("{{ call.name }}", calling({"a": 3}), "tool_calls"),
+        ("{{ call.name }} a {{ call.arguments.a }}", calling({"a": 3, "is_round": False}), "tool_calls"),
+        ("{{ call.name }}{% for one in call.arguments.values() %} {{ one }}{% endfor %}", calling({"wide": "yes"}), "tool_calls"),
+        ("{% if loop.first %}" + JSON_CALLS + "{% endif %}", calling({"a": 3}, {"a": 3}), "tool_calls"),
+        (JSON_CALLS, calling({"a": "Rome"}, content="Rome"), "content"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("where", ["learned", "masked", "last", "prompt"])
+def test_all_of_a_call_and_of_what_is_said_beside_it_is_written(written, messages, key, where, tokenizer):
+    encoder = Encoder(tokenizer, of_calls(written), learn=chat.LAST if where == "last" else chat.ALL)
+    conversation = Conversation(messages, masked=frozenset({1} if where == "masked" else ()))
+    encode = encoder.prompt if where == "prompt" else encoder
+    if key is None:
+        assert encode(Conversation(messages[:3]) if where == "prompt" else conversation)
+        return
+    with pytest.raises(ValueError, match=f"^the chat template drops {key} of message 2, or a part of it; use another"):
+        encode(Conversation(messages[:3]) if where == "prompt" else conversation)
+
+
+def test_a_prompt_says_all_that_stands_before_the_reply(tokenizer, encoder_of):
+    system, *others = CONVERSATIONS["system"]
+    with pytest.raises(ValueError, match="drops message 1, of role 'system'; leave it out"):
+        Encoder(tokenizer, DROPS_SYSTEM).prompt(Conversation([system, *others[:-1]]))
+    forgetful = encoder_of("deepseek_r1_distill")  # of the past it writes no reasoning
+    text, _ = forgetful.prompt(Conversation(CONVERSATIONS["tags"][:3]))
+    assert "a one" in text
+    assert "r one" not in text
+
+
 def test_an_argument_of_the_template_makes_it_ask_as_it_writes(encoder_of):
     encoder = encoder_of("nemotron_3_nano")
     for arguments, expected in (({}, True), ({"enable_thinking": False}, False)):
