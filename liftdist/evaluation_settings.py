@@ -149,6 +149,7 @@ class TaskConfig:
             (("seed", "size"), self.generator is not None or self.kind == OWN_TEXT, "with a generator"),
             (("revision", "subset", "split"), self.path is not None, "with path"),
             (("format", "fields"), self.prompt_template is None, "without prompt_template"),
+            (("format", "fields"), self.kind != OWN_TEXT, "with path"),
             (("tolerance",), self.scorer == "last_number", "with scorer=last_number"),
             (("pattern",), self.scorer == "regex", "with scorer=regex"),
             (("inside_words",), self.scorer == "option", "with scorer=option"),

@@ -94,6 +94,9 @@ def test_the_base_models_own_text_needs_no_records(tmp_path):
     assert (task.kind, task.size, task.path) == ("own_text", 64, None)
     with pytest.raises(UserError, match="is not used with kind=own_text: the base model writes the texts"):
         load(tmp_path, "  - own_text\n", "eval.tasks.0.path=records.jsonl")
+    for override in ("eval.tasks.0.format=alpaca", "eval.tasks.0.fields={prompt: q}"):
+        with pytest.raises(UserError, match="is only used with path; leave it out"):
+            load(tmp_path, "  - own_text\n", override)
 
 
 @pytest.mark.parametrize(

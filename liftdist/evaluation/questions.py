@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from liftdist.data import records, sources, wording
-from liftdist.data.content import Content, Text, parted
+from liftdist.data import records, replies, sources, wording
+from liftdist.data.content import Content, Conversation, Text, last_reply, parted
 from liftdist.data.sources import Record
 from liftdist.evaluation.generators import Generated
 from liftdist.evaluation_settings import GENERATION, MULTIPLE_CHOICE, PERPLEXITY, TaskConfig
@@ -68,7 +68,8 @@ def _question(
     number: int,
     record: Record,
 ) -> Question:
-    prompt, reply = parted(read(record))
+    content = read(record)
+    prompt, reply = parted(content)
     if task.kind != PERPLEXITY and isinstance(prompt, Text) and not any(text for text, _ in prompt.pieces):
         raise ValueError("has no prompt: all of the record is the reply")
     options = _options(task, section, record) if task.kind == MULTIPLE_CHOICE else []
@@ -79,16 +80,40 @@ def _question(
     expected = [_text(one, what, options) for one in (value if isinstance(value, list) else [value])]
     if not expected:
         raise ValueError(f"{what} holds no answer")
+    if task.kind == PERPLEXITY:
+        _check_measured(content if task.expected is None else None, expected, what)
     try:
         return Question(number, prompt, tuple(map(compared, expected)), tuple(options), record)
     except ValueError as error:
         raise ValueError(f"{what} {error}, got {value!r:.80}") from None
 
 
+def _check_measured(content: Content | None, expected: Sequence[str], what: str) -> None:
+    """Raises ``ValueError`` where the perplexity of a text would not be that of the reply.
+
+    Args:
+        content: of the record, if its last reply is what is expected.
+    """
+    said = replies.given(content.messages[last_reply(content)]) if isinstance(content, Conversation) else []
+    if others := [key for key, _ in said if key != "content"]:
+        raise ValueError(f"{what} has {others[0]} beside its text, of which no perplexity is measured; leave it out")
+    if len(expected) > 1:
+        raise ValueError(f"{what} holds {len(expected)} answers, and the perplexity is of one; give a text")
+    if not expected[0]:
+        raise ValueError(f"{what} is empty, and has no perplexity; leave the record out")
+
+
 def _options(task: TaskConfig, section: str, record: Record) -> Sequence[str]:
     found = task.options if task.options_field is None else record.get(task.options_field)
     if not isinstance(found, list) or len(found) < 2 or not all(isinstance(one, str) for one in found):
         raise ValueError(f"field {task.options_field!r} ({section}.options_field) must be a list of two texts or more")
+    if "" in found or len(set(found)) < len(found):
+        what = (
+            f"{section}.options"
+            if task.options_field is None
+            else f"field {task.options_field!r} ({section}.options_field)"
+        )
+        raise ValueError(f"{what}: options must be different, and none empty, got {found!r:.80}")
     return found
 
 

@@ -24,7 +24,9 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from liftdist import files
+from liftdist.data import content
 from liftdist.data.chat import Encoder
+from liftdist.data.tokenised import UNREAD
 from liftdist.distributed import collectives
 from liftdist.errors import UserError
 from liftdist.evaluation import generation, scores, statistics
@@ -40,6 +42,8 @@ from liftdist.runs.context import RunContext
 from liftdist.runs.results import Answer, Figure
 from liftdist.schema import Config
 from liftdist.training.inputs import Inputs, encoding_of
+
+_DRAWN = ("size", "seed", "max_new_tokens")  # settings that say what the base model writes
 
 
 @dataclass(frozen=True)
@@ -141,7 +145,12 @@ def prepare(context: RunContext, room: float = math.inf) -> list[Asked]:
     Args:
         room: tokens of a prompt and its answer, where these are bounded not by the model alone.
     """
-    return [_prepared(context.config, number, room) for number in range(len(context.config.eval.tasks))]
+    found = [_prepared(context.config, number, room) for number in range(len(context.config.eval.tasks))]
+    for asked in found:
+        template = asked.encoder.template or ""
+        if keys := sorted({key for question in asked.questions for key in content.unread(question.prompt, template)}):
+            context.console.say(f"{asked.task.title}: {UNREAD}: {', '.join(keys)}")
+    return found
 
 
 def _prepared(config: Config, number: int, room: float) -> Asked:
@@ -200,12 +209,7 @@ def _on_own_text(context: RunContext, model: PreTrainedModel, method: Method, as
     texts: list[tuple[list[int], float]] | None = None
     with collectives.together():
         if mesh.is_main and path.exists():
-            texts = json.loads(files.read(path))
-            if len(texts or ()) != task.size:
-                raise UserError(
-                    f"{path}: holds {len(texts or ())} texts, which were drawn once, not size={task.size}; set that size, or "
-                    f"give the task another name"
-                )
+            texts = _drawn_before(path, task)
     texts = collectives.gather(texts)[0]
     if texts is None:
         config = context.config
@@ -219,7 +223,7 @@ def _on_own_text(context: RunContext, model: PreTrainedModel, method: Method, as
         with collectives.together():
             if mesh.is_main:
                 files.real_folder(files.real_folder(path.parent.parent) / task.title)
-                files.write(path, json.dumps(texts))
+                files.write(path, json.dumps({name: getattr(task, name) for name in _DRAWN} | {"texts": texts}))
     mine = texts[mesh.rank :: mesh.world_size]
     begin = asked.prompts[0][1]
     now: list[float] = []
@@ -231,6 +235,22 @@ def _on_own_text(context: RunContext, model: PreTrainedModel, method: Method, as
     nats = [difference / mean_tokens for difference in every]
     low, high = statistics.bootstrap(nats)
     return Figure(step, task.title, "kl_to_base", sum(nats) / len(nats), low, high, len(nats))
+
+
+def _drawn_before(path: Path, task: TaskConfig) -> list[tuple[list[int], float]]:
+    """The texts in a file. Raises ``UserError`` if the task asks for others."""
+    held = json.loads(files.read(path))
+    if isinstance(held, list):  # of an earlier version, which kept the texts alone
+        held = {"size": len(held), "texts": held}
+    if differ := [
+        f"{name}={held[name]}" for name in _DRAWN if held.get(name, getattr(task, name)) != getattr(task, name)
+    ]:
+        raise UserError(
+            f"{path}: holds texts that were drawn once, with {' '.join(differ)}; set {'that' if len(differ) == 1 else 'those'}, "
+            "or give the task another name"
+        )
+    texts: list[tuple[list[int], float]] = held["texts"]
+    return texts
 
 
 def _draw(context: RunContext, model: PreTrainedModel, asked: Asked) -> list[tuple[list[int], float]]:

@@ -1,6 +1,7 @@
 """Prompts are those of training, expected answers those of the records, and tasks that cannot be right are refused."""
 
 import json
+from dataclasses import replace
 
 import builders
 import pytest
@@ -9,6 +10,7 @@ from liftdist.data import records
 from liftdist.data.chat import Encoder
 from liftdist.data.content import Conversation, Text
 from liftdist.errors import UserError
+from liftdist.evaluation import tasks
 from liftdist.evaluation.questions import questions
 from liftdist.evaluation_settings import TaskConfig
 from liftdist.registry import FORMATS, SCORERS
@@ -108,6 +110,23 @@ def test_perplexity_needs_no_prompt(made):
     assert (question.prompt, question.expected) == (Text([]), ("Once",))
 
 
+def test_texts_of_the_base_model_are_those_that_are_asked_for(tmp_path):
+    task, path, texts = (
+        TaskConfig(kind="own_text", size=2, seed=3),
+        tmp_path / "texts.json",
+        [[[5, 6], -1.5], [[7], -0.5]],
+    )
+    for held in (texts, {"size": 2, "seed": 3, "max_new_tokens": task.max_new_tokens, "texts": texts}):
+        path.write_text(json.dumps(held))
+        assert tasks._drawn_before(path, task) == texts
+    for other, problem in (
+        (dict(seed=4), "holds texts that were drawn once, with seed=3; set that, or give the task another name"),
+        (dict(size=1, max_new_tokens=9), f"with size=2 max_new_tokens={task.max_new_tokens}; set those, or give"),
+    ):
+        with pytest.raises(UserError, match=problem):
+            tasks._drawn_before(path, replace(task, **other))
+
+
 def test_generated_questions(tokenizer):
     task = TaskConfig(generator="chain_sum", size=3, seed=5, arguments={"min_terms": 2, "max_terms": 2}, limit=2)
     found = questions(task, SECTION)
@@ -137,6 +156,8 @@ def test_an_answer_on_which_its_generator_fails_is_wrong():
     assert made.score(question.expected[0], question.expected, question.record).score == 1
 
 
+ASKED = {"role": "user", "content": "1+2"}
+MEASURED = dict(kind="perplexity", scorer=None)
 MULTIPLE = dict(kind="multiple_choice", scorer=None, expected="answer", options_field="choices")
 
 
@@ -158,6 +179,16 @@ MULTIPLE = dict(kind="multiple_choice", scorer=None, expected="answer", options_
         ({"output": "3", "answer": 2, "choices": ["2", "4"]}, MULTIPLE, "is 2, but the options have the numbers 0 to 1"),
         ({"output": "3", "answer": -1, "choices": ["2", "4"]}, MULTIPLE, "is -1, but the options have the numbers 0 to 1"),
         ({"output": "3", "answer": "3"}, MULTIPLE, "field 'choices' .* must be a list of two texts or more"),
+        ({"output": "3", "answer": "b", "choices": ["b", ""]}, MULTIPLE,
+         r"field 'choices' \(eval.tasks.0.options_field\): options must be different, and none empty, got \['b', ''\]"),
+        ({"output": "3", "answer": "b", "choices": ["b", "b"]}, MULTIPLE, "options must be different, and none empty"),
+        ({"output": "b"}, dict(kind="multiple_choice", scorer=None, options=["b", "b"]), "eval.tasks.0.options: options must be"),
+        ({"output": ""}, MEASURED, "t.jsonl:1: the reply is empty, and has no perplexity; leave the record out"),
+        ({"output": "3", "answer": ["1", "2"]}, dict(**MEASURED, expected="answer"), "holds 2 answers, and the perplexity is"),
+        ({"messages": [ASKED, {"role": "assistant", "content": "3", "reasoning_content": "1 and 2"}]}, MEASURED,
+         "the reply has reasoning_content beside its text, of which no perplexity is measured; leave it out"),
+        ({"messages": [ASKED, {"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]}]}, MEASURED,
+         "the reply has tool_calls beside its text"),
         ({"text": "Once"}, dict(format="text"), "has no prompt: all of the record is the reply"),
         ({"output": "3"}, dict(prompt_template="{query}", expected="output"), "field 'query' of eval.tasks.0.prompt_template"),
         ({"output": "3"}, dict(fields={"instruction": "ask"}), r"field 'ask' \(eval.tasks.0.fields.instruction\) is missing"),
@@ -166,7 +197,7 @@ MULTIPLE = dict(kind="multiple_choice", scorer=None, expected="answer", options_
 )  # fmt: skip
 def test_tasks_whose_records_do_not_fit_are_refused(record, settings, problem, made):
     with pytest.raises(UserError, match=problem) as error:
-        made([{"instruction": "1+2"} | record], **settings)
+        made([record if "messages" in record else {"instruction": "1+2"} | record], **settings)
     assert "\n" not in str(error.value)
 
 

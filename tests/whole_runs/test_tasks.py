@@ -198,7 +198,7 @@ def test_divergence_on_texts_of_the_base_model(world, folder):
     assert before["eval/own/kl_to_base"] == before["eval/own/kl_to_base/low"] == 0
     texts = json.loads(
         (Path(settings_of(folder, "tied", f"drifted-{world}").run_dir) / "eval/own/texts.json").read_text()
-    )
+    )["texts"]
     assert len({tuple(ids) for ids, _ in texts}) == 7
     models = {}
     for name in ("base", "trained"):
