@@ -74,7 +74,7 @@ def settings() -> str:
         "`slurm.account=on`, `data.subset=null`; nothing after `key=` unsets it. In the file, numbers, dates, `on` and `1e3`",
         "need no quotes either, `null` unsets, and a text that YAML would cut short or take for something else, such as",
         "`{x}`, `*x` or `#x`, is refused with the quotes that it needs. A list is in brackets, as in YAML, and its entries keep",
-        "their characters: `selection.modules='[\"*.mlp.*\", lm_head]'`. `\\${` stands for `${`.",
+        "their characters: `selection.modules='[\"*.mlp.*\", model.layers.0.self_attn.q_proj]'`. `\\${` stands for `${`.",
     ]
     for section, rows in sections.items():
         lines += ["", f"## {section or 'Run'}", ""]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -18,7 +18,7 @@ from liftdist.errors import UserError
 from liftdist.evaluation_settings import EvalConfig
 from liftdist.method_settings import NEEDS_PEFT, LoraConfig, OptimizerConfig, SelectionConfig
 from liftdist.registry import LOSSES, METHODS, TRACKERS
-from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
+from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting, walk
 from liftdist.signals import STOP_SIGNALS
 
 SELECTIVE = "selective"
@@ -415,6 +415,7 @@ class Config:
                     "model.compile",
                     "must be false with train.variants: shapes that one meets would decide the kernels",
                 )
+        yield from self._never_better()
         if self.train.patience is not None and self.checkpoint.best is None:
             yield "train.patience", "needs checkpoint.best, the figure that must get better"
         if self.train.eval_kl and not (self.data.eval_path or self.data.eval_sources or self.data.eval_share):
@@ -428,6 +429,16 @@ class Config:
                 "must be 1 with data.packing and flash attention (raise data.max_length instead), "
                 f"got {self.train.micro_batch_size}",
             )
+
+    def _never_better(self) -> Iterator[Problem]:
+        """A best step that is looked for where the last one is the only one of which the figure is known."""
+        best = self.checkpoint.best or ""
+        of_task = any(best.startswith(f"eval/{task.title}/") for task in self.eval.tasks)
+        key, interval = (
+            ("eval.interval", self.eval.interval) if of_task else ("train.eval_interval", self.train.eval_interval)
+        )
+        if best and not interval:
+            yield "checkpoint.best", f"needs {key}, the steps between two looks at {best}"
 
     def _lacking(self) -> Iterator[Problem]:
         """What methods that train whole parameters do not have."""
@@ -458,16 +469,23 @@ class Config:
         if is_lora and self.lora.modules and self.selection.modules != ["*"]:
             yield "lora.modules", "is given, and selection.modules, too; leave one of them out"
 
-    def unused(self) -> list[str]:
-        """Settings of what ``method`` does not do, ``KEY=VALUE`` of each: how weights are selected, what adapters are like."""
-        of = {"lift": "selection", "lora": "lora"}
-        sections = [name for method, name in of.items() if method != self.method]
-        default = Config()
-        keys = [(name, leaf.name) for name in sections for leaf in fields(getattr(self, name))]
-        given = {
-            f"{section}.{name}": value
-            for section, name in keys
-            if (value := getattr(getattr(self, section), name)) != getattr(getattr(default, section), name)
+    def unused(self) -> dict[str, list[str]]:
+        """Settings that nothing reads, ``KEY=VALUE`` of each, by the reason."""
+        held_out = bool(self.data.eval_path or self.data.eval_sources)
+        idle = {  # settings, or sections
+            "selection": (self.method != "lift", f"by method={self.method}"),
+            "lora": (self.method != "lora", f"by method={self.method}"),
+            "sync": (self.sync.to is None, "without sync.to"),
+            "train.eval_interval": (not (held_out or self.data.eval_share), "without held-out data"),
+            "data.eval_split": (not held_out, "without data.eval_path"),
+            "eval.interval": (not self.eval.tasks, "without eval.tasks"),
+            "slurm.container_mounts": (self.slurm.container is None, "without slurm.container"),
+            "slurm.container_runtime": (self.slurm.container is None, "without slurm.container"),
         }
-        given.pop("selection.modules", None)  # of all methods
-        return [f"{key}={value}" for key, value in given.items()]
+        defaults = {key: value for key, _, value in walk(Config())}
+        found = dict[str, list[str]]()
+        for key, _, value in walk(self):
+            is_idle, reason = idle.get(key, idle.get(key.partition(".")[0], (False, "")))
+            if is_idle and key != "selection.modules" and value != defaults[key]:  # that is of all methods
+                found.setdefault(reason, []).append(f"{key}={value}")
+        return found

@@ -116,6 +116,31 @@ def test_secrets_are_neither_kept_nor_shown(tmp_path, monkeypatch):
     assert "value-from-env" not in str(caught.value)
 
 
+def test_what_nothing_reads_is_known(tmp_path):
+    given = [
+        "train.eval_interval=5",
+        "sync.keep=3",
+        "data.eval_split=dev",
+        "eval.interval=2",
+        "slurm.container_mounts=[/a]",
+    ]
+    config, _ = load(tmp_path, overrides=given)
+    assert config.unused() == {
+        "without held-out data": ["train.eval_interval=5"],
+        "without sync.to": ["sync.keep=3"],
+        "without data.eval_path": ["data.eval_split=dev"],
+        "without eval.tasks": ["eval.interval=2"],
+        "without slurm.container": ["slurm.container_mounts=['/a']"],
+    }
+    used = ["data.eval_path=e", "sync.to=s", "eval.tasks=[gsm8k]", "slurm.container=i"]
+    config, _ = load(tmp_path, overrides=[*given, *used])
+    assert config.unused() == {}
+    config, _ = load(
+        tmp_path, overrides=["method=full", "selection.modules=[a]", "selection.filter_rank=3", "lora.rank=2"]
+    )
+    assert config.unused() == {"by method=full": ["selection.density=0.05", "selection.filter_rank=3", "lora.rank=2"]}
+
+
 def test_layouts():
     mesh = schema.MeshConfig
     assert mesh().layout(6) == (1, 6)

@@ -66,7 +66,7 @@ def test_every_config_is_one_of_the_product(preset, tmp_path):
         path = tmp_path / "config.yaml"
         path.write_text(yaml.safe_dump(trials.config(trial, settings, tmp_path)))
         config, _ = configs.load(str(path), [])
-        assert config.unused() == []
+        assert config.unused() == {}
         assert (config.optimizer.lr, config.train.seed) == (trial.lr, trial.seed)
         assert config.eval.tasks[0].path.endswith(f"{trial.task}/development.jsonl")
         found[trial.method] = config.train

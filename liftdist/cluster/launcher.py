@@ -95,6 +95,11 @@ def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str
         UserError: options that do not fit together, a head that has no address, a port in use.
     """
     check(options)
+    for name in ("head", "node_rank") if (options.nnodes or 1) == 1 else ():
+        if value := getattr(options, name):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value}: needs --nnodes N, the number of machines, or leave it out"
+            )
     # a terminal belongs to one shell: what `srun --pty` or `salloc` started is no task of a step of launchers
     if options.nnodes is None and environment.SLURM_STEP_ID.is_set(environ) and not _has_terminal():
         return _slurm_place(environ)

@@ -29,6 +29,7 @@ def read(
     Raises:
         UserError: no such run, checkpoint, delta or base model, or a damaged one.
     """
+    check_step(source, step)
     folder, repo = hub.model_of(base, "--base") if base else (None, None)
     if source.is_file():
         if folder is None:
@@ -39,6 +40,12 @@ def read(
     if repo is not None and (commit := repo.commit()) is not None:
         made = replace(made, origin=dict(zip(ORIGIN, (repo.name, commit), strict=True)))
     return made, found, dtype
+
+
+def check_step(source: Path, step: int | None) -> None:
+    """Raises ``UserError`` if a step is asked for of what is no run."""
+    if step is not None and source.is_file():
+        raise UserError(f"--step {step}: {source} is a delta, which is of one step; leave it out")
 
 
 def export(

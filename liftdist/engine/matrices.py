@@ -71,14 +71,15 @@ def principal_matrices(model: nn.Module, patterns: Sequence[str] = ("*",)) -> di
     ``LAYER.experts.3.gate_proj.weight``.
 
     Raises:
-        UserError: no module matches.
+        UserError: a pattern that no module matches.
     """
     every = _linears(model)
-    found = {name: place for name, place in every.items() if fits(name.removesuffix(".weight"), patterns)}
-    if not found:
-        example = f"; one module is named {next(iter(every)).removesuffix('.weight')}" if every else ""
-        raise UserError(f"no linear module fits {', '.join(patterns)}{example}")
-    return found
+    modules = {name: name.removesuffix(".weight") for name in every}
+    for pattern in patterns:
+        if not any(fits(module, [pattern]) for module in modules.values()):
+            example = f"; one module is named {next(iter(modules.values()))}" if every else ""
+            raise UserError(f"no linear module fits {pattern}{example}")
+    return {name: place for name, place in every.items() if fits(modules[name], patterns)}
 
 
 def fits(name: str, patterns: Sequence[str]) -> bool:

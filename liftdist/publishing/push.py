@@ -99,8 +99,7 @@ def _kind(options: argparse.Namespace) -> str:
     if not source.exists():
         raise UserError(f"{source}: no such run directory, delta or exported folder")
     if source.is_file():
-        if options.step is not None:
-            raise UserError(f"--step {options.step}: {source} is a delta, which is of one step; leave it out")
+        export.check_step(source, options.step)
         return card.KINDS[options.format or "delta"]
     if not (source / deltas.ABOUT).is_file():
         layout.check_run(source)

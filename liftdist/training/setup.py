@@ -43,8 +43,8 @@ def model_and_method(
         UserError: it does not, or weights are selected by gradients and there is no data.
     """
     config = context.config
-    if unused := config.unused():
-        context.console.say(f"not used by method={config.method}: {', '.join(unused)}")
+    for reason, unused in config.unused().items():
+        context.console.say(f"not used {reason}: {', '.join(unused)}")
     model, names = loaded or _model(context, folder, inputs)
     backwards = None if inputs is None else gradients.of_batches(context, inputs, model)
     chosen = METHODS.load(config.method)

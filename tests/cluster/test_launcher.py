@@ -85,6 +85,8 @@ def test_one_summary_names_the_rank_that_failed_first(kind, restarts, expected, 
     [
         (["--nnodes", "2"], "--nnodes 2 needs --head"),
         (["--nnodes", "2", "--node-rank", "2", "--head", "h"], "--node-rank 2: must be below --nnodes 2"),
+        (["--head", "node7:29400"], "--head node7:29400: needs --nnodes N, the number of machines, or leave it out"),
+        (["--node-rank", "1"], "--node-rank 1: needs --nnodes N"),
         (["--nnodes", "0"], "--nnodes must be at least 1, got 0"),
         (["--nnodes", "2", "--head", "no-such-host.invalid"], "cannot resolve it"),
         (["--nnodes", "2", "--node-rank", "0", "--head", "203.0.113.9"], "is no address of this machine"),

@@ -177,6 +177,11 @@ def test_adapters_are_of_runs_that_have_some(deltas, folders, tmp_path):
     assert not (tmp_path / "x").exists()
 
 
+def test_a_delta_is_of_one_step(deltas, folders, tmp_path):
+    words = ("export", deltas[0], "--base", folders[0], "--step", 9, "--output", tmp_path / "x")
+    assert f"--step 9: {deltas[0]} is a delta, which is of one step; leave it out" in liftdist(*words, code=2)
+
+
 def test_an_unknown_format_is_an_error(deltas, folders, tmp_path):
     given = delta_file.read(deltas[0])
     with pytest.raises(

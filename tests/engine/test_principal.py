@@ -269,7 +269,7 @@ def test_modules_are_chosen_by_pattern_and_the_head_stays_out(tiny_model):
     with pytest.raises(
         ValueError, match=r"no linear module fits nothing; one module is named model\.layers\.0\.self_attn\.q_proj"
     ):
-        make(model, modules=["nothing"])
+        make(model, modules=["*.mlp.*", "nothing"])
 
 
 def test_weights_that_are_not_finite_are_named():

@@ -90,6 +90,14 @@ def test_the_best_step_is_kept_and_exported(tiny_model, records, tmp_path):
         (["train.patience=2"], "train.patience: needs checkpoint.best"),
         (["checkpoint.best_of=min"], "checkpoint.best_of: is used with checkpoint.best alone"),
         (["checkpoint.best=loss"], "checkpoint.best"),
+        (
+            ["checkpoint.best=eval/loss"],
+            "checkpoint.best: needs train.eval_interval, the steps between two looks at eval/loss",
+        ),
+        (
+            ["checkpoint.best=eval/gsm8k/accuracy", "eval.tasks=[gsm8k]", "train.eval_interval=5"],
+            "checkpoint.best: needs eval.interval, the steps between two looks at eval/gsm8k/accuracy",
+        ),
     ],
 )
 def test_settings(overrides, problem, tmp_path):
