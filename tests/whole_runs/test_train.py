@@ -27,7 +27,7 @@ def finished(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     records = builders.write_records(folder / "records.jsonl")
     config = write_config(folder, tiny_model, records)
-    secrets = {"MY_API_KEY": "sesame-open-1", "WANDB_THING": "sesame-open-2", "RECORDS": str(records)}
+    secrets = {"MY_API_KEY": "sesame-open-1", "WANDB_THING": "*.[sesame-open-2]_proj", "RECORDS": str(records)}
     run = run_command(
         "train", config, "--nproc", 2, "train.seed=1", "data.eval_path=${oc.env:RECORDS}",
         "selection.modules=['*', '${oc.env:WANDB_THING}']", "model.attn_implementation=sdpa", environment=secrets,
