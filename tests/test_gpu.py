@@ -12,6 +12,7 @@ from plain_models import flat, make, mlp
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.factors import FACTORINGS
+from liftdist.engine.quantisation import Format
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +60,16 @@ def test_adamw_and_write_back_in_one_kernel(dtype):
         found.append((principal.values.detach(), flat(model), *optimizer.state[principal.values].values()))
     for one, stock in zip(*found, strict=True):
         assert torch.allclose(one, stock, rtol=1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_weights_are_quantised_as_on_the_cpu(kind):
+    rows = torch.randn(2000, 700, generator=torch.Generator().manual_seed(0)) * 0.02
+    for dtype in (torch.float32, torch.bfloat16):
+        format, weights = Format(kind, 700), rows.to(dtype)
+        for on_gpu, on_cpu in zip(format.quantise(weights.cuda()), format.quantise(weights), strict=True):
+            assert torch.equal(on_gpu.cpu(), on_cpu)
+        assert torch.equal(format.rounded(weights.cuda()).cpu(), format.rounded(weights))
 
 
 def on_values(device, dtype):
