@@ -27,7 +27,7 @@ from bench.traffic import Traffic
 from liftdist.console import Console
 from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import fsdp_modules
-from liftdist.engine import quantised, selection
+from liftdist.engine import bits, quantised, selection
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
@@ -191,6 +191,7 @@ def _lift(config: Config, mesh: Mesh, model: Any) -> Lift:
             if (rows := quantised.held_by(param)) is not None:
                 gaps, none = torch.zeros(where.numel(), dtype=torch.uint8), torch.zeros(0, dtype=torch.int64)
                 rows._added = gaps, none, torch.zeros(where.numel(), dtype=rows.dtype)
+                rows._last = where, bits.pack(torch.ones(where.numel(), dtype=torch.bool))
                 rows.lay_out(where.numel())
 
     with unittest.mock.patch.object(quantised, "make_exact", lay_out):

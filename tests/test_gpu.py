@@ -12,6 +12,7 @@ from plain_models import flat, make, mlp
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.factors import FACTORINGS
+from liftdist.engine.quantisation import Format
 
 pytestmark = pytest.mark.gpu
 
@@ -59,6 +60,16 @@ def test_adamw_and_write_back_in_one_kernel(dtype):
         found.append((principal.values.detach(), flat(model), *optimizer.state[principal.values].values()))
     for one, stock in zip(*found, strict=True):
         assert torch.allclose(one, stock, rtol=1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
+def test_weights_are_quantised_as_on_the_cpu(kind):
+    rows = torch.randn(2000, 700, generator=torch.Generator().manual_seed(0)) * 0.02
+    for dtype in (torch.float32, torch.bfloat16):
+        format, weights = Format(kind, 700), rows.to(dtype)
+        for on_gpu, on_cpu in zip(format.quantise(weights.cuda()), format.quantise(weights), strict=True):
+            assert torch.equal(on_gpu.cpu(), on_cpu)
+        assert torch.equal(format.rounded(weights.cuda()).cpu(), format.rounded(weights))
 
 
 def on_values(device, dtype):
@@ -109,7 +120,9 @@ def test_gpu_memory_of_principal_weights(device):
     """What is on the host takes none: 20 B a weight."""
     torch.cuda.empty_cache()
     model = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(4))).cuda()
-    model.requires_grad_(False)
+    model(torch.ones(4, 2048, device="cuda")).mean().backward()  # cuBLAS allocates its workspace, which stays
+    model.requires_grad_(False).zero_grad()
+    torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     principal = make(model, density=0.5, device=device, criterion=lambda weight, count, seed: torch.arange(count))
     optimizer = PrincipalAdamW(principal)

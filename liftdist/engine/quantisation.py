@@ -74,7 +74,8 @@ class Format:
     def quantise(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales of ``rows [m, n]``, which are finite."""
         blocks = nn.functional.pad(rows.float(), (0, self.padded - self.columns)).view(-1, self.blocks, self.block)
-        limit = {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}[self.name]
+        # a tensor: by a Python number GPUs divide as the product with its reciprocal, which rounds differently
+        limit = blocks.new_full((), {"int8": 127.0, "fp8": 448.0, "nf4": 1.0}[self.name])
         scales = (blocks.abs().amax(2, keepdim=True) / limit).bfloat16()
         units = blocks / torch.where(scales == 0, 1, scales).float()
         if self.name == "int8":
@@ -120,7 +121,15 @@ class Format:
         return codes[row, column].view(kind).to(dtype) * scale
 
 
+_PAIRS: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
 def _pairs_of_levels(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[256, 2]``: the two weights of each byte, the first in its high bits."""
-    levels = torch.tensor(NF4, dtype=dtype, device=device)
-    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+    """``[256, 2]``: the two weights of each byte, the first in its high bits. Made once: the host waits for the copy to a GPU."""
+    if (dtype, device) in _PAIRS:
+        return _PAIRS[dtype, device]
+    levels = torch.tensor(NF4, dtype=dtype)
+    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1).to(device)
+    if type(pairs) is Tensor:  # no fake one, of which only its mode can make use
+        _PAIRS[dtype, device] = pairs
+    return pairs

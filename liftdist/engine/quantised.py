@@ -161,9 +161,8 @@ class QuantisedRows:
             values[: self._number].masked_scatter_(bits.unpack(self._last[1], self._number), weights.to(values))
         else:
             place, is_exact = self._places(positions.to(values.device))
-            torch._assert_async(
-                is_exact.all(), "a weight that is kept quantised cannot be written: make it exact first"
-            )
+            if not is_exact.all():  # a GPU that asserted it would be of no use after
+                raise RuntimeError("a weight that is kept quantised cannot be written: make it exact first")
             values[place] = weights.to(values)
         values[self._number :] = values[self._number - 1]
 

@@ -133,10 +133,13 @@ def reproducible(device: torch.device) -> Iterator[None]:
     torch.set_num_threads(THREADS)
     for backend in backends:
         backend.fp32_precision = "ieee"
+    older = torch.get_float32_matmul_precision()  # raises before, where only the newer setting is another
+    torch.set_float32_matmul_precision("highest")  # or it contradicts the newer, and reading allow_tf32 raises
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(older)
         for backend, precision in zip(backends, precisions, strict=True):
             backend.fp32_precision = precision

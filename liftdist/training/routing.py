@@ -27,7 +27,8 @@ class Routing:
         layers = [module for module in model.modules() if _experts_of(module)]
         most = max(map(_experts_of, layers), default=0)
         self._experts = torch.tensor([_experts_of(module) for module in layers], device=device)  # [layers]
-        self._counts = torch.zeros(len(layers), most, dtype=torch.int64, device=device)
+        #: ``[layers, most + 1]``: the last counts what went to no expert
+        self._counts = torch.zeros(len(layers), most + 1, dtype=torch.int64, device=device)
         for number, module in enumerate(layers):
             module.register_forward_pre_hook(_counting(self, number), with_kwargs=True)
         routers = dict(_routers(model)) if wants_auxiliary_loss(model) else {}
@@ -37,8 +38,7 @@ class Routing:
             module.register_forward_hook(_weighing(self, index, _text(model).num_experts_per_tok))
 
     def count(self, layer: int, assigned: Tensor) -> None:
-        experts = self._counts.shape[1]
-        self._counts[layer] += torch.bincount(assigned.flatten(), minlength=experts)[:experts]
+        _tally(self._counts[layer], assigned)
 
     def weigh(self, logits: Tensor, chosen: int) -> None:
         """Add the router logits ``[tokens, experts]`` of a layer, of which each token goes to ``chosen``."""
@@ -46,8 +46,8 @@ class Routing:
         if logits.shape[-1] != self._switch.shape[1]:
             return  # not of these experts
         logits = logits.detach().float().flatten(0, -2)
-        choices = torch.bincount(logits.topk(chosen).indices.flatten(), minlength=logits.shape[-1])
         probabilities = logits.softmax(-1).sum(0)
+        choices = _tally(torch.zeros_like(probabilities, dtype=torch.int64), logits.topk(chosen).indices)
         self._switch += torch.stack([choices, probabilities, torch.full_like(probabilities, len(logits))]).double()
 
     def figures(self) -> dict[str, float]:
@@ -55,7 +55,7 @@ class Routing:
         that no token reached, and the auxiliary loss if it is measured. Collective."""
         if not len(self._experts):
             return {}
-        counts = _taken(self._counts)
+        counts = _taken(self._counts)[:, :-1]
         means = counts.sum(1) / self._experts
         busiest = (counts.amax(1) / means.clamp_min(1e-9)).max()
         unused = self._experts - (counts > 0).sum(1)
@@ -77,6 +77,13 @@ def wants_auxiliary_loss(model: nn.Module) -> bool:
 
 def _text(model: Any) -> Any:
     return model.config.get_text_config(decoder=True)
+
+
+def _tally(counts: Tensor, numbers: Tensor) -> Tensor:
+    """Add to ``counts [n]`` int64 how often each of 0 to n - 1 is among ``numbers``, those above counted as the last. The host
+    waits for no GPU, as it does in ``bincount``."""
+    numbers = numbers.flatten().clamp_max(len(counts) - 1)
+    return counts.index_add_(0, numbers, counts.new_ones(numbers.shape))
 
 
 def _taken(sums: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from liftdist.engine.factors import (
     fast_factors,
     krylov_factors,
 )
+from liftdist.engine.scores import reproducible
 from liftdist.planning.live_bytes import LiveBytes
 
 
@@ -139,6 +140,42 @@ def test_selection_does_not_depend_on_the_precision_outside():
         torch.set_float32_matmul_precision(old)
     with pytest.raises(ValueError, match="scores must be float32"):
         top_k(torch.ones(4, 1, dtype=torch.bfloat16), 2)
+
+
+ASKED = {
+    "older": lambda: torch.set_float32_matmul_precision("high"),
+    "of cuBLAS": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "newer": lambda: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32"),
+    "newer, on CPUs": lambda: setattr(torch.backends.mkldnn.matmul, "fp32_precision", "bf16"),
+    "both": lambda: (ASKED["older"](), ASKED["newer, on CPUs"]()),
+    "none": lambda: None,
+}
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_torch_s_settings_of_precision_agree_within_and_are_restored(asked):
+    """Reading the older raises where the newer contradicts it."""
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+
+    def settings():
+        found = [backend.fp32_precision for backend in backends]
+        for read in (torch.get_float32_matmul_precision, lambda: torch.backends.cuda.matmul.allow_tf32):
+            try:
+                found.append(read())
+            except RuntimeError:
+                found.append("contradicted")
+        return found
+
+    try:
+        ASKED[asked]()
+        before = settings()
+        with reproducible(torch.device("cpu")):
+            assert settings() == ["ieee", "ieee", "highest", False]
+        assert settings() == before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for backend in backends:
+            backend.fp32_precision = "none"
 
 
 def test_a_matrix_of_low_rank_is_not_left_to_an_exhausted_krylov_space():

@@ -5,8 +5,11 @@ import pytest
 import ranks
 import torch
 from safetensors.torch import load_file, save_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from liftdist import PrincipalWeights
+from liftdist.engine import quantisation
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.quantisation import NF4, Format
@@ -49,6 +52,43 @@ def test_weights_are_the_nearest_levels_of_their_block(kind, columns):
     rounded = Format(kind, columns).rounded(rows.bfloat16())
     assert rounded.dtype == torch.bfloat16
     assert (rounded.float() - rows).norm() <= 1.2 * (wanted - rows).norm()
+
+
+class Divisors(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket == torch.ops.aten.div:
+            self.found.append(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_scales_are_quotients_on_any_device(kind):
+    """A GPU takes the product with the reciprocal for a division by a Python number."""
+    rows = torch.randn(300, 128, generator=torch.Generator().manual_seed(0)) * 0.02
+    with Divisors() as divisors:
+        _, scales = Format(kind, 128).quantise(rows)
+    assert len(divisors.found) == 2
+    assert all(isinstance(divisor, torch.Tensor) for divisor in divisors.found)
+    largest = rows.view(300, scales.shape[1], -1).abs().amax(2)
+    assert torch.equal(scales, (largest / {"int8": 127, "fp8": 448}[kind]).bfloat16())
+
+
+def test_levels_are_made_once(monkeypatch):
+    """For a GPU the host would wait for them in each gather. Those of fake tensors are not kept."""
+    monkeypatch.setattr(quantisation, "_PAIRS", {})
+    format, rows = Format("nf4", 64), torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
+    with FakeTensorMode():
+        format.rounded(torch.empty(5, 64))
+    codes, scales = format.quantise(rows)
+    found = format.dequantise(codes, scales, torch.empty(5, 64))
+    monkeypatch.delattr(torch, "tensor")
+    assert torch.equal(format.dequantise(codes, scales, torch.empty(5, 64)), found)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        format.dequantise(codes, scales, torch.empty(5, 64))
 
 
 @pytest.mark.parametrize("kind", KINDS)

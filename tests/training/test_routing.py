@@ -54,6 +54,21 @@ def test_they_are_those_of_plain_transformers(asked, smollm2, tmp_path):
         assert one["experts/auxiliary_loss"] == pytest.approx(auxiliary, rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_what_goes_to_no_expert_counts_nowhere(dtype, smollm2, tmp_path, monkeypatch):
+    """Without ``bincount``, in which the host waits for a GPU."""
+    sizes = dict(num_experts=6, num_experts_per_tok=2, moe_intermediate_size=24, hidden_size=48)
+    folder = builders.llama(tmp_path / "model", smollm2, "qwen3_moe", **sizes)
+    routing = Routing(AutoModelForCausalLM.from_pretrained(folder), torch.device("cpu"))
+    monkeypatch.delattr(torch, "bincount")
+    for _ in range(2):
+        routing.count(0, torch.tensor([[0, 5], [0, 6], [0, 9]], dtype=dtype))
+        routing.count(1, torch.tensor([[1, 2]], dtype=dtype))
+        found = routing.figures()
+        assert found["experts/busiest"] == pytest.approx(3 / (4 / 6))
+        assert found["experts/unused"] == pytest.approx(8 / 12)
+
+
 def test_a_dense_model_has_none(tmp_path):
     model = builders.frozen_model(tmp_path / "model")
     assert Routing(model, torch.device("cpu")).figures() == {}

@@ -106,6 +106,24 @@ def expected(folder):
     return {kind: plainly(folder, kind) for kind in ("tied", "untied", "bfloat16")}
 
 
+def test_sampling_may_take_kernels_that_are_not_deterministic(tiny_model):
+    """``top_p`` has no others on GPUs: they warn within, and what was demanded is demanded after."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    task = TaskConfig(name="said", scorer="contains", path="-", max_new_tokens=2, temperature=1.0, top_p=0.9)
+    seen = {}
+    try:
+        for mode in ("default", "warn", "error"):
+            torch.set_deterministic_debug_mode(mode)
+            demanded, within = torch.get_deterministic_debug_mode(), seen.setdefault(mode, set())
+            generation.Unsharded(model).answer(
+                [[1, 17]], task, [2], 0, lambda within=within: within.add(torch.get_deterministic_debug_mode())
+            )
+            assert torch.get_deterministic_debug_mode() == demanded
+    finally:
+        torch.set_deterministic_debug_mode("default")
+    assert seen == {"default": {0}, "warn": {1}, "error": {1}}
+
+
 ALL = [(world, kind) for world in WORLDS for kind in ("tied", "untied", "bfloat16")]
 BY_DEFAULT = {("1", "tied"), ("2", "bfloat16"), ("3", "untied"), ("2x2", "tied")}
 
