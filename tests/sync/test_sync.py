@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import pickle
 import random
 import resource
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import builders
@@ -21,7 +23,7 @@ from commands import ROOT
 from published import state, stream, whole, writer
 from transformers import AutoModelForCausalLM
 
-from liftdist import preflight
+from liftdist import files, preflight
 from liftdist.deltas import file as delta_file
 from liftdist.deltas.delta import bits
 from liftdist.deltas.of_run import by_tensor
@@ -31,6 +33,7 @@ from liftdist.models.weights import ModelFolder
 from liftdist.runs.checkpoint import touched_of
 from liftdist.schema import Config
 from liftdist.sync import checkpoints, reader, version
+from liftdist.sync import folder as folders
 from liftdist.sync import state as states
 from liftdist.sync.reader import Follower, Unreachable
 from liftdist.sync.version import CHANGES, FULL
@@ -285,6 +288,49 @@ def test_ranks_send_what_is_trained_of_a_matrix_and_not_the_vector_that_it_is_pa
     publisher._gathered()
     assert len(pickle.dumps(sent[0])) < vector.nbytes
     assert torch.equal(sent[0]["7/values"], vector[7:17])
+
+
+def test_where_and_beside_what_a_folder_follows(base, tmp_path, monkeypatch):
+    source, cache, out = tmp_path / "S", tmp_path / "cache", tmp_path / "disk" / "out"
+    out.parent.mkdir()
+
+    def follow(step, target, form="hf"):
+        with writer(source, base) as made:
+            made.publish(step, state(base, step))
+        given = [Path(os.path.relpath(path)) for path in (source, base)]
+        said = []
+        folders.follow(*given, target, form, cache, True, said.append)
+        assert said == [f"{target}: version {made.version.number}, step {step}"]
+        stored = ModelFolder(out)
+        assert_equal({name: stored.read(name) for name in stored.file_of}, whole(base, step))
+
+    left, others = (
+        out.with_name(".out-0123abcd"),
+        (".out-0123abc", ".out-0123abcd-1", ".other-0123abcd", "out-0123abcd"),
+    )
+    shutil.copytree(base, left)
+    for name in others:
+        out.with_name(name).mkdir()
+    out.with_name(".out-ffffffff").write_text("")
+    kept = sorted((*others, ".out-89abcdef", ".out-ffffffff", "out"))
+    out.with_name(".out-89abcdef").mkdir()
+    with files.locked(out.with_name(".out-89abcdef")):  # of one that lives
+        follow(1, out)
+    assert sorted(path.name for path in out.parent.iterdir()) == kept
+
+    link = tmp_path / "link"
+    link.symlink_to("disk/out")
+    follow(2, link)
+    assert link.is_symlink()
+    monkeypatch.chdir(out)
+    follow(3, Path())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for form in ("hf", "sglang"):
+        with pytest.raises(UserError, match="file: exists, and is no folder that this command has written"):
+            follow(4, Path("file"), form)
+    with files.locked(out), pytest.raises(UserError, match="out: another process is changing it"):
+        follow(5, out)
 
 
 def test_changes_cost_what_has_changed(base, tmp_path):
