@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import pwd
+import re
 import secrets
 import shutil
 import stat
@@ -23,6 +25,7 @@ from typing import BinaryIO
 from liftdist.errors import UserError
 
 _PACKAGE = Path(__file__).resolve().parent
+_UNLOCKABLE = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.EBADF)  # a file system without locks
 _LINK = "symbolic links inside a run directory are not followed"
 
 
@@ -98,6 +101,48 @@ def folder_beside(target: Path, permissions: int = 0o777) -> Path:
     folder = name_beside(target)
     folder.mkdir(permissions)
     return folder
+
+
+def remove_left_over(target: Path) -> None:
+    """Remove the folders of :func:`folder_beside` a target that processes have left which were killed.
+
+    Those whose maker lives are :func:`locked`; where the file system has no locks, nothing is removed.
+    """
+    name = re.compile(rf"\.{re.escape(target.name)}-[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):
+        for path in target.parent.iterdir():
+            if name.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                with contextlib.suppress(UserError), locked(path) as has_locks:
+                    if has_locks:
+                        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """A block in which no other process that asks has this folder; yields whether its file system has locks.
+
+    Raises:
+        UserError: another process has it, or has replaced it meanwhile; it cannot be read.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error.strerror}") from None
+    try:
+        is_mine = has_locks = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_mine = False
+        except OSError as error:
+            if error.errno not in _UNLOCKABLE:
+                raise
+            has_locks = False
+        if not is_mine or not (folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat())):
+            raise UserError(f"{folder}: another process is changing it; try again when that one has ended")
+        yield has_locks
+    finally:
+        os.close(descriptor)
 
 
 def publish(folder: Path, target: Path, exchange: Callable[[Path, Path], None] | None = None) -> None:

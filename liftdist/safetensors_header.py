@@ -53,8 +53,10 @@ def _end(entries: dict[str, Any]) -> int:
     position = 0
     for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
         begin, end = entry["data_offsets"]
-        bits = 8 if entry["dtype"] == "BOOL" else int(re.findall(r"\d+", entry["dtype"])[0])  # F32, F8_E4M3
-        if begin != position or (end - begin) * 8 != math.prod(entry["shape"]) * bits:
+        bits = re.search(r"\d+", "8" if entry["dtype"] == "BOOL" else entry["dtype"])  # F32, F8_E4M3
+        if bits is None:
+            raise ValueError(f"{name} has the dtype {entry['dtype']}")
+        if begin != position or (end - begin) * 8 != math.prod(entry["shape"]) * int(bits[0]):
             raise ValueError(f"the bytes of {name} are not where its shape and its neighbours put them")
         position = end
     return position

@@ -30,6 +30,7 @@ DTYPES = {
     "F16": torch.float16,
     "U16": torch.uint16,
     "I16": torch.int16,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
     "I8": torch.int8,

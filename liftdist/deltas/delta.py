@@ -193,7 +193,7 @@ def _replace(
     if old is not None and not torch.equal(bits(flat[indices].to(dtype)), bits(old.to(flat.device, dtype))):
         raise UserError(f"{name} does not hold the {what}")
     flat = flat.to(dtype, copy=not in_place)
-    flat[indices] = new.to(flat)
+    flat.view(_BITS[flat.element_size()])[indices] = bits(new.to(flat))  # not all dtypes can be written at indices
     return flat.view(tensor.shape)
 
 

@@ -36,7 +36,8 @@ def read(path: Path) -> Delta:
         if (kind := metadata.get("format")) not in (FORMAT, compressed.FORMAT):
             kind = "a sparse patch" if kind == PATCH_FORMAT else "another kind of safetensors file"
             raise ValueError(f"is {kind}, not a delta that this version reads")
-        tensors, made = json.loads(metadata["tensors"]), dict(json.loads(metadata.get("made", "{}")))
+        tensors, made = dict(json.loads(metadata["tensors"])), dict(json.loads(metadata.get("made", "{}")))
+        base_digest = metadata["base"]
         if _contents_digest(file) != metadata["sha256"]:
             raise ValueError("its contents do not match the sha256 in its metadata")
     except OSError as error:
@@ -68,7 +69,7 @@ def read(path: Path) -> Delta:
     origin = {key: metadata[key] for key in ORIGIN if key in metadata}
     delta = Delta(
         path,
-        metadata["base"],
+        base_digest,
         list(tensors),
         get,
         origin,

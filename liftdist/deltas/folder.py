@@ -5,6 +5,7 @@ A folder is written under a temporary name beside its target, file by file, and 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import hashlib
@@ -46,8 +47,20 @@ def change_folder(
 
     Raises:
         UserError: the folder is not the model that the delta applies to, two deltas share weights, or the folder cannot be
-            replaced atomically.
+            replaced atomically, or is being replaced by another process.
     """
+    with contextlib.nullcontext() if output else files.locked(folder):
+        return _change(folder, cache_dir, apply, undo, output, beside)
+
+
+def _change(
+    folder: Path,
+    cache_dir: Path,
+    apply: Delta | None,
+    undo: Delta | None,
+    output: Path | None,
+    beside: Sequence[Delta],
+) -> Path:
     stored = ModelFolder(folder)
     if output is None and (others := stored.stored.others()):
         raise UserError(
@@ -150,6 +163,7 @@ def rewrite(
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made: Path | None = None
+    held = contextlib.ExitStack()
     with together(), files.disk_errors(target):
         if rank == 0:
             if target.exists() and not replace:
@@ -157,10 +171,12 @@ def rewrite(
             if replace:
                 _check_exchange(target)
             made = files.folder_beside(target, 0o700 if replace else 0o777)  # what it replaces may be private
+            held.enter_context(files.locked(made))  # it is no left-over of a process that was killed
     temporary: Path = gather(made)[0]
     try:
         with together(), files.disk_errors(target):
-            written = _write_weights(stored, temporary, edit, rank, ranks)
+            is_same = replace and stored.folder.samefile(target)
+            written = _write_weights(stored, temporary, edit, rank, ranks, is_same)
         total = sum(gather(written))
         with together(), files.disk_errors(target):
             if rank == 0:
@@ -172,10 +188,16 @@ def rewrite(
     finally:
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what a failure left, or the replaced folder
+        held.close()
 
 
 def _write_weights(
-    stored: ModelFolder, folder: Path, edit: Callable[[str, Tensor], Tensor], rank: int, ranks: int
+    stored: ModelFolder,
+    folder: Path,
+    edit: Callable[[str, Tensor], Tensor],
+    rank: int,
+    ranks: int,
+    keep_metadata: bool,
 ) -> int:
     """Write this rank's share of the weight files, one at a time. Returns the bytes of their tensors."""
     members: dict[str, list[str]] = {}
@@ -184,7 +206,8 @@ def _write_weights(
     total = 0
     for file in sorted(members)[rank::ranks]:
         tensors = {name: edit(name, stored.read(name)).contiguous() for name in members[file]}
-        safetensors_io.save(tensors, folder / file, {"format": "pt"})
+        metadata = stored.stored.headers[file].get("__metadata__") if keep_metadata else {"format": "pt"}
+        safetensors_io.save(tensors, folder / file, metadata)
         total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         del tensors
     return total
@@ -258,6 +281,8 @@ def _copy_others(stored: ModelFolder, target: Path, replace: bool) -> None:
             continue
         if path.exists():  # a link, for example into a cache, becomes a copy of its target
             files.copy(path, target / path.name)
+        elif replace:  # its target may come back
+            (target / path.name).symlink_to(path.readlink())
 
 
 def say_left_out(stored: ModelFolder) -> list[str]:

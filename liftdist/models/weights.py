@@ -24,16 +24,23 @@ from liftdist.distributed.collectives import gather, together
 from liftdist.errors import UserError
 from liftdist.models import stored
 from liftdist.safetensors_header import data_begin, header
-from liftdist.safetensors_io import TensorFile
+from liftdist.safetensors_io import DTYPES, TensorFile
 
 
 class ModelFolder:
-    """The safetensors files of a folder that transformers loads, opened one at a time, read by name and rows."""
+    """The safetensors files of a folder that transformers loads, opened one at a time, read by name and rows.
+
+    Raises:
+        UserError: as :func:`liftdist.models.stored.resolve`, or a tensor has a dtype that is not read.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.stored = stored.resolve(folder)
         self.file_of = self.stored.file_of
+        for name, file in self.file_of.items():
+            if (dtype := self.info(name)["dtype"]) not in DTYPES:
+                raise UserError(f"{folder / file}: {name} is {dtype}; convert it to one of {', '.join(DTYPES)}")
         self._files = {file: TensorFile(folder / file, entries) for file, entries in self.stored.headers.items()}
         self._stamps = {file: _stamp(folder / file) for file in self._files}
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from liftdist import files
 from liftdist.deltas.delta import ABOUT, Change, Delta
 from liftdist.deltas.formats import hf, sglang
 from liftdist.errors import UserError
@@ -42,8 +43,14 @@ def follow(
         UserError: ``target`` is something else, cannot be written or replaced; with ``once``, no version can be read; ``base`` is
             not the base model.
     """
+    source, base, cache_dir = (
+        path.absolute() for path in (source, base, cache_dir)
+    )  # the target may be the current folder
+    given, target = target, target.resolve()
     digest = weights.digest(base, cache_dir)
     held = _held(target, form, digest)
+    if form == "hf":
+        files.remove_left_over(target)
     follower = Follower(source, digest)
     said = ""
     while True:
@@ -67,7 +74,7 @@ def follow(
                         raise UserError(f"{base}: is another model than when this began; start again")
                     _write(form, follower, follower.version, changes, base, target)
                     held = _made(follower.version)
-                say(f"{target}: version {follower.version.number}, step {follower.version.step}")
+                say(f"{given}: version {follower.version.number}, step {follower.version.step}")
             if once:
                 if follower.version is None:
                     raise UserError(f"{source}: holds no version yet; liftdist sync RUN --to {source} writes them")
@@ -83,7 +90,8 @@ def _write(
 
     everything = delta(follower.state, lambda name: follower.state[name].change())
     if form == "hf":
-        hf.write(everything, base, target, replace=target.exists())
+        with files.locked(target) if target.exists() else contextlib.nullcontext():
+            hf.write(everything, base, target, replace=target.exists())
     else:
         target.mkdir(exist_ok=True)
         sglang.add(target, ModelFolder(base), everything, delta(changes, lambda name: changes[name]))
@@ -119,7 +127,7 @@ def _held(target: Path, form: str, base: str) -> dict[str, Any]:
     """What an earlier process has written says of itself. Raises ``UserError`` if ``target`` is something else."""
     if not target.exists() or (form == "sglang" and target.is_dir() and not any(target.iterdir())):
         return {}
-    newest = target if form == "hf" else sglang.path_of(target, sglang.newest(target))
+    newest = target if form == "hf" or not target.is_dir() else sglang.path_of(target, sglang.newest(target))
     about = check.read_json(newest / ABOUT) if (newest / ABOUT).exists() else {}
     made: dict[str, Any] = about.get("made", {})
     if not {"sync", "stream", "version", "run"} <= made.keys() or about.get("base_digest") != base:

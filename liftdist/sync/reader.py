@@ -165,6 +165,8 @@ class Follower:
     def _accept(self, version: Version, state: dict[str, Weights]) -> dict[str, Change]:
         changes = {}
         try:
+            if lost := self.state.keys() - state.keys():
+                raise ValueError(f"{min(lost)} is not there")
             for name, held in state.items():
                 if (places := states.moved(self.state.get(name), held)).numel():
                     changes[name] = held.change(places)

@@ -96,7 +96,8 @@ def digest(state: State) -> str:
 
 
 def moved(before: Weights | None, after: Weights) -> Tensor:
-    """``[c]`` sorted places in the support of ``after`` that were not in that of ``before``, or held other bits.
+    """``[c]`` sorted places in the support of ``after`` that were not in that of ``before``, or held other bits: all of them
+    where the dtype is another.
 
     Raises ``ValueError`` if the support has lost a weight.
     """
@@ -105,10 +106,11 @@ def moved(before: Weights | None, after: Weights) -> Tensor:
     if before.support is after.support and before.values.dtype == after.values.dtype:
         return (bits(before.values) != bits(after.values)).nonzero().squeeze(1)
     places = before.support.within(after.support)
-    if places is None or before.values.dtype != after.values.dtype:
+    if places is None:
         raise ValueError("it is not what the version before was, and more")
     differs = torch.ones(after.values.numel(), dtype=torch.bool)
-    differs[places] = bits(before.values) != bits(after.values[places])
+    if before.values.dtype == after.values.dtype:
+        differs[places] = bits(before.values) != bits(after.values[places])
     return differs.nonzero().squeeze(1)
 
 

@@ -114,6 +114,7 @@ class Writer:
         for name, held in found.items():
             if not is_finite(held.values):
                 raise UserError(f"{self.folder}: step {step} is not published: {name} holds a value that is not finite")
+        found = {name: held for name, held in found.items() if held.values.numel()}  # files hold no empty ones
         after = states.grown(self.state, found, self._base)
         number = self.version.number + 1 if self.version else 1
         target = versions.path_of(self.folder, number)

@@ -89,7 +89,11 @@ class Publisher:
     def _gathered(self) -> list[dict[str, Tensor]]:
         """What each shard holds, on rank 0; empty elsewhere."""
         shards, rank = self._mesh.device_mesh.size(1), self._mesh.rank
-        mine = self._method.weights() if rank < shards else None  # of the first replica
+        mine = None
+        if rank < shards:  # of the first replica
+            mine = {
+                name: part.clone() for name, part in self._method.weights().items()
+            }  # a view is sent with all that it views
         found: list[dict[str, Tensor] | None] | None = [None] * self._mesh.world_size if self._mesh.is_main else None
         dist.gather_object(mine, found, dst=0)
         return [part for part in found or () if part is not None]

@@ -4,6 +4,7 @@ import json
 import shutil
 
 import builders
+import pytest
 import torch
 from commands import liftdist
 from safetensors.torch import save_file
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from liftdist import safetensors_header, safetensors_io
 from liftdist.deltas import codec
 from liftdist.deltas import file as delta_file
+from liftdist.errors import UserError
 from liftdist.models import check
 
 
@@ -43,6 +45,23 @@ def rewrite(path, target, metadata=None, **tensors):
     about |= {"sha256": safetensors_io.digest_of(sorted(kept.items()))} | (metadata or {})
     save_file(kept, target, about)
     return target
+
+
+def test_a_delta_that_lacks_what_it_must_say_is_refused_in_one_line(tmp_path):
+    tensors = {"a.gaps": torch.zeros(8, dtype=torch.uint8), "a.values": torch.ones(1)}
+    tell = {"a": {"shape": [4], "stored": "F32", "count": 1}}
+    about = {"format": delta_file.FORMAT, "base": "0" * 64, "tensors": json.dumps(tell)}
+    about["sha256"] = safetensors_io.digest_of(sorted(tensors.items()))
+    save_file(tensors, tmp_path / "whole", about)
+    assert delta_file.read(tmp_path / "whole").names == ["a"]
+    for number, damaged in enumerate(({key: about[key] for key in about.keys() - {"base"}}, about | {"tensors": "5"})):
+        save_file(tensors, tmp_path / f"{number}", damaged)
+        with pytest.raises(UserError, match="damaged, or not a delta: "):
+            delta_file.read(tmp_path / f"{number}")
+    content = (tmp_path / "whole").read_bytes()
+    (tmp_path / "kind").write_bytes(content.replace(b'"F32"', b'"Uxx"', 1))
+    with pytest.raises(UserError, match="kind has a damaged header: a.values has the dtype Uxx"):
+        delta_file.read(tmp_path / "kind")
 
 
 def test_what_is_wrong_with_a_delta_is_found_before_anything_is_written(folders, deltas, tmp_path):

@@ -1,20 +1,27 @@
 """A delta on a model folder: applied, undone and swapped to the bit, and refused where it does not fit."""
 
 import dataclasses
+import errno
+import fcntl
 import json
 import random
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import builders
+import pytest
 import torch
 from commands import liftdist
 from safetensors.torch import load_file, save_file
 
-from liftdist.deltas import delta
+from liftdist import files, safetensors_io
+from liftdist.deltas import delta, of_run
 from liftdist.deltas import file as delta_file
-from liftdist.models import check
+from liftdist.deltas import folder as model_folders
+from liftdist.errors import UserError
+from liftdist.models import check, weights
 
 
 def test_apply_undo_and_swap_on_a_folder_are_exact(folders, deltas, tmp_path):
@@ -157,6 +164,103 @@ def test_a_process_killed_while_it_applies_leaves_the_old_folder(folders, deltas
             shutil.rmtree(folder)
             shutil.copytree(folders[0], folder)
     print(seen)
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A model of two files, one changed in both, and the delta."""
+    chance, files_of = torch.Generator().manual_seed(0), {}
+    for number in (1, 2):
+        tensors = {f"{name}{number}": torch.randn(4, 8, generator=chance).bfloat16() for name in "ab"}
+        files_of[f"model-0000{number}-of-00002.safetensors"] = tensors
+    for name, step in (("base", 0), ("one", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        for file, tensors in files_of.items():
+            moved = {key: torch.cat([tensor[:1] + step, tensor[1:]]) for key, tensor in tensors.items()}
+            save_file(moved, folder / file, {"format": "pt", "made by": file})
+        index = {"metadata": {"total_size": 256}}  # bytes of four tensors
+        index["weight_map"] = {key: file for file, tensors in files_of.items() for key in tensors}
+        (folder / check.INDEX).write_text(json.dumps(index))
+    digest = weights.digest(tmp_path / "base", tmp_path / "cache")
+    delta_file.write(of_run.between(tmp_path / "base", tmp_path / "one", digest), tmp_path / "one.delta")
+    return tmp_path / "base", delta_file.read(tmp_path / "one.delta"), tmp_path / "cache"
+
+
+def test_of_two_that_change_a_folder_at_once_the_second_is_refused(small, tmp_path, monkeypatch):
+    base, one, cache = small
+    folder, flock = shutil.copytree(base, tmp_path / "model"), fcntl.flock
+    save = safetensors_io.save
+
+    def meanwhile(*given):
+        save(*given)
+        files.remove_left_over(folder)  # what is being written is none
+        with pytest.raises(UserError, match="model: another process is changing it; try again when that one has ended"):
+            model_folders.change_folder(folder, cache, one)
+
+    monkeypatch.setattr(safetensors_io, "save", meanwhile)
+    model_folders.change_folder(folder, cache, one)
+    monkeypatch.undo()
+    assert builders.contents(folder) == builders.contents(tmp_path / "one")
+
+    def late(*given):  # the first has just ended, and the folder that was opened is no more
+        folder.rename(tmp_path / "old")
+        shutil.copytree(base, folder)
+        flock(*given)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with pytest.raises(UserError, match="another process is changing it"):
+        model_folders.change_folder(folder, cache, one)
+    assert builders.contents(folder) == builders.contents(base)
+
+    def without(*_):
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", without)
+    model_folders.change_folder(folder, cache, one)
+    assert builders.contents(folder) == builders.contents(tmp_path / "one")
+
+
+def test_what_else_a_folder_holds_is_there_after_it_was_changed_in_place_and_back(small, tmp_path):
+    base, one, cache = small
+    (base / "notes").symlink_to("../elsewhere/notes")  # where nothing is now
+    (base / "config.json").unlink()
+    (base / "config.json").symlink_to("../config.json")
+    (tmp_path / "config.json").write_text("{}")
+    folder = shutil.copytree(base, tmp_path / "model", symlinks=True)
+    for how in ({"apply": one}, {"undo": one}):
+        model_folders.change_folder(folder, cache, **how)
+        assert (folder / "notes").readlink() == Path("../elsewhere/notes")
+        assert (folder / "config.json").read_text() == "{}"
+    for file in base.glob("*.safetensors"):
+        assert (folder / file.name).read_bytes() == file.read_bytes()  # with what it says of itself
+    model_folders.change_folder(base, cache, one, output=tmp_path / "new")
+    assert not (tmp_path / "new" / "notes").is_symlink()
+
+
+@pytest.mark.parametrize("kind", safetensors_io.DTYPES)
+def test_every_dtype_is_carried_to_the_bit(kind, tmp_path):
+    dtype = safetensors_io.DTYPES[kind]
+    for place, name in enumerate(("base", "one")):
+        bytes_of = torch.zeros(64, dtype=torch.uint8)
+        bytes_of[8 * place :: 16] = 1
+        (tmp_path / name).mkdir()
+        safetensors_io.save({"w": bytes_of.view(dtype).view(2, -1)}, tmp_path / name / check.WEIGHTS, {"format": "pt"})
+    base, cache, at = tmp_path / "base", tmp_path / "cache", tmp_path / "one.delta"
+    delta_file.write(of_run.between(base, tmp_path / "one", weights.digest(base, cache)), at)
+    made = model_folders.change_folder(base, cache, delta_file.read(at), output=tmp_path / "made")
+    back = model_folders.change_folder(made, cache, undo=delta_file.read(at), output=tmp_path / "back")
+    for found, expected in ((made, tmp_path / "one"), (back, base)):
+        assert (found / check.WEIGHTS).read_bytes() == (expected / check.WEIGHTS).read_bytes()
+
+
+def test_a_dtype_that_is_not_read_is_named(tmp_path):
+    save_file({"w": torch.zeros(4, dtype=torch.int64)}, tmp_path / check.WEIGHTS)
+    content = (tmp_path / check.WEIGHTS).read_bytes()
+    (tmp_path / check.WEIGHTS).write_bytes(content.replace(b'"I64"', b'"C64"'))
+    with pytest.raises(UserError, match=f"{check.WEIGHTS}: w is C64; convert it to one of U64, I64"):
+        weights.digest(tmp_path, tmp_path / "cache")
 
 
 def test_folders_of_other_architectures_have_no_difference(folders, tmp_path):

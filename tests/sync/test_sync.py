@@ -3,6 +3,8 @@
 import errno
 import fcntl
 import json
+import os
+import pickle
 import random
 import resource
 import shutil
@@ -10,6 +12,8 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import builders
 import published
@@ -19,7 +23,7 @@ from commands import ROOT
 from published import state, stream, whole, writer
 from transformers import AutoModelForCausalLM
 
-from liftdist import preflight
+from liftdist import files, preflight
 from liftdist.deltas import file as delta_file
 from liftdist.deltas.delta import bits
 from liftdist.deltas.of_run import by_tensor
@@ -29,9 +33,11 @@ from liftdist.models.weights import ModelFolder
 from liftdist.runs.checkpoint import touched_of
 from liftdist.schema import Config
 from liftdist.sync import checkpoints, reader, version
+from liftdist.sync import folder as folders
 from liftdist.sync import state as states
 from liftdist.sync.reader import Follower, Unreachable
 from liftdist.sync.version import CHANGES, FULL
+from liftdist.training import publish
 
 
 @pytest.fixture(scope="module")
@@ -221,6 +227,110 @@ def test_a_run_that_went_back_gives_base_values_back(base, tmp_path):
     late = Reader(tmp_path / "S", base)
     late.update()
     assert_equal(late.tensors, whole(base, 3))
+
+
+def test_a_tensor_of_which_nothing_is_trained_is_none_of_a_version(base, tmp_path):
+    one = Reader(tmp_path / "S", base)
+    for step in (1, 2, 3):  # each by a writer that reads what the one before has left
+        found = state(base, 1)
+        name, held = next(iter(found.items()))
+        if step != 2:
+            found[name] = checkpoints.weights_of(
+                ModelFolder(base), name, held.support.indices[:0].long(), held.values[:0]
+            )
+        with writer(tmp_path / "S", base) as made:
+            made.publish(step, found)
+        one.update()
+        assert not one.follower.problems
+        expected = whole(base, 1)
+        if step != 2:
+            expected[name] = whole(base, 0)[name]
+        assert_equal(one.tensors, expected)
+
+
+def test_a_run_that_goes_on_in_another_dtype_publishes_all_of_its_values(base, tmp_path):
+    one = Reader(tmp_path / "S", base)
+    one.tensors = {name: tensor.float() for name, tensor in one.tensors.items()}
+    steps = (1, 2, 6, 7)  # at 6 and 7 more weights than before
+    with writer(tmp_path / "S", base, full_interval=100) as made:
+        for step, dtype in zip(steps, (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32), strict=True):
+            found = {
+                name: states.Weights(held.support, held.values.to(dtype)) for name, held in state(base, step).items()
+            }
+            made.publish(step, found)
+            one.update()
+            assert_equal(one.tensors, {name: tensor.float() for name, tensor in whole(base, step).items()})
+            assert {held.values.dtype for held in one.follower.state.values()} == {dtype}
+
+
+def test_a_folder_that_was_begun_anew_and_changes_fewer_tensors_is_refused(base, tmp_path):
+    folder, one = tmp_path / "S", Reader(tmp_path / "S", base)
+    with writer(folder, base) as made:
+        made.publish(1, state(base, 1))
+    one.update()
+    shutil.rmtree(folder)
+    fewer = dict(list(state(base, 1).items())[1:])
+    with writer(folder, base, keep=1) as made:
+        for step in (1, 2, 3, 4):
+            made.publish(step, fewer)
+    before = one.follower.state
+    with pytest.raises(UserError, match="version 4 has lost weights that version 1 had changed; .* follow anew"):
+        one.update()
+    assert one.follower.state is before
+
+
+def test_ranks_send_what_is_trained_of_a_matrix_and_not_the_vector_that_it_is_part_of(monkeypatch):
+    vector, sent = torch.arange(20_000.0), []
+    publisher = object.__new__(publish.Publisher)
+    publisher._mesh = SimpleNamespace(device_mesh=SimpleNamespace(size=lambda _: 1), rank=0, world_size=1, is_main=True)
+    publisher._method = SimpleNamespace(weights=lambda: {f"{n}/values": vector[n : n + 10] for n in range(50)})
+    monkeypatch.setattr(publish.dist, "gather_object", lambda mine, found, dst: sent.append(mine))
+    publisher._gathered()
+    assert len(pickle.dumps(sent[0])) < vector.nbytes
+    assert torch.equal(sent[0]["7/values"], vector[7:17])
+
+
+def test_where_and_beside_what_a_folder_follows(base, tmp_path, monkeypatch):
+    source, cache, out = tmp_path / "S", tmp_path / "cache", tmp_path / "disk" / "out"
+    out.parent.mkdir()
+
+    def follow(step, target, form="hf"):
+        with writer(source, base) as made:
+            made.publish(step, state(base, step))
+        given = [Path(os.path.relpath(path)) for path in (source, base)]
+        said = []
+        folders.follow(*given, target, form, cache, True, said.append)
+        assert said == [f"{target}: version {made.version.number}, step {step}"]
+        stored = ModelFolder(out)
+        assert_equal({name: stored.read(name) for name in stored.file_of}, whole(base, step))
+
+    left, others = (
+        out.with_name(".out-0123abcd"),
+        (".out-0123abc", ".out-0123abcd-1", ".other-0123abcd", "out-0123abcd"),
+    )
+    shutil.copytree(base, left)
+    for name in others:
+        out.with_name(name).mkdir()
+    out.with_name(".out-ffffffff").write_text("")
+    kept = sorted((*others, ".out-89abcdef", ".out-ffffffff", "out"))
+    out.with_name(".out-89abcdef").mkdir()
+    with files.locked(out.with_name(".out-89abcdef")):  # of one that lives
+        follow(1, out)
+    assert sorted(path.name for path in out.parent.iterdir()) == kept
+
+    link = tmp_path / "link"
+    link.symlink_to("disk/out")
+    follow(2, link)
+    assert link.is_symlink()
+    monkeypatch.chdir(out)
+    follow(3, Path())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for form in ("hf", "sglang"):
+        with pytest.raises(UserError, match="file: exists, and is no folder that this command has written"):
+            follow(4, Path("file"), form)
+    with files.locked(out), pytest.raises(UserError, match="out: another process is changing it"):
+        follow(5, out)
 
 
 def test_changes_cost_what_has_changed(base, tmp_path):

@@ -84,7 +84,7 @@ def _write_version(folder: Path, number: int, base: ModelFolder, delta: Delta, m
             assert isinstance(whole, Change)
             _check(name, tensor, change)
             flat = tensor.flatten()
-            flat[whole.indices] = whole.values
+            deltas.bits(flat)[whole.indices] = deltas.bits(whole.values)
             checksums[name] = xxhash.xxh3_128(safetensors_io.bytes_of(flat)).hexdigest()
             packed = compressor.compress(_packed(change))
             tensors.add(name, torch.frombuffer(bytearray(packed), dtype=torch.uint8))
