@@ -290,15 +290,14 @@ def _missing(message: Message, shown: str, keys: Sequence[str]) -> str | None:
     """
     squeezed = _squeezed(shown)
     said = [
-        (key, part)
+        (key, frozenset(map(_squeezed, _forms(part))))
         for key, value in given(message)
         if key in keys
         for part in (re.split(r"</?think(?:ing)?>", value) if isinstance(value, str) else [value])
     ]
-    often = Counter(str(part) for key, part in said if key in _SAID)
-    for key, part in said:
-        forms = {_squeezed(form) for form in _forms(part)}
-        if "" not in forms and sum(map(squeezed.count, forms)) < max(1, often[str(part)] if key in _SAID else 1):
+    often = Counter(forms for key, forms in said if key in _SAID)  # reasoning may have two names, and be written once
+    for key, forms in said:
+        if "" not in forms and sum(map(squeezed.count, forms)) < (often[forms] if key in _SAID else 1):
             return key
     return None
 

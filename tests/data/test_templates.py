@@ -282,6 +282,7 @@ def calling(*arguments, content=""):
     ("written", "messages", "key"),
     [
         (JSON_CALLS, calling({"a": 3, "is_round": False, "deep": [{"b": None, "c": 0.5}]}), None),
+        (JSON_CALLS, calling({"a": True, "b": "True", "c": 3, "d": "3", "e": "a", "f": "\"3\"\n"}, content=""), None),
         ("{{ call.name }}{% for name, one in call.arguments.items() %} {{ name }}={{ one }}{% endfor %}",
          calling({"a": 3, "is_round": False}), None),
         ("{{ call.name }}", calling({"a": 3}), "tool_calls"),
