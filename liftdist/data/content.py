@@ -89,7 +89,11 @@ def conversation(record: Record, turns: Any, key: str, prompt: int = 0) -> Conve
         made, is_learned = _message(turn, f"turn {number} of {key!r}")
         if messages and number == 1 and made["role"] == "system":
             raise ValueError(f"a system prompt stands beside {key!r} and in it; leave one of them out")
-        if made["role"] == "assistant" and (not is_learned or number <= prompt):
+        if is_learned and number <= prompt:
+            raise ValueError(
+                f"turn {number} of {key!r} asks to be learned, but stands in the prompt; move it, or leave that out"
+            )
+        if made["role"] == "assistant" and (is_learned is False or number <= prompt):
             masked.add(len(messages))
         messages.append(made)
     if not any(message["role"] == "assistant" for message in messages[len(messages) - len(turns) + prompt :]):
@@ -136,8 +140,8 @@ def _keys(content: Conversation) -> Iterator[str]:
                     yield name
 
 
-def _message(turn: Any, where: str) -> tuple[dict[str, Any], bool]:
-    """A message as templates take it, and whether it may be learned."""
+def _message(turn: Any, where: str) -> tuple[dict[str, Any], bool | None]:
+    """A message as templates take it, and whether it is to be learned, if it says so."""
     if not isinstance(turn, Mapping):
         raise ValueError(f"{where} must be an object with 'role' and 'content', got {_kind(turn)}")
     given = {name: value for name, value in turn.items() if value is not None}
@@ -172,8 +176,8 @@ def _either(given: dict[str, Any], name: str, other: str, where: str) -> Any:
     return given.pop(name, given.pop(other, None))
 
 
-def _is_learned(given: dict[str, Any], role: str, where: str) -> bool:
-    """Take what says whether a message is learned."""
+def _is_learned(given: dict[str, Any], role: str, where: str) -> bool | None:
+    """Take what says whether a message is learned; None if nothing does."""
     for name in _OTHER_WEIGHTS:
         if name in given:
             raise ValueError(f"{where}: {name!r} is not used; say by 'weight', 0 or 1, whether a reply is learned")
@@ -189,7 +193,7 @@ def _is_learned(given: dict[str, Any], role: str, where: str) -> bool:
         raise ValueError(
             f"{where}: {' and '.join(map(repr, marks))} say of a reply that it is learned, and that it is not"
         )
-    return all(marks.values())
+    return all(marks.values()) if marks else None
 
 
 def refuse_media(holder: Mapping[str, Any], where: str) -> None:

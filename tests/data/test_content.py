@@ -167,6 +167,18 @@ def test_replies_that_are_not_to_be_learned(weights, masked):
     assert all(not set(message) - {"role", "content"} for message in shifted.messages)
 
 
+def test_a_reply_in_the_prompt_that_asks_to_be_learned_is_refused():
+    def read(mark):
+        earlier = {**REPLY, **mark}
+        return FORMATS.load("prompt_completion").read({"prompt": [USER, earlier, USER], "completion": [REPLY]})
+
+    assert read({"weight": 0}) == read({}) == Conversation([USER, REPLY, USER, REPLY], masked=frozenset({1}))
+    with pytest.raises(
+        ValueError, match="turn 2 of 'prompt . completion' asks to be learned, but stands in the prompt"
+    ):
+        read({"weight": 1})
+
+
 @pytest.mark.parametrize(
     ("record", "problem"),
     [
