@@ -124,9 +124,8 @@ class Source:
                     f"{self.place(name)}: {key}: YAML reads {node.value} in base {base}; write it in base 10"
                 )
             is_switch = schema_tree.template(key, self.root) in schema_tree.switches(self.root)
-            if (
-                is_switch and node.tag in (_INT, _FLOAT) and node.value not in ("0", "1")
-            ):  # any number but 0 would be true
+            # any number but 0 would be true
+            if is_switch and node.tag in (_INT, _FLOAT) and node.value not in ("0", "1"):
                 raise UserError(f"{self.place(name)}: {key}: must be true or false, got {node.value}")
             return
         if kind == schema_tree.TEXTS and isinstance(node, yaml.MappingNode):

@@ -21,7 +21,7 @@ from liftdist.cluster import commands, history, job, scheduler
 from liftdist.cluster.scheduler import Job
 from liftdist.errors import UserError
 from liftdist.runs import layout
-from liftdist.schema import SlurmConfig
+from liftdist.slurm_settings import SlurmConfig
 
 _POLL = 2.0  # seconds between two looks
 _SILENCE = 600.0  # seconds for which SLURM may give no answer

@@ -15,7 +15,8 @@ from liftdist import environment as env
 from liftdist import files
 from liftdist.cluster import commands
 from liftdist.errors import UserError
-from liftdist.schema import NAME, Config, SlurmConfig
+from liftdist.schema import Config
+from liftdist.slurm_settings import NAME, SlurmConfig
 
 ENDED = (
     "COMPLETED",

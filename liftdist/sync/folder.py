@@ -43,9 +43,8 @@ def follow(
         UserError: ``target`` is something else, cannot be written or replaced; with ``once``, no version can be read; ``base`` is
             not the base model.
     """
-    source, base, cache_dir = (
-        path.absolute() for path in (source, base, cache_dir)
-    )  # the target may be the current folder
+    # the target may be the current folder, which is replaced
+    source, base, cache_dir = source.absolute(), base.absolute(), cache_dir.absolute()
     given, target = target, target.resolve()
     digest = weights.digest(base, cache_dir)
     held = _held(target, form, digest)

@@ -90,10 +90,8 @@ class Publisher:
         """What each shard holds, on rank 0; empty elsewhere."""
         shards, rank = self._mesh.device_mesh.size(1), self._mesh.rank
         mine = None
-        if rank < shards:  # of the first replica
-            mine = {
-                name: part.clone() for name, part in self._method.weights().items()
-            }  # a view is sent with all that it views
+        if rank < shards:  # of the first replica; of views a copy, as they would be sent with all that they view
+            mine = {name: part.clone() for name, part in self._method.weights().items()}
         found: list[dict[str, Tensor] | None] | None = [None] * self._mesh.world_size if self._mesh.is_main else None
         dist.gather_object(mine, found, dst=0)
         return [part for part in found or () if part is not None]
