@@ -12,6 +12,7 @@ weights (`full`: all) on the same batches. Forgetting is the divergence from the
 prose, in nats a token; capitals of countries are asked besides.
 
 Runs that have finished are not run again, so the same command goes on after an interruption; those that failed are tried again.
+With ``--earlier FILE`` neither are those of a result file, so that a comparison can be made in pieces and on several machines.
 Results are written after every run, and a picture at the end; :mod:`bench.trials` says which runs there are, and
 :mod:`bench.frontier` what is made of them. Checkpoints of a finished run are removed.
 """
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
     parser.add_argument("--output", type=Path, help="folder for run directories; runs/fidelity-PRESET if not given")
     parser.add_argument("--out", type=Path, help="results; bench/results/fidelity-PRESET.json if not given")
+    parser.add_argument("--earlier", type=Path, help="results whose finished runs count and are not run again")
     parser.add_argument("--minutes", type=float, default=math.inf, help="start no run later than this")
     parser.add_argument("--jobs", type=int, help="runs at a time")
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), help="only these, the reference first")
@@ -189,8 +191,9 @@ def main() -> None:
     output = options.output or Path(f"runs/fidelity-{options.preset}")
     out = options.out or Path(f"bench/results/fidelity-{options.preset}.json")
     settings.rank = _rank(options.model, settings.density)
+    earlier = _earlier(options.earlier, settings) if options.earlier else {}
     _prepare(output, settings)
-    carry_out(settings, plan, output, out, options.jobs or jobs, time.monotonic() + 60 * options.minutes)
+    carry_out(settings, plan, output, out, options.jobs or jobs, time.monotonic() + 60 * options.minutes, earlier)
 
 
 def _change(parser: argparse.ArgumentParser, options: argparse.Namespace, settings: Settings, plan: Plan) -> None:
@@ -253,19 +256,49 @@ def _prepare(output: Path, settings: Settings) -> None:
     kept.write_text(json.dumps(now, indent=1) + "\n")
 
 
-def carry_out(settings: Settings, plan: Plan, output: Path, out: Path, jobs: int, deadline: float) -> None:
-    """Run what has not finished, one stage after the other, and write results after every run."""
+def _earlier(path: Path, settings: Settings) -> dict[Trial, dict[str, Any]]:
+    """What the finished runs of a result file found. Exits if they had other settings; other tasks may join."""
+    try:
+        kept = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        sys.exit(f"--earlier {path}: {error}")
+    now = dataclasses.asdict(settings)
+    tasks = now.pop("tasks")
+    if differ := [
+        f"{key} {kept['settings'].get(key)}, now {now[key]}" for key in now if kept["settings"].get(key) != now[key]
+    ]:
+        sys.exit(f"--earlier {path}: its runs have other settings ({', '.join(differ)})")
+    same = [task["kind"] for task in kept["settings"]["tasks"] if task in tasks]
+    names = [field.name for field in dataclasses.fields(Trial)]
+    finished = [run for run in kept["runs"] if run["status"] == FINISHED and run["task"] in same]
+    return {Trial(**{name: run[name] for name in names}): run for run in finished}
+
+
+def carry_out(
+    settings: Settings,
+    plan: Plan,
+    output: Path,
+    out: Path,
+    jobs: int,
+    deadline: float,
+    earlier: dict[Trial, dict[str, Any]] | None = None,
+) -> None:
+    """Run what has not finished and is not in ``earlier``, one stage after the other, and write results after every run."""
     shown = {"settings": dataclasses.asdict(settings) | dataclasses.asdict(plan)}
+    earlier = earlier or {}
     done: list[dict[str, Any]] = []
     for stage in ("development", "test"):
         planned = list(trials(settings, plan, stage, done))
-        fresh = sum(not _has_finished(trial.folder(output)) for trial in planned)
+        fresh = sum(trial not in earlier and not _has_finished(trial.folder(output)) for trial in planned)
         later = 0 if stage == "test" else len(settings.tasks) * len(plan.methods) * plan.best * plan.seeds
         then = f", then at most {later} of the test" if later else ""
         print(f"{stage}: {len(planned)} runs, {fresh} to be run{then}", flush=True)
         before, found, taken = done, dict[int, dict[str, Any]](), list[float]()
         with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-            started = [pool.submit(_unless_late, trial, settings, output, jobs, deadline) for trial in planned]
+            started = [
+                pool.submit(_unless_late, trial, settings, output, jobs, deadline, earlier.get(trial))
+                for trial in planned
+            ]
             try:
                 for future in concurrent.futures.as_completed(started):
                     number = started.index(future)
@@ -296,9 +329,11 @@ def carry_out(settings: Settings, plan: Plan, output: Path, out: Path, jobs: int
 
 
 def _unless_late(
-    trial: Trial, settings: Settings, output: Path, jobs: int, deadline: float
+    trial: Trial, settings: Settings, output: Path, jobs: int, deadline: float, earlier: dict[str, Any] | None
 ) -> tuple[dict[str, Any] | None, float | None]:
     """What a run found, and the seconds that it took now; nothing, if it has not finished and there is no time left."""
+    if earlier:
+        return earlier, None
     if _has_finished(trial.folder(output)):
         return run(trial, settings, output, jobs), None
     if (begun := time.monotonic()) > deadline:
