@@ -2,7 +2,8 @@
 
     python -m bench start [--ranks 2] [--rounds 3] [--model FOLDER] [--out FILE]
 
-    joined      all ranks have met, and the run directory is claimed
+    met         a rank has met the others: it begins to import transformers
+    claimed     the run directory is claimed
     read        the data is tokenised, and the model has been read
 
 Of each the seconds since the command was given, and the processor time of all its processes until then, which other load disturbs
@@ -45,6 +46,15 @@ def busy(pid: int) -> float:
     return ticks / _TICKS
 
 
+def has_met(pid: int) -> bool:
+    """Whether a rank below a process has mapped what transformers imports first, which it does when its group has met."""
+    for one in tree(pid):
+        with contextlib.suppress(OSError):
+            if "/regex/_regex" in Path(f"/proc/{one}/maps").read_text():
+                return True
+    return False
+
+
 def import_torch() -> dict[str, float]:
     before, began = os.times(), time.perf_counter()
     subprocess.run([sys.executable, "-c", "import torch"], check=True)
@@ -54,7 +64,7 @@ def import_torch() -> dict[str, float]:
 
 
 def train(folder: Path, model: Path, ranks: int) -> dict[str, dict[str, float]]:
-    """Wall and processor time of ``liftdist train`` until ``joined`` and until ``read``."""
+    """Wall and processor time of ``liftdist train`` until ``met``, ``claimed`` and ``read``."""
     run_dir, said = Path(tempfile.mkdtemp(dir=folder)), folder / "stderr"
     settings = {
         "run_dir": run_dir,
@@ -64,15 +74,16 @@ def train(folder: Path, model: Path, ranks: int) -> dict[str, dict[str, float]]:
     }
     command = [sys.executable, "-m", "liftdist", "train", str(folder / "config.yaml"), f"--nproc={ranks}"]
     command += [f"{key}={value}" for key, value in settings.items()]
-    marks: dict[str, Callable[[], bool]] = {
-        "joined": lambda: any((run_dir / "attempts").glob("attempt-*.jsonl")),
-        "read": lambda: "selecting principal weights" in said.read_text(),
+    marks: dict[str, Callable[[int], bool]] = {
+        "met": has_met,
+        "claimed": lambda _: any((run_dir / "attempts").glob("attempt-*.jsonl")),
+        "read": lambda _: "selecting principal weights" in said.read_text(),
     }
     found, began = {}, time.perf_counter()
     with said.open("w") as file, subprocess.Popen(command, stdout=file, stderr=file) as process:
         try:
             for name, is_reached in marks.items():
-                while not is_reached():
+                while not is_reached(process.pid):
                     if process.poll() is not None:
                         sys.exit(said.read_text())
                     time.sleep(_POLL)

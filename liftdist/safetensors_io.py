@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -39,10 +39,15 @@ DTYPES = {
 }  # by their safetensors names, in the order in which the library writes them
 
 
-def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+def save(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, free: bool = False
+) -> None:
     """Write a safetensors file of tensors on the host, byte for byte as the library does.
 
     The library makes files that only their owner may read, whatever the umask and the folder say.
+
+    Args:
+        free: take each tensor out of ``tensors``, a dict, when it is written.
 
     Raises:
         OSError: it cannot be written; names ``path``.
@@ -63,6 +68,8 @@ def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] 
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
                 file.write(memory_of(tensors[name]))
+                if free:
+                    cast(dict[str, Tensor], tensors).pop(name)
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
 

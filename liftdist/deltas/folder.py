@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
-import hashlib
 import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from liftdist.deltas.delta import Delta
 from liftdist.distributed.collectives import gather, together
 from liftdist.errors import UserError
 from liftdist.models import check, weights
-from liftdist.models.weights import ModelFolder
+from liftdist.models.weights import ModelFolder, threads
 
 
 def change_folder(
@@ -82,19 +82,7 @@ def _change(
                 )
     present = [undo, *beside] if undo else beside
 
-    def edited(name: str, tensor: Tensor) -> Tensor:
-        undone, applied = deltas.changes(name, *present), deltas.changes(name, apply, *beside)
-        try:
-            if output is None and not all(change.undoable for change in applied):
-                raise UserError(
-                    f"{started_from.location} holds no base values, so this could not be undone; give --output"
-                )
-            return deltas.edit(name, tensor, undone, applied, in_place=True)
-        except UserError as error:
-            raise UserError(f"{folder}: {error}") from None
-
-    try:  # its digest is known before anything is written, and each tensor is compared before the result has its name
-        found = _digest(stored, present) if present else weights.digest(folder, cache_dir)
+    def check_base(found: str) -> None:
         if apply is None:  # undone to the bit, so that the folder is what one of them began with
             fits = found in {delta.base_digest for delta in (started_from, *beside)}
         else:  # its base model is here, with some of the others applied
@@ -110,14 +98,36 @@ def _change(
                 else "; undo a delta that it holds, swap with --instead-of, or keep it with --beside"
             )
             raise UserError(
-                f"{undone}is not the base model of {started_from.location} "
+                f"{folder}: {undone}is not the base model of {started_from.location} "
                 f"({found[:12]}, not {started_from.base_digest[:12]}){remedy}"
             )
-    except UserError as error:
-        raise UserError(f"{folder}: {error}") from None
+
+    known = None if present else weights.known_digest(stored, cache_dir)
+    if known:
+        check_base(known)
+    found: dict[str, weights.Digested] = {}  # of the tensors, where the whole is not known: so that they are read once
+    misfits: list[str] = []
+
+    def edited(name: str, tensor: Tensor) -> Tensor:
+        applied = deltas.changes(name, apply, *beside)
+        try:
+            if output is None and not all(change.undoable for change in applied):
+                raise UserError(
+                    f"{started_from.location} holds no base values, so this could not be undone; give --output"
+                )
+            tensor = deltas.edit(name, tensor, deltas.changes(name, *present), [], in_place=True)
+            if not known:
+                found[name] = weights.digested(tensor)
+            return deltas.edit(name, tensor, [], applied, in_place=True)
+        except UserError as error:
+            misfits.append(name)
+            raise UserError(f"{folder}: {error}") from None
+
     target = output or folder.resolve()
 
-    def finish(temporary: Path) -> None:
+    def finish(temporary: Path) -> None:  # the last moment at which nothing has changed
+        if not known:
+            check_base(weights.combine(found))
         _copy_others(stored, temporary, replace=output is None)
         about = temporary / deltas.ABOUT  # of the one result that the folder was
         if about.exists():
@@ -130,18 +140,24 @@ def _change(
             ):
                 about.unlink()
 
-    rewrite(stored, target, edited, finish, replace=output is None)
+    try:
+        rewrite(stored, target, edited, finish, replace=output is None)
+    except UserError:
+        if misfits and not present:
+            check_base(weights.digest(folder, cache_dir))  # says what the whole is not
+        raise
     return target
 
 
-def _digest(stored: ModelFolder, undo: Sequence[Delta], apply: Sequence[Delta] = ()) -> str:
+def _digest(stored: ModelFolder, undo: Sequence[Delta], apply: Sequence[Delta]) -> str:
     """The digest of a folder's weights with deltas undone and then others applied."""
-    tensors = {}
-    for name in stored.file_of:
-        tensor = deltas.edit(name, stored.read(name), deltas.changes(name, *undo), deltas.changes(name, *apply), True)
-        sha256 = hashlib.sha256(safetensors_io.bytes_of(tensor)).hexdigest()
-        tensors[name] = (safetensors_io.dtype_name(tensor.dtype), list(tensor.shape), sha256)
-    return weights.combine(tensors)
+
+    def digested(name: str) -> tuple[str, weights.Digested]:
+        undone, applied = deltas.changes(name, *undo), deltas.changes(name, *apply)
+        return name, weights.digested(deltas.edit(name, stored.read(name), undone, applied, in_place=True))
+
+    with threads() as pool:
+        return weights.combine(dict(pool.map(digested, stored.file_of)))
 
 
 def rewrite(
@@ -154,7 +170,7 @@ def rewrite(
     """Write a model folder, its files split over the ranks; it appears under its name when it is complete. Collective.
 
     Args:
-        edit: maps a tensor's name and value, which it may write to, to the new value.
+        edit: maps a tensor's name and value, which it may write to, to the new value; called by several threads.
         finish: adds the other files to the folder, on rank 0, before it appears.
         replace: replace an existing folder.
 
@@ -204,13 +220,26 @@ def _write_weights(
     for name, file in stored.file_of.items():
         members.setdefault(file, []).append(name)
     total = 0
-    for file in sorted(members)[rank::ranks]:
-        tensors = {name: edit(name, stored.read(name)).contiguous() for name in members[file]}
-        metadata = stored.stored.headers[file].get("__metadata__") if keep_metadata else {"format": "pt"}
-        safetensors_io.save(tensors, folder / file, metadata)
-        total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-        del tensors
+    with ThreadPoolExecutor(1) as writer:  # one file is written while the next one is made
+        written: Future[None] | None = None
+        for file in sorted(members)[rank::ranks]:
+            with threads() as pool:  # reading, hashing and what torch does let each other run
+                made = pool.map(lambda name: edit(name, stored.read(name)).contiguous(), members[file])
+                tensors = dict(zip(members[file], made, strict=True))
+            metadata = stored.stored.headers[file].get("__metadata__") if keep_metadata else {"format": "pt"}
+            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+            if written:
+                written.result()
+            written = writer.submit(_save, tensors, folder / file, metadata)
+            del tensors
+        if written:
+            written.result()
     return total
+
+
+def _save(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None) -> None:
+    safetensors_io.save(tensors, path, metadata, free=True)
+    files.sync_file(path)  # now, and not all at the end
 
 
 def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:

@@ -24,7 +24,7 @@ from liftdist.distributed.collectives import gather, together
 from liftdist.errors import UserError
 from liftdist.models import stored
 from liftdist.safetensors_header import data_begin, header
-from liftdist.safetensors_io import DTYPES, TensorFile
+from liftdist.safetensors_io import DTYPES, TensorFile, dtype_name, memory_of
 
 
 class ModelFolder:
@@ -96,6 +96,21 @@ def _stamp(path: Path) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
+def threads() -> ThreadPoolExecutor:
+    """As many as torch has, for what is done with one tensor after the other."""
+    return ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads()))
+
+
+def _cached(model: ModelFolder, cache_dir: Path) -> CachedDigest:
+    used = {*model.file_of.values(), *(file for files in model.stored.copies.values() for file in files)}
+    return CachedDigest("weights", [model.folder / file for file in sorted(used)], cache_dir)
+
+
+def known_digest(model: ModelFolder, cache_dir: Path) -> str | None:
+    """:func:`digest`, if it is in the cache."""
+    return _cached(model, cache_dir).read()
+
+
 def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: None) -> str:
     """sha256 over name, dtype, shape and sha256 of every tensor of ``folder``: equal weights have equal digests.
 
@@ -110,8 +125,7 @@ def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: Non
         model = ModelFolder(folder)
         places = [(name, file) for name, file in model.file_of.items()]
         places += [(name, file) for name, files in model.stored.copies.items() for file in files]
-        used = sorted({file for _, file in places})
-        cached = CachedDigest("weights", [folder / file for file in used], cache_dir)
+        cached = _cached(model, cache_dir)
         known = cached.read()
     if all(gather(known is not None)):
         assert known is not None
@@ -125,7 +139,7 @@ def digest(folder: Path, cache_dir: Path, beat: Callable[[], None] = lambda: Non
             beat()
         return place, state.hexdigest()
 
-    with together(), ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
+    with together(), threads() as pool:
         hashes = dict(pool.map(hash_tensor, sorted(places)[rank::ranks]))
     merged = {place: value for share in gather(hashes) for place, value in share.items()}
     for name, file in sorted(merged):
@@ -147,7 +161,15 @@ def check_copies(model: ModelFolder, cache_dir: Path) -> None:
         digest(model.folder, cache_dir)
 
 
-def combine(tensors: Mapping[str, tuple[str, list[int], str]]) -> str:
-    """The digest of a model from the dtype (by its safetensors name), shape and sha256 of each of its tensors."""
+Digested = tuple[str, list[int], str]  # dtype by its safetensors name, shape, sha256 of the bytes
+
+
+def digested(tensor: Tensor) -> Digested:
+    """What :func:`combine` takes of a tensor on the host."""
+    return dtype_name(tensor.dtype), list(tensor.shape), hashlib.sha256(memory_of(tensor)).hexdigest()
+
+
+def combine(tensors: Mapping[str, Digested]) -> str:
+    """The digest of a model from those of its tensors."""
     lines = [f"{name} {dtype} {shape} {sha256}" for name, (dtype, shape, sha256) in sorted(tensors.items())]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -193,8 +193,8 @@ def test_of_two_that_change_a_folder_at_once_the_second_is_refused(small, tmp_pa
     folder, flock = shutil.copytree(base, tmp_path / "model"), fcntl.flock
     save = safetensors_io.save
 
-    def meanwhile(*given):
-        save(*given)
+    def meanwhile(*given, **named):
+        save(*given, **named)
         files.remove_left_over(folder)  # what is being written is none
         with pytest.raises(UserError, match="model: another process is changing it; try again when that one has ended"):
             model_folders.change_folder(folder, cache, one)
