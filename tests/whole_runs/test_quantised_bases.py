@@ -35,10 +35,15 @@ def continued_and_plain(mesh, quantised, plain):
 @pytest.mark.parametrize(
     ("kind", "quantise", "base_dtype"),
     [
-        ("gpt_oss", quantised_folders.mxfp4, None),
-        ("llama", lambda folder: quantised_folders.fp8(folder, (40, 24)), "nf4"),
+        pytest.param("gpt_oss", quantised_folders.mxfp4, None, id="mxfp4"),
+        pytest.param(
+            "llama",
+            lambda folder: quantised_folders.fp8(folder, (40, 24)),
+            "nf4",
+            id="fp8 rounded to nf4",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["mxfp4", "fp8 rounded to nf4"],
 )
 def test_a_run_is_to_the_bit_that_on_the_weights_that_are_meant(kind, quantise, base_dtype, smollm2, tmp_path):
     """With a refresh before and after it is continued, which on a rounded base reads the files again."""
