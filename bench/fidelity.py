@@ -26,10 +26,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -42,6 +44,15 @@ from liftdist.errors import EXIT_STOPPED, UserError
 from liftdist.report import read
 from liftdist.report.read import FINISHED, Run
 from liftdist.runs import layout
+
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def _stop(number: int, _: FrameType | None) -> None:
+    """Ask the runs to stop, which save and end, and end after them."""
+    for process in [*_running]:
+        process.send_signal(number)
+    sys.exit("asked to stop; the same command goes on")
 
 
 def run(trial: Trial, settings: Settings, output: Path, jobs: int) -> dict[str, Any]:
@@ -58,7 +69,10 @@ def run(trial: Trial, settings: Settings, output: Path, jobs: int) -> dict[str, 
         with path.with_suffix(".log").open("a") as log:
             command = [sys.executable, "-m", "liftdist", "train", str(path), "--nproc", "1"]
             threads = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}
-            code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=threads).returncode
+            with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=threads) as process:
+                _running.add(process)
+                code = process.wait()
+                _running.remove(process)
         if code == EXIT_STOPPED:
             sys.exit(f"{folder} was asked to stop; the same command goes on")
     found: dict[str, Any] = dataclasses.asdict(trial) | {"status": "failed", "reason": ""}
@@ -186,6 +200,7 @@ def main() -> None:
         "--set", nargs="+", default=[], metavar="NAME=NUMBER", help=f"other numbers: {', '.join(NUMBERS)}"
     )
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, _stop)
     settings, plan, jobs = preset(options.preset, str(options.model))
     _change(parser, options, settings, plan)
     output = options.output or Path(f"runs/fidelity-{options.preset}")

@@ -3,12 +3,15 @@
 import ast
 import json
 import math
+import subprocess
+import sys
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import yaml
-from commands import run_command
+from commands import ROOT, run_command
 
 from bench import fidelity, frontier, problems, trials
 from liftdist import config as configs
@@ -154,3 +157,36 @@ def test_the_chain_from_runs_to_frontiers_goes_on_where_it_was(tiny_model, tmp_p
     assert "test: 4 runs, 0 to be run" in again.stdout
     assert json.loads(out.read_text()) == found
     assert not list(output.glob("runs/*/checkpoints"))
+    elsewhere = run_command(
+        *words[:5], "--output", tmp_path / "elsewhere", "--out", tmp_path / "all.json", "--earlier", out, module="bench"
+    )
+    assert "development: 4 runs, 0 to be run" in elsewhere.stdout
+    assert json.loads((tmp_path / "all.json").read_text()) == found
+    other = run_command(*words[:5], "--earlier", out, "--set", "steps=3", module="bench")
+    assert (other.returncode, "its runs have other settings (steps 2, now 3)" in other.stdout) == (1, True)
+
+
+@pytest.mark.slow
+def test_runs_stop_with_the_command_that_began_them(tiny_model, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "bench",
+        "fidelity",
+        "--preset",
+        "tiny",
+        "--model",
+        str(tiny_model),
+        "--output",
+        str(tmp_path),
+    ]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out.json")], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    ) as bench:
+        while not list(tmp_path.glob("runs/*/attempts")):
+            assert bench.poll() is None
+            time.sleep(0.1)
+        bench.terminate()
+        said = bench.communicate(timeout=60)[1]
+    assert "asked to stop; the same command goes on" in said
+    assert not subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, check=False).stdout
