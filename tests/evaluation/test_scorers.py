@@ -59,6 +59,31 @@ def test_last_number(answer, expected, found, score):
     assert scored(scorer("last_number"), answer, expected) == (score, found)
 
 
+@pytest.mark.parametrize(
+    ("answer", "expected", "found"),
+    [
+        ("it takes 3 1/2 hours", "3.5", "7/2"),
+        ("-3 1/2", "-3.5", "-7/2"),
+        (r"\boxed{3\frac{1}{2}}", "3.5", "7/2"),
+        ("of 3 7/2", "3.5", "7/2"),  # no mixed number
+        (r"\boxed{1{,}234}", "1234", "1234"),
+        (r"1\,234\,567", "1234567", "1234567"),
+        (r"\frac12", "0.5", "1/2"),
+        ("1.0e+400", "1" + "0" * 400, "1.0e+400"),
+        ("x = - 5", "-5", "-5"),
+        ("7 - 5", "5", "5"),
+        ("\u20135", "-5", "-5"),
+        ("5\u201310", "10", "10"),
+    ],
+)
+def test_last_number_of_other_forms(answer, expected, found):
+    assert scored(scorer("last_number"), answer, expected) == (1, found)
+
+
+def test_long_numbers_that_differ_are_not_equal():
+    assert scored(scorer("last_number"), "9" * 60, "9" * 59 + "8")[0] == 0
+
+
 def test_last_number_with_another_tolerance_and_several_answers():
     made = scorer("last_number", tolerance=0.5)
     assert scored(made, "12.5", "12") == (1, "12.5")
