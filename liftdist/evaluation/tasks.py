@@ -107,6 +107,10 @@ def _answered(
         answers = _ask(context, answering, asked, mine, step)
     every = sorted((one for part in collectives.gather(answers) for one in part), key=lambda one: one.id)
     every = [dataclasses.replace(one, how=task.how(asked.questions[one.id].options)) for one in every]
+    if late := sum(one.timed_out for one in every):
+        context.console.say(
+            f"{task.title}: {late} answers took too long to compare, and are taken for wrong (timed_out)"
+        )
     figure = scores.figure(step, task.title, task.metric, every)
     figures, changed = written(context, figure, every), since_base(context, figure, every) if step else {}
     if step and not changed:
@@ -281,7 +285,7 @@ def _ask(context: RunContext, answering: Answering, asked: Asked, mine: Sequence
         scorer = SCORERS.load(task.scored_by).make(task)
         found = [scorer.score(text, one.expected, one.record) for text, one in zip(texts, chosen, strict=True)]
         return [
-            Answer(one.id, prompt, text, list(one.expected), scored.extracted, scored.score)
+            Answer(one.id, prompt, text, list(one.expected), scored.extracted, scored.score, timed_out=scored.timed_out)
             for one, (prompt, _), text, scored in zip(chosen, prompts, texts, found, strict=True)
         ]
     replies = [one.expected[:1] if task.kind == PERPLEXITY else one.options for one in chosen]

@@ -15,7 +15,8 @@ def scorer(name, **settings):
 
 
 def scored(made, answer, *expected):
-    return tuple(made.score(answer, [made.expected(one) for one in expected], {}))
+    """The score, and what was taken from the answer."""
+    return made.score(answer, [made.expected(one) for one in expected], {})[:2]
 
 
 @pytest.mark.parametrize(
@@ -180,7 +181,8 @@ def test_math_verify_ends_and_leaves_signals_as_they_were():
     """What would take for ever to compute is wrong; on other threads there is no time limit, so it is refused."""
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     made, before = scorer("math_verify"), signal.getsignal(signal.SIGALRM)
-    assert scored(made, "$9^{9^{9^{9}}}$", "2") == (0, "9^{9^{9^{9}}}")
+    assert made.score("$9^{9^{9^{9}}}$", ["$2$"], {}) == (0, "9^{9^{9^{9}}}", True)
+    assert not made.score("$3$", ["$2$"], {}).timed_out
     assert signal.getsignal(signal.SIGALRM) == before
     raised = []
 
@@ -200,8 +202,8 @@ def test_reasoning_gym():
     record = generators.dataset(task)[0]
     made = SCORERS.load(task.scored_by).make(task)
     right = record["metadata"]["expression"]
-    assert made.score(f"I try. <answer>{right}</answer>", [], record) == (1.0, right)
-    assert made.score(right, [], record) == (1.0, right)
+    assert made.score(f"I try. <answer>{right}</answer>", [], record)[:2] == (1.0, right)
+    assert made.score(right, [], record)[:2] == (1.0, right)
     assert made.score("<answer>1</answer>", [], record).score < 0.5
     assert made.score("", [], record).extracted is None
 
