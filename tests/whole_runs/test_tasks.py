@@ -127,6 +127,39 @@ def test_sampling_may_take_kernels_that_are_not_deterministic(tiny_model):
     assert seen == {"default": {0}, "warn": {1}, "error": {1}}
 
 
+def test_what_has_no_room_together_is_asked_in_halves(tiny_model):
+    model = generation.Unsharded(AutoModelForCausalLM.from_pretrained(tiny_model))
+    task = TaskConfig(name="said", scorer="contains", path="-", max_new_tokens=3)
+    prompts = [[1, *range(17, 17 + number)] for number in range(7)]
+    pairs = [(prompt, [5, 6]) for prompt in prompts]
+
+    def both():
+        said = model.answer(prompts, task, [2], 0, lambda: None)
+        return said, model.log_likelihoods(pairs, lambda: None)
+
+    together, sizes = both(), []
+
+    def no_room(*arguments, **_):
+        sizes.append(len(arguments[1]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError
+
+    with (
+        hooks.around(generation, "_generate", before=no_room),
+        hooks.around(generation.Unsharded, "_likelihoods", before=no_room),
+    ):
+        said, nats = both()
+    assert said == together[0]
+    assert nats == pytest.approx(together[1], rel=1e-4)
+    assert sizes == 2 * [7, 3, 1, 2, 4, 2, 2]
+
+    def none_at_all(*_):
+        raise torch.OutOfMemoryError
+
+    with hooks.around(generation, "_generate", before=none_at_all), pytest.raises(torch.OutOfMemoryError):
+        both()
+
+
 ALL = [(world, kind) for world in WORLDS for kind in ("tied", "untied", "bfloat16")]
 BY_DEFAULT = {("1", "tied"), ("2", "bfloat16"), ("3", "untied"), ("2x2", "tied")}
 
