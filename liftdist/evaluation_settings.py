@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import importlib.util
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,8 +89,21 @@ class TaskConfig:
         return self.scorer or "reasoning_gym"
 
     @property
-    def how(self) -> str:
-        """A digest of what besides its questions decides an answer and its score."""
+    def metric(self) -> str:
+        """Its figure in results."""
+        return {PERPLEXITY: "perplexity", OWN_TEXT: "kl_to_base"}.get(self.kind, "accuracy")
+
+    def figures(self) -> list[str]:
+        """The tags of its figures in a run, beside the bounds of each."""
+        own = f"eval/{self.title}/{self.metric}"
+        return [own] if self.kind == OWN_TEXT else [own, f"{own}_change"]
+
+    def how(self, options: Sequence[str]) -> str:
+        """A digest of what besides a question's prompt decides an answer and its score.
+
+        Args:
+            options: of the question.
+        """
         names = (
             "kind",
             "scorer",
@@ -102,7 +115,8 @@ class TaskConfig:
             "temperature",
             "top_p",
         )
-        return hashlib.sha256(repr([getattr(self, name) for name in names]).encode()).hexdigest()[:12]
+        values = [getattr(self, name) for name in names] + ([options] if self.options_field else [])
+        return hashlib.sha256(repr(values).encode()).hexdigest()[:12]
 
     @property
     def title(self) -> str:

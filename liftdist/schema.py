@@ -391,10 +391,14 @@ class Config:
     def _never_better(self) -> Iterator[Problem]:
         """A best step that is looked for where the last one is the only one of which the figure is known."""
         best = self.checkpoint.best or ""
-        of_task = any(best.startswith(f"eval/{task.title}/") for task in self.eval.tasks)
+        of_set = best.endswith("/loss")  # of held-out data, which may be called as a task is
+        of_task = [task for task in self.eval.tasks if best.split("/")[1:2] == [task.title] and not of_set]
         key, interval = (
             ("eval.interval", self.eval.interval) if of_task else ("train.eval_interval", self.train.eval_interval)
         )
+        known = [figure for task in of_task for figure in task.figures()]
+        if known and not any(best in (figure, f"{figure}/low", f"{figure}/high") for figure in known):
+            yield "checkpoint.best", f"must be a figure of the task: {' or '.join(known)}, got {best}"
         if best and not interval:
             yield "checkpoint.best", f"needs {key}, the steps between two looks at {best}"
 

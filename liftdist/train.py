@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
         die_with_parent(environment.AGENT.get(os.getppid()))  # no rank outlives its agent
     joined = False  # whether all ranks have met, so that they end with the same error
     try:
-        config, _ = configs.load(options.config, options.overrides, several=options.only is None)
+        config, text = configs.load(options.config, options.overrides, several=options.only is None)
         runs = configs.load_runs(options.config, options.overrides) if options.only is None else []
         harness = harness_of(options)
         if harness is not None and options.only != "eval":
@@ -75,12 +75,12 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             console = Console(mesh.is_main)
             if config.train.fit_memory and options.only is None:  # of one run
                 config = fit.to_memory(config, mesh, console)
-                runs = [(config, text) for _, text in runs]
+                runs = [(config, text)]
             context = RunContext(config, mesh, console, CancellationPoint(stop))
             if options.only == "select":
                 setup.select_only(context)
             elif options.only == "eval":
-                evaluate(context, harness)
+                evaluate(context, text, harness)
             else:
                 train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn, pictures)
         for run_dir in drawn:

@@ -25,22 +25,24 @@ from liftdist.models import weights
 from liftdist.models.hub import resolve_model
 from liftdist.options import Harness
 from liftdist.registry import TRACKERS
-from liftdist.runs import checkpoint, claims, results
+from liftdist.runs import changes, checkpoint, claims, results
 from liftdist.runs.checkpoint import Step
 from liftdist.runs.context import RunContext
 from liftdist.training import setup
 from liftdist.training.inputs import agree_on_commits
 
 
-def evaluate(context: RunContext, asked: Harness | None = None) -> None:
+def evaluate(context: RunContext, text: str, asked: Harness | None = None) -> None:
     """Ask, and write answers and figures to the run directory, as a run does at that step. Collective.
 
     Args:
+        text: YAML text of the config, from :func:`liftdist.config.load`.
         asked: of the lm-evaluation-harness, in place of ``eval.tasks``.
 
     Raises:
-        UserError: no tasks, tasks that cannot be asked, no intact checkpoint, or one of another base model; or the run directory
-            holds answers of another; or ``eval.server`` cannot be asked, or holds another model.
+        UserError: no tasks, tasks that cannot be asked, no intact checkpoint, or one of another base model, or one trained with
+            settings that these contradict; or the run directory holds answers of another; or ``eval.server`` cannot be asked, or
+            holds another model.
     """
     config, mesh, console = context.config, context.mesh, context.console
     if asked is None and not config.eval.tasks:
@@ -64,12 +66,8 @@ def evaluate(context: RunContext, asked: Harness | None = None) -> None:
     with together():
         if saved is not None and saved.manifest.provenance.base != base_digest:
             raise UserError(f"{saved.folder}: is of another base model than model.path={config.model.path}")
-        trained_on = config.model.base_dtype if saved is None else of_run.rounded(saved).get("base_dtype")
-        if trained_on != config.model.base_dtype:
-            raise UserError(
-                f"model.base_dtype={config.model.base_dtype or ''}: {saved and saved.folder} was trained with "
-                f"model.base_dtype={trained_on or ''}; ask it with that, or its export as a model of its own, in another run_dir"
-            )
+        if saved is not None:
+            changes.check_asked(saved.manifest.provenance, config, text, saved.folder)
     step = 0 if saved is None else saved.manifest.step
     run_dir = Path(config.run_dir).expanduser()
     with together():

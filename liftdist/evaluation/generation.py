@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +24,8 @@ from liftdist.errors import UserError
 from liftdist.evaluation_settings import TaskConfig
 from liftdist.models.head import evaluating, text_inputs
 
-BATCH_SIZE = 16  # prompts of a pass
+BATCH_SIZE = 16  # prompts of a pass, at most
+Result = TypeVar("Result")
 
 
 class Answering(Protocol):
@@ -68,33 +69,41 @@ class Unsharded:
     ) -> list[list[int]]:
         """With ``keep_end`` the token that ended an answer is part of it."""
         found: list[list[int]] = [[] for _ in prompts]
-        for batch in _batches([len(prompt) for prompt in prompts]):
+
+        def said(batch: list[int]) -> list[list[int]]:
             torch.manual_seed(seed + batch[0])
-            for place, said in zip(
-                batch, _generate(self.model, [prompts[p] for p in batch], task, stops, beat), strict=True
-            ):
-                end = next((number for number, token in enumerate(said) if token in stops), len(said))
-                found[place] = said[: end + keep_end]
+            return _generate(self.model, [prompts[place] for place in batch], task, stops, beat)
+
+        for batch in _batches([len(prompt) for prompt in prompts]):
+            for place, tokens in _in_memory(batch, said):
+                end = next((number for number, token in enumerate(tokens) if token in stops), len(tokens))
+                found[place] = tokens[: end + keep_end]
         return found
 
     def log_likelihoods(
         self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], beat: Callable[[], None]
     ) -> list[float]:
         found = [0.0] * len(pairs)
-        device = next(self.model.parameters()).device
         for batch in _batches([len(prompt) + len(continuation) for prompt, continuation in pairs]):
-            rows = [[*pairs[place][0], *pairs[place][1]] for place in batch]
-            width = max(map(len, rows))  # padded on the right, where no token sees it
-            ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
-            positions = torch.arange(width, device=device).expand_as(ids)
-            with evaluating(self.model):
-                logits: Tensor = self.model(**text_inputs(self.model, self.model.config, ids, positions)).logits
-            for row, place in enumerate(batch):
-                prompt, continuation = pairs[place]
-                begin, end = len(prompt), len(prompt) + len(continuation)
-                of_tokens = logits[row, begin - 1 : end - 1].float().log_softmax(-1)
-                found[place] = float(of_tokens.gather(1, ids[row, begin:end, None]).double().sum())
+            for place, nats in _in_memory(batch, lambda part: self._likelihoods([pairs[place] for place in part])):
+                found[place] = nats
             beat()
+        return found
+
+    def _likelihoods(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """Of a batch."""
+        device = next(self.model.parameters()).device
+        rows = [[*prompt, *continuation] for prompt, continuation in pairs]
+        width = max(map(len, rows))  # padded on the right, where no token sees it
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device)
+        positions = torch.arange(width, device=device).expand_as(ids)
+        with evaluating(self.model):
+            logits: Tensor = self.model(**text_inputs(self.model, self.model.config, ids, positions)).logits
+        found = []
+        for row, (prompt, continuation) in enumerate(pairs):
+            begin, end = len(prompt), len(prompt) + len(continuation)
+            of_tokens = logits[row, begin - 1 : end - 1].float().log_softmax(-1)
+            found.append(float(of_tokens.gather(1, ids[row, begin:end, None]).double().sum()))
         return found
 
 
@@ -137,6 +146,22 @@ def _batches(lengths: Sequence[int]) -> list[list[int]]:
     """Places, the longest first, in batches."""
     order = sorted(range(len(lengths)), key=lambda place: (-lengths[place], place))
     return [order[begin : begin + BATCH_SIZE] for begin in range(0, len(order), BATCH_SIZE)]
+
+
+def _in_memory(batch: list[int], run: Callable[[list[int]], Sequence[Result]]) -> Iterator[tuple[int, Result]]:
+    """Places, and what ``run`` gives for each: of the halves of a batch, one after the other, where a GPU has no room for all."""
+    found: Sequence[Result] | None = None
+    try:
+        found = run(batch)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    if found is None:  # outside of the handler, which holds what was allocated
+        half = len(batch) // 2
+        yield from _in_memory(batch[:half], run)
+        yield from _in_memory(batch[half:], run)
+    else:
+        yield from zip(batch, found, strict=True)
 
 
 def _generate(

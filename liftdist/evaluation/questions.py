@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +28,7 @@ class Question:
     expected: tuple[str, ...]  # right answers, as they are compared
     options: tuple[str, ...]  # of multiple choice
     record: Record
+    place: str = ""  # of the record, as messages name it
 
 
 def questions(task: TaskConfig, section: str) -> list[Question]:
@@ -48,7 +50,10 @@ def questions(task: TaskConfig, section: str) -> list[Question]:
     compared = SCORERS.load(task.scored_by).make(task).expected if task.kind == GENERATION else str
     made = partial(_question, task, section, read, compared)
     places = source.read(0, task.limit or len(source))
-    return [records.at(where, partial(made, number), record) for number, (where, record) in enumerate(places)]
+    return [
+        dataclasses.replace(records.at(where, partial(made, number), record), place=where)
+        for number, (where, record) in enumerate(places)
+    ]
 
 
 def _read_generated(read: Callable[[Record], Content], record: Record) -> Content:

@@ -106,8 +106,12 @@ def _answered(
     with opened as answering, collectives.together():
         answers = _ask(context, answering, asked, mine, step)
     every = sorted((one for part in collectives.gather(answers) for one in part), key=lambda one: one.id)
-    every = [dataclasses.replace(one, how=task.how) for one in every]
-    figure = scores.figure(step, task.title, "perplexity" if task.kind == PERPLEXITY else "accuracy", every)
+    every = [dataclasses.replace(one, how=task.how(asked.questions[one.id].options)) for one in every]
+    if late := sum(one.timed_out for one in every):
+        context.console.say(
+            f"{task.title}: {late} answers took too long to compare, and are taken for wrong (timed_out)"
+        )
+    figure = scores.figure(step, task.title, task.metric, every)
     figures, changed = written(context, figure, every), since_base(context, figure, every) if step else {}
     if step and not changed:
         context.console.say(
@@ -160,23 +164,24 @@ def _prepared(config: Config, number: int, room: float) -> Asked:
     stops = _stops(section, folder, encoder)
     own = (encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id, stops[0])
     begin = [next(token for token in own if token is not None)]  # of a text without a prompt
-    if task.kind == OWN_TEXT:
-        return Asked(task, [], [("", begin)], encoder, stops)
-    asked = questions(task, section)
+    asked = [] if task.kind == OWN_TEXT else questions(task, section)
     try:
         prompts = [(text, ids or begin) for text, ids in (encoder.prompt(question.prompt) for question in asked)]
     except ValueError as error:
         raise UserError(f"{section}: {error}") from None
     context = getattr(text_config, "max_position_embeddings", None) or math.inf
-    needed = max(len(ids) + _longest_answer(task, encoder, one) for (_, ids), one in zip(prompts, asked, strict=True))
+    if task.kind == OWN_TEXT:
+        prompts, needed, longest = [("", begin)], len(begin) + task.max_new_tokens, "a text"
+    else:
+        lengths = [len(ids) + _longest_answer(task, encoder, one) for (_, ids), one in zip(prompts, asked, strict=True)]
+        needed = max(lengths)
+        longest = f"the longest prompt with its answer, {asked[lengths.index(needed)].place},"
     if needed > min(context, room):
         bound = (
             f"the model's context is {context}" if context <= room else f"the server takes {room} (its --max-model-len)"
         )
-        lower = f"lower {section}.max_new_tokens, or " if task.kind == GENERATION else ""
-        raise UserError(
-            f"{section}: the longest prompt with its answer needs {needed} tokens, {bound}; {lower}leave it out"
-        )
+        lower = f"lower {section}.max_new_tokens, or " if task.kind in (GENERATION, OWN_TEXT) else ""
+        raise UserError(f"{section}: {longest} needs {needed} tokens, {bound}; {lower}leave it out")
     return Asked(task, asked, prompts, encoder, stops)
 
 
@@ -234,7 +239,7 @@ def _on_own_text(context: RunContext, model: PreTrainedModel, method: Method, as
     mean_tokens = sum(len(ids) for ids, _ in texts) / len(texts)
     nats = [difference / mean_tokens for difference in every]
     low, high = statistics.bootstrap(nats)
-    return Figure(step, task.title, "kl_to_base", sum(nats) / len(nats), low, high, len(nats))
+    return Figure(step, task.title, task.metric, sum(nats) / len(nats), low, high, len(nats))
 
 
 def _drawn_before(path: Path, task: TaskConfig) -> list[tuple[list[int], float]]:
@@ -280,7 +285,7 @@ def _ask(context: RunContext, answering: Answering, asked: Asked, mine: Sequence
         scorer = SCORERS.load(task.scored_by).make(task)
         found = [scorer.score(text, one.expected, one.record) for text, one in zip(texts, chosen, strict=True)]
         return [
-            Answer(one.id, prompt, text, list(one.expected), scored.extracted, scored.score)
+            Answer(one.id, prompt, text, list(one.expected), scored.extracted, scored.score, timed_out=scored.timed_out)
             for one, (prompt, _), text, scored in zip(chosen, prompts, texts, found, strict=True)
         ]
     replies = [one.expected[:1] if task.kind == PERPLEXITY else one.options for one in chosen]

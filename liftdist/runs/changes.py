@@ -168,6 +168,24 @@ def check_settings(config: Config, text: str, allowed: set[str]) -> None:
     refuse(found, allowed, run_dir)
 
 
+def check_asked(before: Provenance, config: Config, text: str, folder: Path) -> None:
+    """Compare the settings that the model of a checkpoint is asked with to those that it was trained with.
+
+    Args:
+        before: of the checkpoint, which is in ``folder``.
+        text: YAML text of the config, from :func:`liftdist.config.load`.
+
+    Raises:
+        UserError: they make another model of what the checkpoint holds.
+    """
+    after = dataclasses.replace(before, config=text, from_environment=_fingerprints(config, text))
+    if found := [redact(line) for kind, line in between(before, after) if kind in (FIXED, STATE)]:
+        raise UserError(
+            f"{folder}: was trained with other settings: {'; '.join(found)}; ask it with those, or its export as a model of "
+            "its own, in another run_dir"
+        )
+
+
 def _kinds() -> dict[str, str]:
     return {key: leaf.metadata["changes"] for key, leaf in schema_tree.settings(Config)}
 

@@ -2,7 +2,7 @@
 
     eval.jsonl                       one figure a line: {"step", "task", "metric", "value", "low", "high", "questions", "p"}
     eval/TASK/step-00000100.jsonl    one question a line: {"id", "prompt", "answer", "expected", "extracted", "score", "tokens",
-                                     "how"}
+                                     "how", "timed_out"}
     eval/base.json                   {"sha256"}: digest of the base model that they are of
 
 ``low`` and ``high`` bound the interval of confidence, ``questions`` is what it rests on, ``expected`` a list. ``p`` is that of a
@@ -59,6 +59,7 @@ class Answer:
     score: Number  # 0 to 1; of a task that measures perplexity the log-likelihood of the reply, in nats
     tokens: int | None = None  # of that reply
     how: str = ""  # digest of the settings by which it was made and scored
+    timed_out: bool = False  # it is taken for wrong because to compare it took too long
 
     @property
     def question(self) -> tuple[object, ...]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from liftdist.errors import UserError
+from liftdist.runs.results import CHANGE
 from liftdist.schema import Config
 
 # words in the names of figures of which less is better
@@ -18,13 +19,18 @@ def less_is_better(metric: str) -> bool:
     return bool(_LOWER & set(metric.lower().split("_")))
 
 
+def _without_bound(tag: str) -> str:
+    """The figure that a bound of an interval of confidence belongs to, or the figure itself."""
+    return tag.removesuffix("/low").removesuffix("/high")
+
+
 class Best:
     """The best step of ``checkpoint.best``. Figures are equal on all ranks, and so is this."""
 
     def __init__(self, config: Config) -> None:
         self.tag, self._patience = config.checkpoint.best, config.train.patience
-        of = config.checkpoint.best_of
-        self._sign = -1 if of == "min" or (of == "auto" and less_is_better((self.tag or "").rpartition("/")[2])) else 1
+        of, metric = config.checkpoint.best_of, _without_bound(self.tag or "").rpartition("/")[2]
+        self._sign = -1 if of == "min" or (of == "auto" and less_is_better(metric)) else 1
         self.step: int | None = None  # None: no step has been evaluated yet
         self.value = math.nan
         self.worse = 0  # evaluations since
@@ -37,7 +43,8 @@ class Best:
         """
         if self.tag is None:
             return False
-        if self.tag not in figures and not step:
+        # there is no change since the base model yet
+        if not step and _without_bound(self.tag).removesuffix(CHANGE) not in figures:
             known = ", ".join(figures) or "none: give data.eval_path or eval.tasks"
             raise UserError(f"checkpoint.best={self.tag}: no evaluation has this figure; there are {known}")
         if self.tag not in figures or not step:
@@ -60,13 +67,15 @@ class Best:
         """What a checkpoint keeps, as plain numbers."""
         return {
             "tag": self.tag,
+            "sign": self._sign,
             "step": self.step,
             "value": None if self.step is None else self.value,
             "worse": self.worse,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from :meth:`state`; from nothing, if another figure counts now."""
-        if state.get("tag") == self.tag and self.tag is not None:
+        """Continue from :meth:`state`; from nothing, if another figure counts now, or the least where the greatest did."""
+        same = (state.get("tag"), state.get("sign", self._sign)) == (self.tag, self._sign)
+        if same and self.tag is not None:
             self.step, self.worse = state["step"], state["worse"]
             self.value = math.nan if state["value"] is None else state["value"]

@@ -285,17 +285,21 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
 
     def export(self) -> None:
         """Write the fine-tuned model, and that of the best step, if the config says so."""
-        if self.trainer.config.train.export:
-            _export(self.trainer, self._attempt, self.console, self.trainer.step, "export")
-            best = self.trainer.best.step
-            if best is not None and best != self.trainer.step:
-                folder = _checkpoint(self._attempt, best)
-                if collectives.agree(self.trainer.mesh.is_main and folder.is_dir()):
-                    _export(self.trainer, self._attempt, self.console, best, "export-best")
-                else:
-                    self.console.say(
-                        f"step {best}, the best, is not exported: {folder} could not be saved, or was removed"
-                    )
+        if not self.trainer.config.train.export:
+            return
+        _export(self.trainer, self._attempt, self.console, self.trainer.step, "export")
+        best = self.trainer.best.step
+        if best is None:
+            return
+        folder = _checkpoint(self._attempt, best)
+        if best == self.trainer.step:
+            self.console.say(f"step {best}, the last, is the best: there is no other to export")
+        elif collectives.agree(self.trainer.mesh.is_main and folder.is_dir()):
+            _export(self.trainer, self._attempt, self.console, best, "export-best")
+            return
+        else:
+            self.console.say(f"step {best}, the best, is not exported: {folder} could not be saved, or was removed")
+        _holds(self._attempt.run_dir / "export-best", best, self.trainer.mesh, self.console)
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
@@ -389,12 +393,10 @@ def _export(trainer: Trainer, attempt: Attempt, console: Console, number: int, n
     """Write the fine-tuned model of step ``number`` to the folder ``name``, unless an earlier attempt has. Collective."""
     run_dir, base_folder = attempt.run_dir, trainer.inputs.folder
     target = run_dir / name
-    if not _is_exported(target, number, trainer.mesh):
+    if not _holds(target, number, trainer.mesh, console):
         with together():
             step = checkpoint.open_step(_checkpoint(attempt, number))
             trained = of_run.of_run(step, base_folder)
-            if trainer.mesh.is_main and target.exists():  # exported before the run was extended
-                target.rename(layout.next_free(target))
         hf.write(trained, base_folder, target, getattr(torch, trainer.config.model.dtype))
         if trainer.mesh.is_main:
             attempt.note("export", step=number, folder=name)
@@ -407,10 +409,13 @@ def _checkpoint(attempt: Attempt, step: int) -> Path:
     return attempt.run_dir / CHECKPOINTS / f"step-{step:08d}"
 
 
-def _is_exported(target: Path, step: int, mesh: Mesh) -> bool:
-    """Whether an earlier attempt exported this step to the folder ``target``. Collective."""
+def _holds(target: Path, step: int, mesh: Mesh, console: Console) -> bool:
+    """Whether an earlier attempt exported this step to the folder ``target``. One of another step, which was the last or the best
+    before the run was extended, is set aside. Collective."""
     found: int | None = None
     with together():
-        if mesh.is_main:
-            found = claims.exported(target)
+        if mesh.is_main and (found := claims.exported(target)) != step and target.exists():
+            aside = layout.next_free(target)
+            target.rename(aside)
+            console.say(f"{target}, which is not of step {step}, is {aside} now")
     return collectives.agree(found == step)

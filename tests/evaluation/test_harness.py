@@ -76,17 +76,17 @@ def asked_twice(mesh, folder, model):
     """A run after its last step, and the model as it is, by the chat template after two examples."""
     settings = settings_of(folder, model)
     context = RunContext(settings, mesh, Console(False))
-    evaluate(context, asked(folder, "said", "chosen", limit=8))
+    evaluate(context, "{}", asked(folder, "said", "chosen", limit=8))
     for path in Path(settings.run_dir).glob("eval/*/*.jsonl") if mesh.is_main else ():  # or else nothing may change
         first, *others = map(json.loads, path.read_text().splitlines())
         first["score"] = 1 - first["score"]
         path.write_text("".join(json.dumps(answer) + "\n" for answer in (first, *others)))
     builders.train_and_save(mesh, settings)
-    evaluate(context, asked(folder, "said", "chosen", "ways"))
+    evaluate(context, "{}", asked(folder, "said", "chosen", "ways"))
     settings.run_dir = f"{folder}/as-it-is"
-    evaluate(context, asked(folder, "said", limit=5, fewshot=2, chat=True))
+    evaluate(context, "{}", asked(folder, "said", limit=5, fewshot=2, chat=True))
     settings.run_dir, settings.model.base_dtype = f"{folder}/rounded", "nf4"
-    evaluate(context, asked(folder, "said", limit=5))
+    evaluate(context, "{}", asked(folder, "said", limit=5))
 
 
 @pytest.fixture(scope="module")
@@ -184,8 +184,8 @@ def asked_by_both(mesh, folder, run_dir, model):
     own |= dict(expected="answer", scorer="last_number", max_new_tokens=16, limit=6)
     settings.eval.tasks = [TaskConfig(**own)]
     context = RunContext(settings, mesh, Console(False))
-    evaluate(context)
-    evaluate(context, asked(folder, "said", limit=6))
+    evaluate(context, "{}")
+    evaluate(context, "{}", asked(folder, "said", limit=6))
 
 
 def test_the_harness_and_the_task_of_this_project_score_alike(folder, smollm2, tmp_path):
@@ -253,4 +253,4 @@ def test_tasks_of_the_harness(folder, tiny_model):
 def asked_of_group(mesh, folder, model):
     settings = settings_of(folder, model)
     settings.run_dir = f"{folder}/group"
-    evaluate(RunContext(settings, mesh, Console(False)), asked(folder, "both"))
+    evaluate(RunContext(settings, mesh, Console(False)), "{}", asked(folder, "both"))

@@ -15,7 +15,8 @@ def scorer(name, **settings):
 
 
 def scored(made, answer, *expected):
-    return tuple(made.score(answer, [made.expected(one) for one in expected], {}))
+    """The score, and what was taken from the answer."""
+    return made.score(answer, [made.expected(one) for one in expected], {})[:2]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,31 @@ def scored(made, answer, *expected):
 )
 def test_last_number(answer, expected, found, score):
     assert scored(scorer("last_number"), answer, expected) == (score, found)
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "found"),
+    [
+        ("it takes 3 1/2 hours", "3.5", "7/2"),
+        ("-3 1/2", "-3.5", "-7/2"),
+        (r"\boxed{3\frac{1}{2}}", "3.5", "7/2"),
+        ("of 3 7/2", "3.5", "7/2"),  # no mixed number
+        (r"\boxed{1{,}234}", "1234", "1234"),
+        (r"1\,234\,567", "1234567", "1234567"),
+        (r"\frac12", "0.5", "1/2"),
+        ("1.0e+400", "1" + "0" * 400, "1.0e+400"),
+        ("x = - 5", "-5", "-5"),
+        ("7 - 5", "5", "5"),
+        ("\u20135", "-5", "-5"),
+        ("5\u201310", "10", "10"),
+    ],
+)
+def test_last_number_of_other_forms(answer, expected, found):
+    assert scored(scorer("last_number"), answer, expected) == (1, found)
+
+
+def test_long_numbers_that_differ_are_not_equal():
+    assert scored(scorer("last_number"), "9" * 60, "9" * 59 + "8")[0] == 0
 
 
 def test_last_number_with_another_tolerance_and_several_answers():
@@ -155,7 +181,8 @@ def test_math_verify_ends_and_leaves_signals_as_they_were():
     """What would take for ever to compute is wrong; on other threads there is no time limit, so it is refused."""
     pytest.importorskip("math_verify", reason="math-verify is not installed")
     made, before = scorer("math_verify"), signal.getsignal(signal.SIGALRM)
-    assert scored(made, "$9^{9^{9^{9}}}$", "2") == (0, "9^{9^{9^{9}}}")
+    assert made.score("$9^{9^{9^{9}}}$", ["$2$"], {}) == (0, "9^{9^{9^{9}}}", True)
+    assert not made.score("$3$", ["$2$"], {}).timed_out
     assert signal.getsignal(signal.SIGALRM) == before
     raised = []
 
@@ -175,8 +202,8 @@ def test_reasoning_gym():
     record = generators.dataset(task)[0]
     made = SCORERS.load(task.scored_by).make(task)
     right = record["metadata"]["expression"]
-    assert made.score(f"I try. <answer>{right}</answer>", [], record) == (1.0, right)
-    assert made.score(right, [], record) == (1.0, right)
+    assert made.score(f"I try. <answer>{right}</answer>", [], record)[:2] == (1.0, right)
+    assert made.score(right, [], record)[:2] == (1.0, right)
     assert made.score("<answer>1</answer>", [], record).score < 0.5
     assert made.score("", [], record).extracted is None
 

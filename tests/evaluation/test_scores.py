@@ -57,11 +57,17 @@ def test_only_questions_that_both_have_answered_count(tmp_path):
     found = changed(tmp_path, "accuracy", answers([0, 1, 0, 0]), after)
     assert (found.value, found.questions) == (0.5, 2)
     assert changed(tmp_path, "accuracy", answers([0, 1]), answers([1, 1], prompt="2 + ")) is None
-    exact, longer = (TaskConfig(name="sums", max_new_tokens=tokens, scorer="exact").how for tokens in (16, 512))
+    exact, longer = (TaskConfig(name="sums", max_new_tokens=tokens, scorer="exact").how(()) for tokens in (16, 512))
     later = [dataclasses.replace(one, how=longer) for one in answers([1, 1])]
     earlier = [dataclasses.replace(one, how=exact) for one in answers([0, 0])]
     assert changed(tmp_path, "accuracy", earlier, later) is None
     assert changed(tmp_path, "accuracy", earlier, [dataclasses.replace(one, how=exact) for one in later]).value == 1
+
+
+def test_other_options_are_another_question():
+    """They may be in no prompt."""
+    task = TaskConfig(name="chosen", kind="multiple_choice", options_field="options")
+    assert task.how(("red", "blue")) == task.how(("red", "blue")) != task.how(("red", "green"))
 
 
 def test_without_answers_of_the_base_model_there_is_no_change(tmp_path):

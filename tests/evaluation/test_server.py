@@ -78,9 +78,9 @@ def trained(mesh, path):
 
 def evaluated(mesh, path, *overrides, harness=None):
     """What asking ends with."""
-    context = RunContext(configs.load(path, overrides)[0], mesh, Console(False))
+    config, text = configs.load(path, overrides)
     try:
-        evaluate(context, harness)
+        evaluate(RunContext(config, mesh, Console(False)), text, harness)
         return ""
     except UserError as error:
         return str(error)

@@ -32,7 +32,7 @@ def test_what_was_written_is_read(tmp_path):
     first = json.loads((tmp_path / "eval.jsonl").read_text().splitlines()[0])
     assert list(first) == ["step", "task", "metric", "value", "low", "high", "questions", "p"]
     question = json.loads((tmp_path / "eval/gsm8k/step-00000100.jsonl").read_text().split("\n")[0])
-    assert list(question) == ["id", "prompt", "answer", "expected", "extracted", "score", "tokens", "how"]
+    assert list(question) == ["id", "prompt", "answer", "expected", "extracted", "score", "tokens", "how", "timed_out"]
 
 
 def test_a_run_that_continues_drops_what_it_will_find_again(tmp_path):

@@ -41,6 +41,15 @@ def test_what_is_better():
     assert other.step is None
     values = [(2, 0.5), (4, 0.4), (6, 0.6)]
     assert [other.compare(step, {"eval/said/accuracy": value}) for step, value in values] == [True, False, True]
+    change = best_of("eval/said/accuracy_change")
+    assert not change.compare(0, {"eval/said/accuracy": 0.5})  # since then
+    assert change.compare(2, {"eval/said/accuracy": 0.4, "eval/said/accuracy_change": -0.1})
+    turned = best_of("eval/loss", "max")
+    turned.restore(best.state())
+    assert turned.step is None
+    bound = best_of("eval/said/perplexity/high")
+    values = [(2, 9.0), (4, 7.0), (6, 8.0)]
+    assert [bound.compare(step, {"eval/said/perplexity/high": value}) for step, value in values] == [True, True, False]
     with pytest.raises(UserError, match="checkpoint.best=eval/los: no evaluation has this figure; there are eval/loss"):
         best_of("eval/los").compare(0, {"eval/loss": 1.0})
 
@@ -82,6 +91,11 @@ def test_the_best_step_is_kept_and_exported(tiny_model, records, tmp_path):
     assert all(
         torch.equal(best[name], t) for name, t in load_file(run_dir / "export-best" / "model.safetensors").items()
     )
+    turned = commands.run_command("train", config, "checkpoint.best_of=min", "train.steps=10", "--allow-changes")
+    assert turned.returncode == 0, turned.stdout
+    assert "step 10, the last, is the best" in turned.stdout
+    assert f"{run_dir / 'export-best'}, which is not of step 10, is {run_dir / 'export-best-2'} now" in turned.stdout
+    assert sorted(path.name for path in run_dir.glob("export-best*")) == ["export-best-2"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +111,14 @@ def test_the_best_step_is_kept_and_exported(tiny_model, records, tmp_path):
         (
             ["checkpoint.best=eval/gsm8k/accuracy", "eval.tasks=[gsm8k]", "train.eval_interval=5"],
             "checkpoint.best: needs eval.interval, the steps between two looks at eval/gsm8k/accuracy",
+        ),
+        (
+            ["checkpoint.best=eval/gsm8k", "eval.tasks=[gsm8k]", "eval.interval=5"],
+            "checkpoint.best: must be a figure of the task: eval/gsm8k/accuracy or eval/gsm8k/accuracy_change, got eval/gsm8k",
+        ),
+        (
+            ["checkpoint.best=eval/own_text/kl_to_base_change", "eval.tasks=[own_text]", "eval.interval=5"],
+            "must be a figure of the task: eval/own_text/kl_to_base, got eval/own_text/kl_to_base_change",
         ),
     ],
 )

@@ -150,13 +150,16 @@ def test_it_is_said_which_base_results_are_on(trained, tmp_path):
     assert "as they were in training and evaluation" in liftdist("push", tmp_path / "as_trained", "o/n", "--dry-run")
 
 
-def asked_on(mesh, settings, kinds):
+def asked_on(mesh, file, kinds, run_dir):
     """What is said where a run is asked on bases rounded in other ways; of its figures, those of its own."""
     said = []
     for kind in kinds:
-        settings.model.base_dtype = kind
+        settings, text = configs.load(file, [*ASKED, f"model.base_dtype={kind}", f"run_dir={run_dir}"])
+        settings.eval.tasks = [
+            TaskConfig(name="ppl", kind="perplexity", path=str(file.parent / "records.jsonl"), limit=4)
+        ]
         try:
-            evaluate(RunContext(settings, mesh, Console(False)))
+            evaluate(RunContext(settings, mesh, Console(False)), text)
             said.append("asked")
         except UserError as error:
             said.append(str(error))
@@ -165,16 +168,12 @@ def asked_on(mesh, settings, kinds):
 
 def test_a_run_is_asked_on_the_base_that_it_was_trained_on(trained, tmp_path):
     folder, config, _ = trained
-    settings, _ = configs.load(config, ASKED)
-    settings.eval.tasks = [TaskConfig(name="ppl", kind="perplexity", path=str(folder / "records.jsonl"), limit=4)]
-    kinds = "int8", "nf4", None
-    ((own, other, plain),) = ranks.run(1, asked_on, settings, kinds)
+    kinds = "int8", "nf4", ""
+    ((own, other, plain),) = ranks.run(1, asked_on, config, kinds, folder / "run")
     assert own == "asked"
-    assert "model.base_dtype=nf4: " in other
-    assert "was trained with model.base_dtype=int8; ask it with that" in other
-    assert "model.base_dtype=: " in plain
-    settings.run_dir = str(tmp_path / "base alone")
-    ((own, other, plain),) = ranks.run(1, asked_on, settings, kinds)
+    assert "was trained with other settings: model.base_dtype: int8 -> nf4; ask it with those" in other
+    assert "model.base_dtype: int8 -> None" in plain
+    ((own, other, plain),) = ranks.run(1, asked_on, config, kinds, tmp_path / "base alone")
     assert own == "asked"
     assert "holds answers of another model than model.path, or of another model.base_dtype" in other
     assert plain == other

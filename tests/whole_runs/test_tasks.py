@@ -10,12 +10,15 @@ import hooks
 import pytest
 import ranks
 import torch
+import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.traffic import Traffic
+from liftdist import config as configs
 from liftdist.console import Console
-from liftdist.errors import Stopped
+from liftdist.errors import Stopped, UserError
 from liftdist.evaluation import generation, tasks
+from liftdist.evaluation.evaluate import evaluate
 from liftdist.evaluation_settings import TaskConfig
 from liftdist.models import build
 from liftdist.runs import results
@@ -122,6 +125,39 @@ def test_sampling_may_take_kernels_that_are_not_deterministic(tiny_model):
     finally:
         torch.set_deterministic_debug_mode("default")
     assert seen == {"default": {0}, "warn": {1}, "error": {1}}
+
+
+def test_what_has_no_room_together_is_asked_in_halves(tiny_model):
+    model = generation.Unsharded(AutoModelForCausalLM.from_pretrained(tiny_model))
+    task = TaskConfig(name="said", scorer="contains", path="-", max_new_tokens=3)
+    prompts = [[1, *range(17, 17 + number)] for number in range(7)]
+    pairs = [(prompt, [5, 6]) for prompt in prompts]
+
+    def both():
+        said = model.answer(prompts, task, [2], 0, lambda: None)
+        return said, model.log_likelihoods(pairs, lambda: None)
+
+    together, sizes = both(), []
+
+    def no_room(*arguments, **_):
+        sizes.append(len(arguments[1]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError
+
+    with (
+        hooks.around(generation, "_generate", before=no_room),
+        hooks.around(generation.Unsharded, "_likelihoods", before=no_room),
+    ):
+        said, nats = both()
+    assert said == together[0]
+    assert nats == pytest.approx(together[1], rel=1e-4)
+    assert sizes == 2 * [7, 3, 1, 2, 4, 2, 2]
+
+    def none_at_all(*_):
+        raise torch.OutOfMemoryError
+
+    with hooks.around(generation, "_generate", before=none_at_all), pytest.raises(torch.OutOfMemoryError):
+        both()
 
 
 ALL = [(world, kind) for world in WORLDS for kind in ("tied", "untied", "bfloat16")]
@@ -320,6 +356,48 @@ def test_a_run_is_asked_afterwards(tiny_model, records, folder, tmp_path):
     assert "eval.tasks: say what the model is to be asked" in commands.user_error(nothing)
 
 
+def refused_with(mesh, path, cases):
+    """A run, and what asking it with other settings ends with."""
+    assert builders.run_once(mesh, *configs.load(path)) == "finished"
+    found = []
+    for overrides in cases:
+        config, text = configs.load(path, overrides)
+        with pytest.raises(UserError) as caught:
+            evaluate(RunContext(config, mesh, Console(False)), text)
+        found.append(str(caught.value))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("own", "cases"),
+    [
+        (
+            dict(method="lift"),
+            {
+                "method: lift -> full": ["method=full"],
+                "selection.density: 0.05 -> 0.1; ": ["selection.density=0.1"],
+                "model.dtype: float32 -> bfloat16; ": ["model.dtype=bfloat16"],
+            },
+        ),
+        (
+            dict(method="lora", selection={"modules": ["*.q_proj"]}),
+            {"lora.alpha: 8 -> 64; ask it with those": ["lora.alpha=64", "lora.dropout=0.1"]},
+        ),
+    ],
+)
+def test_a_run_is_asked_with_the_settings_that_make_its_model(own, cases, tiny_model, records, folder, tmp_path):
+    task = dict(name="said", scorer="contains", path=str(folder / "questions.jsonl"), max_new_tokens=2, limit=2)
+    train = dict(steps=1, export=False, eval_interval=0)
+    path = commands.write_config(
+        tmp_path, tiny_model, records, eval=dict(tasks=[task]), data=dict(eval_path=None), train=train
+    )
+    settings = yaml.safe_load(path.read_text())
+    path.write_text(yaml.safe_dump(settings | own))
+    for found, problem in zip(ranks.run(1, refused_with, path, [*cases.values()])[0], cases, strict=True):
+        assert f"step-00000001: was trained with other settings: {problem}" in found
+    assert [figure.step for figure in results.read(tmp_path / "run")] == [0, 1, 1]
+
+
 @pytest.mark.parametrize(
     ("settings", "problem"),
     [
@@ -327,7 +405,11 @@ def test_a_run_is_asked_afterwards(tiny_model, records, folder, tmp_path):
         pytest.param(dict(max_new_tokens=600), "lower eval.tasks.0.max_new_tokens", marks=pytest.mark.slow),
         (
             dict(path="long.jsonl", kind="perplexity", scorer=None),
-            "needs 601 tokens, the model's context is 512; leave it out",
+            "long.jsonl:1, needs 601 tokens, the model's context is 512; leave it out",
+        ),
+        (
+            dict(path=None, kind="own_text", scorer=None, max_new_tokens=512),
+            "a text needs 513 tokens, the model's context is 512; lower eval.tasks.0.max_new_tokens, or leave it out",
         ),
     ],
 )

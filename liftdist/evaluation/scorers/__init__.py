@@ -14,6 +14,7 @@ class Scored(NamedTuple):
 
     score: float
     extracted: str | None
+    timed_out: bool = False  # it is taken for wrong because to compare it took too long
 
 
 class Scorer(Protocol):
