@@ -40,6 +40,7 @@ class Selector:
         backwards: Backwards | None = None,
     ) -> None:
         self._matrices = matrices
+        selection.check(criterion, {matrix.name: matrix.place for matrix in matrices})
         self.criterion, self.budget, self.excluded = criterion, budget, excluded
         self._progress, self.backwards = progress, backwards
         self.num_excluded = [0] * len(matrices)

@@ -24,7 +24,7 @@ from liftdist.engine.adamw import reference_eps
 from liftdist.engine.gathered import Backwards, Gathered
 from liftdist.engine.matrices import Matrix, Place, principal_matrices
 from liftdist.engine.principal import IMPORTANCE, PrincipalWeights
-from liftdist.engine.selection import Budget, Criterion, decides_number
+from liftdist.engine.selection import Budget, Criterion, check, decides_number
 from liftdist.errors import UserError
 from liftdist.method_settings import SelectionConfig
 from liftdist.methods.base import SURVIVED
@@ -172,8 +172,10 @@ def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
 
 
 def places(config: Config, model: PreTrainedModel) -> dict[str, Place]:
-    """The matrices to train, by name. Raises ``UserError`` like :func:`prepare`."""
-    return principal_matrices(model, config.selection.modules)
+    """The matrices to train, by name. Raises ``UserError`` like :func:`prepare`, and for what the criterion cannot select in."""
+    found = principal_matrices(model, config.selection.modules)
+    check(rules(config.selection)[0], found)
+    return found
 
 
 def attach(
