@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -414,8 +415,15 @@ class PrincipalWeights:
             return {}
         number = self.selector.criterion.batches  # type: ignore[attr-defined]
         pairs = [(sums[id(part.param)], part.positions) for part in self.parts]
+
+        def of_first_replica(entries: Tensor) -> Tensor:  # each gathers its own, which may round differently
+            if self.replicate_group is not None:
+                dist.broadcast(entries, group=self.replicate_group, group_src=0)
+            return entries
+
         mean, square = (
-            self._flat(states[place].index_select(0, where) for states, where in pairs) / number for place in (0, 1)
+            self._flat(of_first_replica(states[place].index_select(0, where)) for states, where in pairs) / number
+            for place in (0, 1)
         )
         return optimizer_states.gathered(optimizer, self.values, mean, square, number)
 
