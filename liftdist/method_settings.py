@@ -14,6 +14,16 @@ from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
 
 BY_GRADIENTS = ("gradient", "sensitivity", "spiel")  # criteria that need data
+NO_MAGNITUDES = (
+    "low_rank_smallest",
+    "off_principal",
+    "smallest",
+    "random",
+    "channels",
+    "spiel",
+)  # of which scores are no sizes
+DECIDE_NUMBER = ("threshold", "file")  # by settings of the same names
+FACTOR_NOTHING = ("magnitude", "smallest", "random", "channels", *DECIDE_NUMBER, *BY_GRADIENTS)
 
 
 @dataclass
@@ -116,7 +126,7 @@ class SelectionConfig:
 
     def conflicts(self) -> Iterator[Problem]:
         """What is wrong if weights are selected by these settings."""
-        if self.criterion in ("threshold", "file"):  # settings of the same names
+        if self.criterion in DECIDE_NUMBER:
             if getattr(self, self.criterion) is None:
                 yield self.criterion, f"must be given with selection.criterion={self.criterion}"
             decides = f"is not used: selection.{self.criterion} says how many weights are trained"
@@ -140,6 +150,19 @@ class SelectionConfig:
             given = "neither" if self.density is None else "both"
             key = "density" if given == "both" else ""
             yield key, f"set exactly one of selection.density and selection.budget_rank, got {given}"
+        if self.budget in ("global_threshold", "sensitivity") and self.criterion in NO_MAGNITUDES:
+            fit = ", ".join(name for name in CRITERIA if name not in (*NO_MAGNITUDES, *DECIDE_NUMBER))
+            yield (
+                "budget",
+                f"{self.budget} compares scores of matrices, which those of selection.criterion={self.criterion} do not allow; "
+                f"criteria that fit are {fit}",
+            )
+        if self.budget == "ist" and self.criterion == "spiel":
+            yield (
+                "budget",
+                "cannot be ist with selection.criterion=spiel, which gives what is not drawn again its base values back; take "
+                "another criterion",
+            )
         if not self.modules:
             yield "modules", "must name at least one pattern"
         for name, of in (("block_size", ("blocks", "channels")), ("threshold", ("threshold",)), ("file", ("file",))):
@@ -235,7 +258,8 @@ class LoraConfig:
         "that are dropped where they matter least (`adalora`); or that start from the inputs of each module (`eva`)",
         choices=("lora", "dora", "rslora", "pissa", "adalora", "miss", "shira", "eva"),
         refused={
-            "supertuning": "trains single weights: use method=lift with selection.criterion=magnitude, and export to shira",
+            "supertuning": "trains single weights: use method=lift with selection.criterion=magnitude, or smallest for "
+            "select_top=False, and export to shira; with a LoRA beside them (r) it is not offered",
         },
         changes=FIXED,
     )
@@ -296,7 +320,7 @@ class OptimizerConfig:
         choices=tuple(OPTIMIZERS),
         refused=dict.fromkeys(
             ("muon", "shampoo", "soap", "adafactor", "galore"),
-            "works on whole matrices; what is trained is some of their entries",
+            "works on whole matrices, of which a rank steps single entries, or the rows of a shard",
         ),
         changes=STATE,
     )

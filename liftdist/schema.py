@@ -15,7 +15,14 @@ from omegaconf import MISSING
 from liftdist.data_settings import DataConfig
 from liftdist.errors import UserError
 from liftdist.evaluation_settings import EvalConfig
-from liftdist.method_settings import NEEDS_PEFT, LoraConfig, OptimizerConfig, SelectionConfig
+from liftdist.method_settings import (
+    DECIDE_NUMBER,
+    FACTOR_NOTHING,
+    NEEDS_PEFT,
+    LoraConfig,
+    OptimizerConfig,
+    SelectionConfig,
+)
 from liftdist.registry import LOSSES, METHODS, TRACKERS
 from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting, walk
 from liftdist.signals import STOP_SIGNALS
@@ -350,6 +357,12 @@ class Config:
             yield from (
                 (f"selection.{name}" if name else "selection", found) for name, found in self.selection.conflicts()
             )
+            if self.train.fit_memory and self.selection.criterion in DECIDE_NUMBER:
+                yield (
+                    "train.fit_memory",
+                    f"must be false with selection.criterion={self.selection.criterion}: how many weights are trained, and the "
+                    "memory that they take, is known when they are selected; set train.micro_batch_size",
+                )
         else:
             yield from self._lacking()
         if self.method == "lora" and self.lora.variant == "eva" and self.train.needs_base:
@@ -413,6 +426,11 @@ class Config:
                 "optimizer.bias_correction",
                 f"must be step with method={self.method}: no weight is selected later than others",
             )
+        if self.selection.exclude:
+            yield (
+                "selection.exclude",
+                f"leaves weights alone with method=lift only: method={self.method} changes all weights of a module",
+            )
         is_lora = self.method == "lora"
         has_base = is_lora and self.lora.variant != "pissa"  # without its adapters
         if is_lora and self.optimizer.decay_towards == "base":
@@ -434,8 +452,16 @@ class Config:
     def unused(self) -> dict[str, list[str]]:
         """Settings that nothing reads, ``KEY=VALUE`` of each, by the reason."""
         held_out = bool(self.data.eval_path or self.data.eval_sources)
+        chosen, is_lift = self.selection, self.method == "lift"
+        takes_all = is_lift and chosen.budget in ("half", "layers")
+        by = f"by selection.budget={chosen.budget}" if takes_all else f"by selection.criterion={chosen.criterion}"
+        factors_nothing = is_lift and (takes_all or chosen.criterion in FACTOR_NOTHING)
         idle = {  # settings, or sections
-            "selection": (self.method != "lift", f"by method={self.method}"),
+            "selection": (not is_lift, f"by method={self.method}"),
+            "selection.filter_rank": (factors_nothing, by),
+            "selection.method": (factors_nothing, by),
+            "selection.refresh_interval": (is_lift and chosen.criterion == "file", by),
+            "mesh.sparse_reduce_scatter": (not is_lift, f"by method={self.method}"),
             "lora": (self.method != "lora", f"by method={self.method}"),
             "sync": (self.sync.to is None, "without sync.to"),
             "train.eval_interval": (not (held_out or self.data.eval_share), "without held-out data"),
@@ -447,7 +473,8 @@ class Config:
         defaults = {key: value for key, _, value in walk(Config())}
         found = dict[str, list[str]]()
         for key, _, value in walk(self):
-            is_idle, reason = idle.get(key, idle.get(key.partition(".")[0], (False, "")))
-            if is_idle and key != "selection.modules" and value != defaults[key]:  # that is of all methods
+            places = [idle.get(name, (False, "")) for name in (key.partition(".")[0], key)]
+            reason = next((reason for is_idle, reason in places if is_idle), None)
+            if reason is not None and key != "selection.modules" and value != defaults[key]:  # that is of all methods
                 found.setdefault(reason, []).append(f"{key}={value}")
         return found

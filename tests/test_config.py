@@ -139,6 +139,22 @@ def test_what_nothing_reads_is_known(tmp_path):
         tmp_path, overrides=["method=full", "selection.modules=[a]", "selection.filter_rank=3", "lora.rank=2"]
     )
     assert config.unused() == {"by method=full": ["selection.density=0.05", "selection.filter_rank=3", "lora.rank=2"]}
+    overrides = ["selection.criterion=magnitude", "selection.filter_rank=3", "selection.method=exact"]
+    config, _ = load(tmp_path, overrides=overrides)
+    assert config.unused() == {
+        "by selection.criterion=magnitude": ["selection.filter_rank=3", "selection.method=exact"]
+    }
+    config, _ = load(tmp_path, overrides=["selection.density=", "selection.budget=half", "selection.filter_rank=3"])
+    assert config.unused() == {"by selection.budget=half": ["selection.filter_rank=3"]}
+    file = ["selection.density=", "selection.criterion=file", "selection.file=f"]
+    config, _ = load(tmp_path, overrides=[*file, "selection.refresh_interval=3"])
+    assert config.unused() == {"by selection.criterion=file": ["selection.refresh_interval=3"]}
+    config, _ = load(tmp_path, overrides=["method=lora", "selection.density=", "mesh.sparse_reduce_scatter=false"])
+    assert config.unused() == {"by method=lora": ["mesh.sparse_reduce_scatter=False"]}
+    with pytest.raises(UserError, match=r"train.fit_memory: must be false with selection.criterion=file"):
+        load(tmp_path, overrides=[*file, "train.fit_memory=true"])
+    with pytest.raises(UserError, match=r"selection.exclude: leaves weights alone with method=lift only: method=full"):
+        load(tmp_path, overrides=["method=full", "selection.exclude=[a.delta]"])
 
 
 def test_layouts():

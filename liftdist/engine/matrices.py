@@ -1,6 +1,7 @@
 """The trained matrices of a model: which they are, where they are in memory, and how they are sharded.
 
-every linear layer of the decoder that matches, except head and routers       W [m, n], a parameter, as it is stored
+every linear layer of the decoder that matches, except head and routers       W [m, n], a parameter, as it is stored: rows
+                                                                              make outputs, unless it is transposed
 the matrices of experts, which a model holds in one parameter of a layer     [E, R, C]: gate, up and down of each expert
 
 A parameter is plain, or sharded by its first dimension with FSDP2. Seen as rows of its last dimension, ``[E R, C]``, a matrix is
@@ -13,6 +14,7 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,6 +40,7 @@ class Place:
     first_row: int = 0
     first_column: int = 0
     step: int = 1
+    is_transposed: bool = False  # whether columns make the outputs, and rows read the inputs
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -124,20 +127,27 @@ def _linears(model: nn.Module) -> dict[str, Place]:
         elif is_linear(module) and module.weight not in choosing:
             weight = module.weight
             assert isinstance(weight, nn.Parameter)
-            found[names[id(weight)]] = Place(names[id(weight)], weight, *weight.shape)
+            (rows, columns), is_transposed = weight.shape, not isinstance(module, nn.Linear)
+            found[names[id(weight)]] = Place(names[id(weight)], weight, rows, columns, is_transposed=is_transposed)
     return found
 
 
-def _of_experts(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[int, ...]]]]:
+def _of_experts(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, tuple[Any, ...]]]]:
     """The matrices of a module that holds those of ``E`` experts in 3-D parameters: names, and the fields of their places.
 
     gate_up_proj  [E, 2 I, H], gate above up; or [E, H, 2 I], transposed, gate left of up, or in even and up in odd columns
     up_proj       [E, I, H] or [E, H, I], of experts without a gate
     down_proj     [E, H, I] or [E, I, H]
+
+    Without a gate the shapes are the same both ways: transformers says ``is_transposed``.
     """
     down, both = getattr(module, "down_proj", None), getattr(module, "gate_up_proj", None)
     if not isinstance(down, nn.Parameter) or down.ndim != 3:
         return
+    is_transposed = getattr(module, "is_transposed", False)
+    if isinstance(both, nn.Parameter) and both.ndim == 3:
+        is_transposed = both.shape[1] == down.shape[2]
+    whole = 0, 1, is_transposed  # all columns
     for key, param in (("gate_up_proj", both), ("up_proj", getattr(module, "up_proj", None)), ("down_proj", down)):
         if not isinstance(param, nn.Parameter) or param.ndim != 3:
             continue
@@ -145,15 +155,15 @@ def _of_experts(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Parameter, tu
         for expert in range(number):
             first = expert * rows
             if key != "gate_up_proj":
-                yield f"{expert}.{key}.weight", (param, (rows, columns, first))
+                yield f"{expert}.{key}.weight", (param, (rows, columns, first, *whole))
             elif (rows, columns) == (2 * down.shape[2], down.shape[1]):
-                yield f"{expert}.gate_proj.weight", (param, (rows // 2, columns, first))
-                yield f"{expert}.up_proj.weight", (param, (rows // 2, columns, first + rows // 2))
+                yield f"{expert}.gate_proj.weight", (param, (rows // 2, columns, first, *whole))
+                yield f"{expert}.up_proj.weight", (param, (rows // 2, columns, first + rows // 2, *whole))
             elif (rows, columns) == (down.shape[2], 2 * down.shape[1]):
                 half = columns // 2
                 second, step = (half, 1) if getattr(module, "is_concatenated", True) else (1, 2)
-                yield f"{expert}.gate_proj.weight", (param, (rows, half, first, 0, step))
-                yield f"{expert}.up_proj.weight", (param, (rows, half, first, second, step))
+                yield f"{expert}.gate_proj.weight", (param, (rows, half, first, 0, step, is_transposed))
+                yield f"{expert}.up_proj.weight", (param, (rows, half, first, second, step, is_transposed))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -49,10 +50,9 @@ from liftdist.engine.matrices import (
     shard_group,
 )
 from liftdist.engine.selection import Budget, Criterion, Excluded
-from liftdist.engine.selector import Selector
+from liftdist.engine.selector import Selector, is_of_selector
 from liftdist.errors import UserError
 
-IMPORTANCE = "importance."  # of a layer: scalar states that are the budget's
 TRIAL_BATCHES = 8  # by which a budget learns
 
 #: The instance whose hook takes the gradient of a parameter. Keeps neither alive.
@@ -350,8 +350,8 @@ class PrincipalWeights:
         from the value in the model and zero state.
 
         Args:
-            number: of this refresh, counted from 1, where it is not one more than that of the last: after a state was loaded.
-                Matters to criteria that draw anew.
+            number: of this refresh, counted from 1, where it is not one more than that of the last. Matters to what is drawn
+                anew, and to schedules.
 
         Returns:
             The share of the principal weights that stayed selected, over the whole model.
@@ -415,8 +415,15 @@ class PrincipalWeights:
             return {}
         number = self.selector.criterion.batches  # type: ignore[attr-defined]
         pairs = [(sums[id(part.param)], part.positions) for part in self.parts]
+
+        def of_first_replica(entries: Tensor) -> Tensor:  # each gathers its own, which may round differently
+            if self.replicate_group is not None:
+                dist.broadcast(entries, group=self.replicate_group, group_src=0)
+            return entries
+
         mean, square = (
-            self._flat(states[place].index_select(0, where) for states, where in pairs) / number for place in (0, 1)
+            self._flat(of_first_replica(states[place].index_select(0, where)) for states, where in pairs) / number
+            for place in (0, 1)
         )
         return optimizer_states.gathered(optimizer, self.values, mean, square, number)
 
@@ -462,16 +469,14 @@ class PrincipalWeights:
         Exact, except for quantised optimizer states: they are saved in float32 and quantised again.
 
         Args:
-            scalars: the optimizer's scalar states, such as Adam's ``step``, see :meth:`scalar_states`.
+            scalars: the optimizer's scalar states, such as Adam's ``step``, and the selection's, see :meth:`scalar_states`.
         """
 
         def local(matrix: Matrix, key: str) -> Tensor:
             return state[f"{matrix.name}/{key}"].long() - matrix.offset_local
 
         self.check_not_at_base()
-        self.selector.importance = {
-            key.removeprefix(IMPORTANCE): value for key, value in (scalars or {}).items() if key.startswith(IMPORTANCE)
-        }
+        self.selector.load_scalars(scalars or {})
         if self._base is not None:
             self._base = BaseValues()
         if self._base is not None or self.is_quantised:
@@ -491,18 +496,18 @@ class PrincipalWeights:
         self._replace_values(flat("values").to(self.dtype))  # a state may have been saved in the other one
         self.write_back()
         keys = {key.partition("/optimizer.")[2] for key in state if "/optimizer." in key}
-        if optimizer is not None and (keys or scalars):
+        own = {key: torch.tensor(value) for key, value in (scalars or {}).items() if not is_of_selector(key)}
+        if optimizer is not None and (keys or own):
             elements = {key: flat(f"optimizer.{key}") for key in keys}
-            own = {k: torch.tensor(value) for k, value in (scalars or {}).items() if not k.startswith(IMPORTANCE)}
             settings = optimizer.state_dict()["param_groups"]
             optimizer.load_state_dict({"state": {0: elements | own}, "param_groups": settings})
             kept = optimizer.state[self.values]
             kept |= {key: optimizer_states.in_own_format(optimizer, key, self.values, kept[key]) for key in keys}
 
     def scalar_states(self, optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        """The optimizer's scalar states and the budget's, equal on all ranks: the ``scalars`` of :meth:`load_state_dict`."""
-        learned = {f"{IMPORTANCE}{layer}": value for layer, value in self.selector.importance.items()}
-        return optimizer_states.scalars(optimizer, self.values) | learned
+        """The optimizer's scalar states, how often the weights were selected anew, and what the budget has learned, equal on all
+        ranks: the ``scalars`` of :meth:`load_state_dict`."""
+        return optimizer_states.scalars(optimizer, self.values) | self.selector.scalars()
 
     def non_finite(self) -> list[str]:
         """Names of the matrices whose principal gradient on this rank is not finite."""

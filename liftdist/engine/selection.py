@@ -24,7 +24,7 @@ from torch import Tensor
 
 from liftdist.distributed.collectives import Group, all_reduce_sum, together
 from liftdist.engine.apportion import apportion
-from liftdist.engine.matrices import Matrix
+from liftdist.engine.matrices import Matrix, Place
 from liftdist.engine.scores import BUCKETS, Scored, Scores, histogram
 from liftdist.engine.topk import blocks
 from liftdist.errors import UserError
@@ -39,7 +39,8 @@ class Criterion(Protocol):
     ``stays`` that is true a refresh would select the same again, and a run leaves it out.
 
     A criterion that differs between matrices, or from one selection to the next, has ``of(matrix, refreshes)``, which returns
-    that of a matrix, and need not be callable itself; ``refreshes`` is 0 at the first selection, 1 at the first refresh.
+    that of a matrix, and need not be callable itself; ``refreshes`` is 0 at the first selection, 1 at the first refresh. One that
+    cannot select in every matrix has ``check(places)``, see :func:`check`.
 
     A criterion that is chosen in a config is a frozen dataclass: its fields are part of the key of a cached selection.
     """
@@ -63,6 +64,12 @@ class Budget(Protocol):
 
 #: ``[e]`` int64 sorted flat indices, in the whole of a matrix, of its weights that must not be selected.
 Excluded = Callable[[Matrix], Tensor]
+
+
+def check(criterion: Criterion, places: Mapping[str, Place]) -> None:
+    """Raises ``UserError`` if ``criterion`` cannot select in the matrices at ``places``, by name."""
+    if hasattr(criterion, "check"):
+        criterion.check(places)
 
 
 def decides_number(criterion: Criterion) -> bool:

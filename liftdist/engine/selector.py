@@ -21,6 +21,14 @@ from liftdist.errors import UserError
 LossOf = Callable[[Callable[[str], float]], float]
 
 
+IMPORTANCE, REFRESHES = "importance.", "refreshes"  # among the scalar states: the first of a layer
+
+
+def is_of_selector(key: str) -> bool:
+    """Whether a scalar state is one of :meth:`Selector.scalars`."""
+    return key == REFRESHES or key.startswith(IMPORTANCE)
+
+
 class Selector:
     """The rules of a selection, and how often it has been made.
 
@@ -40,6 +48,7 @@ class Selector:
         backwards: Backwards | None = None,
     ) -> None:
         self._matrices = matrices
+        selection.check(criterion, {matrix.name: matrix.place for matrix in matrices})
         self.criterion, self.budget, self.excluded = criterion, budget, excluded
         self._progress, self.backwards = progress, backwards
         self.num_excluded = [0] * len(matrices)
@@ -58,6 +67,17 @@ class Selector:
     def is_known(self) -> bool:
         """Whether the same number of weights of a matrix is selected each time, as the budget alone says."""
         return not (self._compares or self._redraws or selection.decides_number(self.criterion))
+
+    def scalars(self) -> dict[str, float]:
+        """What the next selection depends on besides the weights, equal on all ranks."""
+        return {REFRESHES: self.refreshes} | {f"{IMPORTANCE}{layer}": value for layer, value in self.importance.items()}
+
+    def load_scalars(self, scalars: Mapping[str, float]) -> None:
+        """Take :meth:`scalars`, which may be among others."""
+        self.refreshes = int(scalars.get(REFRESHES, 0))
+        self.importance = {
+            key.removeprefix(IMPORTANCE): value for key, value in scalars.items() if key.startswith(IMPORTANCE)
+        }
 
     @contextlib.contextmanager
     def advanced(self, number: int | None, loss_of: LossOf) -> Iterator[None]:

@@ -10,7 +10,7 @@
 
 A checkpoint holds beside the trainer's files one of each rank, as :meth:`PrincipalWeights.state_dict` returns it:
 
-    checkpoint-100/lift-00000-of-00002.safetensors      metadata: scalars of the optimizer, a sum over the base model
+    checkpoint-100/lift-00000-of-00002.safetensors      metadata: scalars of optimizer and selection, a sum over the base model
 
 The state is what a run holds beyond its base model, so a resume starts from the base model, too; the sum recognises it.
 """

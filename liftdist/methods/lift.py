@@ -23,8 +23,9 @@ from liftdist.distributed.collectives import together
 from liftdist.engine.adamw import reference_eps
 from liftdist.engine.gathered import Backwards, Gathered
 from liftdist.engine.matrices import Matrix, Place, principal_matrices
-from liftdist.engine.principal import IMPORTANCE, PrincipalWeights
-from liftdist.engine.selection import Budget, Criterion, decides_number
+from liftdist.engine.principal import PrincipalWeights
+from liftdist.engine.selection import Budget, Criterion, check, decides_number
+from liftdist.engine.selector import is_of_selector
 from liftdist.errors import UserError
 from liftdist.method_settings import SelectionConfig
 from liftdist.methods.base import SURVIVED
@@ -118,7 +119,7 @@ class Lift:
         saved = {key.partition("/optimizer.")[2] for key in tensors if "/optimizer." in key}
         if saved and saved != self._states:
             tensors = {key: tensor for key, tensor in tensors.items() if "/optimizer." not in key}
-            scalars = {key: value for key, value in scalars.items() if key.startswith(IMPORTANCE)}
+            scalars = {key: value for key, value in scalars.items() if is_of_selector(key)}
         self.principal.load_state_dict(tensors, self.optimizer, scalars)
 
     def at_base(self) -> AbstractContextManager[None]:
@@ -172,8 +173,10 @@ def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
 
 
 def places(config: Config, model: PreTrainedModel) -> dict[str, Place]:
-    """The matrices to train, by name. Raises ``UserError`` like :func:`prepare`."""
-    return principal_matrices(model, config.selection.modules)
+    """The matrices to train, by name. Raises ``UserError`` like :func:`prepare`, and for what the criterion cannot select in."""
+    found = principal_matrices(model, config.selection.modules)
+    check(rules(config.selection)[0], found)
+    return found
 
 
 def attach(

@@ -3,10 +3,11 @@
 import collections
 
 import builders
+import families
 import pytest
 import ranks
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from liftdist import PrincipalWeights
 from liftdist.engine.budgets.half import Half
@@ -104,6 +105,45 @@ def test_runs_that_are_no_heads_are_refused(folder):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with pytest.raises(UserError, match=r"_proj.weight: selection.block_size must divide its \d+ channels, got 5"):
         PrincipalWeights(model, density=0.1, criterion=Channels(block_size=5))
+
+
+@pytest.mark.parametrize(
+    ("family", "module", "settings"),
+    [
+        ("gpt2", "*.mlp.*", dict(n_embd=32, n_layer=1, n_head=4)),
+        (
+            "gpt_oss",
+            "*.experts.*",
+            dict(hidden_size=32, intermediate_size=24, num_local_experts=2, num_hidden_layers=1),
+        ),
+    ],
+)
+def test_channels_are_those_of_hidden_units_where_weights_are_stored_transposed(family, module, settings):
+    """What the trained weights of a module write and read is the same hidden units, whole but one."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, vocab_size=64, **settings))
+    principal = PrincipalWeights(model, density=0.1, modules=[module], criterion=Channels(seed=1))
+    units = collections.defaultdict(list)
+    for matrix, indices in zip(principal.matrices, principal.indices, strict=True):
+        places = torch.zeros(matrix.shape, dtype=torch.bool)
+        places.view(-1)[indices.long()] = True
+        of, kind = matrix.name.rsplit(".", 2)[:2]
+        along = places if kind in ("c_proj", "down_proj") else places.T  # [hidden units, ...] of a transposed matrix
+        assert int(along.any(1).sum()) <= int(along.all(1).sum()) + 1
+        units[of].append(set(along.all(1).nonzero().squeeze(1).tolist()))
+    assert all(found and all(one == found[0] and len(one) >= 2 for one in found) for found in units.values())
+
+
+@pytest.mark.parametrize(
+    ("family", "refusal"),
+    [
+        ("phi3", r"self_attn.qkv_proj: makes 64 channels, where 32 are read.*leave it out of selection.modules"),
+        ("gpt2", r"attn.c_attn: makes 96 channels, where 32 are read"),
+        ("rwkv", r"feed_forward: key, receptance, value: which of them reads the others is not known"),
+    ],
+)
+def test_modules_without_channels_of_their_own_are_refused(tmp_path, family, refusal):
+    with pytest.raises(UserError, match=refusal):
+        PrincipalWeights(families.plain(families.make(tmp_path, family)), density=0.1, criterion=Channels())
 
 
 def train(mesh, folder):

@@ -7,6 +7,7 @@ import torch
 from trainers import LIFT, REFRESH, STEPS, arguments, dense_lift, logged, model_of, pad, samples, whole
 from transformers import TrainerCallback
 
+from liftdist.engine.budgets.half import Half
 from liftdist.errors import UserError
 from liftdist.integrations.transformers import LiftTrainer
 
@@ -160,6 +161,19 @@ def test_a_resumed_run_goes_on_to_the_bit(results):
         losses, rates = result["resumed"]  # among them those of the run that was resumed
         assert losses == result["run"]["loss"]
         assert rates == result["run"]["learning_rate"]
+
+
+def test_a_resumed_run_draws_what_was_due(base, tmp_path):
+    def make(**settings):
+        taken = arguments(tmp_path, fsdp=False, **settings)
+        given = dict(train_dataset=samples(), data_collator=pad, lift=dict(budget=Half()), refresh_interval=2)
+        return LiftTrainer(model_of(base), taken, **given)
+
+    whole_run, resumed = make(save_strategy="steps", save_steps=4), make()
+    whole_run.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert whole_run.principal.selector.refreshes == resumed.principal.selector.refreshes == STEPS // 2
+    assert same(whole(resumed.model), whole(whole_run.model))
 
 
 def test_a_checkpoint_of_another_base_or_world_size_is_refused(results, base, folder):

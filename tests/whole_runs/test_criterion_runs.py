@@ -9,7 +9,10 @@ import ranks
 from liftdist import config as configs
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import of_run
+from liftdist.engine.criteria.low_rank import LowRank
 from liftdist.errors import UserError
+from liftdist.method_settings import DECIDE_NUMBER, FACTOR_NOTHING, NO_MAGNITUDES, SelectionConfig
+from liftdist.registry import CRITERIA
 from liftdist.runs.saver import Checkpointer
 
 CHOICES = {
@@ -115,6 +118,8 @@ def test_they_continue(tiny_model, records, tmp_path):
         (["density=0.1", "budget=sensitivity", "final_density=0.1"], "selection.final_refresh: must be given"),
         (["budget=layers"], "selection.layers: must be given with selection.budget=layers and ist"),
         (["budget=half", "criterion=random"], "selection.criterion: is not used: selection.budget=half trains"),
+        (["density=0.1", "criterion=spiel", "final_refresh=2", "budget=ist", "layers=1"], "budget: cannot be ist with"),
+        (["density=0.1", "criterion=random", "budget=sensitivity"], "criteria that fit are low_rank, magnitude, residual"),
     ],
 )  # fmt: skip
 def test_settings_that_would_not_be_used_are_refused(overrides, problem, tmp_path):
@@ -122,6 +127,15 @@ def test_settings_that_would_not_be_used_are_refused(overrides, problem, tmp_pat
     with pytest.raises(UserError) as caught:
         configs.load(tmp_path / "config.yaml", [f"selection.{override}" for override in overrides])
     assert problem in str(caught.value)
+
+
+def test_the_settings_know_which_scores_can_be_compared():
+    made = SelectionConfig(threshold=0.1, file="f", gradient_batches=1, final_refresh=1)
+    rules = {name: CRITERIA.load(name).make(made) for name in CRITERIA if name not in DECIDE_NUMBER}
+    assert {name for name, rule in rules.items() if not getattr(rule, "are_magnitudes", False)} == set(NO_MAGNITUDES)
+    assert {name for name, rule in rules.items() if not isinstance(rule, LowRank)} == {*FACTOR_NOTHING} - {
+        *DECIDE_NUMBER
+    }
 
 
 OPTIMIZERS = {

@@ -11,10 +11,15 @@ from test_by_gradients import BATCHES, WORLDS, batches_of_gradients
 from test_world_size import global_masks
 from transformers import AutoModelForCausalLM
 
+from liftdist import PrincipalWeights
 from liftdist import config as configs
 from liftdist.console import Console
 from liftdist.distributed.collectives import gather
+from liftdist.engine.adamw import PrincipalAdamW
+from liftdist.engine.criteria.spiel import Spiel
 from liftdist.errors import UserError
+from liftdist.models.load import load
+from liftdist.schema import ModelConfig
 from liftdist.training.inputs import prepare_inputs
 
 FRACTION = 0.2 * (1 - 1 / 4)  # of the first refresh of four
@@ -156,3 +161,32 @@ def test_settings(overrides, problem, tmp_path):
     with pytest.raises(UserError) as caught:
         configs.load(tmp_path / "config.yaml", overrides)
     assert problem in str(caught.value)
+
+
+def moments(mesh, folder):
+    """Adam's moments after a refresh, of replicas whose gradients differ."""
+    model, _ = load(folder, ModelConfig(path=str(folder), dtype="float32"), mesh)
+
+    def backwards(number):
+        for batch in range(number):
+            tokens = (torch.arange(8)[None] + batch + mesh.rank) % 16
+            loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            yield loss.detach()
+
+    criterion = Spiel(batches=2, final_refresh=4)
+    given = dict(density=0.1, criterion=criterion, backwards=backwards, keep_base=True)
+    principal = PrincipalWeights(model, replicate_group=mesh.replicate_group, **given)
+    optimizer = PrincipalAdamW(principal, lr=0.1)
+    for _ in backwards(1):
+        principal.reduce_gradients()
+    optimizer.step()
+    principal.refresh(optimizer)
+    state = optimizer.state[principal.values]
+    return [principal.values.tolist(), state["exp_avg"].tolist(), state["exp_avg_sq"].tolist()]
+
+
+def test_replicas_have_the_same_moments(tmp_path):
+    one, other = ranks.run(2, moments, builders.llama(tmp_path), dp_replicate=2)
+    assert one == other
+    assert any(one[1])

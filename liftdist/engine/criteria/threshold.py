@@ -3,8 +3,8 @@
 S = the entries with |w| < t                         (SaRA, arXiv 2409.06633)
 
 Their number follows from the weights. At a refresh the rule is applied again: those that have grown past t are kept as they are,
-and the rest goes on. SaRA does that once, half-way (its progressive adjustment): set `selection.refresh_interval` to half the
-steps. Its loss, which keeps the update of low rank, is left out.
+and the rest goes on. SaRA does that once, half-way (its progressive adjustment): set `selection.refresh_interval` to more than
+half of the steps; half of them would refresh before the last one, too. Its loss, which keeps the update of low rank, is left out.
 """
 
 from __future__ import annotations
