@@ -365,6 +365,17 @@ class Config:
                 )
         else:
             yield from self._lacking()
+        gathers = (
+            f"selection.{self.selection.needs_data}" if self.method == "lift" and self.selection.needs_data else None
+        )
+        if self.method == "lora" and self.lora.variant == "eva":
+            gathers = "lora.variant=eva"
+        if self.train.fit_memory and gathers:
+            yield (
+                "train.fit_memory",
+                f"must be false with {gathers}, for which train.micro_batch_size is the size of the batches that are looked at, and "
+                "so no matter of memory alone; set it",
+            )
         if self.method == "lora" and self.lora.variant == "eva" and self.train.needs_base:
             yield "train.loss", f"cannot be {self.train.loss} with lora.variant=eva"
         if self.method == "lora" and importlib.util.find_spec("peft") is None:

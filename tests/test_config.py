@@ -153,6 +153,11 @@ def test_what_nothing_reads_is_known(tmp_path):
     assert config.unused() == {"by method=lora": ["mesh.sparse_reduce_scatter=False"]}
     with pytest.raises(UserError, match=r"train.fit_memory: must be false with selection.criterion=file"):
         load(tmp_path, overrides=[*file, "train.fit_memory=true"])
+    for gathering in (["selection.budget=ist", "selection.layers=1"], ["selection.criterion=gradient"]):
+        with pytest.raises(
+            UserError, match=r"train.fit_memory: must be false with selection.(budget|criterion)=\w+, for which"
+        ):
+            load(tmp_path, overrides=[*gathering, "train.fit_memory=true"])
     with pytest.raises(UserError, match=r"selection.exclude: leaves weights alone with method=lift only: method=full"):
         load(tmp_path, overrides=["method=full", "selection.exclude=[a.delta]"])
 

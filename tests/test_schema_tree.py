@@ -7,7 +7,7 @@ import pytest
 from liftdist import config as configs
 from liftdist import schema_tree
 from liftdist.errors import UserError
-from liftdist.runs import changes
+from liftdist.runs import changes, manifest
 from liftdist.schema_tree import COURSE, NOTHING, STATE, setting
 
 
@@ -226,3 +226,14 @@ def test_a_changed_text_by_name_is_a_change():
         (COURSE, "data.fields.question: absent -> p"),
         (COURSE, "data.fields.context: absent -> c"),
     ]
+
+
+@pytest.mark.parametrize(("criterion", "kind"), [("low_rank", NOTHING), ("gradient", COURSE)])
+def test_micro_batches_count_where_gradients_choose_what_is_trained(criterion, kind):
+    before, after = (
+        manifest.Provenance(
+            f"selection: {{criterion: {criterion}}}\ntrain: {{micro_batch_size: {size}}}", {}, "b", "d", {}, {}
+        )
+        for size in (4, 2)
+    )
+    assert changes.between(before, after) == [(kind, "train.micro_batch_size: 4 -> 2")]

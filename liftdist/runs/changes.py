@@ -16,6 +16,7 @@ import yaml
 
 from liftdist import schema_tree
 from liftdist.errors import UserError
+from liftdist.method_settings import BY_GRADIENTS
 from liftdist.options import CONTINUATION_FLAGS
 from liftdist.redaction import redact
 from liftdist.runs import claims, layout, manifest
@@ -82,6 +83,8 @@ def check_alike(mine: Provenance, first: Provenance, rank: int) -> None:
 def between(before: Provenance, after: Provenance) -> list[SettingChange]:
     """The changes from ``before`` to ``after``."""
     found = of_settings(before.config, after.config)
+    if _gathers(after.config):  # of gradients, in micro-batches
+        found = [(COURSE if text.startswith("train.micro_batch_size:") else kind, text) for kind, text in found]
     kinds = _kinds()
     for key, value in after.from_environment.items():
         if before.from_environment.get(key, value) != value:
@@ -105,6 +108,13 @@ def between(before: Provenance, after: Provenance) -> list[SettingChange]:
         same = "the samples are equal" if _is_of_training(key) else same
         found += [(NOTHING, f"{key}: {same}{text}")] if text else []
     return found
+
+
+def _gathers(config: str) -> bool:
+    """Whether a selection runs batches of data, by the settings of a config, given as YAML text."""
+    given = dict(schema_tree.leaves(yaml.safe_load(config)))
+    by_data = given.get("selection.criterion") in BY_GRADIENTS or given.get("selection.budget") == "ist"
+    return by_data and given.get("method", "lift") == "lift"
 
 
 def _is_of_training(key: str) -> bool:
