@@ -373,8 +373,8 @@ class Config:
         if self.train.fit_memory and gathers:
             yield (
                 "train.fit_memory",
-                f"must be false with {gathers}, for which train.micro_batch_size is the size of the batches that are looked at, and "
-                "so no matter of memory alone; set it",
+                f"must be false with {gathers}: it looks at batches of train.micro_batch_size, which is no matter of memory then; "
+                "set that",
             )
         if self.method == "lora" and self.lora.variant == "eva" and self.train.needs_base:
             yield "train.loss", f"cannot be {self.train.loss} with lora.variant=eva"
