@@ -70,7 +70,8 @@ def change_module(
                         f"{name}: the model's {own.dtype} does not hold the delta's values of {change.dtype}, and would undo "
                         f"most changes by rounding; load the model with dtype={change.dtype}"
                     )
-            yield own, edit(name, own, *([change.to(own.dtype) for change in some] for some in (undone, applied)))
+            undone, applied = ([change.to(own.dtype) for change in some] for some in (undone, applied))
+            yield own, edit(name, own, undone, applied)
 
     with torch.no_grad():
         with together():
