@@ -77,7 +77,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head", metavar="HOST[:PORT]", help=f"the machine with --node-rank 0 (port {network.DEFAULT_PORT})"
     )
-    parser.add_argument("--max-restarts", type=int, default=0, help="times that ranks are started again after a crash")
+    parser.add_argument(
+        "--max-restarts",
+        type=int,
+        help="times that ranks are started again after a crash (default: 0; with train.fit_memory 2, for a smaller plan)",
+    )
 
 
 def check(options: argparse.Namespace) -> None:
@@ -170,6 +174,9 @@ def launch(
     Raises:
         UserError: no space for temporary files, or no permission.
     """
+    restarts = options.max_restarts
+    if restarts is None:  # a job starts them again by itself
+        restarts = 2 if config.train.fit_memory and not where.in_job else 0
     nproc = options.nproc or (config.slurm.ranks_per_node if where.in_job else None) or _gpus()
     logs = layout.logs(Path(config.run_dir).expanduser(), where.id) if where.id else None
     with contextlib.ExitStack() as stack:
@@ -188,7 +195,7 @@ def launch(
         log.reconfigure(line_buffering=True)
         status = scratch / "status"  # a folder that only this user can write to
         variables = _variables(nproc, where, folder, logs, typed) | {environment.STATUS_FILE.name: str(status)}
-        torchrun = [*torchrun_arguments(where, nproc, options.max_restarts), start.__file__, "liftdist.train"]
+        torchrun = [*torchrun_arguments(where, nproc, restarts), start.__file__, "liftdist.train"]
         torchrun += [word.replace("$", "$$") for word in command]  # torchrun substitutes ${local_rank}
         with heartbeat(lambda: os.utime(report, follow_symlinks=False)):
             code, stopped = _supervise(torchrun, variables, log, folder, status, where.in_job)

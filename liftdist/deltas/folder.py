@@ -69,6 +69,8 @@ def _change(
             f"{folder}: also holds {', '.join(others)}: other weights, which would stay as they are; give --output, or move "
             "them elsewhere"
         )
+    if output is None and stored.quantised:
+        raise UserError(f"{folder}: holds quantised weights, which cannot hold what a delta changes; give --output")
     weights.check_copies(stored, cache_dir)
     deltas.check_same_base(apply, undo)
     given = [delta for delta in (apply, undo) if delta is not None]
@@ -194,7 +196,8 @@ def rewrite(
 
     Args:
         edit: maps a tensor's name and value, which it may write to, to the new value; called by several threads.
-        finish: adds the other files to the folder, on rank 0, before it appears.
+        finish: adds the other files to the folder, on rank 0, before it appears. Its ``config.json`` then says no longer that
+            weights are quantised, which were in ``stored`` and are not here.
         replace: replace an existing folder.
 
     Raises:
@@ -221,6 +224,8 @@ def rewrite(
             if rank == 0:
                 _write_index(stored, temporary, total)
                 finish(temporary)
+                if stored.quantised:
+                    edit_json(temporary / "config.json", _unquantised)
                 if replace:
                     _belong_like(temporary, target)
                 files.publish(temporary, target, _exchange if replace else None)
@@ -279,6 +284,20 @@ def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:
             "weight_map": dict(sorted(stored.file_of.items())),
         }
         (folder / check.INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def edit_json(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Rewrite a file of settings if there is one and ``edit`` changes it."""
+    if path.exists():
+        before = check.read_json(path)
+        if (after := edit(before)) != before:
+            path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _unquantised(config: dict[str, Any]) -> dict[str, Any]:
+    """The contents of ``config.json`` without what is said of quantised weights, of its part on the language model, too."""
+    kept = {key: value for key, value in config.items() if key != "quantization_config"}
+    return kept | ({"text_config": _unquantised(text)} if (text := config.get("text_config")) else {})
 
 
 def _belong_like(folder: Path, old: Path) -> None:

@@ -67,6 +67,11 @@ class DenseWeights:
         """Clear the gradients, as if there had been no backward."""
         for param, value in zip(self.params.values(), self.values, strict=True):
             param.grad = value.grad = None
+        for module in self._fsdp_modules:  # what a backward that failed has left to be reduced
+            group = module._get_fsdp_state()._fsdp_param_group
+            for fsdp_param in group.fsdp_params if group else ():
+                if (whole := getattr(fsdp_param, "_unsharded_param", None)) is not None:
+                    whole.grad = None
 
     def non_finite(self) -> list[str]:
         """Names of the parameters whose gradient on this rank is not finite."""

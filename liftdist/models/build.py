@@ -20,16 +20,20 @@ from liftdist.schema import ModelConfig
 
 
 def check_type(folder: Path, config: ModelConfig) -> Any:
-    """The transformers configuration in ``folder``; reads no weights.
+    """The transformers configuration in ``folder``, as if its weights were not quantised; reads no weights.
 
     Raises:
-        UserError: no or damaged ``config.json``, unknown or unsupported model type, quantised weights, no safetensors.
+        UserError: no or damaged ``config.json``, unknown or unsupported model type, no safetensors, weights that are quantised in
+            a form that is not read.
     """
     check.check_model_folder(folder, config.trust_remote_code)
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
+        found = AutoConfig.from_pretrained(folder, trust_remote_code=config.trust_remote_code)
     except Exception as error:  # a malformed field can raise any error
         raise UserError(f"{folder / 'config.json'}: {str(error).splitlines()[0]}") from None
+    for part in {id(part): part for part in (found, found.get_text_config(decoder=True))}.values():
+        part.__dict__.pop("quantization_config", None)
+    return found
 
 
 def stop_ids(folder: Path) -> list[int]:

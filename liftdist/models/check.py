@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ _WEIGHTS = re.compile(
     r"^openvino.*\.xml$",
     re.IGNORECASE,
 )
+
+#: Forms of quantised weights that are read, see :mod:`liftdist.models.quantised_files`: methods, formats of compressed-tensors.
+_READ = ("mxfp4", "fp8", "mxfp8", "bitsandbytes", "float-quantized", "naive-quantized")
 
 
 def is_weights(name: str) -> bool:
@@ -42,11 +46,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def quantisation(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``config.json`` says of how its weights are quantised, or its part on the language model; None if they are not."""
+    return config.get("quantization_config") or (config.get("text_config") or {}).get("quantization_config") or None
+
+
+def why_unread(settings: Mapping[str, Any]) -> str | None:
+    """The name of a form of quantised weights that is not read, from :func:`quantisation`; None of one that is."""
+    method = settings.get("quant_method", "unknown method")
+    if method == "bitsandbytes" and not settings.get("load_in_4bit"):
+        return "bitsandbytes, 8 bits"
+    if method == "compressed-tensors":
+        form = settings.get("format")
+        return None if form in _READ else f"compressed-tensors, {form}"
+    return None if method in _READ else method
+
+
 def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """The contents of ``config.json``.
 
     Raises:
-        UserError: it is absent or damaged, the model type is unknown, the weights are quantised.
+        UserError: it is absent or damaged, the model type is unknown, the weights are quantised in a form that is not read.
     """
     file = folder / "config.json"
     try:
@@ -60,9 +80,9 @@ def check_model_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     model_type = raw.get("model_type")
     if not model_type:
         raise UserError(f"{file}: has no model_type; model.path must be the folder of a Hugging Face model")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown method")
-        raise UserError(f"{file}: quantised weights ({method}) cannot be trained; use the unquantised model")
+    settings = quantisation(raw)
+    if settings is not None and (form := why_unread(settings)) is not None:
+        raise UserError(f"{file}: quantised weights ({form}) cannot be read; use the unquantised model")
     if _is_listed(model_type):
         return raw
     from transformers.models.auto import configuration_auto, modeling_auto  # slow to import

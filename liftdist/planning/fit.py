@@ -13,9 +13,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-
-from liftdist import environment, processes, schema_tree
 from liftdist.console import GIB, Console
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
@@ -26,9 +23,8 @@ from liftdist.models.hub import resolve_config
 from liftdist.planning import activations, footprint, shapes
 from liftdist.registry import METHODS
 from liftdist.schema import Config
+from liftdist.training import memory
 
-USABLE = 0.92  # fraction of a GPU's memory; the rest is the CUDA context, NCCL and fragmentation
-LIBRARIES = GIB  # memory of a rank on the host besides its tensors
 BUSY = 4096  # tokens of a micro-batch from which layers are not recomputed for the sake of a larger one
 
 
@@ -114,13 +110,14 @@ def sizes(config: Config, ranks: int) -> list[int]:
 
 
 def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
-    """The config of a run with what ``train.fit_memory`` chooses; the same for the same config and ranks. Collective.
+    """The config of a run with what ``train.fit_memory`` chooses; the same for the same config, ranks, and :func:`note`.
+    Collective.
 
     Raises:
         UserError: the run does not fit, by its plan.
     """
-    usable = min(collectives.gather(memory(mesh.device)))
-    chosen: tuple[dict[str, Any], int] | None = None
+    usable = min(collectives.gather(memory.usable(mesh.device)))
+    chosen: tuple[dict[str, Any], int, int] | None = None
     with together():
         if mesh.is_main:
             planned = config
@@ -128,40 +125,27 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
                 optimizer = dataclasses.replace(config.optimizer, device=None)
                 model = dataclasses.replace(config.model, offload_activations=False)
                 planned = dataclasses.replace(config, optimizer=optimizer, model=model)
+            usable = min(usable, _lacked(planned, mesh.world_size, usable))
             requirements, peak = fitting(planned, mesh.world_size, usable)
             if peak > usable:
                 raise UserError(
                     f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "
                     f"of one sequence whose layers are recomputed; liftdist plan says what takes them and what helps"
                 )
-            chosen = choice(requirements.config), peak
-    values, peak = collectives.gather(chosen)[0]
+            chosen = memory.choice(requirements.config), peak, usable
+    values, peak, usable = collectives.gather(chosen)[0]
     console.say(f"{described(values)}: planned {peak / GIB:.2f} of {usable / GIB:.2f} GiB")
-    for key, value in values.items():
-        section, name = key.split(".")
-        config = dataclasses.replace(
-            config, **{section: dataclasses.replace(getattr(config, section), **{name: value})}
-        )
-    return config
+    return memory.chosen_in(config, values)
 
 
-CHOSEN = ("train.micro_batch_size", "model.activation_checkpointing", "model.keep_gathered")
-
-
-def choice(config: Config) -> dict[str, Any]:
-    """What ``train.fit_memory`` chooses, by setting, as a config has it."""
-    values = {key: value for key, _, value in schema_tree.walk(config)}
-    return {key: values[key] for key in CHOSEN}
+def _lacked(config: Config, ranks: int, usable: int) -> int:
+    """The bytes that a plan may take: less than one took that did not fit, where ranks have no more memory than they had then."""
+    had, chosen = memory.lacked(config)
+    if chosen is None or usable > had:
+        return usable
+    return footprint.peak(Requirements(memory.chosen_in(config, chosen)).memory(*config.mesh.layout(ranks))) - 1
 
 
 def described(values: Mapping[str, Any]) -> str:
     """What was chosen, in a line."""
     return f"train.fit_memory: {' '.join(f'{key}={str(value).lower()}' for key, value in values.items())}"
-
-
-def memory(device: torch.device) -> int:
-    """Bytes that the tensors of a rank may take: on a GPU ``USABLE`` of its memory, on the host that of the rank's part of the
-    machine's, or of its control group's, without ``LIBRARIES``."""
-    if device.type == "cuda":
-        return round(USABLE * torch.cuda.get_device_properties(device).total_memory)
-    return max(0, round(USABLE * processes.memory() / environment.LOCAL_WORLD_SIZE.get(1)) - LIBRARIES)

@@ -20,9 +20,11 @@ from liftdist.distributed.sharding import advice_on_padding
 from liftdist.engine import selection
 from liftdist.errors import UserError
 from liftdist.planning import fit, footprint
-from liftdist.planning.fit import USABLE, Requirements
+from liftdist.planning.fit import Requirements
 from liftdist.planning.shapes import Sizes
 from liftdist.schema import SELECTIVE, Config
+from liftdist.training import memory
+from liftdist.training.memory import USABLE
 
 
 class Gpu(NamedTuple):
@@ -100,7 +102,7 @@ def plan(
     result: dict[str, Any] = {
         "layout": {"nodes": nodes, "gpus_per_node": gpus_per_node, "dp_replicate": replicas, "dp_shard": shards},
         "model": {"parameters": size.numel, "matrices": len(size.trained), "principal": selected},
-        "fitted": fit.choice(config) if config.train.fit_memory else None,
+        "fitted": memory.choice(config) if config.train.fit_memory else None,
         "memory": parts,
         "peak": footprint.peak(parts),
         "usable": usable,

@@ -11,6 +11,7 @@ ATTEMPTS, CHECKPOINTS, TENSORBOARD, LOGS = "attempts", "checkpoints", "tensorboa
 TRACKERS = "trackers"  # a folder, where clients of trackers are used
 METRICS = "metrics.jsonl"  # a line for each step that is recorded
 MANIFEST = "manifest.json"  # of a checkpoint
+LACKED_MEMORY = "lacked-memory.json"  # the last choice of train.fit_memory that did not fit
 STOP_REQUESTED = "stop-requested"  # a file that requests a stop
 
 

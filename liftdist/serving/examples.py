@@ -71,6 +71,8 @@ def table_of(folder: Path) -> Table:
     found = [stored[name] for name, tensor in build.tensors(model).items() if tensor is weight and name in stored]
     if not found:
         raise UserError(f"--examples: {folder} stores no input embedding as one tensor, by which examples are compared")
+    if found[0] in files.quantised:
+        raise UserError(f"--examples: {folder} stores its input embedding quantised; give the unquantised model")
     return Table(str(folder.absolute()), files.file_of[found[0]], found[0])
 
 

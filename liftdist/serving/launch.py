@@ -108,10 +108,15 @@ def check_deltas(
 
     Raises:
         UserError: a delta is not there, or damaged, or for another base model, or cannot be undone, or its first tensor shows
-            that the engine would round it; the others are looked at when it is loaded.
+            that the engine would round it, the others as they are loaded; the base model's weights are quantised.
     """
     modules, named = [], read_names(given, [base, *names])
     folder, _ = hub.model_of(base, "BASE")
+    if given and weights.ModelFolder(folder).quantised:
+        raise UserError(
+            f"{base}: holds quantised weights, to which no delta applies in an engine; `liftdist export --format hf` writes the "
+            "model of a delta, and vLLM serves that"
+        )
     digest = weights.digest(folder, cache_dir)
     for name, text in named.items():
         path = hub.file_of(text, delta_file.NAME, f"--delta {name}")

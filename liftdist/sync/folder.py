@@ -41,11 +41,13 @@ def follow(
 
     Raises:
         UserError: ``target`` is something else, cannot be written or replaced; with ``once``, no version can be read; ``base`` is
-            not the base model.
+            not the base model, or one that the form is not for.
     """
     # the target may be the current folder, which is replaced
     source, base, cache_dir = source.absolute(), base.absolute(), cache_dir.absolute()
     given, target = target, target.resolve()
+    if form == "sglang":
+        sglang.check_base(ModelFolder(base))
     digest = weights.digest(base, cache_dir)
     held = _held(target, form, digest)
     if form == "hf":

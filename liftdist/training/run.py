@@ -268,7 +268,7 @@ class _Run(contextlib.AbstractContextManager["_Run"]):
 
     def turn(self, most: float = math.inf) -> bool:
         """See :meth:`Loop.turn`."""
-        with memory.explained(self.trainer.config):
+        with memory.explained(self.trainer.config, self.trainer.mesh.device):
             return self.loop.turn(most)
 
     def to_the_end(self) -> None:

@@ -12,7 +12,7 @@ from liftdist.distributed.sharding import advice_on_padding, fsdp_modules, resha
 from liftdist.errors import UserError
 from liftdist.method_settings import BY_GRADIENTS
 from liftdist.methods.base import Method
-from liftdist.models import build, weights
+from liftdist.models import build, check, weights
 from liftdist.models.head import in_chunks, is_plain
 from liftdist.models.hub import resolve_model
 from liftdist.models.load import load
@@ -62,6 +62,12 @@ def _model(context: RunContext, folder: Path, inputs: Inputs | None) -> tuple[Pr
         return chosen.prepare(config, model, names)
 
     model, names = load(folder, config.model, mesh, context.cancellation.check, prepare)
+    if (settings := check.quantisation(check.read_json(folder / "config.json"))) is not None:
+        held = f", and rounded to {config.model.base_dtype}" if config.model.base_dtype else ""
+        context.console.say(
+            f"the base model's weights come quantised ({settings['quant_method']}): they are read as those that they stand "
+            f"for{held}, onto which exports and deltas put what is learned"
+        )
     if rates := build.dropout(model.config):
         named = ", ".join(f"{key}={rate:g}" for key, rate in rates.items())
         context.console.say(f"config.json of the model asks for dropout, with which it is trained: {named}")

@@ -27,7 +27,7 @@ from liftdist.errors import UserError
 from liftdist.methods.base import Method
 from liftdist.registry import LOSSES
 from liftdist.schema import Config
-from liftdist.training import objective
+from liftdist.training import memory, objective
 from liftdist.training.best import Best
 from liftdist.training.inputs import Inputs
 from liftdist.training.losses import Loss
@@ -116,26 +116,28 @@ class Trainer:
     def run_step(self) -> dict[str, float]:
         """One optimizer step; returns its metrics by tag. Collective.
 
-        If the loss or gradient is not finite on any rank, the step is skipped and counted: no weight changes.
+        If the loss or gradient is not finite on any rank, the step is skipped and counted: no weight changes. If memory runs out,
+        it is done again, see :mod:`liftdist.training.memory`.
 
         Raises:
             UserError: more steps in a row were skipped than ``train.max_skipped_steps``.
         """
         step, self.problem = self.step + 1, None
-        random = np.random.SeedSequence([self.config.train.seed, step, self.mesh.rank])
-        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
+        self._seed(step)
         figures: dict[str, float] = {}
         with self.watch("refresh"):
             figures |= self.method.before_step(step, self.steps)
         sequences = self.order.batch(self.consumed, self.epochs)
-        micro_batches = split_micro_batches(
-            sequences,
-            self.inputs.samples.lengths,
-            self.mesh.rank,
-            self.mesh.world_size,
-            self.config.train.micro_batch_size,
-        )
-        totals, micro_losses, tokens = self._backward(micro_batches)
+        while True:
+            micro_batches = self._split(sequences)
+            try:
+                totals, micro_losses, tokens = self._backward(micro_batches)
+                break
+            except RuntimeError as error:
+                smaller = memory.halved(self.config, error, self.mesh.world_size)
+                if smaller is None:
+                    raise
+            self._make_smaller(step, smaller)
         with self.watch("exchange"):
             dist.all_reduce(totals)
             self.method.reduce(totals[0, 1].float())
@@ -162,6 +164,26 @@ class Trainer:
         figures |= {"train/sequences": self.consumed, "train/skipped_steps": self.skipped}
         figures["local/tokens"] = tokens
         return figures
+
+    def _seed(self, step: int) -> None:
+        random = np.random.SeedSequence([self.config.train.seed, step, self.mesh.rank])
+        torch.manual_seed(int(random.generate_state(1, np.uint64)[0]))
+
+    def _split(self, sequences: list[list[int]]) -> list[list[list[int]]]:
+        """This rank's micro-batches of a batch."""
+        lengths, size = self.inputs.samples.lengths, self.config.train.micro_batch_size
+        return split_micro_batches(sequences, lengths, self.mesh.rank, self.mesh.world_size, size)
+
+    def _make_smaller(self, step: int, smaller: Config) -> None:
+        """Prepare to do the step again, in the micro-batches of another config."""
+        memory.recover(self.model, self.method, self.mesh.device)
+        memory.note(self.config, self.mesh.device)
+        self._seed(step)
+        self.config = smaller
+        self.problem = (
+            f"step {step}: memory ran out; done again, as all that follow, with "
+            f"train.micro_batch_size={smaller.train.micro_batch_size}"
+        )
 
     def _backward(self, micro_batches: list[list[list[int]]]) -> tuple[Tensor, list[Tensor], int]:
         """Forward and backward of this rank's micro-batches.

@@ -80,6 +80,20 @@ def test_one_summary_names_the_rank_that_failed_first(kind, restarts, expected, 
     assert builders.files_of(tmp_path / "run")[0] == 5  # what was committed is there
 
 
+def test_ranks_that_lack_memory_begin_again_with_a_smaller_plan(config, tmp_path):
+    job = start(config, "--nproc", "2", overrides=["train.fit_memory=true"], fault="1:7:memory")
+    said = job.communicate(timeout=150)[0]
+    assert job.returncode == 0, said
+    sizes = [float(planned) for planned in re.findall(r"train\.fit_memory: .*: planned (\S+) of", said)]
+    assert len(sizes) == 2
+    assert said.count("continuing after step 5 of 12") == 1
+    noted = json.loads((tmp_path / "run" / "lacked-memory.json").read_text())["chosen"]
+    first, second = re.findall(r"train\.fit_memory: (.*): planned", said)
+    assert first == " ".join(f"{key}={str(value).lower()}" for key, value in noted.items())
+    assert second != first
+    assert builders.files_of(tmp_path / "run")[0] == 12
+
+
 @pytest.mark.parametrize(
     ("options", "problem"),
     [

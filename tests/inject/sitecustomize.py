@@ -23,6 +23,10 @@ def fail():
         sys.exit(0)
     if KIND == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
+    if KIND == "memory" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        import torch
+
+        torch.empty(1 << 50)
 
 
 def wait_for_the_checkpoint(trainer):

@@ -64,7 +64,7 @@ def broken(folder, how):
         "not json": "config.json: Expecting",
         "unknown type": "model_type 'wonder' is not a causal language model known to transformers",
         "no type": "has no model_type; model.path must be the folder of a Hugging Face model",
-        "quantised": "quantised weights (gptq) cannot be trained",
+        "quantised": "quantised weights (gptq) cannot be read; use the unquantised model",
         "no weights": "holds no model.safetensors",
         "pickled": "pickled weights (pytorch_model.bin) are not loaded",
         "truncated": "damaged weights: model.safetensors has",

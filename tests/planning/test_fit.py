@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import re
+from pathlib import Path
 
 import builders
 import pytest
@@ -18,6 +19,7 @@ from liftdist.planning import fit, footprint, plan
 from liftdist.runs.context import RunContext
 from liftdist.training import memory
 
+CPU = torch.device("cpu")
 SIZES = (1, 2, 3)  # of a micro-batch of six sequences on two ranks
 
 
@@ -139,6 +141,88 @@ def test_what_is_tried_out_leaves_nothing_behind(method, config):
         assert without == tried
 
 
+def out_of_memory(*_):
+    torch.empty(1 << 50)
+
+
+SURVIVING = METHODS | {"lora": dict(method="lora", lora=dict(rank=4))}
+
+
+class Lacking:
+    """A hook of a layer that lacks memory, once."""
+
+    def __init__(self, register):
+        self.hook = register(self)
+
+    def __call__(self, *_):
+        self.hook.remove()
+        out_of_memory()
+
+
+def survived_or_smaller(mesh, config, settings, phase):
+    """Four steps of which the third lacks memory once, and four of which the third and the last are in smaller micro-batches."""
+    found = []
+    for fails in (True, False):
+        changed = dataclasses.replace(config, method=settings.get("method", config.method))
+        for section, values in (settings | {"train": {"fit_memory": True} | settings.get("train", {})}).items():
+            if section != "method":
+                given = dataclasses.replace(getattr(changed, section), **values)
+                changed = dataclasses.replace(changed, **{section: given})
+        made = builders.trainer(mesh, changed)
+        losses = [made.run_step()["train/loss"] for _ in range(2)]
+        if fails:
+            first, second = made.model.model.layers[:2]
+            Lacking(first.register_full_backward_hook if phase == "backward" else second.register_forward_hook)
+        else:
+            made.config = dataclasses.replace(changed, train=dataclasses.replace(changed.train, micro_batch_size=2))
+        losses.append(made.run_step()["train/loss"])
+        said = made.problem
+        losses.append(made.run_step()["train/loss"])
+        found.append((losses, builders.global_digest(made), said))
+    return found
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize(
+    "method", [m if m in ("lift", "full") else pytest.param(m, marks=pytest.mark.slow) for m in SURVIVING]
+)
+def test_a_step_of_one_rank_that_lacks_memory_is_done_again(method, phase, config):
+    config.train.micro_batch_size = 3
+    (((losses, digest, said), (expected, same, nothing)),) = ranks.run(
+        1, survived_or_smaller, config, SURVIVING[method], phase
+    )
+    assert said == "step 3: memory ran out; done again, as all that follow, with train.micro_batch_size=2"
+    assert (losses, digest, nothing) == (expected, same, None)
+
+
+def with_too_much(mesh, config):
+    """What is planned at first, and then, after the ranks have lacked memory with it, again and again."""
+    found = []
+    for _ in range(3):
+        planned = fit.to_memory(config, mesh, Console(False))
+        found.append(memory.choice(planned))
+        if mesh.rank == 1:
+            goes_on = pytest.raises(
+                torch.OutOfMemoryError, match="^the same command goes on with the next smaller plan"
+            )
+            with goes_on, memory.explained(planned, mesh.device):
+                out_of_memory()
+        torch.distributed.barrier()
+    processes.memory = lambda: 1 << 50  # of another machine
+    found.append(memory.choice(fit.to_memory(config, mesh, Console(False))))
+    return found
+
+
+def test_several_ranks_that_lacked_memory_begin_again_with_a_smaller_plan(config):
+    Path(config.run_dir).mkdir()
+    config.train.fit_memory = True
+    first, *others = ranks.run(2, with_too_much, config)
+    assert [first] == others
+    planned = [footprint.peak(fit.Requirements(memory.chosen_in(config, chosen)).memory(1, 2)) for chosen in first]
+    assert planned[0] > planned[1] > planned[2] > 0
+    assert first[3] == first[0]
+
+
 def test_a_run_begins_with_what_fits(config, tmp_path):
     path = write_config(tmp_path, config.model.path, config.data.path, train=dict(steps=2, eval_interval=0))
     ended = run_command("train", path, "--nproc", "2", "train.fit_memory=true", f"run_dir={tmp_path / 'fitted'}")
@@ -153,7 +237,7 @@ def test_a_run_begins_with_what_fits(config, tmp_path):
 
 
 def on_a_small_machine(mesh, config):
-    processes.memory = lambda: fit.LIBRARIES + 2**20
+    processes.memory = lambda: memory.LIBRARIES + 2**20
     with pytest.raises(UserError) as refused:
         fit.to_memory(config, mesh, Console(False))
     return str(refused.value)
@@ -169,16 +253,22 @@ def test_what_does_not_fit_is_refused(config):
 
 def test_an_error_about_memory_says_what_helps(config):
     helps = "lower train.micro_batch_size=2, set model.activation_checkpointing=true or set train.fit_memory=true; liftdist plan"
-    with pytest.raises(torch.OutOfMemoryError, match=f"^{helps} .*can't allocate memory"), memory.explained(config):
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=f"^{helps} .*can't allocate memory"),
+        memory.explained(config, CPU),
+    ):
         torch.empty(1 << 50)
     config.model.activation_checkpointing = True
     without = "lower train.micro_batch_size=2 or set train.fit_memory=true; liftdist plan"
-    with pytest.raises(torch.OutOfMemoryError, match=f"^{without} .*can't allocate memory"), memory.explained(config):
+    with (
+        pytest.raises(torch.OutOfMemoryError, match=f"^{without} .*can't allocate memory"),
+        memory.explained(config, CPU),
+    ):
         torch.empty(1 << 50)  # on the host, where offloading saves nothing
     helps = (
         "lower train.micro_batch_size=2, set model.offload_activations=true or set train.fit_memory=true; liftdist plan"
     )
-    with pytest.raises(torch.OutOfMemoryError, match=f"^{helps} .*full"), memory.explained(config):
+    with pytest.raises(torch.OutOfMemoryError, match=f"^{helps} .*full"), memory.explained(config, CPU):
         raise torch.OutOfMemoryError("full")
-    with pytest.raises(RuntimeError, match="^another$"), memory.explained(config):
+    with pytest.raises(RuntimeError, match="^another$"), memory.explained(config, CPU):
         raise RuntimeError("another")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -17,7 +16,7 @@ from liftdist import files
 from liftdist.deltas import delta as deltas
 from liftdist.deltas import older
 from liftdist.deltas.delta import Delta
-from liftdist.deltas.folder import rewrite, say_left_out
+from liftdist.deltas.folder import edit_json, rewrite, say_left_out
 from liftdist.distributed.collectives import together
 from liftdist.models import check
 from liftdist.models.weights import ModelFolder
@@ -38,7 +37,7 @@ def write(
     """Write the fine-tuned model as a Hugging Face folder, with config, tokenizer, generation config and chat template of
     the base, in ``dtype`` or that which holds the base's weights and the new ones. Of the base's other weights nothing is
     copied. Tensors that the base holds in another dtype than most of its weights, such as the biases of routers in float32,
-    keep theirs. Collective.
+    keep theirs. What the base holds quantised is written as the weights that it stands for. Collective.
 
     Args:
         replace: replace an existing folder, in one step.
@@ -68,8 +67,8 @@ def write(
             if settings or path.name == CHAT_TEMPLATES:
                 files.copy(path, temporary / path.name)
         delta.write_about(temporary)
-        _edit_json(temporary / "tokenizer_config.json", older.tokenizer_config)
-        _edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
+        edit_json(temporary / "tokenizer_config.json", older.tokenizer_config)
+        edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
 
     rewrite(stored, target, edit, finish, replace)
 
@@ -93,11 +92,3 @@ def _with_dtype(settings: dict[str, Any], dtype: torch.dtype | None) -> dict[str
         return settings
     kept = {key: value for key, value in settings.items() if key != "torch_dtype"}  # the older name of this key
     return kept | {"dtype": str(dtype).removeprefix("torch.")}
-
-
-def _edit_json(path: Path, edit: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Rewrite a file of settings if there is one and ``edit`` changes it."""
-    if path.exists():
-        before = check.read_json(path)
-        if (after := edit(before)) != before:
-            path.write_text(json.dumps(after, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -61,6 +61,15 @@ def add(folder: Path, base: ModelFolder, delta: Delta, moved: Delta) -> int:
     return number
 
 
+def check_base(base: ModelFolder) -> None:
+    """Raises ``UserError`` if the base model's files do not hold the weights whose bytes a version changes."""
+    if base.quantised:
+        raise UserError(
+            f"{base.folder}: holds quantised weights, and the format sglang changes the bytes of the base model's own files; "
+            "use hf"
+        )
+
+
 def newest(folder: Path) -> int:
     """The number of the newest version, 0 for none."""
     return max((int(match[1]) for path in folder.iterdir() if (match := _NAME.fullmatch(path.name))), default=0)
@@ -77,6 +86,7 @@ def _write_version(folder: Path, number: int, base: ModelFolder, delta: Delta, m
         import zstandard
     except ImportError:
         raise UserError("the format sglang needs the library zstandard: pip install 'liftdist[sglang]'") from None
+    check_base(base)
     compressor, checksums = zstandard.ZstdCompressor(level=1), {}
     with safetensors_io.Spool(folder) as tensors:
         for name, change in deltas.changed(moved):
