@@ -136,6 +136,16 @@ def is_plain(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize > 1
 
 
+def loses(values: Tensor, dtype: torch.dtype) -> bool:
+    """Whether weights are rounded in a dtype of fewer digits: bfloat16 undoes most of what a run has changed in float32.
+
+    Digits alone count: who takes float16 for bfloat16 loses the smallest weights, of the base model as well.
+    """
+    if not (is_plain(values.dtype) and is_plain(dtype)) or torch.finfo(dtype).eps <= torch.finfo(values.dtype).eps:
+        return False
+    return not torch.equal(values.to(dtype).to(values.dtype), values)
+
+
 def check_fits(name: str, indices: Tensor, size: int) -> None:
     if indices.numel() and (int(indices[0]) < 0 or int(indices[-1]) >= size):
         raise ValueError(f"{name}: an index is out of range: {int(indices[-1])}, of {size} weights")

@@ -17,6 +17,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -47,8 +48,8 @@ def change_folder(
             some of the others applied; so is ``apply``.
 
     Raises:
-        UserError: the folder is not the model that the delta applies to, two deltas share weights, or the folder cannot be
-            replaced atomically, or is being replaced by another process.
+        UserError: the folder is not the model that the delta applies to, or is loaded in a dtype in which the new weights are
+            rounded; two deltas share weights; or the folder cannot be replaced atomically, or another process replaces it.
     """
     with contextlib.nullcontext() if output else files.locked(folder):
         return _change(folder, cache_dir, apply, undo, output, beside)
@@ -110,6 +111,8 @@ def _change(
         check_base(known)
     found: dict[str, weights.Digested] = {}  # of the tensors, where the whole is not known: so that they are read once
     misfits: list[str] = []
+    path = folder / "config.json"
+    config = check.read_json(path) if path.exists() else None
 
     def edited(name: str, tensor: Tensor) -> Tensor:
         applied = deltas.changes(name, apply, *beside)
@@ -121,7 +124,10 @@ def _change(
             tensor = deltas.edit(name, tensor, deltas.changes(name, *present), [], in_place=True)
             if not known:
                 found[name] = weights.digested(tensor)
-            return deltas.edit(name, tensor, [], applied, in_place=True)
+            before, result = tensor.dtype, deltas.edit(name, tensor, [], applied, in_place=True)
+            if apply is not None and result.dtype != before:
+                _check_loaded(config, name, before, result)
+            return result
         except UserError as error:
             misfits.append(name)
             raise UserError(f"{folder}: {error}") from None
@@ -150,6 +156,22 @@ def _change(
             check_base(weights.digest(folder, cache_dir))  # says what the whole is not
         raise
     return target
+
+
+def _check_loaded(config: Mapping[str, Any] | None, name: str, before: torch.dtype, tensor: Tensor) -> None:
+    """Raises ``UserError`` if a model is loaded in a dtype in which a tensor, that had ``before``, is rounded.
+
+    The config stays as it is, for the folder is its user's."""
+    if config is None:
+        return
+    said = config.get("dtype") or config.get("torch_dtype") or before
+    loaded = getattr(torch, str(said).removeprefix("torch."), before)
+    if isinstance(loaded, torch.dtype) and deltas.loses(tensor, loaded):
+        wide = str(tensor.dtype).removeprefix("torch.")
+        raise UserError(
+            f"{name} becomes {wide}, and is loaded as {loaded}, in which rounding would undo most changes; write "
+            f'"dtype": "{wide}" into config.json first, or let `liftdist export DELTA --base FOLDER` make the model'
+        )
 
 
 def _digest(stored: ModelFolder, undo: Sequence[Delta], apply: Sequence[Delta]) -> str:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from liftdist.deltas.delta import Change, Delta, by_name, check_disjoint, check_same_base, edit
+from liftdist.deltas.delta import Change, Delta, by_name, check_disjoint, check_same_base, edit, loses
 from liftdist.distributed.collectives import together
 from liftdist.distributed.sharding import rows_local
 from liftdist.errors import UserError
@@ -28,8 +28,8 @@ def change_module(
             holds them is not checked.
 
     Raises:
-        UserError: the model lacks a tensor, or holds it with another shape or other weights than the delta expects; or a delta
-            shares weights with one of ``beside``.
+        UserError: the model lacks a tensor, or holds it with another shape or other weights than the delta expects, or in a dtype
+            in which what is applied is rounded; or a delta shares weights with one of ``beside``.
     """
     for part in module.modules():
         if isinstance(part, FSDPModule):
@@ -62,9 +62,15 @@ def change_module(
             own = rows[begin:end]
             offset = first + begin - piece.source_row + piece.row  # of the first of them in the tensor
             undone, applied = (
-                [change.rows(offset, offset + len(own)).to(own.dtype) for change in valued(name, delta)]
-                for delta in (undo, apply)
+                [change.rows(offset, offset + len(own)) for change in valued(name, delta)] for delta in (undo, apply)
             )
+            for change in applied:
+                if loses(change.values, own.dtype):
+                    raise UserError(
+                        f"{name}: the model's {own.dtype} does not hold the delta's values of {change.dtype}, and would undo "
+                        f"most changes by rounding; load the model with dtype={change.dtype}"
+                    )
+            undone, applied = ([change.to(own.dtype) for change in some] for some in (undone, applied))
             yield own, edit(name, own, undone, applied)
 
     with torch.no_grad():

@@ -23,7 +23,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from liftdist.errors import UserError
 from liftdist.serving.placement import Count, check_found
 from liftdist.serving.routing import AUTO
-from liftdist.serving.turns import Turns
+from liftdist.serving.turns import Turns, in_turn
 
 logger = init_logger("vllm.liftdist")
 _SECONDS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0)
@@ -62,8 +62,8 @@ class DeltaLLM(AsyncLLM):
     ) -> AsyncIterator[Any]:
         """As vLLM's, with the weights of the delta that ``lora_request`` names."""
         outputs = super().generate(prompt, sampling_params, request_id, **others)
-        async with self._turn_of(lora_request), contextlib.aclosing(outputs):
-            async for output in outputs:
+        async with contextlib.aclosing(in_turn(self._turn_of(lora_request), outputs)) as made:
+            async for output in made:
                 yield output
 
     async def encode(
@@ -71,8 +71,8 @@ class DeltaLLM(AsyncLLM):
     ) -> AsyncIterator[Any]:
         """As vLLM's, with the weights of the delta that ``lora_request`` names."""
         outputs = super().encode(prompt, pooling_params, request_id, None, *args, **others)
-        async with self._turn_of(lora_request), contextlib.aclosing(outputs):
-            async for output in outputs:
+        async with contextlib.aclosing(in_turn(self._turn_of(lora_request), outputs)) as made:
+            async for output in made:
                 yield output
 
     async def add_lora(self, lora_request: Any) -> bool:

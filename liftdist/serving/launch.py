@@ -17,11 +17,14 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from liftdist import output
 from liftdist.deltas import file as delta_file
-from liftdist.deltas.delta import changed
+from liftdist.deltas.delta import changed, loses
 from liftdist.errors import UserError
 from liftdist.models import hub, weights
+from liftdist.serving.placement import rounded
 
 _OURS = {  # options of vLLM that decide what a delta is to it
     "--model": "name the base model before --",
@@ -34,6 +37,15 @@ _OURS = {  # options of vLLM that decide what a delta is to it
     "--data-parallel-size": "start a server for each",
     "--headless": "start it on one machine",
     "--grpc": "deltas are served over HTTP",
+    "--config": "give the options of that file after --, where each can be seen",
+}
+_READ = ("--served-model-name", "--dtype")  # options of vLLM that are read here
+_DTYPES = {  # of vLLM; without one of these, the engine keeps that of the base model, or one of fewer bits
+    "half": torch.float16,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float": torch.float32,
+    "float32": torch.float32,
 }
 _SHORT = {"-asc": "--api-server-count", "-dp": "--data-parallel-size"}
 _PROBE = "import importlib.util as u, sys; print(sys.version_info >= (3, 11), u.find_spec('vllm') is not None)"
@@ -68,8 +80,9 @@ def serve(
     if not (math.isfinite(turn) and turn >= 0):
         raise UserError(f"--turn {turn}: must be seconds, 0 or more")
     python = python_of(vllm)
-    names = _served_names(arguments)
-    folder, digest, modules = check_deltas(base, given, cache_dir, names)
+    names = _values(arguments, "--served-model-name")
+    dtype = (_values(arguments, "--dtype") or ["auto"])[-1]
+    folder, digest, modules = check_deltas(base, given, cache_dir, names, dtype)
     words = [str(folder.absolute()), "--host", host, "--port", str(port)]
     words += ["--worker-extension-cls", "liftdist.serving.worker.DeltaWorker"]
     if not names:
@@ -85,16 +98,17 @@ def serve(
 
 
 def check_deltas(
-    base: str, given: Sequence[str], cache_dir: Path, names: Sequence[str] = ()
+    base: str, given: Sequence[str], cache_dir: Path, names: Sequence[str] = (), dtype: str = "auto"
 ) -> tuple[Path, str, list[str]]:
     """The folder of a base model, its digest, and its deltas as vLLM's ``--lora-modules`` takes them.
 
     Args:
         names: under which the base model answers besides.
+        dtype: vLLM's ``--dtype``.
 
     Raises:
-        UserError: a delta is not there, or damaged, or for another base model, or cannot be undone; the base model's weights are
-            quantised.
+        UserError: a delta is not there, or damaged, or for another base model, or cannot be undone, or its first tensor shows
+            that the engine would round it, the others as they are loaded; the base model's weights are quantised.
     """
     modules, named = [], read_names(given, [base, *names])
     folder, _ = hub.model_of(base, "BASE")
@@ -120,10 +134,14 @@ def check_deltas(
             raise UserError(
                 f"--delta {name}={text}: is for another base model than {base}; `liftdist show {path}` names it"
             )
-        if any(change.base is None for _, change in itertools.islice(changed(delta), 1)):
-            raise UserError(
-                f"--delta {name}={text}: holds no base values, by which it is undone; make it without --without-base"
-            )
+        for _, change in itertools.islice(changed(delta), 1):
+            if change.base is None:
+                raise UserError(
+                    f"--delta {name}={text}: holds no base values, by which it is undone; make it without --without-base"
+                )
+            held = _DTYPES.get(dtype, change.stored)
+            if loses(change.values, held):
+                raise UserError(f"--delta {name}={text}: {rounded(held, change.dtype)}")
         modules.append(json.dumps({"name": name, "path": str(path.absolute())}))
     return folder, digest, modules
 
@@ -181,6 +199,9 @@ def check_arguments(arguments: Sequence[str]) -> None:
         option = _option(word)
         if option in _OURS:
             raise UserError(f"{word}: is not for vLLM to take here; {_OURS[option]}")
+        whole = [known for known in (*_OURS, *_READ, *_SHORT) if known.startswith(option)]
+        if option.strip("-") and whole and option not in whole:  # vLLM takes the beginning of an option for the option
+            raise UserError(f"{word}: may be short for {whole[0]}, which is read here; write the whole option")
 
 
 def python_of(vllm: str | None) -> str:
@@ -227,15 +248,15 @@ def _package_alone(cache_dir: Path) -> Path:
     return folder
 
 
-def _served_names(arguments: Sequence[str]) -> list[str]:
-    """What follows ``--served-model-name``, of which vLLM takes the last."""
+def _values(arguments: Sequence[str], option: str) -> list[str]:
+    """What follows an option, of which vLLM takes the last."""
     found: list[str] = []
-    is_name = False
+    is_value = False
     for word in arguments:
         if word.startswith("-"):
-            if is_name := _option(word) == "--served-model-name":
+            if is_value := _option(word) == option:
                 found = [value] if (value := word.partition("=")[2]) else []
-        elif is_name:
+        elif is_value:
             found.append(word)
     return found
 

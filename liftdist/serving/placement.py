@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from liftdist.deltas.delta import Change, Delta, bits, changed, is_plain
+from liftdist.deltas.delta import Change, Delta, bits, changed, is_plain, loses
 from liftdist.errors import UserError
 
 _STAGED = 64 << 20  # bytes of tensors that are staged at once; a single one may be larger
@@ -54,7 +54,8 @@ def place(model: nn.Module, delta: Delta) -> tuple[list[Placed], list[Count]]:
     """The part of a delta that this rank's share of a model holds, and how many weights that is, by groups of tensors.
 
     Raises:
-        UserError: the loader knows a tensor not, or not with this shape; or keeps it in another form.
+        UserError: the loader knows a tensor not, or not with this shape; or keeps it in another form, or in a dtype in which new
+            values are rounded.
     """
     found: dict[int, list[tuple[Tensor, Tensor, Tensor, Tensor]]] = {}
     counts = []
@@ -63,8 +64,11 @@ def place(model: nn.Module, delta: Delta) -> tuple[list[Placed], list[Count]]:
         if [index.shape for _, index, _ in base] != [index.shape for _, index, _ in values]:
             raise UserError(f"{delta.location}: {_range(chunk)}: {_ELSEWISE}")
         for (target, index, old), (_, _, new) in zip(base, values, strict=True):
+            if loses(new, target.dtype):
+                raise UserError(f"{delta.location}: {_range(chunk)}: {rounded(target.dtype, new.dtype)}")
             if index.numel():
-                found.setdefault(target.untyped_storage().data_ptr(), []).append((target, index, old, new))
+                own = (target, index, old.to(target.dtype), new.to(target.dtype))
+                found.setdefault(target.untyped_storage().data_ptr(), []).append(own)
         held = sum(index.numel() for _, index, _ in base)
         counts.append(Count(_range(chunk), held, sum(change.indices.numel() for _, change in chunk)))
     placed = []
@@ -74,6 +78,14 @@ def place(model: nn.Module, delta: Delta) -> tuple[list[Placed], list[Count]]:
         index, old, new = (torch.cat([copy[part] for copy in copies]) for part in (1, 2, 3))
         placed.append(Placed(storage, index.to(torch.int32 if storage.numel() < 2**31 else torch.int64), old, new))
     return placed, counts
+
+
+def rounded(dtype: torch.dtype, values: torch.dtype) -> str:
+    """Says that an engine holds weights in a dtype in which new values are rounded."""
+    return (
+        f"the engine's {dtype} does not hold the delta's values of {values}, and would undo most changes by rounding; start "
+        "vLLM with --dtype float32"
+    )
 
 
 def check_found(path: str, shares: Sequence[Sequence[Count]]) -> int:
@@ -144,7 +156,8 @@ def _chunks(delta: Delta) -> Iterator[list[tuple[str, Change]]]:
 def _copies(
     model: nn.Module, delta: Delta, chunk: list[tuple[str, Change]], part: str
 ) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """What the loader would write of values or base values: into which tensor, at which index of its storage, what."""
+    """What the loader would write of values or base values: into which tensor, at which index of its storage, what, before it is
+    rounded to that tensor's dtype."""
 
     def staged(change: Change) -> Tensor:
         values = getattr(change, part)
@@ -199,5 +212,5 @@ class _Copies(TorchDispatchMode):
         index = torch.zeros_like(at) + target.storage_offset()
         for places, stride in zip(torch.unravel_index(at, target.shape), target.stride(), strict=True):
             index += places * stride
-        self.found.append((target, index.cpu(), flat[at].to(target.dtype).cpu()))
+        self.found.append((target, index.cpu(), flat[at].cpu()))
         return target

@@ -12,8 +12,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import TypeVar
+
+Output = TypeVar("Output")
 
 
 @dataclass(eq=False)
@@ -107,3 +110,29 @@ class Turns:
             if not request.begins.done():
                 request.begins.set_result(None)
                 self._running += 1
+
+
+async def in_turn(
+    turn: contextlib.AbstractAsyncContextManager[None], made: AsyncGenerator[Output, None]
+) -> AsyncGenerator[Output, None]:
+    """What a request makes in its turn, which ends with the last output, however late a client takes that.
+
+    Closing this ends the request."""
+    ready: asyncio.Queue[Output | None] = asyncio.Queue()
+
+    async def make() -> None:
+        try:
+            async with turn, contextlib.aclosing(made):
+                async for output in made:
+                    ready.put_nowait(output)
+        finally:
+            ready.put_nowait(None)
+
+    making = asyncio.create_task(make())
+    try:
+        while (output := await ready.get()) is not None:
+            yield output
+        await making  # raises what it has raised
+    finally:
+        making.cancel()
+        await asyncio.wait([making])

@@ -91,7 +91,7 @@ class Loop:
             else:
                 return False
         if self._publisher is not None:
-            self._publish(self._publisher)
+            self._publish(self._publisher, is_end=True)
         self.save_last()
         return True
 
@@ -122,11 +122,17 @@ class Loop:
         except Exception as error:
             self.console.say(f"images: cannot be drawn: {type(error).__name__}: {error}")
 
-    def _publish(self, publisher: Publisher) -> None:
+    def _publish(self, publisher: Publisher, is_end: bool = False) -> None:
         """Publish the current weights as a version, unless they are published already."""
         if (step := self.trainer.step) != publisher.last_step:
             said, figures = publisher.publish(step)
-            self.console.say(said if figures else f"SYNC FAILED, training continues: {said}")
+            if not figures and is_end:  # no next version makes up for it
+                run, to = self.trainer.config.run_dir, self.trainer.config.sync.to
+                command = f"`liftdist sync {run} --to {to} --once` publishes it"
+                said = f"SYNC FAILED, step {step} is not published: {said}; {command}"
+            elif not figures:
+                said = f"SYNC FAILED, training continues: {said}"
+            self.console.say(said)
             self.recorder.scalars(step, figures or {"sync/failed": 1.0})
 
     def _is_due(self, interval: int) -> bool:

@@ -19,9 +19,11 @@ from liftdist.deltas import of_run
 from liftdist.deltas.delta import Change
 from liftdist.deltas.export import export
 from liftdist.deltas.formats import importance
+from liftdist.deltas.module import change_module
 from liftdist.errors import UserError
 from liftdist.models import check, weights
 from liftdist.registry import EXPORT_FORMATS
+from liftdist.serving import launch
 
 
 def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
@@ -91,7 +93,7 @@ def test_peft_loads_the_adapter_and_computes_what_the_merged_model_does(trained,
     assert torch.equal(unloaded, merged)
 
 
-def test_a_float32_run_of_a_bf16_model_loses_nothing(folders, tmp_path):
+def test_a_float32_run_of_a_bf16_model_loses_nothing(folders, tmp_path, capsys):
     config = builders.config(
         folders[0],
         builders.write_records(tmp_path / "records.jsonl"),
@@ -104,15 +106,39 @@ def test_a_float32_run_of_a_bf16_model_loses_nothing(folders, tmp_path):
     assert dtype == torch.float32
     delta_file.write(changes, tmp_path / "delta")
     export(changes, base, tmp_path / "hf", "hf", tmp_path / "cache", dtype)
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
-    assert all(torch.equal(param, parameters[name]) for name, param in merged.named_parameters())
-    applied = model_folders.change_folder(
-        base, tmp_path / "cache", delta_file.read(tmp_path / "delta"), output=tmp_path / "applied"
-    )
-    undone = model_folders.change_folder(
-        applied, tmp_path / "cache", undo=delta_file.read(tmp_path / "delta"), output=tmp_path / "undone"
-    )
-    assert builders.contents(undone) == builders.contents(base)
+    one, cache = delta_file.read(tmp_path / "delta"), tmp_path / "cache"
+    export(one, base, tmp_path / "of-file", "hf", cache)
+
+    def check(folder):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert all(torch.equal(param, parameters[name]) for name, param in model.named_parameters())
+
+    check(tmp_path / "hf")
+    check(tmp_path / "of-file")
+    for output in (None, tmp_path / "applied"):
+        with pytest.raises(UserError, match="becomes float32, and is loaded as torch.bfloat16.*config.json first"):
+            model_folders.change_folder(base, cache, one, output=output)
+    own = shutil.copytree(base, tmp_path / "own")
+    settings = json.loads((base / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(settings | {"dtype": "float32"}))
+    before = builders.contents(own)
+    check(model_folders.change_folder(own, cache, one))
+    model_folders.change_folder(own, cache, undo=one)
+    assert builders.contents(own) == before
+
+    with pytest.raises(UserError, match="would undo most changes by rounding; load the model with dtype=torch.float32"):
+        change_module(AutoModelForCausalLM.from_pretrained(base), one)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    change_module(model, one)
+    assert all(torch.equal(param, parameters[name]) for name, param in model.named_parameters())
+
+    given = [f"one={tmp_path / 'delta'}"]
+    for dtype in ("auto", "bfloat16", "half"):
+        with pytest.raises(UserError, match="start vLLM with --dtype float32"):
+            launch.check_deltas(str(base), given, cache, dtype=dtype)
+    launch.check_deltas(str(base), given, cache, dtype="float32")
+    export(one, base, tmp_path / "patch", "patch", cache)
+    assert "most changes; start it in torch.float32" in capsys.readouterr().err
 
 
 def test_a_checkpoint_that_is_removed_while_it_is_exported_is_named(trained, folders, tmp_path):

@@ -124,6 +124,12 @@ def test_the_environment_of_vllm_is_asked_for(made, without_vllm):
         "-asc",
         "--port",
         "--model",
+        "--config",
+        "--lora-mod",
+        "--worker_ext=x",
+        "--served-model",
+        "--dty",
+        "-as",
     ],
 )
 def test_arguments_of_vllm_that_have_no_place_beside_deltas_are_refused(word):

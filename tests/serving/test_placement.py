@@ -200,6 +200,24 @@ def test_a_model_that_is_given_other_weights_later_is_found_out(made):
     assert not placement.holds(placement.place(model, one)[0], "base")
 
 
+def test_values_that_the_engine_would_round_are_refused(made):
+    _, tensors, (one, _) = made
+
+    def in_float32(step):
+        def get(name):
+            change = one.get(name)
+            return dataclasses.replace(change, values=change.values.float() * (1 + step), base=change.base.float())
+
+        return dataclasses.replace(one, get=get)
+
+    said = refusal(Packed(tensors["base"]), in_float32(2**-12))
+    assert "torch.bfloat16 does not hold the delta's values of torch.float32" in said
+    model = Packed(tensors["base"])
+    placed, _ = placement.place(model, in_float32(0))  # none needs more digits
+    placement.write(placed, "values")
+    assert same(model, Packed(tensors["one"]))
+
+
 def test_what_cannot_be_told_from_unchanged_weights_or_undone_is_refused(made, tmp_path):
     folder, tensors, (one, _) = made
     model = Packed(tensors["base"])

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from liftdist.serving.turns import Turns
+from liftdist.serving.turns import Turns, in_turn
 
 
 class Engine:
@@ -165,5 +165,40 @@ def test_after_a_switch_that_failed_nothing_begins():
                 await one
         with pytest.raises(ValueError, match="lost"):
             await engine.answer(None)
+
+    asyncio.run(main())
+
+
+def test_a_client_that_reads_no_more_keeps_nobody_waiting_and_loses_nothing():
+    async def main():
+        engine, closed = Engine(0.0), []
+
+        async def outputs(end=None):
+            try:
+                for number in range(3):
+                    yield number
+                if end is not None:
+                    await end.wait()
+                    raise ValueError("lost")
+            finally:
+                closed.append(end)
+
+        slow = in_turn(engine.turns.of(None), outputs())
+        assert await anext(slow) == 0
+        assert await asyncio.wait_for(anext(in_turn(engine.turns.of("a"), outputs())), 1) == 0
+        assert engine.switches == ["a"]
+        assert [number async for number in slow] == [1, 2]
+
+        end = asyncio.Event()  # one that goes away ends its request
+        gone = in_turn(engine.turns.of("a"), outputs(end))
+        await anext(gone)
+        await gone.aclose()
+        assert closed[-1] is end
+        await asyncio.wait_for(engine.answer("b"), 1)
+
+        end.set()  # and an error of the engine is the client's
+        with pytest.raises(ValueError, match="lost"):
+            [number async for number in in_turn(engine.turns.of("b"), outputs(end))]
+        await asyncio.wait_for(engine.answer("c"), 1)
 
     asyncio.run(main())

@@ -290,6 +290,18 @@ def test_ranks_send_what_is_trained_of_a_matrix_and_not_the_vector_that_it_is_pa
     assert torch.equal(sent[0]["7/values"], vector[7:17])
 
 
+def test_a_folder_that_follows_a_run_in_float32_is_loaded_as_what_it_trained(base, tmp_path):
+    fine = {
+        name: states.Weights(held.support, held.values.float() * (1 + 2**-12)) for name, held in state(base, 1).items()
+    }
+    with writer(tmp_path / "S", base) as made:
+        made.publish(1, fine)
+    folders.follow(tmp_path / "S", base, tmp_path / "out", "hf", tmp_path / "cache", True, print)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, held in fine.items():
+        assert torch.equal(model.get_parameter(name).flatten()[held.support.indices.long()], held.values)
+
+
 def test_where_and_beside_what_a_folder_follows(base, tmp_path, monkeypatch):
     source, cache, out = tmp_path / "S", tmp_path / "cache", tmp_path / "disk" / "out"
     out.parent.mkdir()

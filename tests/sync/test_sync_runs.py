@@ -1,5 +1,8 @@
 """Real runs that publish versions, from their ranks and from their checkpoints, and folders that follow them."""
 
+import contextlib
+import errno
+import io
 import os
 import shutil
 import signal
@@ -21,6 +24,7 @@ from liftdist.models.weights import ModelFolder
 from liftdist.runs import claims
 from liftdist.sync import checkpoints, reader, version
 from liftdist.sync.reader import Follower
+from liftdist.sync.writer import Writer
 
 
 def tensors_of(folder):
@@ -160,6 +164,28 @@ def test_a_run_and_those_who_follow_are_killed_and_go_on(base, records, tmp_path
     (tmp_path / "mine").mkdir()
     other = ("follow", ours, "--base", base, "--output", tmp_path / "mine", *cache)
     assert "no folder that this command has written" in liftdist(*other, code=2)
+
+
+def run_to_a_full_disk(mesh, config):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "S")
+
+    Writer.publish = full
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        builders.run_once(mesh, config)
+    return said.getvalue()
+
+
+def test_a_last_version_that_is_not_published_is_named_with_the_command_that_does(base, records, tmp_path):
+    to = tmp_path / "S"
+    config = builders.config(base, records, tmp_path, train=dict(steps=2), sync=dict(to=str(to), interval=1))
+    (said,) = ranks.run(1, run_to_a_full_disk, config)
+    assert "SYNC FAILED, training continues: S: No space left on device" in said
+    command = f"liftdist sync {tmp_path / 'run'} --to {to} --once"
+    assert f"SYNC FAILED, step 2 is not published: S: No space left on device; `{command}` publishes it" in said
+    liftdist(*command.split()[1:], "--base", base, "--cache-dir", tmp_path / "cache")
+    assert version.read(version.path_of(to, 1)).step == 2
 
 
 def tensors_equal(folder, expected):

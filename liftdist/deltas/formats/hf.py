@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -34,9 +35,9 @@ def write(
     lay_over: Callable[[str, Tensor, Tensor], Tensor] = lambda _, base, edited: edited,  # noqa: ARG005
 ) -> None:
     """Write the fine-tuned model as a Hugging Face folder, with config, tokenizer, generation config and chat template of
-    the base, in ``dtype`` or the base's own. Of the base's other weights nothing is copied. Tensors that the base holds in
-    another dtype than most of its weights, such as the biases of routers in float32, keep theirs. What the base holds quantised
-    is written as the weights that it stands for. Collective.
+    the base, in ``dtype`` or that which holds the base's weights and the new ones. Of the base's other weights nothing is
+    copied. Tensors that the base holds in another dtype than most of its weights, such as the biases of routers in float32,
+    keep theirs. What the base holds quantised is written as the weights that it stands for. Collective.
 
     Args:
         replace: replace an existing folder, in one step.
@@ -48,6 +49,8 @@ def write(
     with together():
         stored = ModelFolder(base_folder)
     main = _main_dtype(stored)
+    if dtype is None and delta.whole is None and (wide := _widened(main, delta)) != main:
+        dtype = wide  # of all, and in the config, by which whoever loads the model rounds it
 
     def edit(name: str, tensor: Tensor) -> Tensor:
         if delta.whole is not None and name in delta.known:  # as it is, without a list of what changed
@@ -76,6 +79,12 @@ def _main_dtype(stored: ModelFolder) -> torch.dtype:
     for name in stored.file_of:
         weights[stored.info(name)["dtype"]] += math.prod(stored.info(name)["shape"])
     return DTYPES[weights.most_common(1)[0][0]]
+
+
+def _widened(main: torch.dtype, delta: Delta) -> torch.dtype:
+    """The dtype that holds ``main`` and what becomes of the tensors that have it."""
+    dtypes = (change.dtype for name in delta.names if (change := delta.get(name)).stored == main)
+    return functools.reduce(torch.promote_types, dtypes, main)
 
 
 def _with_dtype(settings: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
