@@ -373,7 +373,7 @@ class Config:
         if self.train.fit_memory and gathers:
             yield (
                 "train.fit_memory",
-                f"must be false with {gathers}: it looks at batches of train.micro_batch_size, which is no matter of memory then; "
+                f"must be false with {gathers}: it looks at batches of train.micro_batch_size, not a matter of memory then; "
                 "set that",
             )
         if self.method == "lora" and self.lora.variant == "eva" and self.train.needs_base:
