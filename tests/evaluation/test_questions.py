@@ -152,7 +152,7 @@ def test_an_answer_on_which_its_generator_fails_is_wrong():
     task = TaskConfig(generator="prime_factorization", size=1)
     (question,) = questions(task, SECTION)
     made = SCORERS.load("reasoning_gym").make(task)
-    assert made.score("no idea", question.expected, question.record) == (0.0, "no idea")
+    assert made.score("no idea", question.expected, question.record)[:2] == (0.0, "no idea")
     assert made.score(question.expected[0], question.expected, question.record).score == 1
 
 
