@@ -144,9 +144,10 @@ def draw(analysis: dict[str, Any], path: Path) -> None:
                 axes.step(x, height, where="post", label=method, color=f"C{number}")
                 axes.fill_between(x, low, high, step="post", alpha=0.15, color=f"C{number}")
                 points = [(rate["forgotten"][measured], rate["accuracy"]) for rate in of["rates"]]
-                axes.scatter(*zip(*points, strict=True), s=14, color=f"C{number}")
-            axes.set(title=task, xlabel=f"forgotten on {measured}, nats a token", ylabel="accuracy", ylim=(-0.02, 1.02))
+                axes.scatter(*zip(*points, strict=True), s=24, color=f"C{number}", zorder=3)
+            axes.set(title=task, xlabel=f"forgotten on {measured}, nats a token", ylabel="accuracy")
             axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+            axes.set_ylim(0, min(1.02, 1.3 * axes.get_ylim()[1]))
         row[0].legend()
     figure.savefig(path, metadata={"Date": None})
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 FORGOTTEN = ("own_text", "prose")  # nats a token
-DRAWS, PLACES = 2000, 13
+DRAWS, PLACES = 2000, 61
 Points = Sequence[tuple[float, float]]  # forgetting and accuracy of each rate
 
 
