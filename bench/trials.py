@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import frontier
+from liftdist.method_settings import FACTOR_NOTHING
 from liftdist.report.read import FINISHED
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -150,7 +151,6 @@ def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
         "lift": {
             "selection": {
                 "density": settings.density,
-                "filter_rank": settings.rank,
                 "refresh_interval": max(1, settings.steps // 5),  # the paper's 400 of some 1900 steps
                 "criterion": given.get("criterion", "low_rank"),
             }
@@ -158,6 +158,8 @@ def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
         "lora": {"lora": {"rank": settings.rank, "alpha": 2 * settings.rank}},
         "full": {},
     }[method]
+    if method == "lift" and chosen["selection"]["criterion"] not in FACTOR_NOTHING:
+        chosen["selection"]["filter_rank"] = settings.rank
     if given.get("criterion") == "random":
         chosen["selection"]["seed"] = trial.seed
     task = next(task for task in settings.tasks if task.kind == trial.task)
