@@ -373,8 +373,8 @@ class Config:
         if self.train.fit_memory and gathers:
             yield (
                 "train.fit_memory",
-                f"must be false with {gathers}: it looks at batches of train.micro_batch_size, not a matter of memory then; "
-                "set that",
+                f"must be false with {gathers}: its batches are of train.micro_batch_size, so that memory would decide what is "
+                "trained; set that",
             )
         if self.method == "lora" and self.lora.variant == "eva" and self.train.needs_base:
             yield "train.loss", f"cannot be {self.train.loss} with lora.variant=eva"

@@ -155,7 +155,7 @@ def test_what_nothing_reads_is_known(tmp_path):
         load(tmp_path, overrides=[*file, "train.fit_memory=true"])
     for gathering in (["selection.budget=ist", "selection.layers=1"], ["selection.criterion=gradient"]):
         with pytest.raises(
-            UserError, match=r"train.fit_memory: must be false with selection.(budget|criterion)=\w+, for which"
+            UserError, match=r"train.fit_memory: must be false with selection.(budget|criterion)=\w+: its batches"
         ):
             load(tmp_path, overrides=[*gathering, "train.fit_memory=true"])
     with pytest.raises(UserError, match=r"selection.exclude: leaves weights alone with method=lift only: method=full"):
