@@ -278,20 +278,23 @@ def merge_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--base",
-        type=Path,
-        help=f"folder of the base model, for deltas without base values ({GREEDY}: default model.path)",
+        help="the base model, a folder or NAME@REVISION on the hub, for deltas without base values "
+        f"({GREEDY}: default model.path)",
     )
     parser.add_argument(
-        "--onto", type=Path, help="folder of another base model of the same architecture, which the result is to be for"
+        "--onto",
+        help="another base model of the same architecture, a folder or NAME@REVISION on the hub, which the result is to be for",
     )
     _cache_argument(parser)
 
 
 def merge(options: argparse.Namespace) -> None:
-    for folder in (options.base, options.onto):
-        if folder and not folder.is_dir():
-            raise UserError(f"{folder}: no such folder")
     _check_output(options.output)
+    from liftdist.models import hub
+
+    options.base, options.onto = (
+        hub.model_of(text, f"--{name}")[0] if (text := getattr(options, name)) else None for name in ("base", "onto")
+    )
     settings = {name: value for name in MERGE_OPTIONS if (value := getattr(options, name)) is not None}
     if options.rule == GREEDY:
         _greedy(options, settings)
@@ -350,7 +353,9 @@ def compress_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, required=True, help="delta to write")
     for name, meaning in COMPRESSION_OPTIONS.items():
         parser.add_argument(f"--{name}", type=float, metavar="N", help=meaning)
-    parser.add_argument("--base", type=Path, help="folder of the base model, for deltas without base values")
+    parser.add_argument(
+        "--base", help="the base model, a folder or NAME@REVISION on the hub, for deltas without base values"
+    )
     _cache_argument(parser)
 
 
@@ -361,17 +366,16 @@ COMPRESSION_OPTIONS = {
 
 
 def compress(options: argparse.Namespace) -> None:
-    if options.base and not options.base.is_dir():
-        raise UserError(f"{options.base}: no such folder")
     _check_output(options.output)
     from liftdist.deltas import compress, difference, export
     from liftdist.deltas import file as delta_file
-    from liftdist.models import weights
+    from liftdist.models import hub, weights
 
     given = delta_file.read(options.delta)
     if options.base:
-        export.check_base(options.base, given, options.cache_dir)
-        given = difference.on(given, weights.ModelFolder(options.base))
+        base = hub.model_of(options.base, "--base")[0]
+        export.check_base(base, given, options.cache_dir)
+        given = difference.on(given, weights.ModelFolder(base))
     settings = {name: value for name in COMPRESSION_OPTIONS if (value := getattr(options, name)) is not None}
     compress.compress(given, options.method, settings, options.output, _say)
     print(options.output)
