@@ -86,6 +86,11 @@ def publish(
             if once or phase == "finished":
                 if writer is None or writer.version is None:
                     raise UserError(f"{run_dir}: holds no checkpoint that could be published")
+                if writer.version.source != sha256:
+                    raise UserError(
+                        f"{run_dir}: {name}, the newest checkpoint, could not be published; {folder} holds step "
+                        f"{writer.version.step}"
+                    )
                 say(f"{folder} holds version {writer.version.number}, of step {writer.version.step}")
                 return
             if phase != said:

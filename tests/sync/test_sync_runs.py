@@ -94,6 +94,15 @@ def test_ranks_publish_what_the_run_exports(base, records, tmp_path, method, wor
         checkpoints.publish(run, tmp_path / "V", base, tmp_path / "cache", 10, 1, True, said.append)
     assert version.numbers(tmp_path / "V") == []
 
+    monkeypatch.undo()
+    shutil.copytree(tmp_path / "kept", run / "checkpoints", dirs_exist_ok=True)
+    newest = iter([checkpoints._newest(run, claims.attempts(run))])  # and then one that cannot be read
+    monkeypatch.setattr(checkpoints, "_newest", lambda *_: next(newest, ("step-00000009", "f" * 64)))
+    with pytest.raises(
+        UserError, match="step-00000009, the newest checkpoint, could not be published; .* holds step 5"
+    ):
+        checkpoints.publish(run, tmp_path / "W", base, tmp_path / "cache", 10, 1, False, said.append)
+
 
 def start(*words):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
