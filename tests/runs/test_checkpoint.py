@@ -263,7 +263,7 @@ def test_the_manifest_is_plain_and_whole(two_steps):
     manifest = json.loads((two_steps[0] / "checkpoints/step-00000002/manifest.json").read_text())
     assert manifest["step"] == manifest["state"]["step"] == 2
     assert manifest["state"]["consumed"] == 12
-    assert manifest["state"]["optimizer"] == {"step": 2.0}
+    assert manifest["state"]["optimizer"] == {"step": 2.0, "refreshes": 1}
     assert manifest["row_bounds"]["50"] == [0, 25, 50]
     parameter = manifest["parameters"]["model.layers.0.mlp.down_proj.weight"]
     assert (parameter["shape"], parameter["dtype"], parameter["principal"]) == (
