@@ -297,11 +297,10 @@ def carry_out(
     out: Path,
     jobs: int,
     deadline: float,
-    earlier: dict[Trial, dict[str, Any]] | None = None,
+    earlier: dict[Trial, dict[str, Any]],
 ) -> None:
     """Run what has not finished and is not in ``earlier``, one stage after the other, and write results after every run."""
     shown = {"settings": dataclasses.asdict(settings) | dataclasses.asdict(plan)}
-    earlier = earlier or {}
     done: list[dict[str, Any]] = []
     for stage in ("development", "test"):
         planned = list(trials(settings, plan, stage, done))

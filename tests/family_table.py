@@ -13,11 +13,11 @@ from transformers import AutoConfig
 
 from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import build
 from liftdist.models.head import in_chunks, is_plain
 from liftdist.models.names import match
 from liftdist.models.weights import ModelFolder
-from liftdist.schema import ModelConfig
 from liftdist.training import packing
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "families.md"

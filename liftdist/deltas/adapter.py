@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from liftdist.errors import UserError
 from liftdist.method_settings import LoraConfig
+from liftdist.model_settings import ModelConfig
 from liftdist.runs.checkpoint import Step
-from liftdist.schema import ModelConfig
 
 if TYPE_CHECKING:  # transformers takes seconds to import, and most deltas need none of it
     from transformers import PreTrainedModel

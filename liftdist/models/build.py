@@ -15,8 +15,8 @@ from transformers.models.auto import modeling_auto
 
 from liftdist.engine.decoder import layer_lists, towers
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import check
-from liftdist.schema import ModelConfig
 
 
 def check_type(folder: Path, config: ModelConfig) -> Any:

@@ -26,6 +26,7 @@ from liftdist.engine import quantised
 from liftdist.engine.decoder import towers
 from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import recompute
 from liftdist.models.build import (
     build,
@@ -39,7 +40,6 @@ from liftdist.models.build import (
 from liftdist.models.fill import fill, verify
 from liftdist.models.names import NameMap, match
 from liftdist.models.weights import ModelFolder
-from liftdist.schema import ModelConfig
 
 
 def load(

@@ -41,10 +41,10 @@ from transformers.core_model_loading import (
 
 from liftdist.engine.matrices import Place
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models.build import build, check_type, tensors
 from liftdist.models.part import Part
 from liftdist.models.weights import ModelFolder
-from liftdist.schema import ModelConfig
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from liftdist.errors import UserError
+from liftdist.model_settings import SELECTIVE, ModelConfig
 from liftdist.models.build import class_name, decoder_layers
 from liftdist.models.offload import offloaded
-from liftdist.schema import SELECTIVE, ModelConfig
 
 #: Operations whose results are kept by ``selective``: products with weights and fused attention, also of kernels from elsewhere.
 #: Products of batches are left out, as they are those of attention that is not fused, with a value for each pair of tokens.

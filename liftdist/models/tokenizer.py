@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from liftdist.errors import UserError
-from liftdist.schema import ModelConfig
+from liftdist.model_settings import ModelConfig
 
 _FAST, _SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 _OTHERS = ("vocab.json", "vocab.txt", "tekken.json")

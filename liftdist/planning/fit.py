@@ -110,8 +110,8 @@ def sizes(config: Config, ranks: int) -> list[int]:
 
 
 def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
-    """The config of a run with what ``train.fit_memory`` chooses; the same for the same config, ranks, and :func:`note`.
-    Collective.
+    """The config of a run with what ``train.fit_memory`` chooses; the same for the same config and ranks, and for what
+    :func:`liftdist.training.memory.note` has noted. Collective.
 
     Raises:
         UserError: the run does not fit, by its plan.

@@ -19,10 +19,11 @@ from liftdist.console import GIB
 from liftdist.distributed.sharding import advice_on_padding
 from liftdist.engine import selection
 from liftdist.errors import UserError
+from liftdist.model_settings import SELECTIVE
 from liftdist.planning import fit, footprint
 from liftdist.planning.fit import Requirements
 from liftdist.planning.shapes import Sizes
-from liftdist.schema import SELECTIVE, Config
+from liftdist.schema import Config
 from liftdist.training import memory
 from liftdist.training.memory import USABLE
 

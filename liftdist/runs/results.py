@@ -101,8 +101,9 @@ class Results:
 
 
 def check_base(run_dir: Path, sha256: str) -> None:
-    """Keep of which base model the results are, see :meth:`liftdist.schema.ModelConfig.identity`. Raises ``UserError`` if there
-    are some of another."""
+    """Keep of which base model the results are, see :meth:`ModelConfig.identity`. Raises ``UserError`` if there are some of
+    another.
+    """
     path = files.real_folder(run_dir / FOLDER) / "base.json"
     is_kept = bool(read(run_dir)) or any(path.parent.glob("*/*"))
     if path.exists() and is_kept and json.loads(files.read(path))["sha256"] != sha256:

@@ -17,10 +17,10 @@ from liftdist.data.content import Text, parted
 from liftdist.data.records import Reader
 from liftdist.data.sources import Record, Source
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import build, names
 from liftdist.models.weights import ModelFolder
 from liftdist.registry import FORMATS
-from liftdist.schema import ModelConfig
 from liftdist.serving.routing import AUTO, TOKENIZER, Embedding, Routes, Table, said
 
 MOST = 100  # of a model: as many of each, so that none outvotes the others by its number

@@ -8,8 +8,8 @@ from transformers import AutoModelForCausalLM
 from liftdist.deltas import file as delta_file
 from liftdist.deltas.module import change_module
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
-from liftdist.schema import ModelConfig
 
 
 def on_a_sharded_model(mesh, base, first, second, one, two, thirds):

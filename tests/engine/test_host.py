@@ -19,8 +19,8 @@ from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.flat import Part
 from liftdist.engine.quantised import QuantisedRows
 from liftdist.method_settings import OptimizerConfig
+from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
-from liftdist.schema import ModelConfig
 
 CASES = {
     "adamw": dict(weight_decay=0.1),

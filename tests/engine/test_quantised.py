@@ -14,8 +14,8 @@ from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.quantisation import NF4, Format
 from liftdist.engine.quantised import QuantisedRows, QuantisedTensor
+from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
-from liftdist.schema import ModelConfig
 
 KINDS = ("int8", "fp8", "nf4")
 STEPS, REFRESH = 20, 8

@@ -15,8 +15,8 @@ from liftdist.engine.budgets.layers import Layers
 from liftdist.engine.criteria.channels import Channels
 from liftdist.engine.sgd import PrincipalSGD
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
-from liftdist.schema import ModelConfig
 
 LAYERS = 6
 

@@ -12,8 +12,9 @@ from liftdist.engine.dense import DenseWeights
 from liftdist.errors import UserError
 from liftdist.method_settings import LoraConfig
 from liftdist.methods import lora
+from liftdist.model_settings import ModelConfig
 from liftdist.models import adapters, build, names
-from liftdist.schema import Config, ModelConfig
+from liftdist.schema import Config
 
 
 def injected(family, patterns=("*",)):

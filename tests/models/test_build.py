@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoConfig
 
+from liftdist.model_settings import ModelConfig
 from liftdist.models import build
-from liftdist.schema import ModelConfig
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import build, check, weights
 from liftdist.models.names import match
-from liftdist.schema import ModelConfig
 
 
 def broken(folder, how):

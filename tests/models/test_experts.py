@@ -18,9 +18,9 @@ from liftdist.engine import selection
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.quantisation import Format
+from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
 from liftdist.runs import checkpoint
-from liftdist.schema import ModelConfig
 
 DENSITY, FILTER_RANK = 0.1, 4
 

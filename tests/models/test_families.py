@@ -21,13 +21,13 @@ from liftdist.distributed.collectives import gather
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.matrices import principal_matrices
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import build, check
 from liftdist.models.head import in_chunks, is_plain, text_inputs
 from liftdist.models.load import load
 from liftdist.runs import checkpoint, claims
 from liftdist.runs.manifest import Provenance, Snapshot
 from liftdist.runs.saver import Checkpointer
-from liftdist.schema import ModelConfig
 from liftdist.training.objective import token_losses
 
 SHORT = {  # one of each kind, and on how many ranks; all others are slow together

@@ -12,10 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from liftdist.deltas import delta as deltas
 from liftdist.deltas.formats import hf
+from liftdist.model_settings import ModelConfig
 from liftdist.models import build, check, weights
 from liftdist.models.fill import verify
 from liftdist.models.load import load
-from liftdist.schema import ModelConfig
 
 FAMILIES = {
     "llama": dict(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,

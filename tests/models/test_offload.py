@@ -13,10 +13,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import offload
 from liftdist.models.recompute import keep
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.schema import ModelConfig
 
 TOKENS, WIDTH = 11, 16
 

@@ -16,11 +16,11 @@ from liftdist.deltas import delta as deltas
 from liftdist.deltas.formats import hf
 from liftdist.engine.quantisation import NF4
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import check, names, quantised_files, weights
 from liftdist.models.load import load
 from liftdist.models.weights import ModelFolder
 from liftdist.safetensors_io import bytes_of
-from liftdist.schema import ModelConfig
 
 GPT_OSS = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_local_experts=3, num_experts_per_tok=2)
 LLAMA = dict(hidden_size=96, intermediate_size=192, num_attention_heads=4, num_key_value_heads=2, head_dim=24)

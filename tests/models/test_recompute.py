@@ -11,9 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from liftdist import config as configs
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
 from liftdist.models.recompute import keep
-from liftdist.schema import ModelConfig
 
 CHOICES = (False, True, 2, 3, "selective")
 

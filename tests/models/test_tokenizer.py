@@ -11,8 +11,8 @@ from transformers import AutoTokenizer
 from liftdist.data.chat import Encoder
 from liftdist.data.content import Text
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models.tokenizer import load_tokenizer
-from liftdist.schema import ModelConfig
 
 CODE = """
 from transformers import PreTrainedTokenizer

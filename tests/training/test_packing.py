@@ -13,9 +13,9 @@ from transformers.masking_utils import create_causal_mask
 from liftdist.data.batches import pack
 from liftdist.data.tokenised import IGNORED
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import load
 from liftdist.models.head import in_chunks, is_plain
-from liftdist.schema import ModelConfig
 from liftdist.training import objective, packing
 
 CPU = torch.device("cpu")

@@ -18,8 +18,8 @@ from liftdist.distributed.collectives import gather
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria.spiel import Spiel
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
-from liftdist.schema import ModelConfig
 from liftdist.training.inputs import prepare_inputs
 
 FRACTION = 0.2 * (1 - 1 / 4)  # of the first refresh of four

@@ -16,10 +16,10 @@ from liftdist.deltas.formats import hf
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.quantisation import Format
 from liftdist.errors import UserError
+from liftdist.model_settings import ModelConfig
 from liftdist.models import names
 from liftdist.models.build import build, check_type
 from liftdist.models.weights import ModelFolder
-from liftdist.schema import ModelConfig
 
 
 def write(delta: Delta, base_folder: Path, target: Path, dtype: torch.dtype | None = None) -> None:
