@@ -11,7 +11,7 @@ from pathlib import Path
 
 from liftdist import __version__, cli_results, output, preflight, schema_tree
 from liftdist import config as configs
-from liftdist.cluster import cancel, launcher, submit
+from liftdist.cluster import cancel, launcher, nodes, submit
 from liftdist.errors import EXIT_USER_ERROR, UserError
 from liftdist.options import (
     add_continuation_flags,
@@ -89,7 +89,7 @@ def _config_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _train_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    launcher.arguments(parser)
+    nodes.arguments(parser)
     _continuation_arguments(parser)
 
 
@@ -102,12 +102,12 @@ def _continuation_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _select_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    launcher.arguments(parser)
+    nodes.arguments(parser)
     parser.add_argument("--prefetch", action="store_true", help="only fetch and check model and data")
 
 
 def _check_started(config: Config, options: argparse.Namespace, training: bool) -> None:
-    launcher.check(options)
+    nodes.check(options)
     preflight.check(config, options.nproc and options.nproc * (options.nnodes or 1), training)
 
 
@@ -204,7 +204,7 @@ def _select(options: argparse.Namespace) -> None:
 
 def _eval_arguments(parser: argparse.ArgumentParser) -> None:
     _config_arguments(parser)
-    launcher.arguments(parser)
+    nodes.arguments(parser)
     add_harness_flags(parser)
 
 
@@ -227,7 +227,7 @@ def _launch(of_runs: Sequence[Config], options: argparse.Namespace, arguments: l
         preflight.fetch(config, training="--only" not in arguments)  # at commits that the ranks inherit
     typed = ["liftdist", *sys.argv[1:]]
     first = of_runs[0]
-    sys.exit(launcher.launch(first, options, launcher.place(first, options), arguments, typed))
+    sys.exit(launcher.launch(first, options, nodes.place(first, options), arguments, typed))
 
 
 def _prefetch(options: argparse.Namespace) -> None:

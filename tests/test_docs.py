@@ -22,7 +22,7 @@ from torch.distributed.run import get_args_parser
 from bench.__main__ import NAMES as BENCHMARKS
 from liftdist import cli, environment, schema_tree
 from liftdist import config as configs
-from liftdist.cluster import job, launcher
+from liftdist.cluster import job, nodes
 from liftdist.data.records import detect_format
 from liftdist.options import CONTINUATION_FLAGS
 from liftdist.registry import FORMATS
@@ -88,7 +88,7 @@ def check_command(words: list[str]) -> None:
         check_overrides(options.training_script_args[1:])
     elif "launch/torchrun" in words:
         parser = argparse.ArgumentParser(exit_on_error=False)
-        launcher.arguments(parser)
+        nodes.arguments(parser)
         known = parser.parse_known_args(words[words.index("launch/torchrun") + 1 :])
         check_overrides(known[1][1:])
     elif program == "sbatch":
@@ -141,7 +141,7 @@ def test_names_in_the_text_exist(page):
 
 def all_flags() -> set[str]:
     parsers = [job.parser(), argparse.ArgumentParser()]
-    launcher.arguments(parsers[1])
+    nodes.arguments(parsers[1])
     for command in cli.COMMANDS.values():
         parsers.append(argparse.ArgumentParser())
         command.arguments(parsers[-1])

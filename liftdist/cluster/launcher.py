@@ -31,8 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from types import FrameType
@@ -40,13 +39,14 @@ from typing import Any, NoReturn
 
 from liftdist import config as configs
 from liftdist import environment, failures, files, network, output, processes, signals, start
-from liftdist.cluster import scheduler
+from liftdist.cluster import nodes
+from liftdist.cluster.nodes import Place, say
 from liftdist.errors import EXIT_STOPPED, EXIT_USER_ERROR, UserError
 from liftdist.failures import Failure
 from liftdist.heartbeat import heartbeat
 from liftdist.options import split_arguments
 from liftdist.redaction import redact
-from liftdist.runs import claims, layout
+from liftdist.runs import layout
 from liftdist.schema import Config
 
 FAILED = "failed"  # a file in the folder of logs: ranks of some node have failed
@@ -54,108 +54,6 @@ JOIN_TIMEOUT, JOIN_TIMEOUT_SLURM = 600, 180  # seconds that nodes wait for each 
 SHUTDOWN_TIMEOUT = 60  # seconds from torchrun's SIGTERM for a rank to its SIGKILL
 _INTERRUPTS = 3  # that end everything without saving
 _POLL = 0.1  # seconds between two looks at torchrun
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where the ranks of one node stand among those of all nodes."""
-
-    nnodes: int = 1
-    node_rank: int = 0
-    head: str = ""  # address of the node that hosts the rendezvous
-    port: int = 0
-    id: str = ""  # of this start of this job, the same on all nodes and never used again
-    address: str = ""  # of this node, as the others reach it
-    in_job: bool = False  # started by the batch script, which decides by what nodes and ranks leave behind
-
-
-def arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the launcher."""
-    parser.add_argument("--nproc", type=int, help="ranks on this machine (default: one for each GPU, or one)")
-    parser.add_argument("--nnodes", type=int, help="machines, when started by hand on each (default: 1)")
-    parser.add_argument("--node-rank", type=int, default=0, help="number of this machine; the head is 0")
-    parser.add_argument(
-        "--head", metavar="HOST[:PORT]", help=f"the machine with --node-rank 0 (port {network.DEFAULT_PORT})"
-    )
-    parser.add_argument(
-        "--max-restarts",
-        type=int,
-        help="times that ranks are started again after a crash (default: 0; with train.fit_memory 2, for a smaller plan)",
-    )
-
-
-def check(options: argparse.Namespace) -> None:
-    """Raises ``UserError``: a number that makes no sense."""
-    for name, least in (("nproc", 1), ("nnodes", 1), ("node_rank", 0), ("max_restarts", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
-
-
-def place(config: Config, options: argparse.Namespace, environ: Mapping[str, str] | None = None) -> Place:
-    """Where this node stands.
-
-    Raises:
-        UserError: options that do not fit together, a head that has no address, a port in use.
-    """
-    check(options)
-    for name in ("head", "node_rank") if (options.nnodes or 1) == 1 else ():
-        if value := getattr(options, name):
-            raise UserError(
-                f"--{name.replace('_', '-')} {value}: needs --nnodes N, the number of machines, or leave it out"
-            )
-    # a terminal belongs to one shell: what `srun --pty` or `salloc` started is no task of a step of launchers
-    if options.nnodes is None and environment.SLURM_STEP_ID.is_set(environ) and not _has_terminal():
-        return _slurm_place(environ)
-    nnodes = options.nnodes or 1
-    if options.node_rank >= nnodes:
-        raise UserError(f"--node-rank {options.node_rank}: must be below --nnodes {nnodes}")
-    if nnodes == 1:
-        if (nodes := environment.SLURM_JOB_NUM_NODES.get(1, environ)) > 1:
-            _say(f"this job has {nodes} nodes, only this one is used; `liftdist submit` uses all")
-        return Place()
-    if options.head is None:
-        raise UserError(f"--nnodes {nnodes} needs --head HOST[:PORT], the machine with --node-rank 0")
-    name, port = network.split_endpoint(options.head)
-    head = network.resolve(name)
-    if network.is_loopback(head) and name != head and options.node_rank == 0:
-        raise UserError(f"--head {name}: is {head} on this machine; give the address by which the others reach it")
-    if options.node_rank == 0:
-        network.check_port(head, port)
-    attempt = len(claims.attempts(Path(config.run_dir).expanduser())) + 1
-    own = head if options.node_rank == 0 else network.outgoing_address(head)
-    return Place(nnodes, options.node_rank, head, port, f"{name}-{port}-{attempt}", own)
-
-
-def _has_terminal() -> bool:
-    with contextlib.suppress(OSError):
-        return os.isatty(0)
-    return False
-
-
-def _slurm_place(environ: Mapping[str, str] | None) -> Place:
-    nodes, tasks = environment.SLURM_STEP_NUM_NODES.need(environ), environment.SLURM_STEP_NUM_TASKS.need(environ)
-    if nodes != tasks:
-        raise UserError(f"{tasks} tasks on {nodes} nodes: start one a node, srun --ntasks-per-node=1")
-    start = environment.start_name(*environment.this_job(environ))
-    rank = environment.SLURM_NODEID.need(environ)
-    in_job = environment.LOGS.is_set(environ)
-    if nodes == 1:
-        return Place(id=start, in_job=True) if in_job else Place()
-    if in_job:  # the batch script has found a free port
-        head, port = network.split_endpoint(environment.HEAD.need(environ))
-    else:
-        names = scheduler.node_names(environment.SLURM_STEP_NODELIST.need(environ))
-        head = network.resolve(names[0]) if rank else network.outgoing_address(network.resolve(names[1]))
-        seed = int(environment.SLURM_JOB_ID.need(environ)) * 7 + environment.SLURM_STEP_ID.need(environ)
-        port = network.PORTS[seed % len(network.PORTS)]
-    if rank == 0:
-        network.check_port(head, port)
-    return Place(nodes, rank, head, port, start, head if rank == 0 else network.outgoing_address(head), in_job)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running.
 
 
 def launch(
@@ -209,17 +107,13 @@ def launch(
         if where.in_job:
             return code
         if stopped:
-            _say(f"stopped ({stopped}) before training began; the same command starts it")
+            say(f"stopped ({stopped}) before training began; the same command starts it")
             return EXIT_STOPPED
         if known == EXIT_USER_ERROR or (known is None and code):
-            _say(failures.summary(found) or last_words([agent_log]))
+            say(failures.summary(found) or last_words([agent_log]))
         if known is None and code:
-            _say("ended by an error; the same command continues from the newest checkpoint, if there is one")
+            say("ended by an error; the same command continues from the newest checkpoint, if there is one")
         return code if known is None else known
-
-
-def _say(message: str) -> None:
-    print(f"liftdist: {message}", file=sys.stderr)
 
 
 def torchrun_arguments(where: Place, nproc: int, max_restarts: int) -> list[str]:
@@ -266,7 +160,7 @@ def _variables(nproc: int, where: Place, folder: Path, logs: Path | None, typed:
     foreign = environment.foreign()
     if foreign and where.node_rank == 0:
         given = ", ".join(f"{name}={redact(os.environ[name])}" for name in foreign)
-        _say(f"not used, though in the environment: {given}; see --nproc, --nnodes, --node-rank and --head")
+        say(f"not used, though in the environment: {given}; see --nproc, --nnodes, --node-rank and --head")
     dropped = set(foreign)
     if not where.in_job:  # what another job left; the commits are this command's own
         dropped |= {*environment.internal()} - {environment.COMMITS.name}
@@ -302,7 +196,7 @@ def _supervise(
         if number == signal.SIGINT:
             interrupts += 1
             if interrupts == _INTERRUPTS - 1:
-                _say("stopping; interrupt once more to end without saving")
+                say("stopping; interrupt once more to end without saving")
             elif interrupts >= _INTERRUPTS:
                 os.kill(child, signal.SIGKILL)
 
@@ -422,7 +316,7 @@ def _gpus() -> int:
 def main(given: Sequence[str] | None = None) -> None:
     """``launch/torchrun [options] CONFIG [key=value ...]``: like ``liftdist train``, without its checks beforehand."""
     parser = argparse.ArgumentParser(prog="launch/torchrun", description=main.__doc__, allow_abbrev=False)
-    arguments(parser)
+    nodes.arguments(parser)
     try:
         if given is None:
             signals.interrupt()
@@ -433,13 +327,13 @@ def main(given: Sequence[str] | None = None) -> None:
         if not words:
             raise UserError("launch/torchrun: needs a config")
         config, _ = configs.load_runs(words[0], words[1:])[0]
-        code = launch(config, options, place(config, options), command)
+        code = launch(config, options, nodes.place(config, options), command)
     except KeyboardInterrupt as reason:
-        _say(f"stopped ({reason}) before training began")
+        say(f"stopped ({reason}) before training began")
         code = EXIT_STOPPED
     except UserError as error:
         text = redact(str(error))
-        _say(text)
+        say(text)
         code = EXIT_USER_ERROR
         if (logs := environment.LOGS.get()) is not None:  # for the batch script
             node = environment.SLURM_NODEID.need()

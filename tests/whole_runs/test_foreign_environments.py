@@ -96,9 +96,9 @@ def test_names_that_mean_something_to_others_are_known():
 def test_a_shell_inside_a_slurm_step_is_no_node_of_a_run(tasks, nodes, tmp_path):
     """``srun --pty bash``, and what ``salloc`` starts: a step whose number of tasks says nothing about the run."""
     code = (
-        "import argparse; from liftdist import schema; from liftdist.cluster import launcher\n"
-        "p = argparse.ArgumentParser(); launcher.arguments(p)\n"
-        "where = launcher.place(schema.Config(run_dir='run'), p.parse_args([]))\n"
+        "import argparse; from liftdist import schema; from liftdist.cluster import nodes\n"
+        "p = argparse.ArgumentParser(); nodes.arguments(p)\n"
+        "where = nodes.place(schema.Config(run_dir='run'), p.parse_args([]))\n"
         "open('place', 'w').write(f'{where.nnodes} {where.in_job}')"
     )
     step = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_NODES": str(nodes), "SLURM_NODEID": "0"}
