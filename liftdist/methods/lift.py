@@ -12,6 +12,7 @@ from collections import Counter
 from contextlib import AbstractContextManager
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -175,7 +176,7 @@ def prepare(config: Config, model: PreTrainedModel, names: NameMap) -> NameMap:
 def places(config: Config, model: PreTrainedModel) -> dict[str, Place]:
     """The matrices to train, by name. Raises ``UserError`` like :func:`prepare`, and for what the criterion cannot select in."""
     found = principal_matrices(model, config.selection.modules)
-    check(rules(config.selection)[0], found)
+    check(criterion_of(config.selection), found)
     return found
 
 
@@ -250,9 +251,14 @@ def rules(choice: SelectionConfig, named: Named | None = None) -> tuple[Criterio
     Args:
         named: what ``selection.file`` names; needed to select.
     """
-    settings = choice if named is None else SimpleNamespace(**vars(choice) | {"file": named})
-    criterion = CRITERIA.load(choice.criterion).make(settings)
+    criterion: Any = criterion_of(choice, named)
     return criterion, criterion if decides_number(criterion) else BUDGETS.load(choice.budget).make(choice)
+
+
+def criterion_of(choice: SelectionConfig, named: Named | None = None) -> Criterion:
+    """The criterion of a config, see :func:`rules`."""
+    settings = choice if named is None else SimpleNamespace(**vars(choice) | {"file": named})
+    return CRITERIA.load(choice.criterion).make(settings)
 
 
 def _files(context: RunContext, base_digest: str) -> tuple[Named | None, Excluded | None]:

@@ -36,14 +36,14 @@ import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from liftdist.engine import selection
 from liftdist.engine.matrices import Place
 from liftdist.errors import UserError
-from liftdist.methods.lift import rules
+from liftdist.methods.lift import criterion_of, rules
 from liftdist.planning.activations import Activations
 from liftdist.planning.shapes import FSDPUnit, Sizes
 from liftdist.registry import OPTIMIZERS
@@ -68,7 +68,7 @@ def memory(
     packed = max(shards * _packed(unit, size, counts, shards) for unit in size.layers)
     copied = packed + (gathered + max(unit.codes for unit in size.layers) if config.model.base_dtype else 0)
     buffered = packed if shards > 1 else 0  # the all-gather buffer of another layer: a single shard is copied without
-    states = getattr(criterion(config), "states", 0) if config.method == "lift" else 0
+    states = getattr(criterion_of(config.selection), "states", 0) if config.method == "lift" else 0
     units = size.units if states else _needing_gradients(size, config)
     of_layers, rest = units[: len(size.layers)], units[len(size.layers) :]
     reductions = functools.partial(_reduction, size.itemsize, config, shards, counts)
@@ -187,7 +187,7 @@ def _of_dense(size: Sizes, config: Config, shards: int) -> dict[str, int]:
 
 def _selecting(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> int:
     """The matrix being factored, the next one being gathered, and the rows sent for it."""
-    workspace = functools.partial(selection.workspace_of, criterion(config))
+    workspace = functools.partial(selection.workspace_of, criterion_of(config.selection))
     marked = bool(config.selection.exclude)  # one byte per weight
     factoring = max(workspace(m, n, counts[name]) + marked * m * n for name, (m, n) in size.trained.items())
     return (3 * size.itemsize * max(m * n for m, n in size.trained.values()) if shards > 1 else 0) + factoring
@@ -266,11 +266,6 @@ def recomputed(size: Sizes, config: Config) -> int:
     """How many layers are recomputed."""
     every = config.model.recomputed_every
     return -(-len(size.layers) // every) if every else 0
-
-
-def criterion(config: Config) -> Any:
-    """The criterion of a config, see :class:`liftdist.engine.selection.Criterion`."""
-    return rules(config.selection)[0]
 
 
 def selected(size: Sizes, config: Config) -> Mapping[str, int]:

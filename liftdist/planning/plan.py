@@ -19,6 +19,7 @@ from liftdist.console import GIB
 from liftdist.distributed.sharding import advice_on_padding
 from liftdist.engine import selection
 from liftdist.errors import UserError
+from liftdist.methods.lift import criterion_of
 from liftdist.model_settings import SELECTIVE
 from liftdist.planning import fit, footprint
 from liftdist.planning.fit import Requirements
@@ -89,7 +90,8 @@ def plan(
     parts = memory_of(shards)
     costs = [0.0]
     if config.method == "lift":
-        costs = [selection.cost_of(footprint.criterion(config), m, n) for m, n in size.trained.values()]
+        criterion = criterion_of(config.selection)
+        costs = [selection.cost_of(criterion, m, n) for m, n in size.trained.values()]
     owners = selection.assign_owners(costs, replicas * shards)
     loads = [0.0] * (replicas * shards)
     for cost, owner in zip(costs, owners, strict=True):
