@@ -27,6 +27,7 @@ ON_CPU = {
     "checkpoint": "checkpoint",
     "compare": "compare",
     "scale": "scale --ranks 8 1024",
+    "apply": "apply --gib 8",
 }
 ON_GPU = {
     "selection": "selection --synthetic 8b --ranks 64",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -87,12 +88,15 @@ def apply(options: argparse.Namespace) -> None:
         _check_output(options.output)
     elif not Path(options.folder).is_dir():
         raise UserError(f"{options.folder}: no such folder; a model of the hub needs --output")
+    os.environ.setdefault(
+        "THP_MEM_ALLOC_ENABLE", "1"
+    )  # torch's, once it is imported: a third of the time are page faults
     from liftdist.deltas import file as delta_file
     from liftdist.deltas import folder as model_folders
     from liftdist.models import hub
 
-    def read(text: str, argument: str) -> Delta:
-        return delta_file.read(hub.file_of(text, delta_file.NAME, argument))
+    def read(text: str, argument: str) -> Delta:  # all of it is read before the folder appears
+        return delta_file.read(hub.file_of(text, delta_file.NAME, argument), at_once=False)
 
     folder, _ = hub.model_of(options.folder, "FOLDER")
     given = read(options.delta, "DELTA")

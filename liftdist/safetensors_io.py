@@ -9,9 +9,9 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,37 +39,70 @@ DTYPES = {
 }  # by their safetensors names, in the order in which the library writes them
 
 
-def save(
-    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None, free: bool = False
-) -> None:
+class Unexpected(ValueError):
+    """A tensor is not what the header of a file says."""
+
+
+def save(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file of tensors on the host, byte for byte as the library does.
 
     The library makes files that only their owner may read, whatever the umask and the folder say.
 
-    Args:
-        free: take each tensor out of ``tensors``, a dict, when it is written.
-
     Raises:
         OSError: it cannot be written; names ``path``.
     """
+    about = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+    write(path, about, (tensors[name] for name in in_order(about)), metadata)
+
+
+def in_order(about: Mapping[str, tuple[torch.dtype, Sequence[int]]]) -> list[str]:
+    """The names of tensors in the order in which a file holds them."""
     ranks = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-    names = sorted(tensors, key=lambda name: (ranks[tensors[name].dtype], name))
+    return sorted(about, key=lambda name: (ranks[about[name][0]], name))
+
+
+def write(
+    path: Path,
+    about: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As :func:`save`, of tensors that come one after the other.
+
+    Args:
+        about: dtype and shape of each.
+        tensors: in the order of :func:`in_order`.
+
+    Raises:
+        Unexpected: one is of another dtype or shape.
+    """
     entries: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
     position = 0
+    names = in_order(about)
     for name in names:
-        tensor, begin = tensors[name], position
-        position += tensor.numel() * tensor.element_size()
-        shape, dtype = list(tensor.shape), dtype_name(tensor.dtype)
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, position]}
+        dtype, shape = about[name]
+        begin, position = position, position + math.prod(shape) * dtype.itemsize
+        entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [begin, position]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    try:
-        with path.open("wb") as file:
+    with contextlib.ExitStack() as opened:
+        with _naming(path):
+            file = opened.enter_context(path.open("wb"))
             file.write(len(text).to_bytes(8, "little") + text)
-            for name in names:
-                file.write(memory_of(tensors[name]))
-                if free:
-                    cast(dict[str, Tensor], tensors).pop(name)
+        for name, tensor in zip(names, tensors, strict=True):
+            if (tensor.dtype, list(tensor.shape)) != (about[name][0], list(about[name][1])):
+                raise Unexpected(f"{name} is {tensor.dtype} {list(tensor.shape)}")
+            with _naming(path):
+                file.write(memory_of(tensor))
+        with _naming(path):
+            file.flush()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Let an ``OSError`` name the file."""
+    try:
+        yield
     except OSError as error:
         raise OSError(error.errno, os.strerror(error.errno or 0), str(path)) from None
 

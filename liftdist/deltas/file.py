@@ -24,8 +24,11 @@ PATCH_FORMAT = "sparse-patch"
 NAME, PATCH_NAME = "delta.safetensors", "patch.safetensors"  # in a repository on the hub
 
 
-def read(path: Path) -> Delta:
+def read(path: Path, at_once: bool = True) -> Delta:
     """The delta in a file, validated completely.
+
+    Args:
+        at_once: validate all tensors now, and not each when it is asked for: then its ``get`` raises what follows.
 
     Raises:
         UserError: the file is absent, truncated, damaged, or not a delta; an index out of range; a value that is not finite.
@@ -64,7 +67,13 @@ def read(path: Path) -> Delta:
 
     @functools.lru_cache(maxsize=1)  # a tensor is asked for several times in a row: to be checked, undone, applied
     def get(name: str) -> Change | Difference:
-        return read_one(name)
+        try:
+            return read_one(name)
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror or error}") from None
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
+            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise UserError(f"{path}: damaged, or not a delta: {name}: {problem}") from None
 
     origin = {key: metadata[key] for key in ORIGIN if key in metadata}
     delta = Delta(
@@ -77,14 +86,9 @@ def read(path: Path) -> Delta:
         sha256=metadata["sha256"],
         compressed=is_compressed,
     )
-    for name in delta.names:
-        try:
+    if at_once:
+        for name in delta.names:
             get(name)
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RuntimeError) as error:
-            problem = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise UserError(f"{path}: damaged, or not a delta: {name}: {problem}") from None
     return delta
 
 

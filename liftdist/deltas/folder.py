@@ -12,9 +12,11 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -115,13 +117,13 @@ def _change(
     config = check.read_json(path) if path.exists() else None
 
     def edited(name: str, tensor: Tensor) -> Tensor:
-        applied = deltas.changes(name, apply, *beside)
+        undone, applied = deltas.changes(name, *present), deltas.changes(name, apply, *beside)
         try:
             if output is None and not all(change.undoable for change in applied):
                 raise UserError(
                     f"{started_from.location} holds no base values, so this could not be undone; give --output"
                 )
-            tensor = deltas.edit(name, tensor, deltas.changes(name, *present), [], in_place=True)
+            tensor = deltas.edit(name, tensor, undone, [], in_place=True)
             if not known:
                 found[name] = weights.digested(tensor)
             before, result = tensor.dtype, deltas.edit(name, tensor, [], applied, in_place=True)
@@ -191,6 +193,7 @@ def rewrite(
     edit: Callable[[str, Tensor], Tensor],
     finish: Callable[[Path], None],
     replace: bool = False,
+    dtypes: Mapping[torch.dtype, torch.dtype] = MappingProxyType({}),
 ) -> None:
     """Write a model folder, its files split over the ranks; it appears under its name when it is complete. Collective.
 
@@ -199,9 +202,11 @@ def rewrite(
         finish: adds the other files to the folder, on rank 0, before it appears. Its ``config.json`` then says no longer that
             weights are quantised, which were in ``stored`` and are not here.
         replace: replace an existing folder.
+        dtypes: what tensors of a stored dtype become, if they become another, as far as it is known: memory holds the whole of a
+            file in which some are of yet another, else a few tensors.
 
     Raises:
-        UserError: ``target`` exists, cannot be written, or cannot be replaced atomically.
+        UserError: ``target`` exists, cannot be written, or cannot be replaced atomically; or ``stored`` has changed meanwhile.
     """
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     made: Path | None = None
@@ -218,7 +223,9 @@ def rewrite(
     try:
         with together(), files.disk_errors(target):
             is_same = replace and stored.folder.samefile(target)
-            written = _write_weights(stored, temporary, edit, rank, ranks, is_same)
+            written = _write_weights(stored, temporary, edit, rank, ranks, is_same, dtypes)
+            if problem := stored.changed():
+                raise UserError(f"{problem} while it was read; try again when it stays as it is")
         total = sum(gather(written))
         with together(), files.disk_errors(target):
             if rank == 0:
@@ -242,32 +249,67 @@ def _write_weights(
     rank: int,
     ranks: int,
     keep_metadata: bool,
+    dtypes: Mapping[torch.dtype, torch.dtype],
 ) -> int:
     """Write this rank's share of the weight files, one at a time. Returns the bytes of their tensors."""
     members: dict[str, list[str]] = {}
     for name, file in stored.file_of.items():
         members.setdefault(file, []).append(name)
     total = 0
-    with ThreadPoolExecutor(1) as writer:  # one file is written while the next one is made
-        written: Future[None] | None = None
+
+    def make(name: str) -> Tensor:
+        return edit(name, stored.read(name)).contiguous()
+
+    with ThreadPoolExecutor(
+        1
+    ) as syncing:  # the disk writes what there is while the next is made, and not all at the end
+        synced: list[Future[None]] = []
+
+        def meanwhile(path: Path, tensors: Iterator[Tensor]) -> Generator[Tensor]:
+            nonlocal total
+            for tensor in tensors:
+                yield tensor
+                total += tensor.numel() * tensor.element_size()
+                if not synced or synced[-1].done():
+                    synced.append(syncing.submit(files.sync_file, path))
+
         for file in sorted(members)[rank::ranks]:
-            with threads() as pool:  # reading, hashing and what torch does let each other run
-                made = pool.map(lambda name: edit(name, stored.read(name)).contiguous(), members[file])
-                tensors = dict(zip(members[file], made, strict=True))
+            path = folder / file
             metadata = stored.stored.headers[file].get("__metadata__") if keep_metadata else {"format": "pt"}
-            total += sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-            if written:
-                written.result()
-            written = writer.submit(_save, tensors, folder / file, metadata)
-            del tensors
-        if written:
-            written.result()
+            about = {name: _expected(stored.info(name), dtypes) for name in members[file]}
+            before = total
+            try:
+                made = meanwhile(path, _in_turn(make, safetensors_io.in_order(about)))
+                with contextlib.closing(made):
+                    safetensors_io.write(path, about, made, metadata)
+            except safetensors_io.Unexpected:  # what is written first depends on all dtypes
+                total = before
+                tensors = dict(zip(members[file], _in_turn(make, members[file]), strict=True))
+                about = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+                left = (tensors.pop(name) for name in safetensors_io.in_order(about))
+                safetensors_io.write(path, about, meanwhile(path, left), metadata)
+            synced.append(syncing.submit(files.sync_file, path))
+        for done in synced:
+            done.result()
     return total
 
 
-def _save(tensors: dict[str, Tensor], path: Path, metadata: Mapping[str, str] | None) -> None:
-    safetensors_io.save(tensors, path, metadata, free=True)
-    files.sync_file(path)  # now, and not all at the end
+def _expected(info: Mapping[str, Any], dtypes: Mapping[torch.dtype, torch.dtype]) -> tuple[torch.dtype, Sequence[int]]:
+    """Dtype and shape that a tensor will have."""
+    dtype = safetensors_io.DTYPES[info["dtype"]]
+    return dtypes.get(dtype, dtype), info["shape"]
+
+
+def _in_turn(make: Callable[[str], Tensor], names: Sequence[str]) -> Iterator[Tensor]:
+    """``make`` of all names, in their order, by threads: reading, hashing and what torch does let each other run."""
+    with threads() as pool:
+        waiting: deque[Future[Tensor]] = deque()
+        for name in names:
+            waiting.append(pool.submit(make, name))
+            if len(waiting) > torch.get_num_threads():  # memory holds few more than are being made
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def _write_index(stored: ModelFolder, folder: Path, total: int) -> None:

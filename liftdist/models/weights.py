@@ -63,13 +63,18 @@ class ModelFolder:
         self.file_of = {name: file for name, file in files.items() if name not in parts}
         self.file_of |= {name: files[tensor.parts[0]] for name, tensor in self.quantised.items()}
 
-    def check_unchanged(self, why: str) -> None:
-        """Raises ``UserError``, which says ``why`` they are read again, if the files are others than when this was made."""
+    def changed(self) -> str | None:
+        """Which file is another than when this was made, or gone, if one is."""
         for file, stamp in self._stamps.items():
             path = self.folder / file
             if not path.exists() or _stamp(path) != stamp:
-                problem = "has changed" if path.exists() else "is gone"
-                raise UserError(f"{path}: {problem} since the run began; {why}: restore it, and continue the run")
+                return f"{path}: {'has changed' if path.exists() else 'is gone'}"
+        return None
+
+    def check_unchanged(self, why: str) -> None:
+        """Raises ``UserError``, which says ``why`` they are read again, if :meth:`changed` during a run."""
+        if problem := self.changed():
+            raise UserError(f"{problem} since the run began; {why}: restore it, and continue the run")
 
     def info(self, name: str) -> dict[str, Any]:
         """``dtype`` and ``shape`` of a tensor, from the header of its file."""

@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import builders
@@ -191,15 +192,15 @@ def small(tmp_path):
 def test_of_two_that_change_a_folder_at_once_the_second_is_refused(small, tmp_path, monkeypatch):
     base, one, cache = small
     folder, flock = shutil.copytree(base, tmp_path / "model"), fcntl.flock
-    save = safetensors_io.save
+    write = safetensors_io.write
 
     def meanwhile(*given, **named):
-        save(*given, **named)
+        write(*given, **named)
         files.remove_left_over(folder)  # what is being written is none
         with pytest.raises(UserError, match="model: another process is changing it; try again when that one has ended"):
             model_folders.change_folder(folder, cache, one)
 
-    monkeypatch.setattr(safetensors_io, "save", meanwhile)
+    monkeypatch.setattr(safetensors_io, "write", meanwhile)
     model_folders.change_folder(folder, cache, one)
     monkeypatch.undo()
     assert builders.contents(folder) == builders.contents(tmp_path / "one")
@@ -237,6 +238,48 @@ def test_what_else_a_folder_holds_is_there_after_it_was_changed_in_place_and_bac
         assert (folder / file.name).read_bytes() == file.read_bytes()  # with what it says of itself
     model_folders.change_folder(base, cache, one, output=tmp_path / "new")
     assert not (tmp_path / "new" / "notes").is_symlink()
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_folder_that_changes_while_it_is_read_is_left_as_it_is(small, in_place, tmp_path, monkeypatch):
+    base, one, cache = small
+    folder, write = shutil.copytree(base, tmp_path / "model"), safetensors_io.write
+    first = min(folder.glob("*.safetensors"))
+
+    def meanwhile(*given, **named):
+        write(*given, **named)
+        first.touch()
+
+    monkeypatch.setattr(safetensors_io, "write", meanwhile)
+    with pytest.raises(UserError, match=f"{first}: has changed while it was read"):
+        model_folders.change_folder(folder, cache, one, output=None if in_place else tmp_path / "new")
+    assert builders.contents(folder) == builders.contents(base)
+    assert not (tmp_path / "new").exists()
+
+
+def test_of_a_file_no_more_is_in_memory_than_is_being_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    tensors, alive, most = {f"{number:02}": torch.zeros(4, 4) for number in range(20)}, set(), 0
+    (tmp_path / "base").mkdir()
+    safetensors_io.save(tensors, tmp_path / "base" / check.WEIGHTS, {"format": "pt"})
+
+    def edit(name, tensor):
+        nonlocal most
+        made = tensor.double() if name > widened else tensor
+        alive.add(name)
+        weakref.finalize(made, alive.discard, name)
+        most = max(most, len(alive))
+        return made
+
+    for widened, fewest, limit in (("99", 2, 6), ("10", 20, 20)):  # of another dtype than is known: the whole file
+        most = 0
+        target = tmp_path / f"made-{widened}"
+        model_folders.rewrite(weights.ModelFolder(tmp_path / "base"), target, edit, lambda _: None)
+        assert fewest <= most <= limit
+        found = load_file(target / check.WEIGHTS)
+        assert {name: tensor.dtype for name, tensor in found.items()} == {
+            name: torch.float64 if name > widened else torch.float32 for name in tensors
+        }
 
 
 @pytest.mark.parametrize("kind", safetensors_io.DTYPES)

@@ -70,7 +70,7 @@ def write(
         edit_json(temporary / "tokenizer_config.json", older.tokenizer_config)
         edit_json(temporary / "config.json", lambda settings: older.model_config(_with_dtype(settings, dtype)))
 
-    rewrite(stored, target, edit, finish, replace)
+    rewrite(stored, target, edit, finish, replace, {} if dtype is None else {main: dtype})
 
 
 def _main_dtype(stored: ModelFolder) -> torch.dtype:
