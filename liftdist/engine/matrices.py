@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor, Shard
 from liftdist.distributed.collectives import Group
 from liftdist.distributed.rows import row_bounds
 from liftdist.distributed.sharding import local_tensor
-from liftdist.engine import memory
+from liftdist.engine import memory, quantised
 from liftdist.engine.decoder import is_linear, output_head, towers
 from liftdist.errors import UserError
 
@@ -211,6 +211,30 @@ class Matrix:
         rows = memory.rows(self.param, begin, begin + self.numel_local // self.columns)
         first, step = self.place.first_column, self.place.step
         return rows[:, first : first + (self.columns - 1) * step + 1 : step]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its rows are sent as they are kept, quantised."""
+        return quantised.held_by(self.param) is not None and self.columns == self.place.width
+
+    @property
+    def sent(self) -> Tensor:
+        """``[bytes]`` uint8: this rank's rows, for :meth:`received`."""
+        held = quantised.held_by(self.param)
+        if held is None or not self.is_packed:
+            return self.rows_local.contiguous().view(-1).view(torch.uint8)
+        begin = self.first_position // self.columns if self.numel_local else 0
+        return held.packed(begin, begin + self.numel_local // self.columns)
+
+    def received(self, sent: Tensor, sizes: Sequence[int]) -> Tensor:
+        """``[m, n]``, the whole matrix: what the shards have :attr:`sent`, ``sizes`` bytes each, one after the other."""
+        held = quantised.held_by(self.param)
+        if held is None or not self.is_packed:
+            return sent.view(self.dtype).view(self.shape)
+        whole = torch.empty(self.shape, dtype=self.dtype, device=sent.device)
+        for part, begin, end in zip(sent.split(list(sizes)), self.row_bounds, self.row_bounds[1:], strict=False):
+            quantised.unpack(part, held.format, whole[begin:end])
+        return whole
 
     @property
     def offset_local(self) -> int:

@@ -134,6 +134,17 @@ class QuantisedRows:
         out.view(-1).index_copy_(0, positions[first:last].long() - begin * self.format.columns, values[first:last])
         return out
 
+    def packed(self, begin: int, end: int) -> Tensor:
+        """``[bytes]`` uint8: rows as they are kept, for :func:`unpack`."""
+        codes, scales, gaps, values = self._parts
+        positions, edges = self._positions(), (begin * self.format.columns, end * self.format.columns)
+        first, last = torch.searchsorted(positions, positions.new_tensor(edges), out_int32=True).tolist()
+        gaps = gaps[first:last].clone()
+        gaps[:1] = positions[first : first + 1][: last - first] - edges[0]  # at most the distance to the entry before
+        parts = codes[begin:end], scales[begin:end], values[first:last]
+        codes, scales, values = (part.contiguous().view(-1).view(torch.uint8) for part in parts)
+        return torch.cat([codes, scales, gaps, values])
+
     def _positions(self) -> Tensor:
         """``[k]`` int32 ascending, of the entries."""
         return self._parts[2][: self._number].cumsum(0, dtype=torch.int32)
@@ -218,6 +229,17 @@ class QuantisedRows:
         if entries:
             parts[2][: self._number], parts[3][: self._number] = gaps, values
             parts[3][self._number :] = values[-1]
+
+
+def unpack(packed: Tensor, format: Format, out: Tensor) -> Tensor:
+    """Write rows that :meth:`QuantisedRows.packed` made to ``out [m, n]``, contiguous, in the dtype in which they are exact."""
+    sizes = out.shape[0] * format.code_bytes, out.shape[0] * format.blocks * 2
+    codes, scales, exact = packed.split([*sizes, packed.numel() - sum(sizes)])
+    gaps, values = exact.split([(entries := exact.numel() // (1 + out.element_size())), exact.numel() - entries])
+    scales, values = scales.clone().view(torch.bfloat16), values.clone().view(out.dtype)  # aligned
+    format.dequantise(codes.view(-1, format.code_bytes), scales.view(-1, format.blocks), out)
+    out.view(-1).index_copy_(0, gaps.cumsum(0), values)
+    return out
 
 
 def _marked(like: Tensor, where: Tensor) -> Tensor:

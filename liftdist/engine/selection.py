@@ -6,7 +6,8 @@
     4. return    the owner cuts the sorted indices at the row boundaries and sends each shard its own
     5. share     replicas exchange the indices that their owners selected
 
-A rank holds at most two whole matrices, the one being factored and the next, and the rows it sends. Independent of
+A rank holds at most two whole matrices, the one being factored and the next, and the rows it sends; quantised rows are sent as
+they are kept. Independent of
 how entries are scored: the criterion is a function.
 """
 
@@ -336,26 +337,37 @@ def _start_gather(
     mine = assigned[shard]
     if group is None:
         return lambda: None if mine is None else matrices[mine].rows_local.contiguous()
-    parts = [torch.empty(0) if item is None else matrices[item].rows_local for item in assigned]
     device = matrices[0].device
-    sent = torch.cat([part.contiguous().view(-1).to(device).view(torch.uint8) for part in parts])
-    whole, received_sizes = torch.empty(0, dtype=torch.uint8, device=device), [0] * group.size()
-    if mine is not None:
-        matrix = matrices[mine]
-        itemsize = matrix.dtype.itemsize
-        bounds = matrix.row_bounds
-        received_sizes = [(bounds[s + 1] - bounds[s]) * matrix.columns * itemsize for s in range(group.size())]
-        whole = torch.empty(sum(received_sizes), dtype=torch.uint8, device=device)
-    sent_sizes = [part.numel() * part.element_size() for part in parts]
+    parts = [torch.empty(0, dtype=torch.uint8) if item is None else matrices[item].sent for item in assigned]
+    sent_sizes = [part.numel() for part in parts]
+    sent = torch.cat([part.to(device) for part in parts])
+    del parts
+    received_sizes = [0] * group.size()
+    if any(
+        item is not None and matrices[item].is_packed for item in assigned
+    ):  # how much is exact differs between shards
+        received_sizes = _exchange_sizes(sent_sizes, device, group)
+    elif mine is not None:
+        bounds, row = matrices[mine].row_bounds, matrices[mine].columns * matrices[mine].dtype.itemsize
+        received_sizes = [(bounds[s + 1] - bounds[s]) * row for s in range(group.size())]
+    whole = torch.empty(sum(received_sizes), dtype=torch.uint8, device=device)
     work = dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group, async_op=True)
 
     def wait() -> Tensor | None:
         nonlocal sent
         work.wait()
         sent = whole  # frees the send buffer
-        return None if mine is None else whole.view(matrices[mine].dtype).view(matrices[mine].shape)
+        return None if mine is None else matrices[mine].received(whole, received_sizes)
 
     return wait
+
+
+def _exchange_sizes(sizes: Sequence[int], device: torch.device, group: dist.ProcessGroup) -> list[int]:
+    """How much each rank will send to this one, of what this one will send to each."""
+    sent = torch.tensor(sizes, device=device)
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    return received.tolist()
 
 
 def _return_indices(matrices: Sequence[Matrix], mine: int | None, indices: Tensor, group: Group) -> list[Tensor]:
@@ -369,13 +381,12 @@ def _return_indices(matrices: Sequence[Matrix], mine: int | None, indices: Tenso
         parts = [(indices[cuts[s] : cuts[s + 1]] - bounds[s]).to(torch.int32) for s in range(shards)]
     if group is None:
         return parts
-    sent_sizes = torch.tensor([part.numel() for part in parts], device=device)
-    received_sizes = torch.empty_like(sent_sizes)
-    dist.all_to_all_single(received_sizes, sent_sizes, group=group)
-    received = torch.empty(int(received_sizes.sum()), dtype=torch.int32, device=device)
+    sent_sizes = [part.numel() for part in parts]
+    received_sizes = _exchange_sizes(sent_sizes, device, group)
+    received = torch.empty(sum(received_sizes), dtype=torch.int32, device=device)
     sent = torch.cat([part.to(device) for part in parts])
-    dist.all_to_all_single(received, sent, received_sizes.tolist(), sent_sizes.tolist(), group=group)
-    return [part.clone() for part in received.split(received_sizes.tolist())]
+    dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=group)
+    return [part.clone() for part in received.split(received_sizes)]
 
 
 def _share(

@@ -42,6 +42,7 @@ import torch
 
 from liftdist.engine import selection
 from liftdist.engine.matrices import Place
+from liftdist.engine.quantisation import Format
 from liftdist.errors import UserError
 from liftdist.methods.lift import criterion_of, rules
 from liftdist.planning.activations import Activations
@@ -186,11 +187,25 @@ def _of_dense(size: Sizes, config: Config, shards: int) -> dict[str, int]:
 
 
 def _selecting(size: Sizes, config: Config, shards: int, counts: Mapping[str, int]) -> int:
-    """The matrix being factored, the next one being gathered, and the rows sent for it."""
-    workspace = functools.partial(selection.workspace_of, criterion_of(config.selection))
+    """The matrix being factored, the next one being gathered, and the rows sent for it; their statistics, if it goes by them."""
+    criterion = criterion_of(config.selection)
+    workspace = functools.partial(selection.workspace_of, criterion)
     marked = bool(config.selection.exclude)  # one byte per weight
     factoring = max(workspace(m, n, counts[name]) + marked * m * n for name, (m, n) in size.trained.items())
-    return (3 * size.itemsize * max(m * n for m, n in size.trained.values()) if shards > 1 else 0) + factoring
+    has_statistics = bool(getattr(criterion, "states", 0))
+    element, kind = (4, None) if has_statistics else (size.itemsize, config.model.base_dtype)
+    if shards == 1 and kind is None:
+        return factoring  # where it is
+    places = {name: place for unit in size.units for name, place in unit.trained.items()}
+
+    def travelling(name: str, place: Place) -> int:
+        if kind is None or place.columns != place.width:
+            return element * place.numel
+        return place.rows * Format(kind, place.columns).row_bytes + (1 + element) * counts[name]
+
+    whole = element * max(place.numel for place in places.values())
+    sent = max(travelling(name, place) for name, place in places.items()) if shards > 1 else 0
+    return factoring + whole + 2 * sent
 
 
 def _initialising(size: Sizes, config: Config) -> int:

@@ -1,19 +1,22 @@
 """Frozen weights in 8 and 4 bits: what they are rounded to, exact weights over them, training as on a dense model of the same."""
 
+from unittest import mock
+
 import builders
 import pytest
 import ranks
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from liftdist import PrincipalWeights
-from liftdist.engine import quantisation
+from liftdist.engine import quantisation, quantised
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.quantisation import NF4, Format
-from liftdist.engine.quantised import QuantisedRows, QuantisedTensor
+from liftdist.engine.quantised import QuantisedRows, QuantisedTensor, unpack
 from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
 
@@ -135,6 +138,9 @@ def test_exact_weights_stay_exact_over_quantised_ones(kind, dtype, columns):
             flat[positions.long()] = learned.to(dtype)
             assert torch.equal(held.dense(), now)
         assert torch.equal(held.dense(5, 9), now[5:9])
+        for begin, end in ((0, 37), (5, 9), (0, 1), (36, 37), (4, 4)):
+            out = torch.empty(end - begin, columns, dtype=dtype)
+            assert torch.equal(unpack(held.packed(begin, end), held.format, out), now[begin:end])
         assert torch.equal(held.read(torch.arange(37 * columns).int()), flat)
         whole = gathered()
         assert torch.equal(whole[:37], now)
@@ -230,3 +236,44 @@ def test_trains_as_on_a_dense_model_of_the_rounded_weights(world_size, replicas,
         assert any(value.numel() for key, value in state.items() if key.endswith("dropped_values"))
         assert all(torch.equal(value, dense_state[key]) for key, value in state.items())
         assert all(torch.equal(value, dense_rows[name]) for name, value in rows.items())
+
+
+def sent_by_selections(mesh, folder, kind):
+    """Bytes that this rank sends for a first selection and a refresh, and what they say is exact and how the rest is kept."""
+    model, _ = load(folder, ModelConfig(path=str(folder), dtype="bfloat16", base_dtype=kind), mesh)
+    sent, exchange = [], dist.all_to_all_single
+
+    def counting(received, given, *others, **named):
+        if given.dtype == torch.uint8:
+            sent[-1] += given.nbytes
+        return exchange(received, given, *others, **named)
+
+    with mock.patch.object(dist, "all_to_all_single", counting):
+        sent.append(0)
+        principal = PrincipalWeights(model, density=0.1, filter_rank=4, replicate_group=mesh.replicate_group)
+        exact = [sum(quantised.held_by(matrix.param)._number for matrix in principal.matrices)]
+        sent.append(0)
+        principal.refresh()
+    kept = sum(
+        matrix.numel_local // matrix.columns * Format(kind, matrix.columns).row_bytes for matrix in principal.matrices
+    )
+    return sent, [kept, kept + 3 * exact[0]], sum(matrix.numel_local for matrix in principal.matrices)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_selection_gathers_rows_as_they_are_kept(kind, tmp_path):
+    base = builders.llama(
+        tmp_path / "base",
+        hidden_size=128,
+        intermediate_size=192,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+    )
+    weights = 0
+    for sent, expected, numel in ranks.run(3, sent_by_selections, base, kind):
+        assert sent == expected
+        weights += numel
+        assert sent[0] < {"nf4": 0.27, "int8": 0.52, "fp8": 0.51}[kind] * 2 * numel
+    stored = load_file(base / "model.safetensors")
+    assert weights == sum(tensor.numel() for name, tensor in stored.items() if name.endswith("_proj.weight"))
