@@ -325,23 +325,27 @@ def merge(options: argparse.Namespace) -> None:
     print(options.output)
 
 
+def _check_eval(path: Path) -> None:
+    if not path.exists():
+        raise UserError(f"--eval {path}: no such config or run directory")
+
+
 def _greedy(options: argparse.Namespace, settings: Mapping[str, object]) -> None:
     if options.eval is None:
         raise UserError(f"--rule {GREEDY}: needs --eval CONFIG, whose eval.tasks say which deltas help")
-    if not options.eval.exists():
-        raise UserError(f"--eval {options.eval}: no such config or run directory")
+    _check_eval(options.eval)
     if unused := [*settings, *(["onto"] if options.onto else [])]:
         raise UserError(f"--{unused[0]}: --rule {GREEDY} has no such option; it takes --eval and --base")
     from liftdist.deltas import file as delta_file
     from liftdist.deltas import merge, overlap
-    from liftdist.evaluation import soup
+    from liftdist.evaluation import candidates, soup
     from liftdist.models import hub, weights
 
-    path, config = soup.settings(options.eval)
+    path, config = candidates.settings(options.eval)
     folder = options.base or hub.resolve_model(config.model.path, config.model.revision)
     given, base = merge.read(options.deltas, folder, options.cache_dir), weights.ModelFolder(folder)
     print(*overlap.lines(given, base), sep="\n", file=sys.stderr)
-    ask, titles = soup.by_eval(path, config, folder, options.output), [task.title for task in config.eval.tasks]
+    ask, titles = candidates.by_eval(path, config, folder, options.output), [task.title for task in config.eval.tasks]
     delta_file.write(soup.greedy(given, base, ask, titles, options.output, _say), options.output)
     print(options.output)
 
@@ -358,7 +362,15 @@ def compress_arguments(parser: argparse.ArgumentParser) -> None:
     for name, meaning in COMPRESSION_OPTIONS.items():
         parser.add_argument(f"--{name}", type=float, metavar="N", help=meaning)
     parser.add_argument(
-        "--base", help="the base model, a folder or NAME@REVISION on the hub, for deltas without base values"
+        "--base",
+        help="the base model, a folder or NAME@REVISION on the hub, for deltas without base values, and for --eval, where the "
+        "default is model.path",
+    )
+    parser.add_argument(
+        "--eval",
+        type=Path,
+        metavar="CONFIG",
+        help="config whose eval.tasks the base model, the delta and the result are asked, or a run directory",
     )
     _cache_argument(parser)
 
@@ -375,13 +387,25 @@ def compress(options: argparse.Namespace) -> None:
     from liftdist.deltas import file as delta_file
     from liftdist.models import hub, weights
 
-    given = delta_file.read(options.delta)
-    if options.base:
-        base = hub.model_of(options.base, "--base")[0]
+    base = hub.model_of(options.base, "--base")[0] if options.base else None
+    if options.eval:
+        _check_eval(options.eval)
+        from liftdist.evaluation import candidates
+
+        path, config = candidates.settings(options.eval)
+        base = base or hub.resolve_model(config.model.path, config.model.revision)
+        ask = candidates.by_eval(path, config, base, options.output)
+    given = original = delta_file.read(options.delta)
+    if base:
         export.check_base(base, given, options.cache_dir)
         given = difference.on(given, weights.ModelFolder(base))
     settings = {name: value for name in COMPRESSION_OPTIONS if (value := getattr(options, name)) is not None}
     compress.compress(given, options.method, settings, options.output, _say)
+    if options.eval:
+        _say(candidates.HEADING)
+        candidates.scored(ask, None, "the base model", _say)
+        for delta in (original, delta_file.read(options.output)):
+            candidates.scored(ask, delta, delta.location.name, _say)
     print(options.output)
 
 

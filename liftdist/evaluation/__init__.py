@@ -2,7 +2,7 @@
 
 :data:`liftdist.registry.EVALUATIONS` lists them. Of a task :mod:`liftdist.evaluation.questions` has the questions,
 :mod:`liftdist.evaluation.scorers` what an answer is worth, :mod:`liftdist.runs.results` the files.
-:mod:`liftdist.evaluation.soup` chooses deltas by such scores.
+:mod:`liftdist.evaluation.candidates` asks what deltas make of a model, and :mod:`liftdist.evaluation.soup` chooses among them.
 
 In: a model, sharded or not, inputs, and the method that trains it. Out: metrics by tag. Must leave the model as it was, and not
 know checkpoints.

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import merge
-from liftdist.evaluation import soup
+from liftdist.evaluation import candidates, soup
 from liftdist.models.weights import ModelFolder
 
 REPLIES = ["red", "green and blue", "seven", "a word"]
@@ -125,7 +125,9 @@ def perplexity(made, folder):
 def test_a_candidate_is_asked_as_the_model_that_it_makes(made, tmp_path):
     config = made / "revision.yaml"
     config.write_text((made / "config.yaml").read_text().replace("model:\n", "model:\n  revision: main\n"))
-    ask = soup.by_eval(*soup.settings(config), made / "base", tmp_path / "out")  # a folder, which has no revisions
+    ask = candidates.by_eval(
+        *candidates.settings(config), made / "base", tmp_path / "out"
+    )  # a folder, which has no revisions
     assert ask(delta_file.read(made / "better")) == pytest.approx(-perplexity(made, "better-model"), rel=1e-3)
     assert list(tmp_path.iterdir()) == []
 
@@ -144,6 +146,19 @@ def test_the_command_asks_its_tasks_and_leaves_out_what_harms(made, tmp_path):
     assert (one.made["merge"], one.made["tasks"], one.base_digest) == ("greedy", ["replies"], other.base_digest)
     assert all(torch.equal(one.get(name).values, other.get(name).values) for name in other.names)
     assert "merge greedy" in liftdist("show", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_a_compressed_delta_is_asked_beside_its_original(made, tmp_path):
+    words = ("compress", made / "better", "--method", "t_switch", "--alpha", "0.9", "--eval", made / "config.yaml")
+    said = liftdist(*words, "--output", tmp_path / "out", "--cache-dir", made / "cache")
+    scores = {what: float(number) for number, what in re.findall(r"^ *(-?\d+\.\d{4})  (.*)$", said, re.MULTILINE)}
+    assert list(scores) == ["the base model", "better", "out"]
+    liftdist("apply", tmp_path / "out", made / "base", "--output", tmp_path / "applied", "--cache-dir", made / "cache")
+    for name, folder in (("the base model", "base"), ("better", "better-model"), ("out", tmp_path / "applied")):
+        assert scores[name] == pytest.approx(-perplexity(made, folder), rel=1e-3)
+    assert scores["the base model"] < scores["out"] < scores["better"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["applied", "out"]
 
 
 @pytest.mark.slow
@@ -196,4 +211,11 @@ def test_what_tells_nothing_of_candidates_is_refused(made, tmp_path):
         (("--rule", "greedy", "--eval", tmp_path / "lost"), "lost.jsonl: no such file"),
     ):
         assert problem in liftdist(*given, *words, *at, code=2)
+    small = ("compress", made / "good", "--output", tmp_path / "out")
+    for words, problem in (
+        (("--eval", tmp_path / "x"), "x: no such config or run directory"),
+        (("--eval", tmp_path / "own"), "eval.tasks: have no score in common"),
+        (("--eval", made / "config.yaml", "--base", made / "good-model"), "is not the base model of"),
+    ):
+        assert problem in liftdist(*small, *words, *at, code=2)
     assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "out"))]
