@@ -90,13 +90,17 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
     - each tower, which is never gathered if only texts pass,
     - an embedding that shares no weight with the head: it is needed at the start of a forward, the head at the end.
 
-    Scalars, which have no rows, are whole on every rank.
+    Scalars, which have no rows, are whole on every rank. On a single shard so is what is frozen, which FSDP would copy to use it;
+    but what is kept quantised.
     """
     recompute.keep(model, config)
     dtype = getattr(torch, config.dtype)
     kept = set(kept_in_float32(model, dtype).values())
     masters = {p for p in model.parameters() if p.requires_grad and p.dtype != dtype and p not in kept}
-    scalars = {param for param in model.parameters() if not param.ndim}
+    whole = {param for param in model.parameters() if not param.ndim}
+    if mesh.shard_mesh.size() == 1:
+        quantised = {place.param for place in principal_matrices(model).values()} if config.base_dtype else set()
+        whole |= {param for param in model.parameters() if not param.requires_grad} - quantised
 
     def unit(*modules: nn.Module) -> None:
         """Shard what is not sharded yet; parameters that are kept in another dtype than they are computed with, are cast."""
@@ -104,7 +108,7 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
         policy = MixedPrecisionPolicy(
             param_dtype=dtype if casts else None, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        fully_shard(list(modules), mesh=mesh.shard_mesh, mp_policy=policy, ignored_params=scalars)
+        fully_shard(list(modules), mesh=mesh.shard_mesh, mp_policy=policy, ignored_params=whole)
 
     layers = decoder_layers(model)
     for name, module in model.named_modules():

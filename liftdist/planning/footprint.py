@@ -61,12 +61,12 @@ def memory(
     """
 
     def unsharded(unit: FSDPUnit) -> int:
-        return size.itemsize * unit.padded(shards) * shards
+        return size.itemsize * unit.gathered(shards).padded(shards) * shards
 
     gathered, embedding, root = max(map(unsharded, size.layers)), unsharded(size.embedding), unsharded(size.root)
     counts = selected(size, config)
     # a layer as it is gathered; copied out of that buffer, as parameters or to be dequantised
-    packed = max(shards * _packed(unit, size, counts, shards) for unit in size.layers)
+    packed = max(shards * _packed(unit.gathered(shards), size, counts, shards) for unit in size.layers)
     copied = packed + (gathered + max(unit.codes for unit in size.layers) if config.model.base_dtype else 0)
     buffered = packed if shards > 1 else 0  # the all-gather buffer of another layer: a single shard is copied without
     states = getattr(criterion_of(config.selection), "states", 0) if config.method == "lift" else 0

@@ -28,6 +28,20 @@ class FSDPUnit:
     shapes: tuple[tuple[int, ...], ...]  # of all parameters
     trained: Mapping[str, Place]  # the trained matrices, by name
     sections: tuple[Sections | None, ...] = ()  # of parameters that are quantised, without rows; nothing where none is
+    frozen: tuple[bool, ...] = ()  # parameters that are neither trained nor quantised; nothing where none is
+
+    def gathered(self, shards: int) -> FSDPUnit:
+        """The same without what is not gathered: a single shard has what is frozen, and uses it where it is."""
+        if shards > 1 or not any(self.frozen):
+            return self
+        sections = self.sections or [None] * len(self.shapes)
+        kept = [
+            pair
+            for pair, frozen in zip(zip(self.shapes, sections, strict=True), self.frozen, strict=True)
+            if not frozen
+        ]
+        shapes, of_them = zip(*kept, strict=True) if kept else ((), ())
+        return dataclasses.replace(self, shapes=shapes, sections=of_them, frozen=())
 
     @property
     def numel(self) -> int:
@@ -129,7 +143,8 @@ def sizes(model: PreTrainedModel, config: Config) -> Sizes:
             Sections(Format(kind, param.shape[-1]), 0, 0, param.dtype) if kind and p in matrices else None
             for p, param in unique.items()
         ]
-        return FSDPUnit(tuple(tuple(p.shape) for p in unique.values()), chosen, tuple(sections))
+        frozen = [p not in trained and not (kind and p in matrices) for p in unique]
+        return FSDPUnit(tuple(tuple(p.shape) for p in unique.values()), chosen, tuple(sections), tuple(frozen))
 
     embedding = build.own_embedding(model)
     layers = tuple(unit(layer) for layer in build.decoder_layers(model))
