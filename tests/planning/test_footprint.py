@@ -213,6 +213,7 @@ def test_copies_between_a_model_and_its_host_are_as_planned(tiny_model):
         (12, 4, {"base_dtype": "fp8"}),
         (1024, 1, {"base_dtype": "nf4", "density": 0.3}),
         (1, 1, {"keep_gathered": 2}),
+        (1, 1, {"base_dtype": "nf4", "keep_gathered": 9}),
         (8, 1, {"keep_gathered": 1}),
         (12, 4, {"keep_gathered": 9}),
         (8, 1, {"base_dtype": "nf4", "keep_gathered": 2}),
