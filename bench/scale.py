@@ -28,6 +28,7 @@ from liftdist.console import Console
 from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import fsdp_modules
 from liftdist.engine import bits, quantised, selection
+from liftdist.engine.base_values import BaseValues
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
@@ -38,10 +39,9 @@ from liftdist.models.fill import fill
 from liftdist.models.load import shard
 from liftdist.planning import activations, footprint, shapes
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.registry import METHODS
+from liftdist.registry import LOSSES, METHODS
 from liftdist.runs.context import RunContext
 from liftdist.schema import Config
-from liftdist.training.losses.cross_entropy import per_token
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
 FEW = 64  # bytes per call; smaller collectives carry scalars, such as a norm or a count, and are not compared
@@ -121,7 +121,7 @@ def config_of(shape: dict) -> Any:
 def step(shape: dict, config: Config, ranks: int) -> dict:
     """Measured and planned on rank 0 in one step: bytes read, collectives by axis, and peak of live bytes."""
     replicas, shards = config.mesh.layout(ranks)
-    hf_config = config_of(shape)
+    hf_config, loss = config_of(shape), LOSSES.load(config.train.loss).make(config.train)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
@@ -150,7 +150,11 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
             method.before_step(1, 1000)
             with traffic:
                 for _ in range(footprint.micro_batches(config, ranks)):
-                    model.chunked_loss(tokens, None, places, tokens, per_token).backward()
+                    base = None
+                    if loss.needs_base:
+                        with method.at_base(), torch.no_grad():
+                            base = model.hidden_at(tokens, None, places)
+                    model.chunked_loss(tokens, None, places, tokens, loss.per_token, base=base).backward()
                 method.reduce(torch.ones(()))
                 method.clip()
                 method.step()
@@ -194,7 +198,13 @@ def _lift(config: Config, mesh: Mesh, model: Any) -> Lift:
                 rows._last = where, bits.pack(torch.ones(where.numel(), dtype=torch.bool))
                 rows.lay_out(where.numel())
 
-    with unittest.mock.patch.object(quantised, "make_exact", lay_out):
+    def add(self: Any, parts: Any) -> None:
+        """In place of :meth:`BaseValues.add`, which looks at positions."""
+        self._positions = [part.positions.clone() for part in parts]
+        self._values = [part.read(part.positions) for part in parts]
+
+    patched = unittest.mock.patch.object
+    with patched(quantised, "make_exact", lay_out), patched(BaseValues, "add", add):
         principal = _principal(config, mesh, model)
     for reduction in [part.reduction for part in principal.parts]:
         if reduction is not None:  # real ranks agree on it by a collective
@@ -214,6 +224,7 @@ def _principal(config: Config, mesh: Mesh, model: Any) -> PrincipalWeights:
         ],
         sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
         device=config.optimizer.device,
+        keep_base=config.keeps_base,
     )
 
 
