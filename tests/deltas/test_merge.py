@@ -15,8 +15,8 @@ from commands import call, liftdist
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
+from liftdist.deltas import compress, merge, overlap
 from liftdist.deltas import file as delta_file
-from liftdist.deltas import merge, overlap
 from liftdist.deltas.delta import Change, Delta, bits
 from liftdist.errors import UserError
 from liftdist.models.weights import ModelFolder
@@ -359,28 +359,36 @@ def test_the_checkpoints_of_a_run_are_averaged_in_order(folders, tmp_path):
     )
 
 
-def write_and_merge(folder, tensors):
-    """Two deltas of matrices of 60 000 weights, half of them changed, and their mean."""
+def write_merge_and_compress(folder, tensors):
+    """Two deltas of matrices of 60 000 weights, half of them changed, their mean, on another base model, and compressed."""
     chance = torch.Generator().manual_seed(0)
 
     def changed(_):
         at = (torch.rand(60_000, generator=chance) < 0.5).nonzero().squeeze(1)
         return Change((60, 1000), torch.bfloat16, at, torch.ones(len(at)).bfloat16(), torch.zeros(len(at)).bfloat16())
 
-    folder.mkdir()
     for name in ("one", "two"):
         delta = Delta(folder / name, "0" * 64, [f"w.{number}" for number in range(tensors)], changed)
         delta_file.write(delta, folder / name)
     given = merge.read([folder / "one", folder / "two"], None, folder)
     overlap.lines(given)
     delta_file.write(merge.merged(given, "mean", {}, folder / "out"), folder / "out")
+    onto = ModelFolder(folder / "onto"), "1" * 64
+    delta_file.write(merge.merged(given, "mean", {}, folder / "moved", onto=onto), folder / "moved")
+    for method, options in (("exact", {}), ("t_switch", {"alpha": 0.5}), ("flex_switch", {"budget": 0.2})):
+        compress.compress(delta_file.read(folder / "out"), method, options, folder / method, lambda _: None)
+        delta_file.read(folder / method)
 
 
 def test_memory_holds_one_tensor(tmp_path):
-    """While deltas are written, read, compared and merged, however many tensors they have."""
+    """While deltas are written, read, compared, merged and compressed, however many tensors they have."""
     peaks = {}
     for tensors in (3, 15):
+        folder = tmp_path / str(tensors)
+        (folder / "onto").mkdir(parents=True)
+        base = {f"w.{number}": torch.ones(60, 1000).bfloat16() for number in range(tensors)}
+        save_file(base, folder / "onto" / "model.safetensors", {"format": "pt"})
         with LiveBytes() as live:
-            write_and_merge(tmp_path / str(tensors), tensors)
+            write_merge_and_compress(folder, tensors)
         peaks[tensors] = live.peak
     assert peaks[15] < 1.1 * peaks[3]

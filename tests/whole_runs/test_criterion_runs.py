@@ -1,10 +1,12 @@
 """Runs whose number of weights changes at a refresh: continued to the bit, and on another number of ranks."""
 
+import shutil
 from pathlib import Path
 
 import builders
 import pytest
 import ranks
+from commands import liftdist
 
 from liftdist import config as configs
 from liftdist.deltas import file as delta_file
@@ -76,15 +78,17 @@ def continued(mesh, model, records, folder):
     return found
 
 
-def first_task(mesh, model, records, folder):
+def task(mesh, model, records, folder, name="first", *exclude):
     """A run of two steps, which may be any: its delta names weights."""
-    settings = builders.config(model, records, Path(folder) / "first", train=dict(steps=2), optimizer=dict(lr=5e-3))
+    settings = builders.config(
+        model, records, Path(folder) / name, train=dict(steps=2), optimizer=dict(lr=5e-3), selection=dict(exclude=[*exclude])
+    )  # fmt: skip
     builders.train_and_save(mesh, settings)
     return settings.run_dir
 
 
 def test_they_continue(tiny_model, records, tmp_path):
-    (run_dir,) = ranks.run(1, first_task, tiny_model, records, tmp_path)
+    (run_dir,) = ranks.run(1, task, tiny_model, records, tmp_path)
     delta_file.write(of_run.of_run_dir(Path(run_dir), None, tiny_model)[0], tmp_path / "first.delta")
     (whole, *others) = ranks.run(2, stopped_after_three, tiny_model, records, tmp_path)
     assert all(other == whole for other in others)
@@ -101,6 +105,26 @@ def test_they_continue(tiny_model, records, tmp_path):
     assert totals == sorted(totals, reverse=True)
     assert totals[-1] == pytest.approx(0.4 * totals[0], rel=0.01)
     assert {sum(one) for one in whole["global"][1]} == {sum(whole["random"][1][0])}
+
+
+def test_tasks_that_exclude_each_other_s_weights_come_and_go_one_by_one(tiny_model, records, tmp_path):
+    first, second = (tmp_path / f"{name}.delta" for name in ("first", "second"))
+    for delta, exclude in ((first, ()), (second, (str(first),))):
+        (run_dir,) = ranks.run(1, task, tiny_model, records, tmp_path, delta.stem, *exclude)
+        delta_file.write(of_run.of_run_dir(Path(run_dir), None, tiny_model)[0], delta)
+    at = "--cache-dir", tmp_path / "cache"
+    alone = {}
+    for delta in (first, second):
+        liftdist("apply", delta, tiny_model, "--output", tmp_path / delta.stem / "alone", *at)
+        alone[delta] = builders.contents(tmp_path / delta.stem / "alone")
+    folder, base = shutil.copytree(tiny_model, tmp_path / "model"), builders.contents(tiny_model)
+    for one, other in ((first, second), (second, first)):
+        liftdist("apply", one, folder, *at)
+        liftdist("apply", other, folder, "--beside", one, *at)
+        liftdist("apply", one, folder, "--undo", "--beside", other, *at)
+        assert builders.contents(folder) == alone[other] != base
+        liftdist("apply", other, folder, "--undo", *at)
+        assert builders.contents(folder) == base
 
 
 @pytest.mark.parametrize(
