@@ -251,8 +251,10 @@ class LoraConfig:
         "that are dropped where they matter least (`adalora`); or that start from the inputs of each module (`eva`)",
         choices=("lora", "dora", "rslora", "pissa", "adalora", "miss", "shira", "eva"),
         refused={
-            "supertuning": "trains single weights: use method=lift with selection.criterion=magnitude, or smallest for "
-            "select_top=False, and export to shira; with a LoRA beside them (r) it is not offered",
+            "bone": "is called miss, as in peft: use lora.variant=miss, with lora.miss_init=bat for init_weights=bat",
+            "supertuning": "trains single weights, as method=lift does: use that with selection.criterion=magnitude, or smallest "
+            "for select_top=False, selection.density=1-sparsity and selection.refresh_interval=0, and export to shira; with a "
+            "LoRA beside them (r) it is not offered",
         },
         changes=FIXED,
     )
