@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import frontier
-from liftdist.method_settings import FACTOR_NOTHING
+from liftdist.method_settings import FACTORING
 from liftdist.report.read import FINISHED
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -158,7 +158,7 @@ def config(trial: Trial, settings: Settings, output: Path) -> dict[str, Any]:
         "lora": {"lora": {"rank": settings.rank, "alpha": 2 * settings.rank}},
         "full": {},
     }[method]
-    if method == "lift" and chosen["selection"]["criterion"] not in FACTOR_NOTHING:
+    if method == "lift" and chosen["selection"]["criterion"] in FACTORING:
         chosen["selection"]["filter_rank"] = settings.rank
     if given.get("criterion") == "random":
         chosen["selection"]["seed"] = trial.seed

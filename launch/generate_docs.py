@@ -97,7 +97,7 @@ def settings() -> str:
                 "| name | meaning |",
                 "|---|---|",
             ]
-            lines += [_row([f"`{name}`", meaning]) for name, meaning in entry.entries.items()]
+            lines += [_row([f"`{name}`", meaning]) for name, meaning in entry.meanings.items()]
     return "\n".join(lines) + "\n"
 
 

@@ -13,17 +13,10 @@ from dataclasses import dataclass, field
 from liftdist.registry import BUDGETS, CRITERIA, OPTIMIZERS
 from liftdist.schema_tree import FIXED, NOTHING, STATE, Problem, setting
 
-BY_GRADIENTS = ("gradient", "sensitivity", "spiel")  # criteria that need data
-NO_MAGNITUDES = (
-    "low_rank_smallest",
-    "off_principal",
-    "smallest",
-    "random",
-    "channels",
-    "spiel",
-)  # of which scores are no sizes
-DECIDE_NUMBER = ("threshold", "file")  # by settings of the same names
-FACTOR_NOTHING = ("magnitude", "smallest", "random", "channels", *DECIDE_NUMBER, *BY_GRADIENTS)
+BY_GRADIENTS = CRITERIA.having("gradients")
+DECIDE_NUMBER = CRITERIA.having("number")
+FACTORING = CRITERIA.having("factors")
+MAGNITUDES = CRITERIA.having("magnitudes")
 
 
 @dataclass
@@ -150,12 +143,12 @@ class SelectionConfig:
             given = "neither" if self.density is None else "both"
             key = "density" if given == "both" else ""
             yield key, f"set exactly one of selection.density and selection.budget_rank, got {given}"
-        if self.budget in ("global_threshold", "sensitivity") and self.criterion in NO_MAGNITUDES:
-            fit = ", ".join(name for name in CRITERIA if name not in (*NO_MAGNITUDES, *DECIDE_NUMBER))
+        compares = self.budget in ("global_threshold", "sensitivity")
+        if compares and self.criterion not in (*MAGNITUDES, *DECIDE_NUMBER):
             yield (
                 "budget",
                 f"{self.budget} compares scores of matrices, which those of selection.criterion={self.criterion} do not allow; "
-                f"criteria that fit are {fit}",
+                f"criteria that fit are {', '.join(MAGNITUDES)}",
             )
         if self.budget == "ist" and self.criterion == "spiel":
             yield (
@@ -258,8 +251,10 @@ class LoraConfig:
         "that are dropped where they matter least (`adalora`); or that start from the inputs of each module (`eva`)",
         choices=("lora", "dora", "rslora", "pissa", "adalora", "miss", "shira", "eva"),
         refused={
-            "supertuning": "trains single weights: use method=lift with selection.criterion=magnitude, or smallest for "
-            "select_top=False, and export to shira; with a LoRA beside them (r) it is not offered",
+            "bone": "is called miss, as in peft: use lora.variant=miss, with lora.miss_init=bat for init_weights=bat",
+            "supertuning": "trains single weights, as method=lift does: use that with selection.criterion=magnitude, or smallest "
+            "for select_top=False, selection.density=1-sparsity and selection.refresh_interval=0, and export to shira; with a "
+            "LoRA beside them (r) it is not offered",
         },
         changes=FIXED,
     )

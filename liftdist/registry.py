@@ -13,20 +13,42 @@ import importlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal
 
 from liftdist.errors import UserError
+
+#: What the settings must know of a criterion without importing it; a test compares that with its class.
+Fact = Literal[
+    "factors",  # it factors matrices, by `selection.filter_rank` and `method`
+    "magnitudes",  # `are_magnitudes`: scores of two matrices can be compared
+    "gradients",  # it is a :class:`liftdist.engine.gathered.Gathered`, and needs data
+    "number",  # `decides_number`: a setting of the same name says how many weights are trained
+]
 
 
 @dataclass(frozen=True)
 class Registry:
-    """Names of one kind, each with a one-line description. A name is also that of the module in ``package``."""
+    """Names of one kind, each with a one-line description. A name is also that of the module in ``package``.
+
+    Args:
+        entries: a description of each, or a tuple of it and :data:`Fact`\\ s.
+    """
 
     kind: str
     package: str
-    entries: Mapping[str, str]
+    entries: Mapping[str, str | tuple[str, *tuple[Fact, ...]]]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """The description of each name."""
+        return {name: entry if isinstance(entry, str) else entry[0] for name, entry in self.entries.items()}
+
+    def having(self, fact: Fact) -> tuple[str, ...]:
+        """The names of which ``fact`` is said."""
+        return tuple(name for name, entry in self.entries.items() if not isinstance(entry, str) and fact in entry[1:])
 
     def load(self, name: str) -> ModuleType:
         """The module that implements ``name``. Raises ``UserError`` for an unknown name."""
@@ -70,20 +92,28 @@ CRITERIA = Registry(
     "criterion",
     "liftdist.engine.criteria",
     {
-        "low_rank": "the largest entries after low-rank approximation: the principal weights of LIFT",
-        "magnitude": "the largest entries",
+        "low_rank": (
+            "the largest entries after low-rank approximation: the principal weights of LIFT",
+            "factors",
+            "magnitudes",
+        ),
+        "magnitude": ("the largest entries", "magnitudes"),
         "random": "entries at random, the same on any number of ranks",
-        "residual": "the entries that low-rank approximation leaves over most of",
-        "blocks": "the blocks of entries that are largest after low-rank approximation",
+        "residual": ("the entries that low-rank approximation leaves over most of", "factors", "magnitudes"),
+        "blocks": ("the blocks of entries that are largest after low-rank approximation", "factors", "magnitudes"),
         "channels": "whole channels at random, the same for all matrices of a module",
-        "off_principal": "the smallest entries outside the principal ones",
-        "threshold": "all entries below `threshold`, however many",
-        "file": "the entries that `file` names: of a delta, another run, or a selection that was kept",
-        "gradient": "the entries of largest squared gradient, summed over batches",
-        "sensitivity": "the entries to which the loss is most sensitive, averaged over batches",
-        "spiel": "those of largest gradient; a refresh replaces the ones that have moved least",
+        "off_principal": ("the smallest entries outside the principal ones", "factors"),
+        "threshold": ("all entries below `threshold`, however many", "number"),
+        "file": ("the entries that `file` names: of a delta, another run, or a selection that was kept", "number"),
+        "gradient": ("the entries of largest squared gradient, summed over batches", "gradients", "magnitudes"),
+        "sensitivity": (
+            "the entries to which the loss is most sensitive, averaged over batches",
+            "gradients",
+            "magnitudes",
+        ),
+        "spiel": ("those of largest gradient; a refresh replaces the ones that have moved least", "gradients"),
         "smallest": "the smallest entries",
-        "low_rank_smallest": "the smallest entries after low-rank approximation",
+        "low_rank_smallest": ("the smallest entries after low-rank approximation", "factors"),
     },
 )
 

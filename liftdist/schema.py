@@ -17,7 +17,7 @@ from liftdist.errors import UserError
 from liftdist.evaluation_settings import EvalConfig
 from liftdist.method_settings import (
     DECIDE_NUMBER,
-    FACTOR_NOTHING,
+    FACTORING,
     NEEDS_PEFT,
     LoraConfig,
     OptimizerConfig,
@@ -383,7 +383,7 @@ class Config:
         chosen, is_lift = self.selection, self.method == "lift"
         takes_all = is_lift and chosen.budget in ("half", "layers")
         by = f"by selection.budget={chosen.budget}" if takes_all else f"by selection.criterion={chosen.criterion}"
-        factors_nothing = is_lift and (takes_all or chosen.criterion in FACTOR_NOTHING)
+        factors_nothing = is_lift and (takes_all or chosen.criterion not in FACTORING)
         idle = {  # settings, or sections
             "selection": (not is_lift, f"by method={self.method}"),
             "selection.filter_rank": (factors_nothing, by),

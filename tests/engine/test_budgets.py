@@ -149,7 +149,17 @@ def in_proportion(mesh):
     return found
 
 
-@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (3, 1), (4, 2)])
+def test_matrices_without_scores_take_what_others_cannot():
+    divide = Sensitivity(density=0.1).divide
+    assert divide([80, 80], [1, 0], [100, 100]) == [100, 60]
+    assert divide([80, 80], [0, 0], [100, 60]) == [100, 60]
+    assert divide([50, 50, 50], [0, 2, 0], [90, 60, 180]) == [30, 60, 60]
+    assert divide([20, 20], [1, 0], [100, 100]) == [40, 0]
+    assert divide([80, 80], [0, 0], [100, 100]) == [80, 80]
+    assert divide([80, 80], [1, 0], [100, 20]) == [100, 20]  # of which more are excluded
+
+
+@pytest.mark.parametrize(("world_size", "replicas"), [(1, 1), (2, 1), (3, 1), (4, 2)])
 def test_in_proportion_to_sums_of_scores(world_size, replicas):
     matrices = [param.detach().float().abs() for param in model_of_scales().parameters()]
     sizes = [matrix.numel() for matrix in matrices]

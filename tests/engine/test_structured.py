@@ -1,6 +1,7 @@
 """Channels, halves and layers: what is trained, how it is drawn anew, on any mesh, and over a refresh."""
 
 import collections
+import itertools
 
 import builders
 import families
@@ -146,7 +147,14 @@ def test_modules_without_channels_of_their_own_are_refused(tmp_path, family, ref
         PrincipalWeights(families.plain(families.make(tmp_path, family)), density=0.1, criterion=Channels())
 
 
+def global_indices(principal):
+    """The trained entries of this rank's rows, of each matrix."""
+    pairs = zip(principal.matrices, principal.indices, strict=True)
+    return [(indices + matrix.offset_local).tolist() for matrix, indices in pairs]
+
+
 def train(mesh, folder):
+    """For each choice: what is trained after each refresh, and the sums of the weights."""
     found = []
     for settings in (
         dict(budget=Half()),
@@ -157,26 +165,32 @@ def train(mesh, folder):
         model, _ = load(folder, ModelConfig(path=str(folder), dtype="float32"), mesh)
         principal = PrincipalWeights(model, replicate_group=mesh.replicate_group, **settings)
         optimizer = PrincipalSGD(principal, lr=0.1)
-        counts = [principal.counts]
+        drawn = [global_indices(principal)]
         for step in range(3):
             model(input_ids=torch.arange(8)[None] + step, labels=torch.arange(8)[None]).loss.backward()
             principal.reduce_gradients(mesh.world_size)  # load() makes FSDP sum
             optimizer.step()
             principal.refresh(optimizer)
-            counts.append(principal.counts)
+            drawn.append(global_indices(principal))
         weights = [param.full_tensor().detach() for param in model.parameters()]
-        found.append((counts, [float(weight.double().sum()) for weight in weights]))
+        found.append((drawn, [float(weight.double().sum()) for weight in weights]))
     return found
 
 
 def test_they_are_drawn_alike_on_any_mesh(folder):
     alone = ranks.run(1, train, folder)[0]
-    for world_size, replicas in ((3, 1), (4, 2)):
-        for (counts, sums), (own, own_sums) in zip(
-            alone, ranks.run(world_size, train, folder, dp_replicate=replicas)[0], strict=True
-        ):
-            assert counts == own
-            assert sums == pytest.approx(own_sums, rel=1e-4)
-    for counts, _ in alone[:2]:
-        assert len({tuple(one) for one in counts}) >= 3
-    assert all(len({tuple(one) for one in counts}) == 1 for counts, _ in alone[2:])
+    for world_size, replicas in ((2, 1), (3, 1), (4, 2)):
+        found = ranks.run(world_size, train, folder, dp_replicate=replicas)
+        shards = world_size // replicas
+        for number, (drawn, sums) in enumerate(alone):
+            for replica in range(replicas):
+                mine = [rank[number][0] for rank in found[replica * shards : (replica + 1) * shards]]
+                whole = [
+                    [sorted(itertools.chain(*parts)) for parts in zip(*one, strict=True)]
+                    for one in zip(*mine, strict=True)
+                ]
+                assert whole == drawn
+            assert found[0][number][1] == pytest.approx(sums, rel=1e-4)
+    for drawn, _ in alone[:2]:
+        assert len({tuple(map(len, one)) for one in drawn}) >= 3
+    assert all(one == drawn[0] for drawn, _ in alone[2:] for one in drawn)

@@ -12,8 +12,9 @@ from liftdist import config as configs
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import of_run
 from liftdist.engine.criteria.low_rank import LowRank
+from liftdist.engine.gathered import Gathered
 from liftdist.errors import UserError
-from liftdist.method_settings import DECIDE_NUMBER, FACTOR_NOTHING, NO_MAGNITUDES, SelectionConfig
+from liftdist.method_settings import SelectionConfig
 from liftdist.registry import CRITERIA
 from liftdist.runs.saver import Checkpointer
 
@@ -153,13 +154,17 @@ def test_settings_that_would_not_be_used_are_refused(overrides, problem, tmp_pat
     assert problem in str(caught.value)
 
 
-def test_the_settings_know_which_scores_can_be_compared():
-    made = SelectionConfig(threshold=0.1, file="f", gradient_batches=1, final_refresh=1)
-    rules = {name: CRITERIA.load(name).make(made) for name in CRITERIA if name not in DECIDE_NUMBER}
-    assert {name for name, rule in rules.items() if not getattr(rule, "are_magnitudes", False)} == set(NO_MAGNITUDES)
-    assert {name for name, rule in rules.items() if not isinstance(rule, LowRank)} == {*FACTOR_NOTHING} - {
-        *DECIDE_NUMBER
-    }
+def test_the_registry_says_what_the_settings_must_know_of_each_criterion():
+    made = SelectionConfig(threshold=0.1, file="first.delta", gradient_batches=1, final_refresh=1)
+    for name in CRITERIA:
+        rule = CRITERIA.load(name).make(made)
+        facts = {
+            "factors": isinstance(rule, LowRank),
+            "magnitudes": getattr(rule, "are_magnitudes", False),
+            "gradients": isinstance(rule, Gathered),
+            "number": getattr(rule, "decides_number", False),
+        }
+        assert {fact: name in CRITERIA.having(fact) for fact in facts} == facts, name
 
 
 OPTIMIZERS = {

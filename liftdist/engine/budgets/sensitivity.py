@@ -6,7 +6,8 @@ k_j = K s_j / sum s, s_j the sum of the scores of matrix j, at most all of its e
 
 The curve is that of AdaLoRA (arXiv 2303.10512), which allots ranks; entries are allotted so by SNELLA.
 
-What a full matrix cannot take goes to the others in their proportions. AdaLoRA prunes every few steps, here it is each refresh.
+What a full matrix cannot take goes to the others in their proportions, and last to those whose scores are all 0, by size. AdaLoRA
+prunes every few steps, here it is each refresh.
 """
 
 from __future__ import annotations
@@ -43,9 +44,15 @@ class Sensitivity(PerMatrix):
         return dict(zip(shapes, apportion(total, sizes, sizes), strict=True))
 
     def divide(self, counts: Sequence[int], sums: Sequence[float], most: Sequence[int]) -> list[int]:
-        """The sum of ``counts`` in proportion to ``sums``, of the scores of each matrix; ``most`` is how many can be taken."""
-        room = sum(number for number, total in zip(most, sums, strict=True) if total)
-        return apportion(min(sum(counts), room), sums, most)
+        """The sum of ``counts`` in proportion to ``sums``, of the scores of each matrix; ``most`` is how many can be taken.
+
+        Where matrices with scores above 0 cannot take all of it, the others get the rest by their size.
+        """
+        total = min(sum(counts), sum(most))
+        room = sum(number for number, scores in zip(most, sums, strict=True) if scores)
+        taken = apportion(min(total, room), sums, most)
+        free = [number - count for number, count in zip(most, taken, strict=True)]
+        return [count + more for count, more in zip(taken, apportion(total - sum(taken), free, free), strict=True)]
 
 
 def make(settings: Any) -> Sensitivity:
