@@ -3,6 +3,8 @@
     memory of the smallest rank -> plans of growing micro-batches -> the largest that fits
                                 -> as many layers kept gathered as fit beside it
 
+Recomputation and gathers that the config sets are kept as they are.
+
 :mod:`liftdist.training.memory` tries it out before the first step.
 """
 
@@ -18,6 +20,7 @@ from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
+from liftdist.model_settings import SELECTIVE
 from liftdist.models import build
 from liftdist.models.hub import resolve_config
 from liftdist.planning import activations, footprint, shapes
@@ -65,21 +68,28 @@ class Requirements:
 
 def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]:
     """``config`` with the largest micro-batch whose plan fits in ``usable`` bytes of a rank, with as many layers kept gathered as
-    fit then, and the bytes of its plan.
+    fit then, and the bytes of its plan. A ``model.activation_checkpointing`` or ``model.keep_gathered`` that is set is kept.
 
-    Every second layer is recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit,
-    and more do with it; every layer likewise. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
+    Layers are recomputed selectively if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit,
+    and more do with it; every second layer, and every one, likewise. If nothing fits, the choice of the least memory, whose plan
+    is above ``usable``.
     """
     replicas, shards = config.mesh.layout(ranks)
     found: list[tuple[Requirements, int]] = []
-    for recomputed in (False, 2, True):
-        model = dataclasses.replace(config.model, activation_checkpointing=recomputed, keep_gathered=0)
+    given = config.model.activation_checkpointing
+    for recomputed in (given,) if given else (False, SELECTIVE, 2, True):
+        model = dataclasses.replace(config.model, activation_checkpointing=recomputed)
         requirements, planned = Requirements(dataclasses.replace(config, model=model)), dict[int, int]()
-        for size in sizes(config, ranks):
-            requirements.in_micro_batches_of(size)
-            planned[size] = footprint.peak(requirements.memory(replicas, shards))
-            if planned[size] > usable:
-                break
+        try:
+            for size in sizes(config, ranks):
+                requirements.in_micro_batches_of(size)
+                planned[size] = footprint.peak(requirements.memory(replicas, shards))
+                if planned[size] > usable:
+                    break
+        except UserError:
+            if recomputed == given:
+                raise
+            continue  # layers of this model cannot be recomputed so
         fit = [size for size, bytes_ in planned.items() if bytes_ <= usable]
         size = max(fit, default=min(planned))
         requirements.in_micro_batches_of(size)
@@ -92,7 +102,8 @@ def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]
     if most is None:
         return min(found, key=lambda one: one[1])
     requirements, peak = most
-    for layers in range(1, len(requirements.size.layers) + 1) if shards > 1 else ():
+    chooses = shards > 1 and not config.model.keep_gathered
+    for layers in range(1, len(requirements.size.layers) + 1) if chooses else ():
         requirements.keeping(layers)
         if (more := footprint.peak(requirements.memory(replicas, shards))) > usable:
             requirements.keeping(layers - 1)
@@ -128,9 +139,12 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
             usable = min(usable, _lacked(planned, mesh.world_size, usable))
             requirements, peak = fitting(planned, mesh.world_size, usable)
             if peak > usable:
+                given = {key: value for key, value in memory.choice(config).items() if key.startswith("model.")}
+                more = " ".join(f"{key}={value}" for key, value in given.items() if value and value is not True)
+                least = f"with {more}, which it chooses if left out" if more else "whose layers are recomputed"
                 raise UserError(
                     f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "
-                    f"of one sequence whose layers are recomputed; liftdist plan says what takes them and what helps"
+                    f"of one sequence {least}; liftdist plan says what takes them and what helps"
                 )
             chosen = memory.choice(requirements.config), peak, usable
     values, peak, usable = collectives.gather(chosen)[0]
