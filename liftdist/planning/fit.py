@@ -10,10 +10,13 @@ Recomputation and gathers that the config sets are kept as they are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from liftdist.console import GIB, Console
 from liftdist.distributed import collectives
@@ -163,3 +166,37 @@ def _lacked(config: Config, ranks: int, usable: int) -> int:
 def described(values: Mapping[str, Any]) -> str:
     """What was chosen, in a line."""
     return f"train.fit_memory: {' '.join(f'{key}={str(value).lower()}' for key, value in values.items())}"
+
+
+@contextlib.contextmanager
+def itemised(config: Config, ranks: int) -> Iterator[None]:
+    """Add to an error about memory which parts take the most by the plan of ``config``, and the next smaller plan."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        try:
+            parts = largest(config, ranks)
+        except (UserError, RuntimeError, MemoryError):
+            raise error from None
+        raise torch.OutOfMemoryError(f"{parts}; {error}") from error
+
+
+def largest(config: Config, ranks: int) -> str:
+    """The three largest parts of a plan, and the peak of the next smaller one: of half the micro-batch, or with all layers
+    recomputed."""
+    requirements, layout = Requirements(config), config.mesh.layout(ranks)
+    parts = requirements.memory(*layout)
+    most = sorted(set(parts) - {footprint.ON_HOST, footprint.OFFLOADED}, key=lambda name: -parts[name])[:3]
+    said = f"planned {', '.join(f'{name} {parts[name] / GIB:.2f} GiB' for name in most)}"
+    rows = footprint.rows(config, ranks)
+    if rows > 1:
+        requirements.in_micro_batches_of(rows := math.ceil(rows / 2))
+        way = f"train.micro_batch_size={rows}"
+    elif config.model.activation_checkpointing is not True:
+        model = dataclasses.replace(config.model, activation_checkpointing=True)
+        requirements = Requirements(dataclasses.replace(config, model=model))
+        way = "model.activation_checkpointing=true"
+    else:
+        return said
+    less = footprint.peak(requirements.memory(*layout))
+    return f"{said}; with {way} {less / GIB:.2f} in place of {footprint.peak(parts) / GIB:.2f} GiB in all"

@@ -286,6 +286,22 @@ def test_what_does_not_fit_is_refused(config):
         )
 
 
+def test_an_error_about_memory_says_what_takes_it_and_the_next_smaller_plan(config):
+    parts = fit.Requirements(config).memory(1, 2)
+    with pytest.raises(torch.OutOfMemoryError) as raised, fit.itemised(config, 2):
+        raise torch.OutOfMemoryError("full")
+    found = re.match(r"planned (.*); with train.micro_batch_size=1 \S+ in place of \S+ GiB in all; ", str(raised.value))
+    named = [part.rsplit(" ", 2)[0] for part in re.split(r"(?<=GiB), ", found[1])]
+    assert [parts[name] for name in named] == sorted(parts.values())[:-4:-1]
+    config.train.micro_batch_size = 1
+    assert "; with model.activation_checkpointing=true " in fit.largest(config, 2)
+    config.model.activation_checkpointing = True
+    assert "; with" not in fit.largest(config, 2)
+    config.model.path = "no-such-folder"  # there is no plan
+    with pytest.raises(torch.OutOfMemoryError, match="^full$"), fit.itemised(config, 2):
+        raise torch.OutOfMemoryError("full")
+
+
 def test_an_error_about_memory_says_what_helps(config):
     helps = "lower train.micro_batch_size=2, set model.activation_checkpointing=true or set train.fit_memory=true; liftdist plan"
     with (
