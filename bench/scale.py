@@ -1,6 +1,6 @@
 """One whole step of large models on simulated ranks: collectives and memory, against the planner's.
 
-python -m bench scale [--models 8b 70b 405b] [--ranks 8 64 1024] [--out FILE]
+python -m bench scale [--models 8b 70b 405b] [--ranks 8 64 1024] [--length 2048] [--out FILE]
 
 One process is rank 0 of a process group of torch's ``fake`` backend, and works on fake tensors, which have shapes but no memory.
 Everything else is the real code: reading, sharding, hooks, collectives, optimizer. Indices are spread evenly, as the planner
@@ -97,14 +97,15 @@ def settings(
     base_dtype: str | None = None,
     on_host: bool = False,
     keep_gathered: int = 0,
+    length: int = 2048,
     **mesh,
 ) -> Config:
-    """The config of a step: two micro-batches per rank, each of one sequence."""
+    """The config of a step: two micro-batches per rank, each of one sequence of ``length`` tokens."""
     config = measure.config()
     config.optimizer.device = "cpu" if on_host else None
     config.model.base_dtype, config.model.keep_gathered = base_dtype, keep_gathered
     config.selection.density = density
-    config.data.max_length = 2048
+    config.data.max_length = length
     config.train.micro_batch_size, config.train.batch_size = 1, 2 * ranks
     config.model.activation_checkpointing = True
     config.mesh.dp_replicate = replicas
@@ -262,6 +263,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
     parser.add_argument("--base-dtype", choices=("int8", "fp8", "nf4"), help="as model.base_dtype")
     parser.add_argument("--on-host", action="store_true", help="as optimizer.device=cpu")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     results = {}
@@ -271,7 +273,13 @@ def main() -> None:
                 began = time.perf_counter()
                 found = step(
                     MODELS[name],
-                    settings(ranks, replicas, base_dtype=options.base_dtype, on_host=options.on_host),
+                    settings(
+                        ranks,
+                        replicas,
+                        base_dtype=options.base_dtype,
+                        on_host=options.on_host,
+                        length=options.length,
+                    ),
                     ranks,
                 )
                 took = time.perf_counter() - began
