@@ -6,8 +6,8 @@ L   = `layers` decoder layers, without replacement, with probabilities in propor
 
 s is the logistic function: a layer that is scaled down where the loss stays low is needed less. IST draws at every step, tries
 every 10 steps, on another batch each time, and trains adapters; here both happen at a refresh, all trials on the run's first
-batches, and the criterion says which weights of a layer are trained. Its code draws the layers of a trial by s(I_l), never the same
-twice; here all are as likely.
+batches, and the criterion says which weights of a layer are trained. Its code draws the layers of a trial by s(I_l), never
+the same twice; here all are as likely.
 """
 
 from __future__ import annotations
