@@ -2,7 +2,7 @@
 
     python -m bench all [--only NAME ...] [--out FOLDER]
 
-With a GPU: Llama-3-8B shapes on one GPU, within ten minutes. Without: SmolLM2-135M of launch/quickstart, about half an hour.
+With a GPU: Llama-3-8B shapes on one GPU, within twenty minutes. Without: SmolLM2-135M of launch/quickstart, about half an hour.
 A benchmark that fails or exceeds its time limit is reported, and the next one starts.
 """
 
@@ -33,9 +33,13 @@ ON_CPU = {
 ON_GPU = {
     "selection": "selection --synthetic 8b --ranks 64",
     "step": "step --synthetic 8b --length 2048 --rows 1 --layers 8 --rounds 5",
+    "step-nf4": "step --synthetic 8b --length 2048 --rows 1 --layers 8 --rounds 5 --base-dtype nf4",
+    "step-on-host": "step --synthetic 8b --length 2048 --rows 1 --layers 8 --rounds 5 --on-host",
     "compare-1x2048": "compare --synthetic 8b --length 2048 --rows 1 --rounds 1 --full-bf16 --kinds full lora liftdist",
     "compare-16x2048": "compare --synthetic 8b --length 2048 --rows 1 --micro-batches 16 --rounds 1 --steps 1 --full-bf16 "
     "--kinds full lora liftdist",
+    "compare-nf4": "compare --synthetic 8b --length 2048 --rows 1 --rounds 1 --base-dtype nf4 --kinds liftdist",
+    "compare-on-host": "compare --synthetic 8b --length 2048 --rows 1 --rounds 1 --on-host --kinds liftdist",
 }
 LIMIT = {"cpu": 1200, "gpu": 145}  # seconds per benchmark
 

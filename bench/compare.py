@@ -112,8 +112,12 @@ def main() -> None:
     parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
     parser.add_argument("--layers", type=int, default=32, help="layers of a synthetic model")
     parser.add_argument("--kinds", nargs="+", default=list(COMPARED), choices=list(contenders.KINDS))
+    parser.add_argument("--base-dtype", choices=("int8", "fp8", "nf4"), help="model.base_dtype of liftdist's side")
+    parser.add_argument("--on-host", action="store_true", help="optimizer.device=cpu of liftdist's side")
     options = measure.on_ranks(parser)
     config = measure.config()
+    config.model.base_dtype = options.base_dtype
+    config.optimizer.device = "cpu" if options.on_host else None
     visits: dict[str, list[dict[str, Any]]] = {kind: [] for kind in options.kinds}
     with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         for number in range(options.rounds):

@@ -25,13 +25,15 @@ from torch.distributed.tensor import DTensor
 
 from liftdist.console import Console
 from liftdist.distributed.mesh import Mesh
-from liftdist.distributed.sharding import local_tensor, rows_of
+from liftdist.distributed.sharding import fsdp_modules, local_tensor, rows_of
+from liftdist.engine import quantised
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
 from liftdist.methods.lift import rules
 from liftdist.models import build, names
+from liftdist.models.fill import fill
 from liftdist.models.head import in_chunks
 from liftdist.models.load import compute_buffers, shard
 from liftdist.registry import METHODS
@@ -101,6 +103,7 @@ class OfMethod(Contender):
     def settings(self, model: nn.Module) -> Config:  # noqa: ARG002
         config = copy.deepcopy(self.config)
         config.method, config.optimizer.lr = self.name, LR
+        config.model.base_dtype = config.optimizer.device = None
         return config
 
     def prepare(self, model: Any) -> nn.Module:
@@ -208,9 +211,25 @@ class QuicklyMasked(Masked):
         return low_rank.select(whole, count, self.config.selection.filter_rank)
 
 
+class Weights:
+    """Those of a model in memory, in place of its files."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.tensors = build.tensors(model)
+
+    def rows(self, name: str, begin: int, end: int) -> Tensor:
+        tensor = self.tensors[name].detach()
+        return tensor.reshape(-1, *tensor.shape[1:][-1:])[begin:end]
+
+    def check_unchanged(self, when: str) -> None:
+        """As files do, which may change."""
+
+
 class Liftdist(Contender):
     def prepare(self, model: nn.Module) -> nn.Module:
-        self.shard(model)
+        of_model = self.config.model
+        weights = Weights(model) if of_model.base_dtype or of_model.keep_gathered else None
+        self.model = model = self.shard(model) if weights is None else self.as_in_a_run(model, weights)
         in_chunks(model)
         criterion, budget = rules(self.config.selection)
         self.principal = PrincipalWeights(
@@ -219,11 +238,28 @@ class Liftdist(Contender):
             budget=budget,
             replicate_group=self.mesh.replicate_group,
             dtype=getattr(torch, self.config.optimizer.dtype),
+            device=self.config.optimizer.device,
             keep_base=self.config.keeps_base,
             backwards=self.backwards,
         )
+        if weights is not None:
+            weights.tensors = {}  # nothing is selected again
         self.optimizer = PrincipalAdamW(self.principal, lr=LR)
         return model
+
+    def as_in_a_run(self, model: Any, weights: Weights) -> nn.Module:
+        """The model as a run reads it: in ``model.base_dtype``, with ``model.keep_gathered``."""
+        config, device = self.config.model, self.mesh.device
+        made = build.build(model.config, config)
+        shard(made, config, self.mesh)
+        if config.base_dtype is not None:
+            matrices = {place.param for place in principal_matrices(made).values()}
+            quantised.quantise(fsdp_modules(made), matrices, config.base_dtype, device)
+        made.to_empty(device=device)
+        made.tie_weights()
+        compute_buffers(made)
+        fill(made, weights, names.same(build.tensors(made)), lambda: None)
+        return made
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         return objective.token_losses(self.model, batch)

@@ -1,6 +1,7 @@
 """The phases of a step: overhead of the hooks in forward-backward, and the optimizer's phase against alternatives.
 
-    python -m bench step [--ranks 1] [--rows 2] [--length 256] [--rounds 7] [--synthetic 8b] [--out FILE]
+    python -m bench step [--ranks 1] [--rows 2] [--length 256] [--rounds 7] [--synthetic 8b] [--base-dtype nf4]
+                         [--on-host] [--out FILE]
 
     forward-backward   liftdist against the same model, trained matrices and sharding with dense gradients and no hooks
     optimizer          step and write back, against fused AdamW on the same matrices, and against masked LIFT's loop
@@ -27,8 +28,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--synthetic", choices=list(MODELS), help="random weights of this shape instead of a model")
     parser.add_argument("--layers", type=int, default=32, help="layers of a synthetic model")
+    parser.add_argument("--base-dtype", choices=("int8", "fp8", "nf4"), help="model.base_dtype of liftdist's side")
+    parser.add_argument("--on-host", action="store_true", help="optimizer.device=cpu of liftdist's side")
     options = measure.on_ranks(parser)
     config = measure.config()
+    config.model.base_dtype = options.base_dtype
+    config.optimizer.device = "cpu" if options.on_host else None
     with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         sides = {}
         for kind in ("dense", "quickly-masked", "liftdist"):

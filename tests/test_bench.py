@@ -13,16 +13,18 @@ from commands import ROOT
     "words",
     [
         "step --rounds 1 --rows 1 --length 8",
+        "step --rounds 1 --rows 1 --length 8 --base-dtype nf4 --on-host",
         "memory --rows 1 --length 8",
         "traffic --length 8",
+        "traffic --length 8 --base-dtype int8 --keep-gathered 1",
         "load --rounds 1",
         "checkpoint --rounds 1",
         "routing --examples 2 --questions 2",
         "compare --rounds 1 --steps 1 --rows 1 --length 8",
+        "compare --rounds 1 --steps 1 --rows 1 --length 8 --base-dtype nf4 --kinds lora liftdist",
         "apply --rounds 1 --files 2 --gib 0.1",
         "export --rounds 1",
     ],
-    ids=lambda words: words.split()[0],
 )
 def test_a_benchmark_runs(words, tiny_model, tmp_path):
     command = [sys.executable, "-m", "bench", *words.split(), "--out", tmp_path / "out.json"]
