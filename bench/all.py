@@ -28,6 +28,7 @@ ON_CPU = {
     "compare": "compare",
     "scale": "scale --ranks 8 1024",
     "apply": "apply --gib 8",
+    "export": "export",
 }
 ON_GPU = {
     "selection": "selection --synthetic 8b --ranks 64",

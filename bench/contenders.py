@@ -11,6 +11,7 @@ liftdist  this library
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -29,6 +30,7 @@ from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
+from liftdist.methods.lift import rules
 from liftdist.models import build, names
 from liftdist.models.head import in_chunks
 from liftdist.models.load import compute_buffers, shard
@@ -49,6 +51,7 @@ class Contender(ABC):
 
     def __init__(self, model: nn.Module, config: Config, mesh: Mesh, sharded: bool = False, bf16: bool = False) -> None:
         self.config, self.mesh, self.sharded, self.bf16 = config, mesh, sharded, bf16
+        self.model: Any = model
         self.model = self.prepare(model)
         self.model.train()
 
@@ -208,20 +211,31 @@ class QuicklyMasked(Masked):
 class Liftdist(Contender):
     def prepare(self, model: nn.Module) -> nn.Module:
         self.shard(model)
-        choice = self.config.selection
+        in_chunks(model)
+        criterion, budget = rules(self.config.selection)
         self.principal = PrincipalWeights(
             model,
-            density=choice.density,
-            filter_rank=choice.filter_rank,
+            criterion=criterion,
+            budget=budget,
             replicate_group=self.mesh.replicate_group,
             dtype=getattr(torch, self.config.optimizer.dtype),
+            keep_base=self.config.keeps_base,
+            backwards=self.backwards,
         )
-        in_chunks(model)
         self.optimizer = PrincipalAdamW(self.principal, lr=LR)
         return model
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         return objective.token_losses(self.model, batch)
+
+    def backwards(self, number: int) -> Iterator[Tensor]:
+        """For criteria by gradients: of random batches."""
+        rows, length = self.config.train.micro_batch_size, self.config.data.max_length
+        given = batches(self.model.config.vocab_size, rows, length, self.mesh.device, self.mesh.rank)
+        for batch in itertools.islice(given, number):
+            loss = self.losses(batch)
+            loss.backward()
+            yield loss.detach()
 
     def update(self) -> None:
         self.principal.reduce_gradients()

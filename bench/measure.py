@@ -36,12 +36,13 @@ def tflops() -> float | None:
     return next((gpu.tflops for key, gpu in plan.GPUS.items() if key.split("-")[0] in name), None)
 
 
-def parser(name: str, description: str | None, ranks: int) -> argparse.ArgumentParser:
-    """Common options of benchmarks that train or load a model; ``ranks`` is the default of ``--ranks``."""
+def parser(name: str, description: str | None, ranks: int | None = None) -> argparse.ArgumentParser:
+    """Common options of benchmarks that train or load a model; ``ranks`` is the default of ``--ranks``, which else is none."""
     made = argparse.ArgumentParser(
         prog=f"python -m bench {name}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    made.add_argument("--ranks", type=int, default=ranks)
+    if ranks is not None:
+        made.add_argument("--ranks", type=int, default=ranks)
     made.add_argument("--model", type=Path, default=Path(".cache/quickstart/SmolLM2-135M-Instruct"))
     made.add_argument("--out", type=Path, help="JSON file for the results")
     return made

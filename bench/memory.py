@@ -47,7 +47,7 @@ def unseen(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
-    """Peak bytes of the second step, bytes held between steps, and the planner's estimate."""
+    """Peak bytes of the second step, and of a selection by gradients before it; bytes held between steps; what is planned."""
     live = LiveBytes()
     rows, length = config.train.micro_batch_size, config.data.max_length
     counted = mock.patch.object(reductions, "reduce_scatter_single", unseen(reductions.reduce_scatter_single))
@@ -62,12 +62,15 @@ def measured(folder: Path, config: Config, mesh: Mesh) -> dict[str, Any]:
         contender.forward_backward(next(given))
         contender.update()
         held = live.peak = live.now
+        if config.selection.needs_data:
+            contender.principal.refresh(contender.optimizer)
         contender.forward_backward(next(given))
         contender.update()
     hf_config = AutoConfig.from_pretrained(folder)
     size = shapes.sizes(contender.model, config)
     parts = footprint.memory(size, config, mesh.device_mesh.size(1), activations.activations(hf_config, config, rows))
-    parts |= {"selecting": 0, "previously selected": 0}  # not in the measured step
+    if not config.selection.needs_data:
+        parts |= {"selecting": 0, "previously selected": 0}  # not in the measured step
     return {"peak": live.peak, "held": held, "parts": parts, "planned": footprint.peak(parts)}
 
 

@@ -1,6 +1,6 @@
 """One whole step of large models on simulated ranks: collectives and memory, against the planner's.
 
-python -m bench scale [--models 8b 70b 405b] [--ranks 8 64 1024] [--out FILE]
+python -m bench scale [--models 8b 70b 405b] [--ranks 8 64 1024] [--length 2048] [--out FILE]
 
 One process is rank 0 of a process group of torch's ``fake`` backend, and works on fake tensors, which have shapes but no memory.
 Everything else is the real code: reading, sharding, hooks, collectives, optimizer. Indices are spread evenly, as the planner
@@ -28,6 +28,7 @@ from liftdist.console import Console
 from liftdist.distributed.mesh import Mesh
 from liftdist.distributed.sharding import fsdp_modules
 from liftdist.engine import bits, quantised, selection
+from liftdist.engine.base_values import BaseValues
 from liftdist.engine.criteria import low_rank
 from liftdist.engine.matrices import principal_matrices
 from liftdist.engine.principal import PrincipalWeights
@@ -38,10 +39,9 @@ from liftdist.models.fill import fill
 from liftdist.models.load import shard
 from liftdist.planning import activations, footprint, shapes
 from liftdist.planning.live_bytes import LiveBytes
-from liftdist.registry import METHODS
+from liftdist.registry import LOSSES, METHODS
 from liftdist.runs.context import RunContext
 from liftdist.schema import Config
-from liftdist.training.losses.cross_entropy import per_token
 
 LLAMA = dict(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, tie_word_embeddings=False)
 FEW = 64  # bytes per call; smaller collectives carry scalars, such as a norm or a count, and are not compared
@@ -97,14 +97,15 @@ def settings(
     base_dtype: str | None = None,
     on_host: bool = False,
     keep_gathered: int = 0,
+    length: int = 2048,
     **mesh,
 ) -> Config:
-    """The config of a step: two micro-batches per rank, each of one sequence."""
+    """The config of a step: two micro-batches per rank, each of one sequence of ``length`` tokens."""
     config = measure.config()
     config.optimizer.device = "cpu" if on_host else None
     config.model.base_dtype, config.model.keep_gathered = base_dtype, keep_gathered
     config.selection.density = density
-    config.data.max_length = 2048
+    config.data.max_length = length
     config.train.micro_batch_size, config.train.batch_size = 1, 2 * ranks
     config.model.activation_checkpointing = True
     config.mesh.dp_replicate = replicas
@@ -121,7 +122,7 @@ def config_of(shape: dict) -> Any:
 def step(shape: dict, config: Config, ranks: int) -> dict:
     """Measured and planned on rank 0 in one step: bytes read, collectives by axis, and peak of live bytes."""
     replicas, shards = config.mesh.layout(ranks)
-    hf_config = config_of(shape)
+    hf_config, loss = config_of(shape), LOSSES.load(config.train.loss).make(config.train)
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
     try:
         device_mesh = init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("dp_replicate", "dp_shard"))
@@ -150,7 +151,11 @@ def step(shape: dict, config: Config, ranks: int) -> dict:
             method.before_step(1, 1000)
             with traffic:
                 for _ in range(footprint.micro_batches(config, ranks)):
-                    model.chunked_loss(tokens, None, places, tokens, per_token).backward()
+                    base = None
+                    if loss.needs_base:
+                        with method.at_base(), torch.no_grad():
+                            base = model.hidden_at(tokens, None, places)
+                    model.chunked_loss(tokens, None, places, tokens, loss.per_token, base=base).backward()
                 method.reduce(torch.ones(()))
                 method.clip()
                 method.step()
@@ -194,7 +199,13 @@ def _lift(config: Config, mesh: Mesh, model: Any) -> Lift:
                 rows._last = where, bits.pack(torch.ones(where.numel(), dtype=torch.bool))
                 rows.lay_out(where.numel())
 
-    with unittest.mock.patch.object(quantised, "make_exact", lay_out):
+    def add(self: Any, parts: Any) -> None:
+        """In place of :meth:`BaseValues.add`, which looks at positions."""
+        self._positions = [part.positions.clone() for part in parts]
+        self._values = [part.read(part.positions) for part in parts]
+
+    patched = unittest.mock.patch.object
+    with patched(quantised, "make_exact", lay_out), patched(BaseValues, "add", add):
         principal = _principal(config, mesh, model)
     for reduction in [part.reduction for part in principal.parts]:
         if reduction is not None:  # real ranks agree on it by a collective
@@ -214,6 +225,7 @@ def _principal(config: Config, mesh: Mesh, model: Any) -> PrincipalWeights:
         ],
         sparse_reduce_scatter=config.mesh.sparse_reduce_scatter,
         device=config.optimizer.device,
+        keep_base=config.keeps_base,
     )
 
 
@@ -251,6 +263,7 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[8, 64, 1024])
     parser.add_argument("--base-dtype", choices=("int8", "fp8", "nf4"), help="as model.base_dtype")
     parser.add_argument("--on-host", action="store_true", help="as optimizer.device=cpu")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of a sequence")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     options = parser.parse_args()
     results = {}
@@ -260,7 +273,13 @@ def main() -> None:
                 began = time.perf_counter()
                 found = step(
                     MODELS[name],
-                    settings(ranks, replicas, base_dtype=options.base_dtype, on_host=options.on_host),
+                    settings(
+                        ranks,
+                        replicas,
+                        base_dtype=options.base_dtype,
+                        on_host=options.on_host,
+                        length=options.length,
+                    ),
                     ranks,
                 )
                 took = time.perf_counter() - began

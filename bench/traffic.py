@@ -1,6 +1,6 @@
 """Bytes per collective and mesh axis: FSDP2's hybrid sharding, with gradients reduced in float32, against liftdist.
 
-python -m bench traffic [--ranks 4] [--replicas 2] [--out FILE]
+python -m bench traffic [--ranks 4] [--replicas 2] [--base-dtype nf4] [--keep-gathered 0] [--out FILE]
 """
 
 from __future__ import annotations
@@ -72,9 +72,12 @@ def main() -> None:
     parser = measure.parser("traffic", __doc__, ranks=4)
     parser.add_argument("--replicas", type=int, default=2)
     parser.add_argument("--length", type=int, default=16, help="tokens of a rank's only sequence")
+    parser.add_argument("--base-dtype", choices=("int8", "fp8", "nf4"), help="model.base_dtype of liftdist's side")
+    parser.add_argument("--keep-gathered", type=int, default=0, help="model.keep_gathered of liftdist's side")
     options = measure.on_ranks(parser)
     config = measure.config()
     config.mesh.dp_replicate = options.replicas
+    config.model.base_dtype, config.model.keep_gathered = options.base_dtype, options.keep_gathered
     with meshes.start(config.mesh.layout, config.mesh.timeout) as mesh:
         results = {kind: measured(kind, options, config, mesh) for kind in ("hybrid", "liftdist")}
     if os.environ["RANK"] != "0":

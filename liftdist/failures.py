@@ -74,7 +74,7 @@ def record(error: BaseException) -> bool:
     """Leave a record of what ended this rank. Whether there is a launcher to show it."""
     found = [line for line in str(error).splitlines() if line.strip()] or [""]
     trace = "".join(traceback.format_exception(error))
-    return say(f"{type(error).__name__}: {found[0]:.200}", LOST_PEERS if _is_lost_peer(error) else BUG, trace)
+    return say(f"{type(error).__name__}: {found[0]:.400}", LOST_PEERS if _is_lost_peer(error) else BUG, trace)
 
 
 def _is_lost_peer(error: BaseException) -> bool:

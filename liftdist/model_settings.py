@@ -28,6 +28,9 @@ class ModelConfig:
         "keep and gather the decoder's matrices in 8 or 4 bits: int8 and nf4 in blocks of 64 weights, fp8 by rows; what is "
         "trained stays exact",
         choices=("int8", "fp8", "nf4"),
+        refused=dict.fromkeys(
+            ("bfloat16", "float32", "none"), "is no quantised format: leave it out for weights in model.dtype"
+        ),
         changes=STATE,
     )
     attn_implementation: str | None = setting(

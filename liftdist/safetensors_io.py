@@ -85,17 +85,19 @@ def write(
         entries[name] = {"dtype": dtype_name(dtype), "shape": list(shape), "data_offsets": [begin, position]}
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with contextlib.ExitStack() as opened:
+    with _naming(path):
+        file = path.open("wb")
+    try:
         with _naming(path):
-            file = opened.enter_context(path.open("wb"))
             file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in zip(names, tensors, strict=True):
             if (tensor.dtype, list(tensor.shape)) != (about[name][0], list(about[name][1])):
                 raise Unexpected(f"{name} is {tensor.dtype} {list(tensor.shape)}")
             with _naming(path):
                 file.write(memory_of(tensor))
+    finally:
         with _naming(path):
-            file.flush()
+            file.close()
 
 
 @contextlib.contextmanager

@@ -65,8 +65,8 @@ class TrainConfig:
     micro_batch_size: int = setting(4, "sequences per forward and backward of a rank", at_least=1, changes=NOTHING)
     fit_memory: bool = setting(
         False,
-        "choose `train.micro_batch_size` and `model.activation_checkpointing` (`false`, 2 or `true`) by the plan: the largest "
-        "micro-batch that fits the memory of a rank",
+        "choose `train.micro_batch_size`, and `model.activation_checkpointing` (`false`, `selective`, 2 or `true`) and "
+        "`model.keep_gathered` unless they are set, by the plan: the largest micro-batch that fits the memory of a rank",
         changes=NOTHING,
     )
     seed: int = setting(0, "seeds the order of the samples", at_least=0, at_most=2**32 - 1)

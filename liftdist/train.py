@@ -82,7 +82,8 @@ def main(arguments: Sequence[str] | None = None, stop: StopRequests | None = Non
             elif options.only == "eval":
                 evaluate(context, text, harness)
             else:
-                train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn, pictures)
+                with fit.itemised(config, mesh.world_size) if len(runs) == 1 else contextlib.nullcontext():
+                    train_all(runs, mesh, allowed_by(options.flags), stop, config.train.turn, pictures)
         for run_dir in drawn:
             _draw(run_dir)
     except UserError as error:

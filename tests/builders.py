@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from liftdist.console import Console
 from liftdist.distributed.collectives import gather
+from liftdist.distributed.sharding import whole_tensor
 from liftdist.errors import Stopped, UserError
 from liftdist.models import weights
 from liftdist.runs import checkpoint, claims, saver
@@ -276,7 +277,7 @@ def train_and_save(mesh, settings: Config, last: int = 1) -> dict[str, torch.Ten
         made.run_step()
         if made.step > settings.train.steps - last:
             save(made, writer, Provenance(config=text, from_environment={}, base=base, data=""))
-    return {name: param.full_tensor().detach().clone() for name, param in made.model.named_parameters()}
+    return {name: whole_tensor(param).clone() for name, param in made.model.named_parameters()}
 
 
 def keep_two_of_five(mesh, config, run_dir):

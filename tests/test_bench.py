@@ -20,6 +20,7 @@ from commands import ROOT
         "routing --examples 2 --questions 2",
         "compare --rounds 1 --steps 1 --rows 1 --length 8",
         "apply --rounds 1 --files 2 --gib 0.1",
+        "export --rounds 1",
     ],
     ids=lambda words: words.split()[0],
 )

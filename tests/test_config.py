@@ -158,6 +158,8 @@ def test_what_nothing_reads_is_known(tmp_path):
             UserError, match=r"train.fit_memory: must be false with selection.(budget|criterion)=\w+: its batches"
         ):
             load(tmp_path, overrides=[*gathering, "train.fit_memory=true"])
+    with pytest.raises(UserError, match="model.base_dtype: must be one of int8, fp8, nf4: bfloat16 is .* leave it out"):
+        load(tmp_path, overrides=["model.base_dtype=bfloat16"])
     with pytest.raises(UserError, match=r"selection.exclude: leaves weights alone with method=lift only: method=full"):
         load(tmp_path, overrides=["method=full", "selection.exclude=[a.delta]"])
 

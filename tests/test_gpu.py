@@ -135,13 +135,12 @@ def test_gpu_memory_of_principal_weights(device):
     assert each == pytest.approx(20, rel=0.05) if device is None else each < 1
 
 
-@pytest.mark.parametrize("device", [None, "cpu"])
+@pytest.mark.parametrize("asked", [[], ["optimizer.device=cpu"], ["model.base_dtype=nf4"]])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_on_a_gpu(dtype, device, tiny_model, tmp_path):
+def test_a_run_on_a_gpu(dtype, asked, tiny_model, tmp_path):
     config = write_config(tmp_path, tiny_model, builders.write_records(tmp_path / "records.jsonl"))
-    where = [] if device is None else [f"optimizer.device={device}"]
     run = run_command(
-        "train", config, f"model.dtype={dtype}", "train.deterministic=true", *where,
+        "train", config, f"model.dtype={dtype}", "train.deterministic=true", *asked,
         environment={"CUDA_VISIBLE_DEVICES": "0"},
     )  # fmt: skip
     assert run.returncode == 0, run.stdout

@@ -32,6 +32,8 @@ from liftdist.errors import UserError
 from liftdist.models import check, weights
 from liftdist.models.weights import ModelFolder, threads
 
+AT_ONCE = 1 << 26  # bytes that the disk is given to write
+
 
 def change_folder(
     folder: Path,
@@ -223,9 +225,8 @@ def rewrite(
     try:
         with together(), files.disk_errors(target):
             is_same = replace and stored.folder.samefile(target)
-            written = _write_weights(stored, temporary, edit, rank, ranks, is_same, dtypes)
-            if problem := stored.changed():
-                raise UserError(f"{problem} while it was read; try again when it stays as it is")
+            with _unchanged(stored):
+                written = _write_weights(stored, temporary, edit, rank, ranks, is_same, dtypes)
         total = sum(gather(written))
         with together(), files.disk_errors(target):
             if rank == 0:
@@ -240,6 +241,16 @@ def rewrite(
         if rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what a failure left, or the replaced folder
         held.close()
+
+
+@contextlib.contextmanager
+def _unchanged(stored: ModelFolder) -> Iterator[None]:
+    """Raises ``UserError`` if a folder has changed in the end, whatever came of that."""
+    try:
+        yield
+    finally:
+        if problem := stored.changed():
+            raise UserError(f"{problem} while it was read; try again when it stays as it is") from None
 
 
 def _write_weights(
@@ -267,11 +278,14 @@ def _write_weights(
 
         def meanwhile(path: Path, tensors: Iterator[Tensor]) -> Generator[Tensor]:
             nonlocal total
+            since = 0  # bytes
             for tensor in tensors:
                 yield tensor
-                total += tensor.numel() * tensor.element_size()
-                if not synced or synced[-1].done():
+                total += tensor.nbytes
+                since += tensor.nbytes
+                if since >= AT_ONCE and (not synced or synced[-1].done()):
                     synced.append(syncing.submit(files.sync_file, path))
+                    since = 0
 
         for file in sorted(members)[rank::ranks]:
             path = folder / file

@@ -13,10 +13,11 @@ how entries are scored: the criterion is a function.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import heapq
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -263,18 +264,29 @@ def _visit(
     failure: Exception | None = None
     first = replica * shards
     wait_for_matrix = _start_gather(matrices, rounds[0][first : first + shards], shard, shard_group)
+
+    @contextlib.contextmanager
+    def carried_on(item: int | None) -> Iterator[None]:
+        """Keep up the collectives for the other ranks, and raise at the end."""
+        nonlocal failure
+        try:
+            yield
+        except ValueError as error:
+            failure = failure or (error if item is None else UserError(f"{matrices[item].name}: {error}"))
+        except Exception as error:
+            failure = failure or error
+
     for number, items in enumerate(rounds):
         assigned = items[first : first + shards]
-        mine, whole = assigned[shard], wait_for_matrix()
+        mine, arrived, whole = assigned[shard], wait_for_matrix(), None
+        with carried_on(mine):
+            whole = arrived()
+        del arrived
         if number + 1 < len(rounds):  # the next matrices are gathered while these are factored
             wait_for_matrix = _start_gather(matrices, rounds[number + 1][first : first + shards], shard, shard_group)
         if mine is not None and whole is not None and failure is None:
-            try:  # keep up the collectives for the other ranks, raise at the end
+            with carried_on(mine):
                 work(mine, whole)
-            except ValueError as error:
-                failure = UserError(f"{matrices[mine].name}: {error}")
-            except Exception as error:
-                failure = error
         del whole
         if after is not None:
             after(assigned, mine)
@@ -332,11 +344,12 @@ def ascending_within(indices: Tensor, size: int) -> bool:
 
 def _start_gather(
     matrices: Sequence[Matrix], assigned: Sequence[int | None], shard: int, group: Group
-) -> Callable[[], Tensor | None]:
-    """Start sending this rank's rows of every assigned matrix to its owner; the result waits for the one this rank owns."""
+) -> Callable[[], Callable[[], Tensor | None]]:
+    """Start sending this rank's rows of every assigned matrix to its owner; the result waits for those of the one that this rank
+    owns, and returns what makes it of them."""
     mine = assigned[shard]
     if group is None:
-        return lambda: None if mine is None else matrices[mine].rows_local.contiguous()
+        return lambda: lambda: None if mine is None else matrices[mine].rows_local.contiguous()
     device = matrices[0].device
     parts = [torch.empty(0, dtype=torch.uint8) if item is None else matrices[item].sent for item in assigned]
     sent_sizes = [part.numel() for part in parts]
@@ -345,7 +358,7 @@ def _start_gather(
     received_sizes = [0] * group.size()
     if any(
         item is not None and matrices[item].is_packed for item in assigned
-    ):  # how much is exact differs between shards
+    ):  # shards have more or less that is exact
         received_sizes = _exchange_sizes(sent_sizes, device, group)
     elif mine is not None:
         bounds, row = matrices[mine].row_bounds, matrices[mine].columns * matrices[mine].dtype.itemsize
@@ -353,11 +366,11 @@ def _start_gather(
     whole = torch.empty(sum(received_sizes), dtype=torch.uint8, device=device)
     work = dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group, async_op=True)
 
-    def wait() -> Tensor | None:
+    def wait() -> Callable[[], Tensor | None]:
         nonlocal sent
         work.wait()
         sent = whole  # frees the send buffer
-        return None if mine is None else matrices[mine].received(whole, received_sizes)
+        return lambda: None if mine is None else matrices[mine].received(whole, received_sizes)
 
     return wait
 

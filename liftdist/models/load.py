@@ -137,7 +137,7 @@ def shard(model: PreTrainedModel, config: ModelConfig, mesh: Mesh) -> None:
         unit(embedding)
         # only itself, which prefetches nothing: by default FSDP would gather the embedding again
         layers[0].set_modules_to_backward_prefetch([layers[0]])  # type: ignore[operator]
-    for layer in layers[max(0, len(layers) - config.keep_gathered) :]:
+    for layer in layers[max(0, len(layers) - config.keep_gathered) :] if mesh.shard_mesh.size() > 1 else ():
         layer.set_reshard_after_forward(False)  # type: ignore[operator]
     unit(model)
     for module in fsdp_modules(model):

@@ -3,21 +3,27 @@
     memory of the smallest rank -> plans of growing micro-batches -> the largest that fits
                                 -> as many layers kept gathered as fit beside it
 
+Recomputation and gathers that the config sets are kept as they are.
+
 :mod:`liftdist.training.memory` tries it out before the first step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from liftdist.console import GIB, Console
 from liftdist.distributed import collectives
 from liftdist.distributed.collectives import together
 from liftdist.distributed.mesh import Mesh
 from liftdist.errors import UserError
+from liftdist.model_settings import SELECTIVE
 from liftdist.models import build
 from liftdist.models.hub import resolve_config
 from liftdist.planning import activations, footprint, shapes
@@ -65,21 +71,28 @@ class Requirements:
 
 def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]:
     """``config`` with the largest micro-batch whose plan fits in ``usable`` bytes of a rank, with as many layers kept gathered as
-    fit then, and the bytes of its plan.
+    fit then, and the bytes of its plan. A ``model.activation_checkpointing`` or ``model.keep_gathered`` that is set is kept.
 
-    Every second layer is recomputed if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit,
-    and more do with it; every layer likewise. If nothing fits, the choice of the least memory, whose plan is above ``usable``.
+    Layers are recomputed selectively if without that not even ``BUSY`` tokens, nor a rank's whole part of the batch, would fit,
+    and more do with it; every second layer, and every one, likewise. If nothing fits, the choice of the least memory, whose plan
+    is above ``usable``.
     """
     replicas, shards = config.mesh.layout(ranks)
     found: list[tuple[Requirements, int]] = []
-    for recomputed in (False, 2, True):
-        model = dataclasses.replace(config.model, activation_checkpointing=recomputed, keep_gathered=0)
+    given = config.model.activation_checkpointing
+    for recomputed in (given,) if given else (False, SELECTIVE, 2, True):
+        model = dataclasses.replace(config.model, activation_checkpointing=recomputed)
         requirements, planned = Requirements(dataclasses.replace(config, model=model)), dict[int, int]()
-        for size in sizes(config, ranks):
-            requirements.in_micro_batches_of(size)
-            planned[size] = footprint.peak(requirements.memory(replicas, shards))
-            if planned[size] > usable:
-                break
+        try:
+            for size in sizes(config, ranks):
+                requirements.in_micro_batches_of(size)
+                planned[size] = footprint.peak(requirements.memory(replicas, shards))
+                if planned[size] > usable:
+                    break
+        except UserError:
+            if recomputed == given:
+                raise
+            continue  # layers of this model cannot be recomputed so
         fit = [size for size, bytes_ in planned.items() if bytes_ <= usable]
         size = max(fit, default=min(planned))
         requirements.in_micro_batches_of(size)
@@ -92,7 +105,8 @@ def fitting(config: Config, ranks: int, usable: int) -> tuple[Requirements, int]
     if most is None:
         return min(found, key=lambda one: one[1])
     requirements, peak = most
-    for layers in range(1, len(requirements.size.layers) + 1) if shards > 1 else ():
+    chooses = shards > 1 and not config.model.keep_gathered
+    for layers in range(1, len(requirements.size.layers) + 1) if chooses else ():
         requirements.keeping(layers)
         if (more := footprint.peak(requirements.memory(replicas, shards))) > usable:
             requirements.keeping(layers - 1)
@@ -128,9 +142,12 @@ def to_memory(config: Config, mesh: Mesh, console: Console) -> Config:
             usable = min(usable, _lacked(planned, mesh.world_size, usable))
             requirements, peak = fitting(planned, mesh.world_size, usable)
             if peak > usable:
+                given = {key: value for key, value in memory.choice(config).items() if key.startswith("model.")}
+                more = " ".join(f"{key}={value}" for key, value in given.items() if value and value is not True)
+                least = f"with {more}, which it chooses if left out" if more else "whose layers are recomputed"
                 raise UserError(
                     f"train.fit_memory: a rank has {usable / GIB:.2f} GiB, and needs {peak / GIB:.2f} GiB even for micro-batches "
-                    f"of one sequence whose layers are recomputed; liftdist plan says what takes them and what helps"
+                    f"of one sequence {least}; liftdist plan says what takes them and what helps"
                 )
             chosen = memory.choice(requirements.config), peak, usable
     values, peak, usable = collectives.gather(chosen)[0]
@@ -149,3 +166,37 @@ def _lacked(config: Config, ranks: int, usable: int) -> int:
 def described(values: Mapping[str, Any]) -> str:
     """What was chosen, in a line."""
     return f"train.fit_memory: {' '.join(f'{key}={str(value).lower()}' for key, value in values.items())}"
+
+
+@contextlib.contextmanager
+def itemised(config: Config, ranks: int) -> Iterator[None]:
+    """Add to an error about memory which parts take the most by the plan of ``config``, and the next smaller plan."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        try:
+            parts = largest(config, ranks)
+        except (UserError, RuntimeError, MemoryError):
+            raise error from None
+        raise torch.OutOfMemoryError(f"{parts}; {error}") from error
+
+
+def largest(config: Config, ranks: int) -> str:
+    """The three largest parts of a plan, and the peak of the next smaller one: of half the micro-batch, or with all layers
+    recomputed."""
+    requirements, layout = Requirements(config), config.mesh.layout(ranks)
+    parts = requirements.memory(*layout)
+    most = sorted(set(parts) - {footprint.ON_HOST, footprint.OFFLOADED}, key=lambda name: -parts[name])[:3]
+    said = f"planned {', '.join(f'{name} {parts[name] / GIB:.2f} GiB' for name in most)}"
+    rows = footprint.rows(config, ranks)
+    if rows > 1:
+        requirements.in_micro_batches_of(rows := math.ceil(rows / 2))
+        way = f"train.micro_batch_size={rows}"
+    elif config.model.activation_checkpointing is not True:
+        model = dataclasses.replace(config.model, activation_checkpointing=True)
+        requirements = Requirements(dataclasses.replace(config, model=model))
+        way = "model.activation_checkpointing=true"
+    else:
+        return said
+    less = footprint.peak(requirements.memory(*layout))
+    return f"{said}; with {way} {less / GIB:.2f} in place of {footprint.peak(parts) / GIB:.2f} GiB in all"

@@ -20,7 +20,7 @@ For S shards, R replicas, P parameters, N of them in trained matrices, density d
     computing            what that layer computes, and its gradients; measured on fake tensors
     reducing             in place of both, when that layer is freed: its gradients with the buffer into which they are copied, or
                          that buffer with what its reduction takes. What gloo, on processors, copies besides is left out
-    statistics           4 N / S       of selection.criterion=gradient, 8 N / S of sensitivity, while a selection is made
+    statistics           4 N / S       while a selection is made by gradients: of sensitivity 8 N / S, of spiel 12 N / S
     activations          what a layer keeps for its backward, times layers; measured by running two layers on fake tensors;
                          where each n-th is recomputed, of both kinds; with model.offload_activations what is not on the host
 
@@ -348,10 +348,10 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
             *size.layers[first:],
             *(unit for unit in (size.embedding, size.root) if unit.shapes and unit not in twice),
         ]
-        calls = 2 * len(twice) + len(once)
         counts = selected(size, config)
-        gathered = sum(_packed(unit, size, counts, shards) for unit in (*twice, *twice, *once))
-        found.append(Collective("dp_shard", "all_gather", micro * calls, micro * gathered))
+        gathers = [*twice, *twice, *once, *(_of_base(size, config, first) if config.train.needs_base else [])]
+        gathered = sum(_packed(unit, size, counts, shards) for unit in gathers)
+        found.append(Collective("dp_shard", "all_gather", micro * len(gathers), micro * gathered))
         reduced = [unit for unit in _needing_gradients(size, config) if unit.trained]
         widths = [_width(unit, counts, shards) for unit in reduced]
         dense = [4 * shards * unit.padded(shards, trained=True) for unit in reduced]
@@ -379,6 +379,15 @@ def traffic(size: Sizes, config: Config, replicas: int, shards: int) -> list[Col
             whole = sum(unit.padded(shards, trained=True) for unit in size.units)
             found.append(Collective("dp_replicate", "all_reduce", len(size.trained), _element(config) * whole))
     return [*found, *_copies(size, config, replicas, shards)] if config.optimizer.device == "cpu" else found
+
+
+def _of_base(size: Sizes, config: Config, first: int) -> list[FSDPUnit]:
+    """The units gathered for a forward of the base model; adapters leave gathered what the next forward takes: the last layers,
+    from ``first`` on, and the root."""
+    units = (
+        (*size.layers, size.embedding, size.root) if config.method == "lift" else (*size.layers[:first], size.embedding)
+    )
+    return [unit for unit in units if unit.shapes]
 
 
 def _copies(size: Sizes, config: Config, replicas: int, shards: int) -> list[Collective]:
@@ -430,10 +439,12 @@ def rows(config: Config, ranks: int) -> int:
 
 
 def operations(size: Sizes, config: Config) -> int:
-    """Floating-point operations per token in forward and backward, without recomputation."""
+    """Floating-point operations per token in forward and backward, without recomputation; also in a forward of the base model, if
+    the loss needs it."""
     idle = 1 - size.reached  # of the experts
     products = size.numel - size.embedding.numel - size.towers.numel - idle * size.experts  # an embedding is a lookup
     places = [place for unit in _needing_gradients(size, config) for place in unit.trained.values()]
     trained = sum(place.numel * (1 if place.is_whole else size.reached) for place in places)
     attention = 2 * len(size.layers) * size.query * config.data.max_length  # causal: half of all pairs, two products
-    return round(2 * (2 * products + trained)) + 3 * attention
+    of_base = int(config.train.needs_base)
+    return round(2 * ((2 + of_base) * products + trained)) + (3 + of_base) * attention

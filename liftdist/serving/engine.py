@@ -2,6 +2,7 @@
 
     --lora-modules NAME=DELTA, POST /v1/load_lora_adapter   ->  add_lora                    a model of its own in /v1/models
     POST /v1/... {"model": NAME}                            ->  generate(lora_request=NAME)  waits for NAME's turn
+    POST /v1/unload_lora_adapter                            ->  remove_lora                 frees what the workers hold of it
 
 The API server resolves names, streams, and cancels as it does for adapters, on all of its routes; below this class the engine
 knows of no adapter, and computes with plain weights. Between turns it is drained, caches are reset, weights are exchanged.
@@ -53,6 +54,7 @@ class DeltaLLM(AsyncLLM):
         check(vllm_config, kwargs.get("client_count", 1))
         super().__init__(vllm_config, *args, **kwargs)
         self._keys: dict[str, str] = {}  # by name: what the workers call a delta
+        self._names: dict[int, str] = {}  # by the number that the API server gives to a delta
         self._numbers = itertools.count()
         self._turns = Turns(self._switch, self.turn)
         self._base = str(self.model_config.served_model_name)
@@ -97,10 +99,26 @@ class DeltaLLM(AsyncLLM):
                 if name in self._keys:
                     await self.collective_rpc("forget_delta", args=(self._keys[name],))
                 self._keys[name] = key
+                self._names[lora_request.lora_int_id] = name
         except UserError as error:
             DeltaLLM.refusal = str(error)
             raise
         logger.info("Delta %s: %d weights of %s", name, weights, path)
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        """Free what the workers hold of a delta, once its requests that came before have ended; later ones raise ``UserError``.
+
+        The API server of vLLM 0.32 does not call this when it unloads one, later ones do.
+        """
+        if (name := self._names.get(lora_id)) is None:
+            return False
+        async with self._turns.of(None):  # so that it is not applied
+            del self._names[lora_id]
+            key = self._keys.pop(name)
+            self._turns.refuse(name, _unloaded(name))
+            await self.collective_rpc("forget_delta", args=(key,))
+        logger.info("Delta %s: unloaded", name)
         return True
 
     async def check_health(self) -> None:
@@ -113,6 +131,8 @@ class DeltaLLM(AsyncLLM):
     async def _turn_of(self, lora_request: Any) -> AsyncIterator[None]:
         name = lora_request.lora_name if lora_request is not None else None
         came = time.perf_counter()
+        if name is not None and name not in self._keys:
+            raise _unloaded(name)
         async with self._turns.of(name):
             _WAITING.labels(name or self._base).observe(time.perf_counter() - came)
             yield
@@ -153,6 +173,10 @@ def check_name(name: str, taken: Sequence[str]) -> None:
         raise UserError(f"delta {name}: is the name of another model; give it another one")
     if name in {kind.split("_")[0] for kind in MM_PARSER_MAP}:
         raise UserError(f"delta {name}: vLLM takes this name for a kind of content in messages; give it another one")
+
+
+def _unloaded(name: str) -> UserError:
+    return UserError(f"delta {name}: was unloaded while a request for it waited")
 
 
 def _raise_first(found: list[dict[str, Any]]) -> None:

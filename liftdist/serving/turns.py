@@ -65,6 +65,13 @@ class Turns:
             self._running -= 1
             self._go_on()
 
+    def refuse(self, model: str, error: Exception) -> None:
+        """Raise ``error`` in all requests that wait for ``model``."""
+        for request in [one for one in self._waiting if one.model == model]:
+            self._waiting.remove(request)
+            if not request.begins.done():
+                request.begins.set_exception(error)
+
     async def _wait(self, request: _Waiting) -> None:
         self._waiting.append(request)
         self._go_on()

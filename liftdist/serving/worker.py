@@ -72,7 +72,9 @@ class DeltaWorker:
             placed, counts = placement.place(self.model_runner.get_model(), delta)
             if not placement.holds(placed, "base"):
                 raise UserError(
-                    f"{path}: the engine does not hold the base values of the delta; restart it with its base model"
+                    f"{path}: the engine does not hold the base values of the delta; restart it with its base model. If "
+                    "that is what it holds, its kernels repack weights: those of experts do not with --moe-backend triton; else "
+                    "serve the merged model, which `liftdist export --format hf` writes"
                 )
         except UserError as error:
             return {"error": str(error)}

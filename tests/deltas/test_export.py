@@ -16,7 +16,7 @@ from liftdist import safetensors_header
 from liftdist.deltas import file as delta_file
 from liftdist.deltas import folder as model_folders
 from liftdist.deltas import of_run
-from liftdist.deltas.delta import Change
+from liftdist.deltas.delta import Change, Delta
 from liftdist.deltas.export import export
 from liftdist.deltas.formats import importance
 from liftdist.deltas.module import change_module
@@ -70,6 +70,26 @@ def test_every_export_of_a_run_is_the_trained_model(trained, folders, tmp_path):
     )
     other = ("--base", folders[1], "--output", tmp_path / "x")
     assert "is not the base model of" in liftdist("export", folder / "run", *other, *cache, code=2)
+
+
+def test_a_patch_of_more_than_two_billion_weights_has_wide_indices(tmp_path):
+    found = {
+        "large": ((2**16, 2**15 + 1), [0, 2**31 - 1, 2**31 + 2**16 - 1]),
+        "limit": ((2**16, 2**15), [0, 2**31 - 1]),
+        "small": ((2**16, 2**15 - 1), [0, 2**31 - 2**16 - 1]),
+    }
+
+    def get(name):
+        shape, indices = found[name]
+        values = torch.ones(len(indices)).bfloat16()
+        return Change(shape, torch.bfloat16, torch.tensor(indices), values, torch.zeros_like(values))
+
+    EXPORT_FORMATS.load("patch").write(Delta(tmp_path, "0" * 64, list(found), get), tmp_path, tmp_path / "patch")
+    patch = load_file(tmp_path / "patch")
+    for name, (_, indices) in found.items():
+        assert patch[f"{name}.indices"].tolist() == indices
+    kinds = [patch[f"{name}.indices"].dtype for name in found]
+    assert kinds == [torch.int64, torch.int64, torch.int32]
 
 
 def test_peft_loads_the_adapter_and_computes_what_the_merged_model_does(trained, folders, tmp_path):

@@ -1,6 +1,7 @@
 """Deltas merged: each rule against dense arithmetic on whole models, and what a merged delta is."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -14,8 +15,8 @@ from commands import call, liftdist
 from peft.utils import merge_utils
 from safetensors.torch import load_file, save_file
 
+from liftdist.deltas import compress, merge, overlap
 from liftdist.deltas import file as delta_file
-from liftdist.deltas import merge, overlap
 from liftdist.deltas.delta import Change, Delta, bits
 from liftdist.errors import UserError
 from liftdist.models.weights import ModelFolder
@@ -72,7 +73,17 @@ def trim(d, low, high):
     return d * torch.isin(d.abs(), kept)
 
 
-def reference(rule, d, weights, alpha=None, density=None, beta=None, gamma=None, decay=None):
+def drawn(d, density, seed):
+    """Which differences DARE keeps, drawn from the seed and those at which any delta has one."""
+    changed = (d != 0).any(0)
+    own = hashlib.sha256(f"{seed} ".encode() + d[:, changed].numpy().tobytes()).digest()
+    chance = torch.Generator().manual_seed(int.from_bytes(own[:8], "little", signed=True))
+    kept = torch.zeros(d.shape, dtype=torch.bool)
+    kept[:, changed] = torch.rand(len(d), int(changed.sum()), generator=chance, dtype=torch.float64) < density
+    return kept
+
+
+def reference(rule, d, weights, alpha=None, density=None, beta=None, gamma=None, decay=None, seed=0):
     """The rules on dense differences ``[n, ...]``, as their papers have them."""
     w = weights.view(-1, *[1] * (d.dim() - 1))
     if rule == "sum":
@@ -81,6 +92,8 @@ def reference(rule, d, weights, alpha=None, density=None, beta=None, gamma=None,
         return (w * d).sum(0) / w.sum()
     if rule == "interpolate":
         return alpha * d[0]
+    if rule == "dare":
+        return (w * drawn(d, density, seed) * d).sum(0) / density
     if rule == "breadcrumbs":
         return (w * torch.stack([trim(row, beta, gamma) for row in d])).sum(0)
     if rule == "ema":
@@ -97,6 +110,7 @@ RULES = {
     "mean": {"weights": [1.0, 3.0, 0.5]},
     "interpolate": {"alpha": 0.3},
     "ties": {"density": 0.4, "weights": [1.0, 2.0, 0.5]},
+    "dare": {"density": 0.4, "seed": 3, "weights": [1.0, -0.5, 2.0]},
     "breadcrumbs": {"beta": 0.3, "gamma": 0.1, "weights": [0.5, 1.0, 2.0]},
     "ema": {"decay": 0.8},
 }
@@ -118,7 +132,7 @@ def test_a_rule_is_what_its_paper_says_on_dense_models(rule, dtype):
 
 
 def test_every_rule_is_tested():
-    assert {*RULES, "dare"} == set(MERGE_RULES)
+    assert set(RULES) == set(MERGE_RULES)
 
 
 def test_dare_drops_at_random_and_keeps_the_mean():
@@ -345,28 +359,36 @@ def test_the_checkpoints_of_a_run_are_averaged_in_order(folders, tmp_path):
     )
 
 
-def write_and_merge(folder, tensors):
-    """Two deltas of matrices of 60 000 weights, half of them changed, and their mean."""
+def write_merge_and_compress(folder, tensors):
+    """Two deltas of matrices of 60 000 weights, half of them changed, their mean, on another base model, and compressed."""
     chance = torch.Generator().manual_seed(0)
 
     def changed(_):
         at = (torch.rand(60_000, generator=chance) < 0.5).nonzero().squeeze(1)
         return Change((60, 1000), torch.bfloat16, at, torch.ones(len(at)).bfloat16(), torch.zeros(len(at)).bfloat16())
 
-    folder.mkdir()
     for name in ("one", "two"):
         delta = Delta(folder / name, "0" * 64, [f"w.{number}" for number in range(tensors)], changed)
         delta_file.write(delta, folder / name)
     given = merge.read([folder / "one", folder / "two"], None, folder)
     overlap.lines(given)
     delta_file.write(merge.merged(given, "mean", {}, folder / "out"), folder / "out")
+    onto = ModelFolder(folder / "onto"), "1" * 64
+    delta_file.write(merge.merged(given, "mean", {}, folder / "moved", onto=onto), folder / "moved")
+    for method, options in (("exact", {}), ("t_switch", {"alpha": 0.5}), ("flex_switch", {"budget": 0.2})):
+        compress.compress(delta_file.read(folder / "out"), method, options, folder / method, lambda _: None)
+        delta_file.read(folder / method)
 
 
 def test_memory_holds_one_tensor(tmp_path):
-    """While deltas are written, read, compared and merged, however many tensors they have."""
+    """While deltas are written, read, compared, merged and compressed, however many tensors they have."""
     peaks = {}
     for tensors in (3, 15):
+        folder = tmp_path / str(tensors)
+        (folder / "onto").mkdir(parents=True)
+        base = {f"w.{number}": torch.ones(60, 1000).bfloat16() for number in range(tensors)}
+        save_file(base, folder / "onto" / "model.safetensors", {"format": "pt"})
         with LiveBytes() as live:
-            write_and_merge(tmp_path / str(tensors), tensors)
+            write_merge_and_compress(folder, tensors)
         peaks[tensors] = live.peak
     assert peaks[15] < 1.1 * peaks[3]

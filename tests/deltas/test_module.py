@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 
 from liftdist.deltas import file as delta_file
 from liftdist.deltas.module import change_module
+from liftdist.distributed.sharding import whole_tensor
 from liftdist.errors import UserError
 from liftdist.model_settings import ModelConfig
 from liftdist.models.load import load
@@ -18,7 +19,7 @@ def on_a_sharded_model(mesh, base, first, second, one, two, thirds):
     def equals(folder):
         whole = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
         return all(
-            torch.equal(param.full_tensor().view(torch.int16), whole.get_parameter(name).view(torch.int16))
+            torch.equal(whole_tensor(param).view(torch.int16), whole.get_parameter(name).view(torch.int16))
             for name, param in model.named_parameters()
         )
 

@@ -129,12 +129,14 @@ def test_they_are_what_they_say(world_size, replicas):
             assert torch.allclose(weight.float(), own, atol=2e-5), case
 
 
-@pytest.mark.parametrize(("by_age", "first"), [(False, 0.1 / 0.001**0.5), (True, 1.0)])
-def test_the_first_step_of_an_entry_that_a_refresh_selects(by_age, first):
-    """At betas 0.9 and 0.999, late in a run: 3.16 times the learning rate, or the learning rate."""
+@pytest.mark.parametrize(
+    ("beta2", "by_age", "first"), [(0.95, False, 0.447), (0.999, False, 3.16), (0.95, True, 1.0), (0.999, True, 1.0)]
+)
+def test_the_first_step_of_an_entry_that_a_refresh_selects(beta2, by_age, first):
+    """Late in a run: 0.1 / sqrt(1 - beta2) times the learning rate, or the learning rate."""
     offset = 0
     principal = make(mlp(), criterion=lambda weight, count, seed: torch.arange(count) + offset)
-    optimizer = adamw.PrincipalAdamW(principal, lr=1e-4, betas=(0.9, 0.999), eps=1e-12, by_age=by_age)
+    optimizer = adamw.PrincipalAdamW(principal, lr=1e-4, betas=(0.9, beta2), eps=1e-12, by_age=by_age)
     for number in range(1, 10001):
         principal.values.grad.fill_(1.0)
         if number == 10000:

@@ -1,5 +1,7 @@
 """The selection of a sharded model is that of a whole one."""
 
+from unittest import mock
+
 import pytest
 import ranks
 import torch
@@ -10,6 +12,7 @@ from torch.distributed.tensor import Shard
 from liftdist import PrincipalWeights
 from liftdist.distributed.collectives import gather, together
 from liftdist.engine import selection
+from liftdist.engine.matrices import Matrix
 from liftdist.errors import UserError
 from liftdist.runs import selections
 
@@ -70,6 +73,26 @@ def test_weights_that_are_not_finite_are_named_on_every_rank():
     outcomes = ranks.run(3, not_finite)
     assert all("m3.weight: weight holds NaN or infinity" in text for _, text in outcomes)
     assert {kind for kind, _ in outcomes} == {"UserError"}
+
+
+def lacking_memory(mesh):
+    model, received = seven_layers(mesh), Matrix.received
+
+    def lacks(matrix, *given):
+        if mesh.rank == 1:
+            raise torch.OutOfMemoryError("no room for a matrix")
+        return received(matrix, *given)
+
+    with mock.patch.object(Matrix, "received", lacks):
+        try:
+            PrincipalWeights(model, density=0.1, filter_rank=4)
+        except Exception as error:
+            return str(error)
+    return None
+
+
+def test_one_that_has_no_room_for_a_matrix_leaves_no_one_waiting():
+    assert all("no room for a matrix" in text for text in ranks.run(3, lacking_memory, timeout=60))
 
 
 @pytest.mark.parametrize("ranks_", [1, 2, 3, 8, 64])

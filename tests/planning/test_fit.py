@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import builders
+import families
 import pytest
 import ranks
 import torch
@@ -39,7 +40,7 @@ def deep(config, folder):
 def peaks(config):
     """Of two ranks, by (recomputes, sequences), from plans of their own."""
     found = {}
-    for recomputes, size in itertools.product((False, 2, True), SIZES):
+    for recomputes, size in itertools.product((False, "selective", 2, True), SIZES):
         model = dataclasses.replace(config.model, activation_checkpointing=recomputes)
         train = dataclasses.replace(config.train, micro_batch_size=size)
         found[recomputes, size] = plan.plan(dataclasses.replace(config, model=model, train=train), 1, 2)["peak"]
@@ -49,6 +50,7 @@ def peaks(config):
 def test_the_largest_micro_batch_that_fits_is_chosen(config, tmp_path):
     config = deep(config, tmp_path)
     planned = peaks(config)
+    assert planned[True, 3] < planned[2, 3] < planned["selective", 3] < planned[False, 3]
     assert planned[True, 3] < planned[False, 1]
 
     def chosen(usable):
@@ -62,13 +64,40 @@ def test_the_largest_micro_batch_that_fits_is_chosen(config, tmp_path):
         return model.activation_checkpointing, size
 
     assert chosen(planned[False, 3]) == (False, 3)
-    assert chosen(planned[False, 3] - 1) == (2, 3)
+    assert chosen(planned[False, 3] - 1) == ("selective", 3)
+    assert chosen(planned["selective", 3] - 1) == (2, 3)
     assert chosen(planned[2, 3] - 1) == (True, 3)
     assert chosen(planned[True, 3] - 1) == (True, 2)
     assert chosen(planned[True, 1] - 1) == (True, 1)  # and is above what there is
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, max_length=fit.BUSY // 2))
     planned = peaks(config)
     assert chosen(planned[False, 2]) == (False, 2)  # which is enough
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        dict(activation_checkpointing="selective"),
+        dict(activation_checkpointing=3),
+        dict(keep_gathered=2),
+        dict(activation_checkpointing=True, keep_gathered=1),
+    ],
+)
+def test_what_is_set_is_kept(given, config):
+    config.model = dataclasses.replace(config.model, **given)
+    for usable in (1 << 50, 1):
+        found = fit.fitting(config, 2, usable)[0].config.model
+        assert {key: getattr(found, key) for key in given} == given
+    assert found.activation_checkpointing == given.get("activation_checkpointing", True)
+
+
+def test_layers_that_cannot_keep_products_are_recomputed_otherwise(config, tmp_path):
+    config.model.path = str(families.make(tmp_path / "model", "gpt_oss"))
+    peak = fit.fitting(config, 2, 1 << 50)[1]
+    assert fit.fitting(config, 2, peak // 2)[0].config.model.activation_checkpointing in (2, True)
+    config.model.activation_checkpointing = "selective"
+    with pytest.raises(UserError, match="^model.activation_checkpointing=selective: "):
+        fit.fitting(config, 2, peak // 2)
 
 
 def test_packing_for_flash_attention_keeps_to_one_sequence(config):
@@ -243,12 +272,34 @@ def on_a_small_machine(mesh, config):
     return str(refused.value)
 
 
+def test_what_does_not_fit_beside_what_is_set_is_refused_with_it(config):
+    config.model.keep_gathered = 2
+    for said in ranks.run(2, on_a_small_machine, config):
+        assert "one sequence with model.keep_gathered=2, which it chooses if left out; liftdist plan" in said
+
+
 def test_what_does_not_fit_is_refused(config):
     for said in ranks.run(2, on_a_small_machine, config):
         assert re.match(
             r"train.fit_memory: a rank has 0\.00 GiB, and needs \S+ GiB even for micro-batches of one sequence whose",
             said,
         )
+
+
+def test_an_error_about_memory_says_what_takes_it_and_the_next_smaller_plan(config):
+    parts = fit.Requirements(config).memory(1, 2)
+    with pytest.raises(torch.OutOfMemoryError) as raised, fit.itemised(config, 2):
+        raise torch.OutOfMemoryError("full")
+    found = re.match(r"planned (.*); with train.micro_batch_size=1 \S+ in place of \S+ GiB in all; ", str(raised.value))
+    named = [part.rsplit(" ", 2)[0] for part in re.split(r"(?<=GiB), ", found[1])]
+    assert [parts[name] for name in named] == sorted(parts.values())[:-4:-1]
+    config.train.micro_batch_size = 1
+    assert "; with model.activation_checkpointing=true " in fit.largest(config, 2)
+    config.model.activation_checkpointing = True
+    assert "; with" not in fit.largest(config, 2)
+    config.model.path = "no-such-folder"  # there is no plan
+    with pytest.raises(torch.OutOfMemoryError, match="^full$"), fit.itemised(config, 2):
+        raise torch.OutOfMemoryError("full")
 
 
 def test_an_error_about_memory_says_what_helps(config):

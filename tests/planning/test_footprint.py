@@ -42,6 +42,8 @@ ON_REAL_RANKS = (
     LENGTH_4,
     {**LENGTH_4, "selection__density": 0.4, "optimizer__dtype": "bfloat16"},
     {**LENGTH_4, "selection__density": 0.6, "optimizer__dtype": "bfloat16"},
+    {**LENGTH_4, "selection__criterion": "gradient"},
+    {**LENGTH_4, "selection__criterion": "spiel", "selection__final_refresh": 9},
 )
 
 
@@ -213,6 +215,7 @@ def test_copies_between_a_model_and_its_host_are_as_planned(tiny_model):
         (12, 4, {"base_dtype": "fp8"}),
         (1024, 1, {"base_dtype": "nf4", "density": 0.3}),
         (1, 1, {"keep_gathered": 2}),
+        (1, 1, {"base_dtype": "nf4", "keep_gathered": 9}),
         (8, 1, {"keep_gathered": 1}),
         (12, 4, {"keep_gathered": 9}),
         (8, 1, {"base_dtype": "nf4", "keep_gathered": 2}),
@@ -296,6 +299,37 @@ def test_a_step_of_adapters_is_as_planned(world, replicas, dtype, variant):
     rows = {name: place.row_bounds(shards)[1] * place.columns for name, place in lora.places(config, model).items()}
     assert found["planned_read"] - found["read"] == 2 * sum(rows.values())  # adapters are in no file
     assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("method", "world", "replicas", "settings"),
+    [
+        ("lift", 8, 1, {}),
+        ("lift", 12, 4, {"keep_gathered": 2}),
+        ("lift", 1, 1, {}),
+        ("lora", 8, 1, {"keep_gathered": 2}),
+        ("lora", 12, 4, {}),
+    ],
+)
+def test_the_forward_of_the_base_model_is_planned(method, world, replicas, settings):
+    config = scale.settings(world, replicas, **settings)
+    config.method, config.train.loss = method, "asft"
+    found = scale.step(SMALL, config, world)
+    assert found["collectives"] == found["planned_collectives"]
+    assert found["planned_peak"] == pytest.approx(found["peak"], rel=0.1)
+
+
+def test_operations_of_the_base_model_are_those_of_a_forward(tmp_path):
+    config = Config()
+    config.selection.density = 0.1
+    config.data.max_length = 1  # next to no products of attention, of which backward has more
+    size = shapes.sizes(builders.frozen_model(tmp_path), config)
+    without, trained = footprint.operations(size, config), sum(math.prod(shape) for shape in size.trained.values())
+    config.train.loss = "asft"
+    # as many as gradients of inputs take; those of weights come on top
+    assert footprint.operations(size, config) - without == pytest.approx((without - 2 * trained) / 2, rel=0.01)
+    config.train.kl_weight = 0.0
+    assert footprint.operations(size, config) == without
 
 
 @pytest.mark.parametrize("world", [1, 8])

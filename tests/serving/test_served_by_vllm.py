@@ -113,6 +113,12 @@ def test_models_are_served_side_by_side_each_as_itself(made, expected):
         assert answer(url, "one", QUESTIONS[0]) == expected["one", QUESTIONS[0]]
         post(url, "/v1/load_lora_adapter", dict(lora_name="two", lora_path=f"{made}/two.delta"))
 
+        post(url, "/v1/unload_lora_adapter", dict(lora_name="two"))
+        with pytest.raises(urllib.error.HTTPError, match="404"):
+            answer(url, "two", QUESTIONS[0])
+        assert answer(url, "one", QUESTIONS[0]) == expected["one", QUESTIONS[0]]
+        post(url, "/v1/load_lora_adapter", dict(lora_name="two", lora_path=f"{made}/two.delta"))
+
         check_many(url, expected)
         figures = urllib.request.urlopen(f"{url}/metrics", timeout=60).read().decode()
         for name in ("liftdist_switch_seconds_count", "liftdist_drain_seconds_count", "liftdist_wait_seconds_count"):

@@ -146,6 +146,23 @@ def test_a_request_that_goes_away_while_it_waits_is_forgotten(is_about_to_begin)
     asyncio.run(main())
 
 
+def test_requests_that_wait_for_a_model_that_goes_are_refused_and_others_have_their_turn():
+    async def run():
+        engine, ends = Engine(), asyncio.Event()
+        runs = asyncio.create_task(engine.answer("a", ends.wait))
+        await settled()
+        waiting = [asyncio.create_task(engine.answer(model)) for model in ("b", "c", "b")]
+        await settled()
+        engine.turns.refuse("b", KeyError("b"))
+        ends.set()
+        done = await asyncio.gather(runs, *waiting, return_exceptions=True)
+        assert [type(one) for one in done] == [type(None), KeyError, type(None), KeyError]
+        assert engine.switches == ["a", "c"]
+        await engine.answer("b")  # has come again
+
+    asyncio.run(run())
+
+
 def test_after_a_switch_that_failed_nothing_begins():
     async def main():
         engine, end = Engine(0.0), asyncio.Event()

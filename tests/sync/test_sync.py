@@ -440,6 +440,40 @@ def test_a_full_disk_leaves_whole_versions_and_the_writer_goes_on(base, small_di
         assert made.version.number == 2
 
 
+@pytest.mark.parametrize("form", ["hf", "sglang"])
+def test_a_full_disk_leaves_what_follows_a_run_as_it_was(form, base, small_disk, tmp_path):
+    source, target = tmp_path / "S", small_disk / "out"
+
+    def follow(step):
+        said = []
+        folders.follow(source, base, target, form, tmp_path / "cache", True, said.append)
+        assert said == [f"{target}: version {step}, step {step}"]
+        return {path: path.read_bytes() for path in target.rglob("*") if path.is_file()}
+
+    def refused():
+        filler = builders.fill(small_disk)
+        with pytest.raises(UserError, match="cannot be written: .*No space left on device") as caught:
+            follow(2)
+        assert "\n" not in str(caught.value)
+        filler.unlink()
+        return [path for path in small_disk.rglob("*") if path.is_file()]
+
+    with writer(source, base) as made:
+        made.publish(1, state(base, 1))
+        assert refused() == []
+        held = follow(1)
+        made.publish(2, state(base, 2))
+        assert set(refused()) == set(held)
+        assert {path: path.read_bytes() for path in held} == held
+        found = follow(2)
+    if form == "hf":
+        stored = ModelFolder(target)
+        assert_equal({name: stored.read(name) for name in stored.file_of}, whole(base, 2))
+    else:
+        assert {path: found[path] for path in held} == held
+        assert len(found) == 2 * len(held)
+
+
 def test_a_limit_on_file_sizes_is_an_error_as_a_full_disk_is(base, tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

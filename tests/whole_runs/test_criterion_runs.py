@@ -1,10 +1,12 @@
 """Runs whose number of weights changes at a refresh: continued to the bit, and on another number of ranks."""
 
+import shutil
 from pathlib import Path
 
 import builders
 import pytest
 import ranks
+from commands import liftdist
 
 from liftdist import config as configs
 from liftdist.deltas import file as delta_file
@@ -84,9 +86,11 @@ def continued(mesh, model, records, folder, names):
     return found
 
 
-def first_task(mesh, model, records, folder):
+def task(mesh, model, records, folder, name="first", *exclude):
     """A run of two steps, which may be any: its delta names weights."""
-    settings = builders.config(model, records, Path(folder) / "first", train=dict(steps=2), optimizer=dict(lr=5e-3))
+    settings = builders.config(
+        model, records, Path(folder) / name, train=dict(steps=2), optimizer=dict(lr=5e-3), selection=dict(exclude=[*exclude])
+    )  # fmt: skip
     builders.train_and_save(mesh, settings)
     return settings.run_dir
 
@@ -106,7 +110,7 @@ def assert_they_continue(names, model, records, folder):
 
 
 def test_they_continue(tiny_model, records, tmp_path):
-    (run_dir,) = ranks.run(1, first_task, tiny_model, records, tmp_path)
+    (run_dir,) = ranks.run(1, task, tiny_model, records, tmp_path)
     delta_file.write(of_run.of_run_dir(Path(run_dir), None, tiny_model)[0], tmp_path / "first.delta")
     whole = assert_they_continue(QUICK, tiny_model, records, tmp_path)
     changing = {name for name, (_, counts, _) in whole.items() if counts[0] != counts[-1]}
@@ -122,6 +126,26 @@ def test_others_continue(tiny_model, records, tmp_path):
     whole = assert_they_continue(OTHERS, tiny_model, records, tmp_path)
     changing = {name for name, (_, counts, _) in whole.items() if any(one != counts[0] for one in counts)}
     assert changing == {"half"}
+
+
+def test_tasks_that_exclude_each_other_s_weights_come_and_go_one_by_one(tiny_model, records, tmp_path):
+    first, second = (tmp_path / f"{name}.delta" for name in ("first", "second"))
+    for delta, exclude in ((first, ()), (second, (str(first),))):
+        (run_dir,) = ranks.run(1, task, tiny_model, records, tmp_path, delta.stem, *exclude)
+        delta_file.write(of_run.of_run_dir(Path(run_dir), None, tiny_model)[0], delta)
+    at = "--cache-dir", tmp_path / "cache"
+    alone = {}
+    for delta in (first, second):
+        liftdist("apply", delta, tiny_model, "--output", tmp_path / delta.stem / "alone", *at)
+        alone[delta] = builders.contents(tmp_path / delta.stem / "alone")
+    folder, base = shutil.copytree(tiny_model, tmp_path / "model"), builders.contents(tiny_model)
+    for one, other in ((first, second), (second, first)):
+        liftdist("apply", one, folder, *at)
+        liftdist("apply", other, folder, "--beside", one, *at)
+        liftdist("apply", one, folder, "--undo", "--beside", other, *at)
+        assert builders.contents(folder) == alone[other] != base
+        liftdist("apply", other, folder, "--undo", *at)
+        assert builders.contents(folder) == base
 
 
 @pytest.mark.parametrize(

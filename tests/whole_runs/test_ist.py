@@ -18,6 +18,7 @@ from liftdist import PrincipalWeights
 from liftdist.console import Console
 from liftdist.data.order import BatchOrder
 from liftdist.distributed.collectives import gather
+from liftdist.distributed.sharding import whole_tensor
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.budgets.ist import Ist
 from liftdist.engine.criteria.magnitude import Magnitude
@@ -58,10 +59,10 @@ def learned(mesh, folder):
     made.run_step()
     made.run_step()
     first = layers_of(principal)
-    weights = {name: param.full_tensor().clone() for name, param in made.model.named_parameters()}
+    weights = {name: whole_tensor(param).clone() for name, param in made.model.named_parameters()}
     with principal.selector.advanced(1, principal._loss_of):
         importance = principal.selector.importance
-    assert all(torch.equal(param.full_tensor(), weights[name]) for name, param in made.model.named_parameters())
+    assert all(torch.equal(whole_tensor(param), weights[name]) for name, param in made.model.named_parameters())
     return first, weights, importance, gather(importance)
 
 

@@ -15,6 +15,7 @@ from liftdist import PrincipalWeights
 from liftdist import config as configs
 from liftdist.console import Console
 from liftdist.distributed.collectives import gather
+from liftdist.distributed.sharding import whole_tensor
 from liftdist.engine.adamw import PrincipalAdamW
 from liftdist.engine.criteria.spiel import Spiel
 from liftdist.errors import UserError
@@ -62,10 +63,10 @@ def replaced(mesh, folder, correction):
     made.run_step()
     values = whole(principal, principal.values)
     moments = whole(principal, optimizer.state[principal.values]["exp_avg"])
-    weights = {name: param.full_tensor().clone() for name, param in made.model.named_parameters()}
+    weights = {name: whole_tensor(param).clone() for name, param in made.model.named_parameters()}
     principal.refresh(optimizer, number=1)
     state = optimizer.state[principal.values]
-    later = {name: param.full_tensor().clone() for name, param in made.model.named_parameters()}
+    later = {name: whole_tensor(param).clone() for name, param in made.model.named_parameters()}
     begun = {key: whole(principal, state[key]) for key in state if key != "step"}
     assert not principal.selector.gathered
     return dict(

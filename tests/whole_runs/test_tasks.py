@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.traffic import Traffic
 from liftdist import config as configs
 from liftdist.console import Console
+from liftdist.distributed.sharding import whole_tensor
 from liftdist.errors import Stopped, UserError
 from liftdist.evaluation import generation, tasks
 from liftdist.evaluation.evaluate import evaluate
@@ -241,7 +242,7 @@ def drifted(mesh, folder, kind, world):
     for _ in range(3):
         made.run_step()
     figures.append(tasks.run(context, made.inputs, made.model, made.method, 3))
-    return figures, {name: param.full_tensor() for name, param in made.model.named_parameters()}
+    return figures, {name: whole_tensor(param) for name, param in made.model.named_parameters()}
 
 
 @pytest.mark.parametrize("world", ["2", *(pytest.param(world, marks=pytest.mark.slow) for world in ("1", "3", "2x2"))])

@@ -3,7 +3,8 @@
 sum_i w_i M_i D_i        M_i: all changes of the tensor but the share ``beta`` that is smallest and ``gamma`` that is largest
 
 Shares are of the weights that a delta changes in a tensor, not of all weights, of which a sparse delta changes few. ``gamma``
-counts the outliers, as mergekit's does; the paper's is 1 less it.
+counts the outliers, as mergekit's does; the paper's is 1 less it. Both are taken of a whole tensor; the authors' code masks
+each row by itself.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ I_k = sum over batches and entries of g^2, minus sum g dw of a step of SGD, what
 Gradients of weights take 2 m n operations a token, those of inputs as many in each matrix after the first that is trained, where
 backward ends. Matrices come in the model's order, so that of two that read the same input the second counts as after the first.
 Attention's own products, and that experts see some of the tokens, are left out. Solved by dynamic programming in steps of
-1 / 2048 of all operations, rounded up.
+1 / 2048 of all operations, rounded up. GreenTrainer chooses between epochs, by another batch each time; here each refresh goes by
+the run's first batches.
 """
 
 from __future__ import annotations

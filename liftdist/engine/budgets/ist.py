@@ -5,7 +5,9 @@ I_l = 0 at the start; at each refresh, in each of 3 trials on the same batches: 
 L   = `layers` decoder layers, without replacement, with probabilities in proportion to s(-I_l)      (IST, arXiv 2408.11304)
 
 s is the logistic function: a layer that is scaled down where the loss stays low is needed less. IST draws at every step, tries
-every 10 steps, and trains adapters; here both happen at a refresh, and the criterion says which weights of a layer are trained.
+every 10 steps, on another batch each time, and trains adapters; here both happen at a refresh, all trials on the run's first
+batches, and the criterion says which weights of a layer are trained. Its code draws the layers of a trial by s(I_l), never
+the same twice; here all are as likely.
 """
 
 from __future__ import annotations

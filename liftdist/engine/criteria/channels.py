@@ -4,8 +4,9 @@ C = channels, in random order: rows of the matrices that make them, columns of t
     a matrix is stored transposed); the same for all of a module
 S = the first channels until there are k entries; of the last one the first entries         (S2FT, arXiv 2412.06289)
 
-S2FT draws whole heads in attention, which `block_size`, the size of a head, does here: runs of that many adjacent channels are in
-random order, the channels of a run in their own. q and o have the same heads, and k and v, of which grouped queries have fewer. A
+S2FT draws whole heads in attention. Here `block_size` says it: 1, the default, draws single channels there, too; with the size of
+a head, runs of that many adjacent channels are in random order, the channels of a run in their own. q and o have the same heads,
+and k and v; of these grouped queries have fewer, which are drawn apart: they need not be those that the drawn queries read. A
 module is attention if its name says so (self_attn, attention, ...). S2FT permutes weights so that what is trained is one dense
 slice; here the entries stay where they are.
 

@@ -2,8 +2,9 @@
 
 s = sum over batches b of g_b^2, S = the k entries of largest s       (SPT, arXiv 2303.08566, eq. 4, with 8 batches)
 
-SPT takes the largest of the whole model: ``selection.budget=global_threshold``, which divides by the root mean square of each
-matrix first. That it trains matrices with many such entries by low-rank adapters instead, is left out.
+SPT takes the largest of the whole model, as they are. ``selection.budget=global_threshold`` compares them after a division by the
+root mean square of each matrix. That SPT trains matrices with many such entries by low-rank adapters instead, is left out. It
+selects once; a refresh here gathers anew, over the same batches: the run's first.
 """
 
 from __future__ import annotations

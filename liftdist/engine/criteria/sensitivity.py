@@ -4,7 +4,8 @@ I   = |w g|, the change of the loss, to first order, if w were zero             
 I_  <- b I_ + (1 - b) I,   U_ <- b U_ + (1 - b) |I - I_|,   after each batch        (eq. 9 and 10, b = 0.85)
 s   = I_ U_, S = the k entries of largest s                                       (eq. 11)
 
-AdaLoRA averages over training; here the averages begin anew at each selection and do not outlast it.
+AdaLoRA averages over the steps of training; here the averages begin anew at each selection and do not outlast it; its
+batches are the same each time, the run's first.
 """
 
 from __future__ import annotations

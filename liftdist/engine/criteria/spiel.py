@@ -6,7 +6,7 @@ refresh t  drop the p_t k entries of S of smallest |w - w_base|: they get their 
            p_t = 0.2 (1 - t / T), T = `final_refresh`                  (SpIEL-AG, arXiv 2401.16405, section 3)
 
 SpIEL begins with entries at random, all of which its first refresh replaces. It sums gradients over training steps and for the
-candidates of the first of them; here they are gathered for all entries, over the batches of any criterion by gradients.
+candidates of the first of them; here they are gathered for all entries, over the same batches at each refresh: the run's first.
 """
 
 from __future__ import annotations
