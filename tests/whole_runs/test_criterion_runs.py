@@ -26,7 +26,14 @@ CHOICES = {
     "random": dict(criterion="random"),
     "excluding": dict(criterion="magnitude", budget="global_threshold", exclude=["first.delta"]),
     "file": dict(criterion="file", file="first.delta", density=None),
+    "off_principal": dict(criterion="off_principal"),
+    "smallest": dict(criterion="smallest"),
+    "low_rank_smallest": dict(criterion="low_rank_smallest"),
+    "channels": dict(criterion="channels"),
+    "half": dict(budget="half", density=None),
 }
+OTHERS = ("off_principal", "smallest", "low_rank_smallest", "channels", "half")  # slow
+QUICK = tuple(name for name in CHOICES if name not in OTHERS)
 STEPS = 6
 
 
@@ -46,10 +53,10 @@ def settings_of(name, model, records, folder):
     )
 
 
-def stopped_after_three(mesh, model, records, folder):
+def stopped_after_three(mesh, model, records, folder, names):
     """The state after six steps, and a checkpoint of the third."""
     found = {}
-    for name in CHOICES:
+    for name in names:
         settings = settings_of(name, model, records, folder)
         made = builders.trainer(mesh, settings)
         attempt = builders.claimed_by_all(mesh, Path(settings.run_dir))
@@ -64,9 +71,9 @@ def stopped_after_three(mesh, model, records, folder):
     return found
 
 
-def continued(mesh, model, records, folder):
+def continued(mesh, model, records, folder, names):
     found = {}
-    for name in CHOICES:
+    for name in names:
         settings = settings_of(name, model, records, folder)
         saved = builders.newest(mesh, Path(settings.run_dir), builders.accepted_in(Path(settings.run_dir)))
         made = builders.trainer(mesh, settings, saved)
@@ -88,24 +95,37 @@ def task(mesh, model, records, folder, name="first", *exclude):
     return settings.run_dir
 
 
-def test_they_continue(tiny_model, records, tmp_path):
-    (run_dir,) = ranks.run(1, task, tiny_model, records, tmp_path)
-    delta_file.write(of_run.of_run_dir(Path(run_dir), None, tiny_model)[0], tmp_path / "first.delta")
-    (whole, *others) = ranks.run(2, stopped_after_three, tiny_model, records, tmp_path)
+def assert_they_continue(names, model, records, folder):
+    """What runs of two ranks were at the end, with all their counts, by name."""
+    (whole, *others) = ranks.run(2, stopped_after_three, model, records, folder, names)
     assert all(other == whole for other in others)
-    same = ranks.run(2, continued, tiny_model, records, tmp_path)[0]
-    more = ranks.run(3, continued, tiny_model, records, tmp_path)[0]
+    same = ranks.run(2, continued, model, records, folder, names)[0]
+    more = ranks.run(3, continued, model, records, folder, names)[0]
     for name, (digest, counts, refreshes) in whole.items():
         assert refreshes == (0 if name == "file" else 3)
         assert same[name] == (digest, [counts[3], counts[-1]], refreshes), name
         assert more[name][1][0] == counts[3], name
         assert all(sum(one) > 0 for one in counts)
+    return whole
+
+
+def test_they_continue(tiny_model, records, tmp_path):
+    (run_dir,) = ranks.run(1, task, tiny_model, records, tmp_path)
+    delta_file.write(of_run.of_run_dir(Path(run_dir), None, tiny_model)[0], tmp_path / "first.delta")
+    whole = assert_they_continue(QUICK, tiny_model, records, tmp_path)
     changing = {name for name, (_, counts, _) in whole.items() if counts[0] != counts[-1]}
     assert {"threshold", "global", "shrinking"} <= changing <= {"threshold", "global", "shrinking", "excluding"}
     totals = [sum(one) for one in whole["shrinking"][1]]
     assert totals == sorted(totals, reverse=True)
     assert totals[-1] == pytest.approx(0.4 * totals[0], rel=0.01)
     assert {sum(one) for one in whole["global"][1]} == {sum(whole["random"][1][0])}
+
+
+@pytest.mark.slow
+def test_others_continue(tiny_model, records, tmp_path):
+    whole = assert_they_continue(OTHERS, tiny_model, records, tmp_path)
+    changing = {name for name, (_, counts, _) in whole.items() if any(one != counts[0] for one in counts)}
+    assert changing == {"half"}
 
 
 def test_tasks_that_exclude_each_other_s_weights_come_and_go_one_by_one(tiny_model, records, tmp_path):
