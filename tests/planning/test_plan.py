@@ -37,10 +37,15 @@ def test_a_plan_needs_no_weights(config):
     assert found["peak"] > sum(found["memory"][part] for part in ("weights", "principal", "activations"))
 
 
-def test_what_does_not_fit_is_said_with_what_would(config):
+def test_what_does_not_fit_is_said_with_what_would(config, tmp_path):
+    model = tmp_path / "model" / "config.json"  # of which two shards save more than they gather
+    model.write_text(json.dumps(json.loads(model.read_text()) | {"num_hidden_layers": 8, "vocab_size": 300}))
     config.write_text(config.read_text().replace("micro_batch_size: 2", "micro_batch_size: 1"))
-    on_one = json.loads(call("plan", config, "--gpus-per-node=1", "--json")[1])
-    gib = (on_one["peak"] - 0.3 * on_one["memory"]["weights"]) / plan.USABLE / plan.GIB
+    on_one, on_two = (
+        json.loads(call("plan", config, f"--gpus-per-node={number}", "--json")[1])["peak"] for number in (1, 2)
+    )
+    gib = (on_one + on_two) / 2 / plan.USABLE / plan.GIB
+    assert on_two < on_one
     code, said = call("plan", config, "--gpus-per-node=1", f"--gpu-memory={gib}")
     assert code == 1
     assert "does not fit: " in said
