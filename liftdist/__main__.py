@@ -17,11 +17,11 @@ def main() -> None:
     arguments = sys.argv[1:]
     runs = arguments[:1] and arguments[0] in RUNS
     try:
-        signals.interrupt()
         processes.use_utf8()
+        output.take_over(patient=not runs)  # first: the terminal may be gone when a signal says so
+        signals.interrupt()
         for name in environment.internal():  # of the run whose shell this may be
             os.environ.pop(name, None)
-        output.take_over(patient=not runs)
         from liftdist import cli
 
         cli.main(arguments)

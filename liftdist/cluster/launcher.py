@@ -319,9 +319,9 @@ def main(given: Sequence[str] | None = None) -> None:
     nodes.arguments(parser)
     try:
         if given is None:
-            signals.interrupt()
             processes.use_utf8()
             output.take_over()
+            signals.interrupt()
         options, command = parser.parse_known_args(given)
         words, _ = split_arguments(command)
         if not words:
