@@ -88,9 +88,8 @@ def apply(options: argparse.Namespace) -> None:
         _check_output(options.output)
     elif not Path(options.folder).is_dir():
         raise UserError(f"{options.folder}: no such folder; a model of the hub needs --output")
-    os.environ.setdefault(
-        "THP_MEM_ALLOC_ENABLE", "1"
-    )  # torch's, once it is imported: a third of the time are page faults
+    # of torch, which is imported below: without huge pages a third of the time are page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     from liftdist.deltas import file as delta_file
     from liftdist.deltas import folder as model_folders
     from liftdist.models import hub

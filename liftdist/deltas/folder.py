@@ -245,12 +245,16 @@ def rewrite(
 
 @contextlib.contextmanager
 def _unchanged(stored: ModelFolder) -> Iterator[None]:
-    """Raises ``UserError`` if a folder has changed in the end, whatever came of that."""
+    """Raises ``UserError`` if a folder has changed in the end, also where that made reading it fail."""
+    failure: Exception | None = None
     try:
         yield
-    finally:
-        if problem := stored.changed():
-            raise UserError(f"{problem} while it was read; try again when it stays as it is") from None
+    except Exception as error:
+        failure = error
+    if problem := stored.changed():
+        raise UserError(f"{problem} while it was read; try again when it stays as it is") from None
+    if failure is not None:
+        raise failure
 
 
 def _write_weights(

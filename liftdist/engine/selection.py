@@ -7,8 +7,7 @@
     5. share     replicas exchange the indices that their owners selected
 
 A rank holds at most two whole matrices, the one being factored and the next, and the rows it sends; quantised rows are sent as
-they are kept. Independent of
-how entries are scored: the criterion is a function.
+they are kept. Independent of how entries are scored: the criterion is a function.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import hashlib
 import heapq
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -356,21 +355,21 @@ def _start_gather(
     sent = torch.cat([part.to(device) for part in parts])
     del parts
     received_sizes = [0] * group.size()
-    if any(
-        item is not None and matrices[item].is_packed for item in assigned
-    ):  # shards have more or less that is exact
+    is_packed = any(item is not None and matrices[item].is_packed for item in assigned)
+    if is_packed:  # shards have more or less that is exact
         received_sizes = _exchange_sizes(sent_sizes, device, group)
     elif mine is not None:
         bounds, row = matrices[mine].row_bounds, matrices[mine].columns * matrices[mine].dtype.itemsize
         received_sizes = [(bounds[s + 1] - bounds[s]) * row for s in range(group.size())]
     whole = torch.empty(sum(received_sizes), dtype=torch.uint8, device=device)
-    work = dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group, async_op=True)
+    work: Any = dist.all_to_all_single(whole, sent, received_sizes, sent_sizes, group=group, async_op=True)
 
     def wait() -> Callable[[], Tensor | None]:
-        nonlocal sent
+        nonlocal work, sent, whole
         work.wait()
-        sent = whole  # frees the send buffer
-        return lambda: None if mine is None else matrices[mine].received(whole, received_sizes)
+        arrived, work = whole, None
+        sent = whole = torch.empty(0, dtype=torch.uint8)  # both buffers are freed as soon as the matrix is made
+        return lambda: None if mine is None else matrices[mine].received(arrived, received_sizes)
 
     return wait
 
